@@ -1,0 +1,323 @@
+"""What an Olmem model is: one strict dataclass, every rule across fields a `validate_*` method."""
+
+import difflib
+from dataclasses import fields
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, GenerationConfig
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+
+NORM_PLACEMENTS = ("post", "pre", "peri", "parallel")
+NORM_TYPES = ("rms", "layer", "layer_plain")
+QK_NORMS = ("full", "head", "none")
+CLIP_STAGES = ("projection", "rotary")
+LAYER_TYPES = ("sliding_attention", "full_attention")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+
+# Fields of the family that this version cannot run, with the one value that asks for nothing.
+NOT_YET = {
+    "attention_chunk_lookback": 0,
+    "attention_chunk_size": None,
+    "memory_bptt_segments": None,
+    "memory_segment_length": None,
+    "num_memory_tokens": 0,
+    "num_sink_tokens": 0,
+    "position_embedding": "rope",
+    "retrieval_capacity": None,
+    "retrieval_gate_init": None,
+    "retrieval_layers": [],
+    "retrieval_top_k": None,
+    "shared_projections": "none",
+}
+
+# What Transformers' own OLMo models are, in Olmem's terms; their other fields have the same names here.
+OLMO_BLOCKS: dict[str, dict[str, Any]] = {
+    "olmo": {
+        "norm_placement": "pre",
+        "norm_type": "layer_plain",
+        "qk_norm": "none",
+        "rms_norm_eps": 1e-5,
+        "layer_types": "full_attention",
+    },
+    "olmo2": {"layer_types": "full_attention"},
+    "olmo3": {},
+}
+
+
+@strict
+class OlmemConfig(PreTrainedConfig):
+    r"""Configuration of an Olmem model. The defaults are the 7B OLMo-3 block with its 3 : 1 window pattern.
+
+    Args:
+        vocab_size (`int`): rows of the embedding table, padded rows included.
+        hidden_size (`int`): width of the residual stream.
+        intermediate_size (`int`): width of the gated MLP, one half of a fused up-and-gate projection.
+        num_hidden_layers (`int`): number of blocks.
+        num_attention_heads (`int`): query heads H.
+        num_key_value_heads (`int`, *optional*): key/value heads K; H is a multiple of K. Defaults to H.
+        head_dim (`int`, *optional*): width D of a head, even. Defaults to `hidden_size / num_attention_heads`.
+        hidden_act (`str`): any activation of Transformers, or `"elephant"`: 1 / (1 + |x|⁸) (arXiv 2310.01365).
+        max_position_embeddings (`int`): length in tokens the model was trained for; a length, not a limit.
+        norm_placement (`str`): where a sublayer f is normalised. `"post"`: x + norm(f(x)), OLMo 2 and 3;
+            `"pre"`: x + f(norm(x)), OLMo 1; `"peri"`: x + norm(f(norm(x))); `"parallel"`: x + attention(n) + mlp(n)
+            with n = norm(x).
+        norm_type (`str`): `"rms"`, `"layer"` (weight and bias), or `"layer_plain"` (LayerNorm without either).
+        rms_norm_eps (`float`): epsilon of every norm, whatever its type.
+        qk_norm (`str`): norm of queries and keys before their position: over the full projection (`"full"`), over
+            each head (`"head"`), or `"none"`.
+        clip_qkv (`float`, *optional*): queries, keys and values are clamped to ± this value.
+        clip_qkv_stage (`str`): when: `"projection"`, before QK-norm, as OLMo's code does; or `"rotary"`, after
+            QK-norm and RoPE.
+        rope_parameters (`dict`, *optional*): RoPE by layer type, `{"full_attention": {"rope_type": "yarn",
+            "rope_theta": 500000.0, "factor": 8.0, …}, "sliding_attention": {…}}`, in Transformers' terms. A flat
+            dictionary gives its `rope_theta` to every layer and its scaling to full-attention layers, the only
+            ones that may scale. Entries of layer types that no layer has are dropped.
+        layer_types (`list[str]` or `str`, *optional*): `"full_attention"` or `"sliding_attention"` for each layer, or
+            one value for all. Defaults to three sliding layers, then a full one, repeated.
+        sliding_window (`int`): keys W that a query of a sliding layer sees, its own included: i−W < j ≤ i.
+        attention_bias (`bool`): biases in the four attention projections.
+        attention_dropout, residual_dropout (`float`): dropout, in training, of attention weights, and of each
+            sublayer's output before it joins the residual stream.
+        logits_scaling (`float`): logits are divided by it.
+        initializer_range (`float`): standard deviation of the weights' initialisation.
+        tie_word_embeddings (`bool`): the output head is the embedding table.
+        use_cache (`bool`): return a cache by default.
+        pad_token_id, bos_token_id, eos_token_id (*optional*): ids below `vocab_size`.
+    """
+
+    model_type = "olmem"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  Transformers' own attribute
+    default_theta = 500000.0
+    # Queries and keys are gathered because their norm spans the whole projection, as in Olmo2Config.
+    base_model_tp_plan = {  # noqa: RUF012
+        "layers.*.self_attn.q_proj": "colwise_gather_output",
+        "layers.*.self_attn.k_proj": "colwise_gather_output",
+        "layers.*.self_attn.v_proj": "colwise_gather_output",
+        "layers.*.self_attn.o_proj": "rowwise_split_input",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {  # noqa: RUF012
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 100352
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 8192
+    norm_placement: str = "post"
+    norm_type: str = "rms"
+    rms_norm_eps: float = 1e-6
+    qk_norm: str = "full"
+    clip_qkv: float | int | None = None
+    clip_qkv_stage: str = "projection"
+    rope_parameters: dict | None = None
+    layer_types: list[str] | str | None = None
+    sliding_window: int | None = 4096
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    residual_dropout: float | int = 0.0
+    logits_scaling: float | int = 1.0
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        self._refuse_unknown(kwargs)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
+        if self.layer_types is None:
+            self.layer_types = [
+                "full_attention" if index % 4 == 3 else "sliding_attention" for index in range(self.num_hidden_layers)
+            ]
+        elif isinstance(self.layer_types, str):
+            self.layer_types = [self.layer_types] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As in Transformers, but overrides join the dictionary before it is read, so that they are expanded and
+        validated like any other field."""
+        names = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in names or name in NOT_YET}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
+
+    @classmethod
+    def from_olmo(cls, path_or_repo, **overrides):
+        """The configuration of a Transformers `olmo`, `olmo2` or `olmo3` folder or repository in Olmem's terms.
+
+        Overrides are fields of this class, or `revision`, `token` and the like, which go to the Hub.
+        """
+        names = {field.name for field in fields(cls)} | set(NOT_YET)
+        hub_kwargs = {name: overrides.pop(name) for name in list(overrides) if name not in names}
+        raw, _ = PreTrainedConfig.get_config_dict(path_or_repo, **hub_kwargs)
+        model_type = raw.get("model_type")
+        if model_type not in OLMO_BLOCKS:
+            raise ValueError(
+                f"`model_type` must be one of {', '.join(OLMO_BLOCKS)} for `from_olmo` (got {model_type!r} in "
+                f"{path_or_repo}); load an Olmem model with `from_pretrained`, convert a native checkpoint with "
+                "`olmem convert`."
+            )
+        source = AutoConfig.for_model(model_type, **{k: v for k, v in raw.items() if k != "model_type"})
+        shared = {field.name for field in fields(cls)} - {"transformers_version", "architectures", "rope_parameters"}
+        values = {name: getattr(source, name) for name in shared if getattr(source, name, None) is not None}
+        # RoPE as the file has it: Olmo3Config loses the theta and the scaling of the forms of older releases.
+        rope = {name: raw[name] for name in ("rope_parameters", "rope_theta", "rope_scaling") if raw.get(name)}
+        values |= rope or {"rope_theta": source.default_theta}
+        values |= OLMO_BLOCKS[model_type]
+        # A token that the source does not have must stay absent, not become our default.
+        return cls(**(values | overrides))
+
+    def convert_rope_params_to_dict(self, **kwargs) -> dict[str, Any]:
+        """One entry for each layer type in use; see `rope_parameters`."""
+        theta = kwargs.pop("rope_theta", None) or self.default_theta
+        scaling = kwargs.pop("rope_scaling", None) or {}
+        given = self.rope_parameters or {}
+        flat = {key: value for key, value in given.items() if not key.endswith("_attention")}
+        if flat and len(flat) < len(given):
+            raise ValueError(
+                "`rope_parameters` must be one flat dictionary or nested by layer type, not both (got the keys "
+                f"{sorted(given)}); keep the part the model was trained with."
+            )
+        parameters = {}
+        for layer_type in sorted(set(self.layer_types or ())):
+            entry = dict(given.get(layer_type) or flat)
+            if layer_type == "full_attention":
+                entry = entry | scaling
+            elif flat:
+                entry = {key: value for key, value in flat.items() if key == "rope_theta"}
+            legacy_name = entry.pop("type", "default")
+            entry.setdefault("rope_type", legacy_name)
+            entry.setdefault("rope_theta", theta)
+            if entry["rope_type"] in ("yarn", "llama3"):
+                entry.setdefault("original_max_position_embeddings", self.max_position_embeddings)
+            parameters[layer_type] = entry
+        self.rope_parameters = parameters
+        return kwargs
+
+    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
+        """An error for what this version cannot run and for what looks like a misspelled field; the rest is kept,
+        as Transformers keeps it."""
+        for name in [name for name in kwargs if name in NOT_YET]:
+            value = kwargs.pop(name)
+            if value != NOT_YET[name]:
+                raise ValueError(
+                    f"`{name}` is not supported yet (got {value!r}); leave it out, or use a newer version of olmem."
+                )
+        own = {field.name for field in fields(self)}
+        known = {*GenerationConfig._get_default_generation_params(), "sep_token_id", "decoder_start_token_id"}
+        for name in kwargs:
+            if name in known or name.startswith("_"):
+                continue
+            if match := difflib.get_close_matches(name, own, n=1, cutoff=0.85):
+                raise ValueError(
+                    f"`{name}` is not a field of OlmemConfig (got {kwargs[name]!r}); did you mean `{match[0]}`?"
+                )
+
+    def _require(self, holds: bool, name: str, rule: str, remedy: str) -> None:
+        if not holds:
+            raise ValueError(f"`{name}` {rule} (got {getattr(self, name)!r}); {remedy}.")
+
+    def validate_choices(self) -> None:
+        for name, choices in (
+            ("norm_placement", NORM_PLACEMENTS),
+            ("norm_type", NORM_TYPES),
+            ("qk_norm", QK_NORMS),
+            ("clip_qkv_stage", CLIP_STAGES),
+        ):
+            self._require(getattr(self, name) in choices, name, f"must be one of {', '.join(choices)}", "choose one")
+        self._require(
+            self.hidden_act in ACT2FN or self.hidden_act == "elephant",
+            "hidden_act",
+            "must be an activation of Transformers or 'elephant'",
+            "see `transformers.activations.ACT2FN` for the names",
+        )
+
+    def validate_sizes(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
+            self._require(getattr(self, name) > 0, name, "must be positive", "give the model's size")
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        self._require(
+            heads % kv_heads == 0,
+            "num_key_value_heads",
+            f"must divide `num_attention_heads` = {heads}",
+            "every key/value head serves the same number of query heads",
+        )
+        self._require(self.head_dim % 2 == 0, "head_dim", "must be even", "RoPE rotates pairs of dimensions")
+        self._require(self.rms_norm_eps > 0, "rms_norm_eps", "must be positive", "OLMo 2 uses 1e-6")
+
+    def validate_ranges(self) -> None:
+        self._require(
+            self.clip_qkv is None or self.clip_qkv > 0, "clip_qkv", "must be positive or None", "None does not clip"
+        )
+        self._require(self.logits_scaling > 0, "logits_scaling", "must be positive", "1.0 leaves logits as they are")
+        for name in ("attention_dropout", "residual_dropout"):
+            self._require(0 <= getattr(self, name) < 1, name, "must be in [0, 1)", "0.0 drops nothing")
+
+    def validate_layer_types(self) -> None:
+        # Named in full so that an unsupported type is met here, before Transformers' own, wider list.
+        unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
+        if "chunked_attention" in unknown:
+            raise ValueError(
+                "`layer_types` 'chunked_attention' is not supported yet (got it in "
+                f"{self.layer_types}); use 'sliding_attention' or 'full_attention'."
+            )
+        self._require(not unknown, "layer_types", f"must be made of {', '.join(LAYER_TYPES)}", "rename the others")
+        self._require(
+            len(self.layer_types) == self.num_hidden_layers,
+            "layer_types",
+            f"must name `num_hidden_layers` = {self.num_hidden_layers} layers",
+            "give one value a layer, or one string for all",
+        )
+        self._require(
+            "sliding_attention" not in self.layer_types or (self.sliding_window or 0) >= 1,
+            "sliding_window",
+            "must be at least 1 when a layer slides (a query sees its own key and the W−1 before it)",
+            "give the window, or make every layer 'full_attention'",
+        )
+
+    def validate_rope_scaling(self) -> None:
+        for layer_type, entry in self.rope_parameters.items():
+            rope_type, theta = entry["rope_type"], entry["rope_theta"]
+            where = f"`rope_parameters[{layer_type!r}]"
+            if rope_type not in ROPE_TYPES:
+                raise ValueError(
+                    f"{where}['rope_type']` must be one of {', '.join(ROPE_TYPES)} (got {rope_type!r}); choose one."
+                )
+            if rope_type != "default" and layer_type != "full_attention":
+                raise ValueError(
+                    f"{where}['rope_type']` must be 'default' (got {rope_type!r}); a window's positions never leave "
+                    "the trained range, so scaling belongs to full-attention layers only."
+                )
+            if not isinstance(theta, int | float) or theta <= 0:
+                raise ValueError(f"{where}['rope_theta']` must be a positive number (got {theta!r}); OLMo 2 uses 5e5.")
+
+
+OlmemConfig.register_for_auto_class()
+AutoConfig.register("olmem", OlmemConfig, exist_ok=True)
+
+__all__ = ["OlmemConfig"]

@@ -290,11 +290,16 @@ class OlmemPreTrainedModel(PreTrainedModel):
                 init.copy_(getattr(module, f"{layer_type}_inv_freq"), inverse_frequency)
                 init.copy_(getattr(module, f"{layer_type}_original_inv_freq"), inverse_frequency)
 
-    def save_pretrained(self, *args, **kwargs):
-        """As in Transformers; the folder also holds this code, and names it for every Auto class that can load it."""
-        self.config.auto_map = {"AutoConfig": "configuration_olmem.OlmemConfig"} | {
+    @staticmethod
+    def auto_map() -> dict[str, str]:
+        """Where a Hub repository has the code of every Auto class that can load it."""
+        return {"AutoConfig": "configuration_olmem.OlmemConfig"} | {
             auto_class.__name__: f"modeling_olmem.{model_class.__name__}" for auto_class, model_class in AUTO_CLASSES
         }
+
+    def save_pretrained(self, *args, **kwargs):
+        """As in Transformers; the folder also holds this code, whatever the class of the model that is saved."""
+        self.config.auto_map = self.auto_map()
         return super().save_pretrained(*args, **kwargs)
 
 

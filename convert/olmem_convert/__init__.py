@@ -1,0 +1,7 @@
+"""From a native OLMo or OLMo-core checkpoint to a verified model for Hugging Face Transformers."""
+
+from .convert import convert
+from .errors import CheckpointError
+from .verify import verify
+
+__all__ = ["CheckpointError", "convert", "verify"]

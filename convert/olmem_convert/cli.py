@@ -1,0 +1,91 @@
+"""`olmem convert | verify`: parses and calls."""
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import CheckpointError
+
+app = typer.Typer(
+    name="olmem",
+    help="From a native OLMo or OLMo-core checkpoint to a verified model for Hugging Face Transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output, and nothing else.")]
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of the native checkpoint.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it appears whole or not at all.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 5GB.")] = "5GB",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="tokenizer.json or its folder; looked for in and beside SRC by default.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Trained length in tokens, if SRC does not say.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare the logits with the native ones.")
+    ] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, if it is an Olmem folder.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Convert a native checkpoint and verify that its logits are the same."""
+    from .convert import convert as run
+
+    options = {
+        "dtype": dtype,
+        "max_shard_size": max_shard_size,
+        "tokenizer": tokenizer,
+        "max_length": max_length,
+        "verify": verify,
+        "overwrite": overwrite,
+    }
+    finish(lambda say: run(source, out, say=say, **options), as_json)
+
+
+@app.command()
+def verify(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A converted folder.")],
+    against: Annotated[Path, typer.Option(metavar="SRC", help="The native checkpoint it was converted from.")],
+    as_json: AsJson = False,
+) -> None:
+    """Compare the logits of a converted folder with the native checkpoint's, and write verification.json."""
+    from .verify import verify as run
+
+    finish(lambda say: run(out, against, say=say), as_json)
+
+
+def finish(run: Callable[[Callable[[str], None]], dict[str, Any]], as_json: bool) -> None:
+    """Runs a verb: its lines to the user, its report to a script, its error in one line and exit code 1."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a stopped conversion cleans up
+    quiet_libraries()
+    try:
+        report = run(lambda line: typer.echo(line, err=as_json))
+    except CheckpointError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("stopped; nothing was written", err=True)
+        raise typer.Exit(130) from None
+    if as_json:
+        typer.echo(json.dumps(report))
+
+
+def quiet_libraries() -> None:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

@@ -1,0 +1,229 @@
+"""From a native checkpoint to a folder that `AutoModelForCausalLM` loads, whole and verified or not at all."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from olmem import OlmemConfig, OlmemForCausalLM
+from tqdm import tqdm
+from transformers import GenerationConfig
+from transformers.dynamic_module_utils import custom_object_save
+
+from .errors import CheckpointError
+from .formats import Checkpoint, to_olmem
+from .formats.detect import open_checkpoint
+from .shards import write_shards
+from .tokenizer import find_tokenizer, write_tokenizer
+from .verify import verify_checkpoint
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    tokenizer: str | Path | None = None,
+    max_length: int | None = None,
+    verify: bool = True,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Converts the native checkpoint in `source` to the folder `out` and verifies its logits.
+
+    dtype: "float32", "bfloat16" or "float16"; the checkpoint's own by default. max_shard_size: of a weight file.
+    tokenizer: a `tokenizer.json` or a folder with one; looked for in and beside `source` by default. max_length: the
+    trained length in tokens, when it is not the config's. overwrite: replace `out`, if it is an Olmem folder.
+    say: is told, line by line, what was found and done.
+
+    Returns what was written. Raises CheckpointError, leaving nothing behind, when anything is amiss.
+    """
+    source, out = Path(source), Path(out)
+    checkpoint = open_checkpoint(source, max_length)
+    check_out(source, out, overwrite)
+    for line in describe(checkpoint):
+        say(line)
+    stored = choose_dtype(checkpoint, dtype)
+    config = make_config(checkpoint, stored)
+    with torch.device("meta"):
+        model = OlmemForCausalLM(config)
+    tied = model.all_tied_weights_keys
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
+    tensors = to_olmem(checkpoint.keys, checkpoint.tensors, shapes)
+    check_copies(checkpoint)
+
+    with written_whole(out, overwrite) as folder:
+        needed = sum(torch.Size(tensor.shape).numel() for tensor in tensors.values()) * stored.itemsize
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise CheckpointError(
+                f"`OUT` must be on a disk with room for {needed:,} bytes ({out} has {free:,} free); free some, or "
+                "choose another disk."
+            )
+        with tqdm(total=needed, unit="B", unit_scale=True, desc="writing weights", disable=None) as bar:
+            write_shards(folder, tensors, stored, max_shard_size, bar.update)
+        model.config.auto_map = OlmemForCausalLM.auto_map()
+        custom_object_save(model, folder, config=config)
+        config.save_pretrained(folder)
+        GenerationConfig(
+            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+        ).save_pretrained(folder)
+        tokenizer_report = copy_tokenizer(checkpoint, config, Path(tokenizer) if tokenizer else None, folder, say)
+        report = {
+            "format": checkpoint.description,
+            "parameters": checkpoint.num_parameters,
+            "dtype": str(stored).removeprefix("torch."),
+            "bytes": needed,
+            "notes": list(checkpoint.notes),
+            "tokenizer": tokenizer_report,
+            "verification": verify_checkpoint(folder, checkpoint, say) if verify else None,
+        }
+        if not verify:
+            say("not verified: `olmem verify OUT --against SRC` compares the logits")
+    say(f"wrote {out}")
+    return report
+
+
+def describe(checkpoint: Checkpoint) -> Iterator[str]:
+    config = checkpoint.olmem_config
+    layer_types = config["layer_types"]
+    sliding = layer_types.count("sliding_attention")
+    window = f", {sliding} of them with a window of {config['sliding_window']}" if sliding else ""
+    yield (
+        f"found {checkpoint.description}: {checkpoint.num_parameters:,} parameters, {len(layer_types)} layers{window}, "
+        f"{config['num_attention_heads']} heads, trained length {config['max_position_embeddings']}"
+    )
+    yield from (f"note: {note}" for note in checkpoint.notes)
+
+
+def choose_dtype(checkpoint: Checkpoint, name: str | None) -> torch.dtype:
+    if name is not None:
+        if name not in DTYPES:
+            raise CheckpointError(f"`dtype` must be one of {', '.join(DTYPES)} (got {name!r}); choose one.")
+        return DTYPES[name]
+    found = {tensor.dtype for tensor in checkpoint.tensors.values()}
+    if len(found) != 1 or not found <= set(DTYPES.values()):
+        raise CheckpointError(
+            f"`dtype` must be given for this checkpoint (its weights are {sorted(map(str, found))}); add --dtype."
+        )
+    return found.pop()
+
+
+def make_config(checkpoint: Checkpoint, dtype: torch.dtype) -> OlmemConfig:
+    try:
+        config = OlmemConfig(**checkpoint.olmem_config, dtype=dtype, architectures=["OlmemForCausalLM"])
+    except (ValueError, TypeError, KeyError) as error:  # huggingface_hub's strict dataclasses raise kinds of ValueError
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"the checkpoint's config gives no valid model: {reason}") from error
+    for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        token = getattr(config, name)
+        if token is not None and not 0 <= token < config.vocab_size:
+            raise CheckpointError(
+                f"`{name}` of the config must be in the vocabulary of {config.vocab_size} (got {token}); correct it."
+            )
+    return config
+
+
+def check_copies(checkpoint: Checkpoint) -> None:
+    """A tied checkpoint may store its head all the same; it must then be the embedding, bit for bit."""
+    for key in checkpoint.keys:
+        if key.native and key.same_as:
+            copy, original = checkpoint.tensors[key.native], checkpoint.tensors[key.same_as]
+            if copy.shape != original.shape or not torch.equal(copy.load(), original.load()):
+                raise CheckpointError(
+                    f"`{key.native}` must equal `{key.same_as}`, to which the config ties it (it differs); config and "
+                    "weights are of two checkpoints."
+                )
+
+
+def copy_tokenizer(
+    checkpoint: Checkpoint, config: OlmemConfig, path: Path | None, folder: Path, say: Callable[[str], None]
+) -> dict[str, Any] | None:
+    path = path or find_tokenizer(checkpoint.path)
+    if path is None:
+        say("no tokenizer found in or beside the checkpoint, so none is written: add one with --tokenizer PATH")
+        return None
+    report = write_tokenizer(
+        path,
+        folder,
+        vocab_size=config.vocab_size,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        bos_token_id=config.bos_token_id,
+        max_length=config.max_position_embeddings,
+    )
+    say(f"tokenizer: {report['size']} tokens, the same ids on {report['probes']} probes after reloading")
+    if report["size"] != checkpoint.tokenizer_size:
+        say(f"note: the config says that {checkpoint.tokenizer_size} tokens were trained")
+    return report
+
+
+def check_out(source: Path, out: Path, overwrite: bool) -> None:
+    if out.resolve() == source.resolve() or source.resolve() in out.resolve().parents:
+        raise CheckpointError(f"`OUT` must lie outside SRC (got {out}); name another folder.")
+    if not os.path.lexists(out):
+        return
+    if not overwrite:
+        raise CheckpointError(f"`OUT` must not exist yet (got {out}); name a new folder, or add --overwrite.")
+    if not out.is_dir() or out.is_symlink() or (any(out.iterdir()) and not is_olmem_folder(out)):
+        raise CheckpointError(
+            f"`OUT` must be an Olmem folder to be overwritten (got {out}); remove it yourself if it may go."
+        )
+
+
+def is_olmem_folder(folder: Path) -> bool:
+    try:
+        return '"model_type": "olmem"' in (folder / "config.json").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+@contextmanager
+def written_whole(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` when the block ends well, and is removed when it does not."""
+    absent = [parent for parent in out.parents if not parent.exists()]
+    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        sync(partial)
+        replaced = None
+        if overwrite and out.exists():
+            replaced = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.replaced")
+            out.rename(replaced)
+        try:
+            partial.rename(out)
+        except OSError:
+            if replaced is not None:
+                replaced.rename(out)
+            raise
+        if replaced is not None:
+            shutil.rmtree(replaced)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in absent:
+            with suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, OSError):
+            raise CheckpointError(
+                f"`OUT` must be writable (got: {error.strerror or error} at {error.filename or out}); free space or "
+                "choose another folder."
+            ) from error
+        raise
+
+
+def sync(folder: Path) -> None:
+    """Flushes every file and the folder itself to the disk."""
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

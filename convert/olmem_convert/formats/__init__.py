@@ -1,0 +1,207 @@
+"""What every native format is described by: a table of its config fields and a table of its weight names.
+
+A format is one module: `recognise(folder)` says what it is, or None; `open_checkpoint(folder, …)` reads its config
+through the config table and opens its tensors without loading them. Both tables read from native to Olmem; the
+inverse of the key table is computed.
+"""
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+from ..tensors import LazyTensor
+
+
+@dataclass(frozen=True)
+class Key:
+    """One row of a key table. `{layer}` stands for each block's number.
+
+    A native tensor becomes the target of the same values; or, with `rows`, several targets stacked along its first
+    dimension in that order. Without a native name, the target is filled with a constant that the native model leaves
+    out. Without a target, the native tensor must repeat another one, `same_as`, and is dropped.
+    """
+
+    native: str | None
+    targets: tuple[str, ...]
+    rows: tuple[int, ...] = ()
+    fill: float = 1.0
+    same_as: str | None = None
+
+    def at(self, layer: int) -> "Key":
+        def name(text: str | None) -> str | None:
+            return None if text is None else text.replace("{layer}", str(layer))
+
+        targets = tuple(target.replace("{layer}", str(layer)) for target in self.targets)
+        return replace(self, native=name(self.native), targets=targets, same_as=name(self.same_as))
+
+
+def expand(table: Iterable[Key], num_layers: int) -> list[Key]:
+    """The table with a row for each block, blocks in numeric order."""
+    keys = list(table)
+    of_blocks = [key for key in keys if "{layer}" in (key.native or "".join(key.targets))]
+    of_model = [key for key in keys if key not in of_blocks]
+    return of_model + [key.at(layer) for layer in range(num_layers) for key in of_blocks]
+
+
+def to_olmem(
+    keys: Iterable[Key], native: Mapping[str, LazyTensor], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, LazyTensor]:
+    """Target tensors by name, in the order of `shapes`, which says what the target model has.
+
+    Every native tensor must be used, every target made, all shapes equal.
+    """
+    keys = list(keys)
+    complain("lacks", {key.native for key in keys if key.native} - set(native))
+    complain("holds, unexpectedly,", set(native) - {key.native for key in keys})
+    made: dict[str, LazyTensor] = {}
+    dtype = next(iter(native.values())).dtype
+    for key in keys:
+        if key.native is None:
+            for target in key.targets:
+                if target in shapes:
+                    made[target] = filled(shapes[target], dtype, key.fill)
+            continue
+        tensor = native[key.native]
+        if not tensor.dtype.is_floating_point:
+            raise CheckpointError(f"`{key.native}` must be floating-point (got {tensor.dtype}); export plain weights.")
+        if not key.rows:
+            made |= dict.fromkeys(key.targets, tensor)
+        elif tensor.shape[:1] == (sum(key.rows),):
+            start = 0
+            for target, size in zip(key.targets, key.rows, strict=True):
+                made[target] = tensor.rows(start, start + size)
+                start += size
+        else:
+            raise CheckpointError(
+                f"`{key.native}` must have {sum(key.rows)} rows by the config (got shape {tensor.shape}); config and "
+                "weights are of two checkpoints."
+            )
+    complain("does not say how to make", set(shapes) - set(made))
+    complain("makes, unexpectedly,", set(made) - set(shapes))
+    for key in keys:
+        for target in key.targets if key.native else ():
+            if made[target].shape != shapes[target]:
+                raise CheckpointError(
+                    f"`{key.native}` must give {target} of shape {shapes[target]} by the config (got "
+                    f"{made[target].shape}); config and weights are of two checkpoints."
+                )
+    return {name: made[name] for name in shapes}
+
+
+def to_native(keys: Iterable[Key], olmem: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse of the same table: native tensors by name."""
+    native = {
+        key.native: torch.cat([olmem[target] for target in key.targets]) if key.rows else olmem[key.targets[0]]
+        for key in keys
+        if key.native is not None and key.targets
+    }
+    copies = {key.native: native[key.same_as] for key in keys if key.native and key.same_as}
+    return native | copies
+
+
+def filled(shape: tuple[int, ...], dtype: torch.dtype, value: float) -> LazyTensor:
+    return LazyTensor(shape, dtype, lambda: torch.full(shape, value, dtype=dtype))
+
+
+def complain(verb: str, names: set[str] | set[str | None]) -> None:
+    if names:
+        listed = ", ".join(sorted(map(str, names))[:8]) + (", …" if len(names) > 8 else "")
+        raise CheckpointError(
+            f"the checkpoint {verb} {len(names)} tensors: {listed}; config and weights must be of one checkpoint, and "
+            "of a block that the config names."
+        )
+
+
+@dataclass(frozen=True)
+class Field:
+    """One row of a config table: the value native code takes when the field is absent, and what becomes of it.
+
+    `to` carries it to that field of OlmemConfig; `only` lists the values Olmem can represent; neither: it is read by
+    the format's `olmem_config`, or has no effect on logits.
+    """
+
+    default: Any = None
+    to: str | None = None
+    only: tuple[Any, ...] | None = None
+
+
+NO_EFFECT = Field()
+
+
+def read_fields(values: Mapping[str, Any], table: Mapping[str, Field], where: str) -> dict[str, Any]:
+    """Every field of the table with its value or default; a field the table does not know is an error."""
+    for name, value in values.items():
+        if name not in table:
+            guess = difflib.get_close_matches(name, table, n=1)
+            hint = f"did you mean {guess[0]!r}? " if guess else ""
+            raise CheckpointError(
+                f"`{name}` of {where} must be a field this version knows (got {value!r}); {hint}a field may change the "
+                "logits, so none is ignored: use a newer olmem, or remove it if it has no effect."
+            )
+        field = table[name]
+        if field.only is not None and value not in field.only:
+            allowed = " or ".join(map(repr, field.only))
+            raise CheckpointError(
+                f"`{name}` of {where} must be {allowed} (got {value!r}); Olmem cannot compute the same logits otherwise."
+            )
+    for name, field in table.items():
+        if name not in values and field.only is not None and field.default not in field.only:
+            allowed = " or ".join(map(repr, field.only))
+            raise CheckpointError(
+                f"`{name}` of {where} must be {allowed} (absent, which native code reads as {field.default!r}); Olmem "
+                "cannot compute the same logits otherwise."
+            )
+    read = {name: typed(values.get(name, field.default), field.default, name, where) for name, field in table.items()}
+    return read
+
+
+def typed(value: Any, default: Any, name: str, where: str) -> Any:
+    """Numbers as numbers: YAML reads `1e-6` as a string."""
+    kind = type(default)
+    if kind not in (int, float) or value is None or isinstance(value, bool):
+        return value
+    try:
+        return kind(value) if kind is float or float(value) == int(float(value)) else float(value)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"`{name}` of {where} must be a number (got {value!r}); correct it.") from error
+
+
+def carried(read: Mapping[str, Any], table: Mapping[str, Field]) -> dict[str, Any]:
+    return {field.to: read[name] for name, field in table.items() if field.to and read[name] is not None}
+
+
+def required(value: Any, name: str, where: str) -> Any:
+    if value is None:
+        raise CheckpointError(f"`{name}` of {where} must be given (it is absent); copy the config again.")
+    return value
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A native checkpoint, opened: what it is, its config in both languages, its tensors still on disk."""
+
+    family: str  # whose forward pass it is: "olmo" or "olmo_core"
+    description: str
+    path: Path
+    native_config: Mapping[str, Any]  # as written
+    olmem_config: dict[str, Any]  # fields of OlmemConfig
+    tensors: dict[str, LazyTensor]  # by native name
+    keys: list[Key]
+    tokenizer_size: int  # tokens that were trained; rows beyond are padding
+    notes: tuple[str, ...] = ()
+
+    @property
+    def window(self) -> int:
+        """The longest sliding window, 0 without one."""
+        sliding = "sliding_attention" in self.olmem_config["layer_types"]
+        return self.olmem_config["sliding_window"] if sliding else 0
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())

@@ -1,0 +1,51 @@
+"""Which format a folder is, and opening it."""
+
+from pathlib import Path
+
+from ..errors import CheckpointError
+from . import Checkpoint, olmo, olmo_core
+
+FORMATS = (olmo, olmo_core)
+
+
+def open_checkpoint(source: Path, max_length: int | None = None) -> Checkpoint:
+    """Opens the native checkpoint in the folder `source`; no weight is read yet.
+
+    `max_length` replaces the trained length of the config, in tokens.
+    """
+    if not source.is_dir():
+        what = "is a file" if source.exists() else "does not exist"
+        raise CheckpointError(f"`SRC` must be a checkpoint's folder ({source} {what}); name the folder that holds it.")
+    found = [(module, description) for module in FORMATS if (description := module.recognise(source))]
+    if len(found) > 1:
+        names = " and ".join(description for _, description in found)
+        raise CheckpointError(
+            f"`{source}` must hold one checkpoint (it holds {names}); move the files of one of them away."
+        )
+    if found:
+        return found[0][0].open_checkpoint(source, max_length)
+    raise CheckpointError(f"`{source}` must hold a native OLMo or OLMo-core checkpoint; {what_else(source)}.")
+
+
+def what_else(source: Path) -> str:
+    """What the folder seems to be, and the way out."""
+    steps = sorted(path.name for path in source.iterdir() if path.is_dir() and path.name.startswith("step"))
+    if steps:
+        return f"it holds {', '.join(steps[:4])}: name one of them, as in {source / steps[-1]}"
+    if (source / "config.json").is_file():
+        if any(source.glob("*.safetensors")) or any(source.glob("pytorch_model*.bin")):
+            return (
+                "it looks like a Transformers folder: load it with `OlmemForCausalLM.from_olmo` and write it with "
+                "`save_pretrained`"
+            )
+        return "it has `config.json` but no `.metadata`, neither beside it nor in `model_and_optim`: copy that too"
+    if (source / "config.yaml").is_file():
+        return (
+            "it has `config.yaml` but no weights (`model.pt`, `model.safetensors`, `model/metadata.json` or "
+            "`model_and_optim/.metadata`): copy them too"
+        )
+    if any(source.glob("*.bin")):
+        return "bare state dicts (BakaLLM's `.bin`) are not supported yet"
+    names = sorted(path.name for path in source.iterdir())
+    listed = ", ".join(names[:6]) + (", …" if len(names) > 6 else "") if names else "nothing"
+    return f"it holds {listed}, neither `config.yaml` (OLMo) nor `config.json` with `model_and_optim/.metadata` (OLMo-core)"

@@ -1,0 +1,439 @@
+"""Checkpoints of OLMo-core 1.8 to 3.x (github.com/allenai/OLMo-core): `config.json` and a torch.distributed.checkpoint
+folder, `model_and_optim`, or the same files beside the config.
+
+Config fields: olmo_core/nn/transformer/config.py, nn/attention, nn/rope.py; weights: nn/hf/convert.py. Nested fields
+are named by their path here: `block.sequence_mixer.rope.theta`.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from ..tensors import read_distributed, read_json
+from . import NO_EFFECT, Checkpoint, Field, Key, carried, expand, read_fields, required
+
+NORM_TYPES = {"rms": "rms", "fused_rms": "rms", "cute_rms": "rms", "default": "layer"}
+NORM_PLACEMENTS = {"reordered_norm": "post", "default": "pre", "peri_norm": "peri"}
+ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
+
+
+def norm_fields(path: str) -> dict[str, Field]:
+    return {
+        f"{path}.name": Field("default", only=tuple(NORM_TYPES)),
+        f"{path}.eps": Field(1e-5),
+        f"{path}.elementwise_affine": Field(True),
+        f"{path}.bias": Field(True),
+        f"{path}.full_precision": NO_EFFECT,
+        f"{path}.dtype": NO_EFFECT,
+    }
+
+
+MODEL: dict[str, Field] = {
+    "name": Field("default", only=("default",)),
+    "d_model": Field(to="hidden_size"),
+    "n_layers": Field(to="num_hidden_layers"),
+    "vocab_size": Field(to="vocab_size"),
+    "tie_word_embeddings": Field(False, to="tie_word_embeddings"),
+    "embed_scale": Field(only=(None, 1.0)),
+    "embedding_norm": Field(only=(None,)),
+    "block_pattern": Field(only=(None,)),
+    "lm_head.name": Field("default", only=("default",)),
+    "lm_head.bias": Field(True, only=(False,)),
+    **norm_fields("lm_head.layer_norm"),
+    **dict.fromkeys(
+        (
+            "lm_head.dtype",
+            "lm_head.loss_implementation",
+            "dtype",
+            "init_method",
+            "init_seed",
+            "init_std",
+            "embedding_init_std",
+            "freeze_params",
+            "compile",
+            "fused_ops",
+            "dp_config",
+            "tp_config",
+            "cp_config",
+            "ep_config",
+            "ac_config",
+            "float8_config",
+        ),
+        NO_EFFECT,
+    ),
+}
+
+BLOCK: dict[str, Field] = {
+    "name": Field("default", only=tuple(NORM_PLACEMENTS)),
+    "dropout": Field(to="residual_dropout"),
+    "attention_residual_alpha": Field(only=(None, 1.0)),
+    "feed_forward_residual_alpha": Field(only=(None, 1.0)),
+    "feed_forward_moe": Field(only=(None,)),
+    **norm_fields("layer_norm"),
+    "feed_forward.name": Field("default", only=("default",)),
+    "feed_forward.hidden_size": Field(to="intermediate_size"),
+    "feed_forward.activation": Field("silu", only=tuple(ACTIVATIONS)),
+    "feed_forward.bias": Field(True, only=(False,)),
+    "feed_forward.dtype": NO_EFFECT,
+    "sequence_mixer.type": Field("attention", only=("attention",)),
+    "sequence_mixer.name": Field("default", only=("default",)),
+    "sequence_mixer.n_heads": Field(16, to="num_attention_heads"),
+    "sequence_mixer.n_kv_heads": Field(to="num_key_value_heads"),
+    "sequence_mixer.head_dim": Field(to="head_dim"),
+    "sequence_mixer.bias": Field(True, to="attention_bias"),
+    "sequence_mixer.gate": Field(only=(None,)),
+    "sequence_mixer.clip_qkv": Field(to="clip_qkv"),
+    "sequence_mixer.dropout": Field(to="attention_dropout"),
+    **norm_fields("sequence_mixer.qk_norm"),
+    "sequence_mixer.use_head_qk_norm": Field(False),
+    "sequence_mixer.qk_norm_per_head_gains": Field(only=(None, False)),
+    "sequence_mixer.scalable_softmax": Field(False, only=(None, False)),
+    "sequence_mixer.attention_sinks": Field(False, only=(None, False)),
+    "sequence_mixer.rope.name": Field("default", only=("default", "fused")),
+    "sequence_mixer.rope.theta": Field(500000),
+    "sequence_mixer.rope.full_precision": NO_EFFECT,
+    "sequence_mixer.rope.no_global_rope": Field(False, only=(None, False)),
+    "sequence_mixer.rope.partial_rotary_factor": Field(1.0, only=(None, 1.0)),
+    "sequence_mixer.rope.scaling": Field(),
+    "sequence_mixer.sliding_window.pattern": Field(),
+    "sequence_mixer.sliding_window.force_full_attention_on_first_layer": Field(True),
+    "sequence_mixer.sliding_window.force_full_attention_on_last_layer": Field(True),
+    **{
+        f"sequence_mixer.{name}": NO_EFFECT
+        for name in (
+            "backend",
+            "dtype",
+            "use_flash",
+            "use_recompute_qkv_prep",
+            "mxfp8_projections",
+            "mxfp8_qkv_projection",
+            "mxfp8_out_projection",
+            "mxfp8_save_qkv_for_backward",
+        )
+    },
+}
+
+# Forms of `rope.scaling`, by the fields that only they have.
+SCALING: dict[str, dict[str, Field]] = {
+    "beta_fast": {
+        "factor": Field(8.0),
+        "beta_fast": Field(32),
+        "beta_slow": Field(1),
+        "old_context_len": Field(8192),
+        "attention_rescale_factor": NO_EFFECT,  # of YaRN: native code computes its own
+    },
+    "new_theta": {"new_theta": Field(8_000_000), "attention_rescale_factor": Field(1.0, only=(1.0,))},
+    "high_freq_proportion": {
+        "factor": Field(32.0),
+        "low_freq_proportion": Field(0.0),
+        "high_freq_proportion": Field(0.25),
+        "old_context_len": Field(8192),
+        "attention_rescale_factor": Field(1.0, only=(1.0,)),
+    },
+    "high_freq_factor": {
+        "factor": Field(32.0),
+        "low_freq_factor": Field(1.0),
+        "high_freq_factor": Field(4.0),
+        "old_context_len": Field(8192),
+    },
+    "factor": {"factor": Field(2.0), "attention_rescale_factor": Field(1.0, only=(1.0,))},
+}
+
+
+def weights_folder(folder: Path) -> Path | None:
+    return next((path for path in (folder / "model_and_optim", folder) if (path / ".metadata").is_file()), None)
+
+
+def recognise(folder: Path) -> str | None:
+    return "OLMo-core" if (folder / "config.json").is_file() and weights_folder(folder) else None
+
+
+def open_checkpoint(folder: Path, max_length: int | None) -> Checkpoint:
+    experiment = read_json(folder / "config.json")
+    native = experiment.get("model")
+    if not isinstance(native, dict):
+        raise CheckpointError(
+            f"`model` of {folder / 'config.json'} must be an object (got {native!r}); copy the config of the run."
+        )
+    config, keys = olmem_config(native)
+    tokenizer = lookup(experiment, "dataset.tokenizer") or {}
+    for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        if tokenizer.get(name) is not None:
+            config[name] = tokenizer[name]
+    lengths = (
+        max_length,
+        lookup(experiment, "train_module.max_sequence_length"),
+        lookup(experiment, "dataset.sequence_length"),
+        lookup(experiment, "data_loader.sequence_length"),
+    )
+    config["max_position_embeddings"] = next((length for length in lengths if length), None)
+    if config["max_position_embeddings"] is None:
+        raise CheckpointError(
+            "`train_module.max_sequence_length` of config.json must say what length was trained (it is absent, and so "
+            "is `dataset.sequence_length`); give it with --max-length."
+        )
+    version = ""
+    if (folder / ".metadata.json").is_file():
+        version = f" {read_json(folder / '.metadata.json').get('version', '')}".rstrip()
+    weights = weights_folder(folder)
+    assert weights is not None  # `recognise` found it
+    return Checkpoint(
+        family="olmo_core",
+        description=f"OLMo-core{version}, {len(list(weights.glob('*.distcp')))} shard files",
+        path=folder,
+        native_config=native,
+        olmem_config=config,
+        tensors=read_distributed(weights),
+        keys=expand(keys, config["num_hidden_layers"]),
+        tokenizer_size=tokenizer.get("vocab_size") or config["vocab_size"],
+    )
+
+
+def lookup(value: Any, path: str) -> Any:
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def flatten(value: Mapping[str, Any], table: Mapping[str, Field], prefix: str = "") -> dict[str, Any]:
+    """Nested fields by path; Python class names dropped; an object that is itself a field of the table stays whole."""
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        path = prefix + name
+        if name == "_CLASS_":
+            continue
+        if isinstance(item, Mapping) and path not in table:
+            flat |= flatten(item, table, f"{path}.")
+        else:
+            flat[path] = item
+    return flat
+
+
+def read_block(block: Any, where: str) -> dict[str, Any]:
+    if not isinstance(block, Mapping):
+        raise CheckpointError(f"`{where}` of config.json must be an object (got {block!r}); copy the config again.")
+    block = dict(block)
+    if "attention" in block:  # the name of the field up to 2.x
+        if "sequence_mixer" in block:
+            raise CheckpointError(
+                f"`{where}` must hold `attention` or `sequence_mixer`, not both; copy the config again."
+            )
+        block["sequence_mixer"] = block.pop("attention")
+    for part in ("sequence_mixer", "layer_norm", "feed_forward"):
+        if not isinstance(block.get(part), Mapping):
+            raise CheckpointError(
+                f"`{part}` of `{where}` must be an object (got {block.get(part)!r}); Olmem has no block without it."
+            )
+    read = read_fields(flatten(block, BLOCK), BLOCK, f"`{where}` of config.json")
+    read["has_qk_norm"] = block["sequence_mixer"].get("qk_norm") is not None
+    if block["sequence_mixer"].get("rope") is None:
+        raise CheckpointError(
+            f"`rope` of `{where}.sequence_mixer` must be given (it is absent, which is no position at all); layers "
+            "without positions are not supported yet."
+        )
+    return read
+
+
+def olmem_config(native: Mapping[str, Any]) -> tuple[dict[str, Any], list[Key]]:
+    """OlmemConfig fields and the key table of a native `model` object."""
+    values = {name: value for name, value in native.items() if name not in ("block", "block_overrides")}
+    model = read_fields(flatten(values, MODEL), MODEL, "`model` of config.json")
+    num_layers = int(required(model["n_layers"], "n_layers", "config.json"))
+    overrides = native.get("block_overrides") or {}
+    strays = set(overrides) - {str(layer) for layer in range(num_layers)}
+    if strays:
+        raise CheckpointError(f"`block_overrides` must name layers 0 to {num_layers - 1} (got {sorted(strays)}).")
+    base = read_block(native.get("block"), "block")
+    blocks = [
+        read_block(overrides[str(layer)], f"block_overrides.{layer}") if str(layer) in overrides else base
+        for layer in range(num_layers)
+    ]
+    require_uniform(blocks)
+    block = blocks[0]
+    layer_types, window = read_windows(blocks)
+    norm_type, eps = read_norms(model, block)
+    config = carried(model, MODEL) | carried(block, BLOCK)
+    config |= {
+        "norm_placement": NORM_PLACEMENTS[block["name"]],
+        "norm_type": norm_type,
+        "rms_norm_eps": eps,
+        "hidden_act": ACTIVATIONS[block["feed_forward.activation"]],
+        "qk_norm": "none"
+        if not block["has_qk_norm"]
+        else "head"
+        if block["sequence_mixer.use_head_qk_norm"]
+        else "full",
+        "layer_types": layer_types,
+        "rope_parameters": read_rope(config, blocks, layer_types),
+    }
+    if window is not None:
+        config["sliding_window"] = window
+    for name in ("hidden_size", "vocab_size", "intermediate_size"):
+        required(config.get(name), name, "config.json")
+    return config, key_table(config, model, block)
+
+
+def require_uniform(blocks: list[dict[str, Any]]) -> None:
+    """Layers may differ in their window and their RoPE, and in nothing else."""
+    for layer, block in enumerate(blocks):
+        for name, value in block.items():
+            per_layer = name.startswith(("sequence_mixer.rope.", "sequence_mixer.sliding_window."))
+            if value != blocks[0][name] and not per_layer and BLOCK.get(name) is not NO_EFFECT:
+                raise CheckpointError(
+                    f"`{name}` must be one value for all layers (got {value!r} in layer {layer}, {blocks[0][name]!r} in "
+                    "layer 0); Olmem's layers differ in window and RoPE only."
+                )
+
+
+def read_windows(blocks: list[dict[str, Any]]) -> tuple[list[str], int | None]:
+    """Layer types and the one window, by SlidingWindowAttentionConfig's rule: a pattern repeats, counted from the
+    second layer when the first is forced full. A window of W sees W keys, the query's own included."""
+    windows = []
+    for layer, block in enumerate(blocks):
+        pattern = block["sequence_mixer.sliding_window.pattern"]
+        first = block["sequence_mixer.sliding_window.force_full_attention_on_first_layer"]
+        last = block["sequence_mixer.sliding_window.force_full_attention_on_last_layer"]
+        if pattern is None or (first and layer == 0) or (last and layer == len(blocks) - 1):
+            windows.append(-1)
+        elif not isinstance(pattern, list) or not pattern or not all(isinstance(w, int) for w in pattern):
+            raise CheckpointError(
+                f"`sliding_window.pattern` must be a list of windows, -1 for none (got {pattern!r}); correct it."
+            )
+        else:
+            windows.append(pattern[(layer - 1 if first else layer) % len(pattern)])
+    sizes = sorted({window for window in windows if window != -1})
+    if len(sizes) > 1 or any(size < 1 for size in sizes):
+        raise CheckpointError(
+            f"`sliding_window.pattern` must use one window, at least 1, or -1 (got {sizes}); Olmem's sliding layers "
+            "share one `sliding_window`."
+        )
+    layer_types = ["full_attention" if window == -1 else "sliding_attention" for window in windows]
+    return layer_types, sizes[0] if sizes else None
+
+
+def read_norms(model: Mapping[str, Any], block: Mapping[str, Any]) -> tuple[str, float]:
+    """The one norm type and epsilon of a model, `layer_plain` when none has weights."""
+    norms = [(block, "layer_norm"), (model, "lm_head.layer_norm")]
+    if block["has_qk_norm"]:
+        norms.append((block, "sequence_mixer.qk_norm"))
+    types = {f"{path}.name": NORM_TYPES[read[f"{path}.name"]] for read, path in norms}
+    if len(set(types.values())) > 1:
+        raise CheckpointError(f"`layer_norm.name` must be one for all norms (got {types}); Olmem has one norm type.")
+    epsilons = {f"{path}.eps": read[f"{path}.eps"] for read, path in norms}
+    if len(set(epsilons.values())) > 1:
+        raise CheckpointError(f"`layer_norm.eps` must be one for all norms (got {epsilons}); Olmem has one epsilon.")
+    norm_type, eps = types["layer_norm.name"], epsilons["layer_norm.eps"]
+    for read, path in norms:
+        if norm_type == "rms" and read[f"{path}.bias"] and read[f"{path}.elementwise_affine"]:
+            raise CheckpointError(
+                f"`{path}.bias` of config.json must be False with RMSNorm (got True, or absent, which native code reads "
+                "as True); Olmem's RMSNorm has no bias."
+            )
+    if norm_type == "layer" and not any(read[f"{path}.elementwise_affine"] for read, path in norms):
+        norm_type = "layer_plain"
+    return norm_type, eps
+
+
+def read_rope(config: Mapping[str, Any], blocks: list[dict[str, Any]], layer_types: list[str]) -> dict[str, Any]:
+    parameters: dict[str, Any] = {}
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    for layer, (block, layer_type) in enumerate(zip(blocks, layer_types, strict=True)):
+        theta, scaling = block["sequence_mixer.rope.theta"], block["sequence_mixer.rope.scaling"]
+        entry = {"rope_type": "default", "rope_theta": float(theta)}
+        if scaling is not None:
+            entry |= read_scaling(scaling, float(theta), head_dim)
+        if parameters.setdefault(layer_type, entry) != entry:
+            raise CheckpointError(
+                f"`rope` must be one for all {layer_type} layers (got {entry} in layer {layer}, "
+                f"{parameters[layer_type]} before it); Olmem's RoPE is chosen by layer type."
+            )
+    sliding = parameters.get("sliding_attention", {})
+    if sliding.get("rope_type", "default") != "default":
+        raise CheckpointError(
+            f"`rope.scaling` must be on full-attention layers only (got {sliding} on sliding ones); Olmem scales no "
+            "window."
+        )
+    return parameters
+
+
+def read_scaling(scaling: Any, theta: float, head_dim: int) -> dict[str, Any]:
+    """OLMo-core's RoPE scalings in Transformers' terms (olmo_core/nn/rope.py)."""
+    if not isinstance(scaling, Mapping):
+        raise CheckpointError(f"`rope.scaling` must be an object (got {scaling!r}); copy the config again.")
+    form = next((form for form in SCALING if form in scaling), None)
+    if form is None:
+        raise CheckpointError(f"`rope.scaling` must be a scaling this version knows (got {dict(scaling)}).")
+    read = read_fields(flatten(scaling, SCALING[form]), SCALING[form], "`rope.scaling` of config.json")
+    if form == "new_theta":
+        return {"rope_theta": float(read["new_theta"])}
+    if form == "factor":
+        return {"rope_type": "linear", "factor": read["factor"]}
+    shared = {"factor": read["factor"], "original_max_position_embeddings": read["old_context_len"]}
+    if form == "beta_fast":
+        turns = read["old_context_len"] / (2 * math.pi * read["beta_slow"])
+        if math.ceil(head_dim * math.log(turns) / (2 * math.log(theta))) > head_dim // 2 - 1:
+            raise CheckpointError(
+                f"`rope.scaling` must leave its ramp inside the head's {head_dim // 2} frequencies (got {dict(scaling)} "
+                f"with theta {theta:g}); there Transformers' YaRN computes other angles than OLMo-core's."
+            )
+        return shared | {
+            "rope_type": "yarn",
+            "beta_fast": read["beta_fast"],
+            "beta_slow": read["beta_slow"],
+            "attention_factor": 0.1 * math.log(read["factor"]) + 1.0,
+        }
+    low, high = read.get("low_freq_factor"), read.get("high_freq_factor")
+    if form == "high_freq_proportion":
+        low, high = 1.0 / (1.0 - read["low_freq_proportion"]), 1.0 / read["high_freq_proportion"]
+    return shared | {"rope_type": "llama3", "low_freq_factor": low, "high_freq_factor": high}
+
+
+def key_table(config: Mapping[str, Any], model: Mapping[str, Any], block: Mapping[str, Any]) -> list[Key]:
+    native, olmem = "blocks.{layer}.", "model.layers.{layer}."
+    attention, feed_forward = f"{native}attention.", f"{native}feed_forward."
+    projections = {"w_q": "q_proj", "w_k": "k_proj", "w_v": "v_proj", "w_out": "o_proj"}
+    table = [
+        Key("embeddings.weight", ("model.embed_tokens.weight",)),
+        *(
+            Key(f"{attention}{name}.weight", (f"{olmem}self_attn.{target}.weight",))
+            for name, target in projections.items()
+        ),
+        Key(f"{feed_forward}w1.weight", (f"{olmem}mlp.gate_proj.weight",)),
+        Key(f"{feed_forward}w2.weight", (f"{olmem}mlp.down_proj.weight",)),
+        Key(f"{feed_forward}w3.weight", (f"{olmem}mlp.up_proj.weight",)),
+    ]
+    if config["attention_bias"]:
+        table += [
+            Key(f"{attention}{name}.bias", (f"{olmem}self_attn.{target}.bias",)) for name, target in projections.items()
+        ]
+    if config["tie_word_embeddings"]:
+        table.append(Key("lm_head.w_out.weight", (), same_as="embeddings.weight"))
+    else:
+        table.append(Key("lm_head.w_out.weight", ("lm_head.weight",)))
+
+    place = "post" if config["norm_placement"] == "post" else "pre"
+    norms = [
+        ("lm_head.norm", "model.norm", model, "lm_head.layer_norm"),
+        (f"{native}attention_norm", f"{olmem}{place}_attention_layernorm", block, "layer_norm"),
+        (f"{native}feed_forward_norm", f"{olmem}{place}_feedforward_layernorm", block, "layer_norm"),
+    ]
+    if config["norm_placement"] == "peri":
+        norms += [
+            (f"{native}post_attention_norm", f"{olmem}post_attention_layernorm", block, "layer_norm"),
+            (f"{native}post_feed_forward_norm", f"{olmem}post_feedforward_layernorm", block, "layer_norm"),
+        ]
+    if config["qk_norm"] != "none":
+        norms += [
+            (f"{attention}{name}", f"{olmem}self_attn.{name}", block, "sequence_mixer.qk_norm")
+            for name in ("q_norm", "k_norm")
+        ]
+    for source, target, read, path in norms:
+        weighted = read[f"{path}.elementwise_affine"]
+        if config["norm_type"] != "layer_plain":
+            table.append(Key(f"{source}.weight" if weighted else None, (f"{target}.weight",)))
+        if config["norm_type"] == "layer":
+            biased = weighted and read[f"{path}.bias"]
+            table.append(Key(f"{source}.bias" if biased else None, (f"{target}.bias",), fill=0.0))
+    return table

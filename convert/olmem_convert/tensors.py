@@ -1,0 +1,417 @@
+"""Native weight files read one tensor at a time, and never a line of code run from them.
+
+Every reader returns a dictionary of `LazyTensor`: names, shapes and dtypes at once, data when asked. Pickles are read
+by torch's `weights_only` unpickler, or, where that cannot read them (`.metadata`, key names), by one that knows the
+names it may meet and builds inert records from them.
+"""
+
+import base64
+import binascii
+import io
+import json
+import math
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor still on disk; `load()` reads it whole, in the dtype of the file."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def rows(self, start: int, stop: int) -> "LazyTensor":
+        """Rows start … stop−1 of the first dimension."""
+        return LazyTensor((stop - start, *self.shape[1:]), self.dtype, lambda: self.load()[start:stop])
+
+
+class LoadedOnDemand(Mapping[str, torch.Tensor]):
+    """Lazy tensors as a mapping of plain ones: each look-up reads one tensor, optionally rounded to `dtype`."""
+
+    def __init__(self, tensors: Mapping[str, LazyTensor], dtype: torch.dtype | None = None):
+        self.tensors, self.dtype = tensors, dtype
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self.tensors[name].load()
+        return tensor if self.dtype is None else tensor.to(self.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+@contextmanager
+def reading(path: Path, remedy: str = "copy it again from its source") -> Iterator[None]:
+    """Turns whatever a library raises over a damaged file into one error that names the file."""
+    try:
+        yield
+    except (CheckpointError, KeyboardInterrupt, MemoryError):
+        raise
+    except FileNotFoundError as error:
+        raise CheckpointError(f"`{path.name}` must exist ({path} does not); {remedy}.") from error
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"`{path}` must be readable (got: {reason}); {remedy}.") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    with reading(path):
+        value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise CheckpointError(f"`{path}` must hold a JSON object (got {type(value).__name__}); copy it again.")
+    return value
+
+
+def member(folder: Path, name: Any) -> Path:
+    """The file `name` inside `folder`, or an error when the name would lead elsewhere."""
+    path = folder / str(name)
+    if not isinstance(name, str) or path.parent != folder or name in ("", ".", ".."):
+        raise CheckpointError(f"`{folder}` must name files of its own folder only (got {name!r}); do not trust it.")
+    return path
+
+
+def read_pickle(path: Path) -> dict[str, LazyTensor]:
+    """`model.pt`: a state dict saved by `torch.save`, memory-mapped."""
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            raise CheckpointError(
+                f"`{path}` must be a zip archive as `torch.save` has written since torch 1.6 (it is not one: cut short "
+                "at the front, another format, or older); copy it again, or load and save it once with a newer torch."
+            )
+    with reading(path, "it is cut short, damaged, or holds more than tensors; copy it again, or export its state dict"):
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    if not isinstance(state, dict):
+        raise CheckpointError(
+            f"`{path}` must hold a state dict (got {type(state).__name__}); save `model.state_dict()`."
+        )
+    tensors = {}
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            raise CheckpointError(
+                f"`{path}` must hold dense tensors by name (got {type(value).__name__} under {name!r}); "
+                "save `model.state_dict()` alone."
+            )
+        tensors[name] = LazyTensor(tuple(value.shape), value.dtype, lambda value=value: value)
+    return tensors
+
+
+def read_safetensors(path: Path, decode: Callable[[str], str] = str) -> dict[str, LazyTensor]:
+    """A safetensors file; `decode` turns its keys into tensor names."""
+    tensors: dict[str, LazyTensor] = {}
+    with reading(path, "it is cut short or damaged; copy it again"):
+        # The handle stays open as long as a tensor refers to it.
+        file = safe_open(path, framework="pt")
+        for key in file.keys():  # noqa: SIM118  safe_open is not a mapping
+            name = decode(key)
+            if name in tensors:
+                raise CheckpointError(f"`{path}` must hold {name!r} once (got it twice); copy it again.")
+            shape = tuple(file.get_slice(key).get_shape())
+            dtype = SAFETENSORS_DTYPES.get(file.get_slice(key).get_dtype())
+            if dtype is None:
+                kind = file.get_slice(key).get_dtype()
+                raise CheckpointError(
+                    f"`{path}` must hold floating-point weights (got {kind} in {name!r}); export them."
+                )
+            tensors[name] = LazyTensor(shape, dtype, lambda key=key: file.get_tensor(key))
+    return tensors
+
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+class NoGlobals(pickle.Unpickler):
+    """An unpickler for values that need no class: anything else in the stream is an error."""
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        raise pickle.UnpicklingError(f"{module_name}.{global_name} is not allowed")
+
+
+def decode_pickled_key(key: str) -> str:
+    """The key of OLMo's safetensors files, base64 of a pickled ((name, …), is_pickled), as a name.
+
+    Source: allenai/OLMo docs/Safetensors.md, olmo/safetensors_util.py.
+    """
+    try:
+        parts, is_pickled = NoGlobals(io.BytesIO(base64.urlsafe_b64decode(key))).load()
+        valid = isinstance(parts, tuple) and all(isinstance(part, str) for part in parts)
+    except (pickle.UnpicklingError, binascii.Error, ValueError, TypeError, EOFError, IndexError, KeyError) as error:
+        raise CheckpointError(
+            f"keys must be OLMo's encoded names (got {key[:60]!r}: {error}); this is not an OLMo safetensors file."
+        ) from error
+    if not valid or is_pickled:
+        raise CheckpointError(
+            f"key {key[:60]!r} must name a plain tensor (it names a pickled value); only model weights can be read."
+        )
+    return ".".join(parts)
+
+
+def read_flat_shards(folder: Path) -> dict[str, LazyTensor]:
+    """The shards of ai2-olmo-core 0.1: `metadata.json` and `rank_R.safetensors`, each holding flat slices of tensors."""
+    entries = read_json(folder / "metadata.json").get("tensors")
+    if not isinstance(entries, dict) or not entries:
+        raise CheckpointError(f"`{folder / 'metadata.json'}` must list `tensors` (it lists none); copy it again.")
+    shards: dict[str, dict[str, LazyTensor]] = {}
+    tensors = {}
+    for name, entry in entries.items():
+        with reading(folder / "metadata.json"):
+            shape = tuple(int(size) for size in entry["shape"])
+            pieces = flat_pieces(entry)
+        for file_name, _ in pieces:
+            if file_name not in shards:
+                shards[file_name] = read_safetensors(member(folder, file_name))
+        size, covered = math.prod(shape), 0
+        for file_name, spans in pieces:
+            length = sum(stop - start for start, stop in spans)
+            piece = shards[file_name].get(name)
+            if piece is None or math.prod(piece.shape) != length:
+                got = "nothing" if piece is None else f"{math.prod(piece.shape)} values"
+                raise CheckpointError(
+                    f"`{folder / file_name}` must hold {length} values of {name!r} (got {got}); its shards are cut "
+                    "short or of another checkpoint: copy them again together."
+                )
+            covered += length
+        spans = sorted(span for _, group in pieces for span in group)
+        contiguous = all(left[1] == right[0] for left, right in zip(spans, spans[1:], strict=False))
+        if covered != size or not contiguous or (spans and (spans[0][0] != 0 or spans[-1][1] != size)):
+            raise CheckpointError(
+                f"`{folder / 'metadata.json'}` must cover {name!r} of shape {shape} once (got {covered} values of "
+                f"{size}); a rank is missing or metadata is of another checkpoint: copy them again together."
+            )
+        dtypes = {shards[file_name][name].dtype for file_name, _ in pieces}
+        if len(dtypes) > 1:
+            raise CheckpointError(f"`{folder}` must hold one dtype of {name!r} (got {dtypes}); copy it again.")
+        tensors[name] = LazyTensor(
+            shape,
+            dtypes.pop(),
+            lambda name=name, shape=shape, pieces=pieces: join_flat(
+                shape, [(spans, shards[file_name][name].load()) for file_name, spans in pieces]
+            ),
+        )
+    refuse_strays(folder, "*.safetensors", shards, "metadata.json")
+    return tensors
+
+
+def flat_pieces(entry: Mapping[str, Any]) -> list[tuple[str, list[tuple[int, int]]]]:
+    """(file, [(start, stop), …]) of one entry of `metadata.json`, in either form that ai2-olmo-core 0.1 writes."""
+    by_file = entry.get("shard_spec_per_file")
+    if by_file is not None:
+        offsets = {name: spec["flattened_offsets"] for name, spec in by_file.items()}
+    else:
+        offsets = entry["flattened_offsets_per_file"]
+    pieces = []
+    for name, spans in offsets.items():
+        if spans and isinstance(spans[0], int):
+            spans = [spans]
+        pieces.append((name, [(int(start), int(stop)) for start, stop in spans if stop > start]))
+    return [(name, spans) for name, spans in pieces if spans]
+
+
+def join_flat(shape: tuple[int, ...], pieces: list[tuple[list[tuple[int, int]], torch.Tensor]]) -> torch.Tensor:
+    whole = torch.empty(math.prod(shape), dtype=pieces[0][1].dtype)
+    for spans, values in pieces:
+        taken = 0
+        for start, stop in spans:
+            whole[start:stop] = values.reshape(-1)[taken : taken + stop - start]
+            taken += stop - start
+    return whole.view(shape)
+
+
+def refuse_strays(folder: Path, pattern: str, known: Mapping[str, Any] | set[str], index_name: str) -> None:
+    strays = sorted({path.name for path in folder.glob(pattern)} - set(known))
+    if strays:
+        raise CheckpointError(
+            f"`{folder / strays[0]}` must be listed in `{index_name}` (it is not); files of two checkpoints are "
+            "mixed: move what does not belong here away."
+        )
+
+
+class Record:
+    """An inert stand-in for a pickled object: its state, nothing else."""
+
+    state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+        else:
+            self.state = state
+
+
+def first_argument(*arguments: Any) -> Any:
+    return arguments[0] if arguments else None
+
+
+# All that a `.metadata` of torch.distributed.checkpoint may name, by OLMo-core 1.8 to 3.0 and torch 2.x; the classes
+# become records, so that not even their own unpickling code runs.
+METADATA_GLOBALS: dict[str, Any] = {
+    **{
+        f"torch.distributed.checkpoint.metadata.{name}": Record
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+        )
+    },
+    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING": first_argument,
+    "torch.distributed._shard.sharded_tensor.metadata.TensorProperties": Record,
+    "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING": first_argument,
+    "torch.distributed.checkpoint.filesystem._StorageInfo": Record,
+    "olmo_core.distributed.checkpoint.filesystem._StorageInfo": Record,
+    "torch.serialization._get_layout": first_argument,
+    "torch.Size": tuple,
+    "collections.OrderedDict": dict,
+    "pathlib.PosixPath": first_argument,  # the folder that it was written to
+    "pathlib.WindowsPath": first_argument,
+    **{
+        f"torch.{name}": getattr(torch, name)
+        for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+    },
+}
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        name = f"{module_name}.{global_name}"
+        if name not in METADATA_GLOBALS:
+            raise CheckpointError(
+                f"`.metadata` must name classes of torch.distributed.checkpoint only (got {name}); the file is not a "
+                "checkpoint's, do not load it with the native code either."
+            )
+        return METADATA_GLOBALS[name]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of a tensor: where it starts, its sizes, and the bytes of one file that hold it."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    path: Path
+    start: int
+    length: int
+
+
+def read_distributed(folder: Path, prefix: str = "model.") -> dict[str, LazyTensor]:
+    """The model weights of a torch.distributed.checkpoint folder: `.metadata` and `__R_I.distcp`.
+
+    Keys that start with `prefix` are taken, without it; a folder written from a bare state dict has no prefix.
+    """
+    path = folder / ".metadata"
+    with reading(path), path.open("rb") as file:
+        metadata = MetadataUnpickler(file).load()
+        entries = dict(metadata.state_dict_metadata)
+        storage = {
+            (str(index.fqn), tuple(getattr(index, "offset", None) or ())): (
+                info.relative_path,
+                int(info.offset),
+                int(info.length),
+            )
+            for index, info in metadata.storage_data.items()
+        }
+    refuse_strays(folder, "*.distcp", {relative for relative, _, _ in storage.values()}, ".metadata")
+    names = [name for name in entries if name.startswith(prefix)]
+    if not names:
+        prefix, names = "", [name for name in entries if not name.startswith("optim.")]
+    tensors = {}
+    for name in names:
+        if not hasattr(entries[name], "chunks"):
+            raise CheckpointError(f"`{path}` must hold tensors only (got a pickled value {name!r}); re-save the model.")
+        with reading(path):
+            shape = tuple(int(size) for size in entries[name].size)
+            dtype = metadata_dtype(entries[name].properties)
+            chunks = [(tuple(map(int, chunk.offsets)), tuple(map(int, chunk.sizes))) for chunk in entries[name].chunks]
+        located = []
+        for offsets, sizes in chunks:
+            if math.prod(sizes) == 0:
+                continue
+            if (name, offsets) not in storage:
+                raise CheckpointError(f"`{path}` must locate {name!r} at {offsets} (it does not); copy it again.")
+            relative_path, start, length = storage[name, offsets]
+            chunk_path = member(folder, relative_path)
+            if not chunk_path.is_file():
+                raise CheckpointError(f"`{chunk_path}` must exist (it holds part of {name!r}); copy the folder again.")
+            available, needed = chunk_path.stat().st_size, math.prod(sizes) * dtype.itemsize
+            if start < 0 or start + length > available or length < needed:
+                raise CheckpointError(
+                    f"`{chunk_path}` must hold {needed} bytes of {name!r} at {start} (the file has {available}); it "
+                    "is cut short or of another checkpoint: copy the folder again."
+                )
+            located.append(Chunk(offsets, sizes, chunk_path, start, length))
+        check_cover(path, name, shape, located)
+        tensors[name.removeprefix(prefix)] = LazyTensor(
+            shape,
+            dtype,
+            lambda name=name, shape=shape, dtype=dtype, located=located: join_chunks(name, shape, dtype, located),
+        )
+    return tensors
+
+
+def metadata_dtype(properties: Any) -> torch.dtype:
+    dtype = properties.state[0] if isinstance(properties.state, tuple) else properties.dtype
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype is {dtype!r}")
+    return dtype
+
+
+def check_cover(path: Path, name: str, shape: tuple[int, ...], chunks: list[Chunk]) -> None:
+    """Chunks must lie inside the tensor, be of its dimensions, and add up to it. Two that overlap leave a gap, which
+    `join_chunks` finds."""
+    inside = all(
+        len(chunk.sizes) == len(chunk.offsets) == len(shape)
+        and all(0 <= o and o + s <= n for o, s, n in zip(chunk.offsets, chunk.sizes, shape, strict=True))
+        for chunk in chunks
+    )
+    covered = sum(math.prod(chunk.sizes) for chunk in chunks)
+    if not inside or covered != math.prod(shape):
+        raise CheckpointError(
+            f"`{path}` must cover {name!r} of shape {shape} once (its chunks hold {covered} values of "
+            f"{math.prod(shape)}); a rank's chunks are missing or doubled: copy the folder again."
+        )
+
+
+def join_chunks(name: str, shape: tuple[int, ...], dtype: torch.dtype, chunks: list[Chunk]) -> torch.Tensor:
+    whole = torch.full(shape, float("nan"), dtype=dtype) if dtype.is_floating_point else torch.empty(shape, dtype=dtype)
+    for chunk in chunks:
+        with reading(chunk.path, "it is damaged; copy the folder again"):
+            with chunk.path.open("rb") as file:
+                file.seek(chunk.start)
+                blob = file.read(chunk.length)
+            values = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+            if not isinstance(values, torch.Tensor) or tuple(values.shape) != chunk.sizes or values.dtype != dtype:
+                got = (
+                    f"{values.dtype} {tuple(values.shape)}"
+                    if isinstance(values, torch.Tensor)
+                    else type(values).__name__
+                )
+                raise CheckpointError(
+                    f"`{chunk.path}` must hold {dtype} {chunk.sizes} of {name!r} (got {got}); files of two "
+                    "checkpoints are mixed: copy the folder again."
+                )
+        whole[tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))] = values
+    return whole

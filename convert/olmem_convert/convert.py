@@ -15,8 +15,9 @@ from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 
 from .errors import CheckpointError
-from .formats import Checkpoint, to_olmem
+from .formats import Checkpoint
 from .formats.detect import open_checkpoint
+from .plan import TOKEN_IDS, check_copies, make_config, make_tensors
 from .shards import write_shards
 from .tokenizer import find_tokenizer, write_tokenizer
 from .verify import verify_checkpoint
@@ -52,11 +53,7 @@ def convert(
         say(line)
     stored = choose_dtype(checkpoint, dtype)
     config = make_config(checkpoint, stored)
-    with torch.device("meta"):
-        model = OlmemForCausalLM(config)
-    tied = model.all_tied_weights_keys
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
-    tensors = to_olmem(checkpoint.keys, checkpoint.tensors, shapes)
+    tensors = make_tensors(checkpoint, config)
     check_copies(checkpoint)
 
     with written_whole(out, overwrite) as folder:
@@ -69,12 +66,11 @@ def convert(
             )
         with tqdm(total=needed, unit="B", unit_scale=True, desc="writing weights", disable=None) as bar:
             write_shards(folder, tensors, stored, max_shard_size, bar.update)
-        model.config.auto_map = OlmemForCausalLM.auto_map()
-        custom_object_save(model, folder, config=config)
+        config.auto_map = OlmemForCausalLM.auto_map()
+        with torch.device("meta"):
+            custom_object_save(OlmemForCausalLM(config), folder)
         config.save_pretrained(folder)
-        GenerationConfig(
-            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-        ).save_pretrained(folder)
+        GenerationConfig(**{name: getattr(config, name) for name in TOKEN_IDS}).save_pretrained(folder)
         tokenizer_report = copy_tokenizer(checkpoint, config, Path(tokenizer) if tokenizer else None, folder, say)
         report = {
             "format": checkpoint.description,
@@ -116,33 +112,6 @@ def choose_dtype(checkpoint: Checkpoint, name: str | None) -> torch.dtype:
     return found.pop()
 
 
-def make_config(checkpoint: Checkpoint, dtype: torch.dtype) -> OlmemConfig:
-    try:
-        config = OlmemConfig(**checkpoint.olmem_config, dtype=dtype, architectures=["OlmemForCausalLM"])
-    except (ValueError, TypeError, KeyError) as error:  # huggingface_hub's strict dataclasses raise kinds of ValueError
-        reason = str(error).splitlines()[-1].strip()
-        raise CheckpointError(f"the checkpoint's config gives no valid model: {reason}") from error
-    for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
-        token = getattr(config, name)
-        if token is not None and not 0 <= token < config.vocab_size:
-            raise CheckpointError(
-                f"`{name}` of the config must be in the vocabulary of {config.vocab_size} (got {token}); correct it."
-            )
-    return config
-
-
-def check_copies(checkpoint: Checkpoint) -> None:
-    """A tied checkpoint may store its head all the same; it must then be the embedding, bit for bit."""
-    for key in checkpoint.keys:
-        if key.native and key.same_as:
-            copy, original = checkpoint.tensors[key.native], checkpoint.tensors[key.same_as]
-            if copy.shape != original.shape or not torch.equal(copy.load(), original.load()):
-                raise CheckpointError(
-                    f"`{key.native}` must equal `{key.same_as}`, to which the config ties it (it differs); config and "
-                    "weights are of two checkpoints."
-                )
-
-
 def copy_tokenizer(
     checkpoint: Checkpoint, config: OlmemConfig, path: Path | None, folder: Path, say: Callable[[str], None]
 ) -> dict[str, Any] | None:
@@ -154,9 +123,7 @@ def copy_tokenizer(
         path,
         folder,
         vocab_size=config.vocab_size,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
-        bos_token_id=config.bos_token_id,
+        **{name: checkpoint.olmem_config.get(name) for name in TOKEN_IDS},
         max_length=config.max_position_embeddings,
     )
     say(f"tokenizer: {report['size']} tokens, the same ids on {report['probes']} probes after reloading")

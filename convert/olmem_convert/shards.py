@@ -24,7 +24,7 @@ def write_shards(
     tensors: Mapping[str, LazyTensor],
     dtype: torch.dtype,
     max_shard_size: int | str,
-    advance: Callable[[int], None] = lambda nbytes: None,
+    advance: Callable[[int], object] = lambda nbytes: None,
 ) -> int:
     """Writes `model*.safetensors` and, when there are several, the index. `advance` is told of bytes written.
 
@@ -56,7 +56,7 @@ def write_shards(
 
 
 def write_file(
-    file: BinaryIO, tensors: Mapping[str, LazyTensor], dtype: torch.dtype, advance: Callable[[int], None]
+    file: BinaryIO, tensors: Mapping[str, LazyTensor], dtype: torch.dtype, advance: Callable[[int], object]
 ) -> None:
     """One safetensors file (github.com/huggingface/safetensors, "Format"): header length, header, bytes."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -74,7 +74,7 @@ def write_file(
             values = values.to(dtype)
             require_finite(name, values, f" as {str(dtype).removeprefix('torch.')}")
         data = values.contiguous().flatten().view(torch.uint8).numpy()
-        file.write(memoryview(data))
+        file.write(data.data)
         advance(data.nbytes)
     file.flush()
     os.fsync(file.fileno())

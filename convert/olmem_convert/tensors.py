@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from .errors import CheckpointError
 
@@ -112,33 +112,30 @@ def read_pickle(path: Path) -> dict[str, LazyTensor]:
     return tensors
 
 
-def read_safetensors(path: Path, decode: Callable[[str], str] = str) -> dict[str, LazyTensor]:
-    """A safetensors file; `decode` turns its keys into tensor names."""
-    tensors: dict[str, LazyTensor] = {}
-    with reading(path, "it is cut short or damaged; copy it again"):
-        # The handle stays open as long as a tensor refers to it.
-        file = safe_open(path, framework="pt")
-        for key in file.keys():  # noqa: SIM118  safe_open is not a mapping
-            name = decode(key)
-            if name in tensors:
-                raise CheckpointError(f"`{path}` must hold {name!r} once (got it twice); copy it again.")
-            shape = tuple(file.get_slice(key).get_shape())
-            dtype = SAFETENSORS_DTYPES.get(file.get_slice(key).get_dtype())
-            if dtype is None:
-                kind = file.get_slice(key).get_dtype()
-                raise CheckpointError(
-                    f"`{path}` must hold floating-point weights (got {kind} in {name!r}); export them."
-                )
-            tensors[name] = LazyTensor(shape, dtype, lambda key=key: file.get_tensor(key))
-    return tensors
-
-
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+
+
+def read_safetensors(path: Path, decode: Callable[[str], str] = str) -> dict[str, LazyTensor]:
+    """A safetensors file; `decode` turns its keys into tensor names."""
+    tensors: dict[str, LazyTensor] = {}
+    with reading(path, "it is cut short or damaged; copy it again"):
+        file = safe_open(path, framework="pt")  # open for as long as a tensor refers to it
+        for key in file.keys():  # noqa: SIM118  safe_open is not a mapping
+            name, stored = decode(key), file.get_slice(key)
+            dtype = SAFETENSORS_DTYPES.get(stored.get_dtype())
+            if name in tensors:
+                raise CheckpointError(f"`{path}` must hold {name!r} once (got it twice); copy it again.")
+            if dtype is None:
+                raise CheckpointError(
+                    f"`{path}` must hold floating-point weights (got {stored.get_dtype()} in {name!r}); export them."
+                )
+            tensors[name] = LazyTensor(tuple(stored.get_shape()), dtype, lambda key=key: file.get_tensor(key))
+    return tensors
 
 
 class NoGlobals(pickle.Unpickler):
@@ -168,72 +165,67 @@ def decode_pickled_key(key: str) -> str:
 
 
 def read_flat_shards(folder: Path) -> dict[str, LazyTensor]:
-    """The shards of ai2-olmo-core 0.1: `metadata.json` and `rank_R.safetensors`, each holding flat slices of tensors."""
-    entries = read_json(folder / "metadata.json").get("tensors")
+    """The shards of ai2-olmo-core 0.1: `metadata.json` and `rank_R.safetensors`, holding flat slices of tensors."""
+    index_path = folder / "metadata.json"
+    entries = read_json(index_path).get("tensors")
     if not isinstance(entries, dict) or not entries:
-        raise CheckpointError(f"`{folder / 'metadata.json'}` must list `tensors` (it lists none); copy it again.")
-    shards: dict[str, dict[str, LazyTensor]] = {}
+        raise CheckpointError(f"`{index_path}` must list `tensors` (it lists none); copy it again.")
+    with reading(index_path):
+        shapes = {name: tuple(int(size) for size in entry["shape"]) for name, entry in entries.items()}
+        spans = {name: flat_spans(entry) for name, entry in entries.items()}
+    file_names = sorted({file_name for by_file in spans.values() for file_name in by_file})
+    shards = {file_name: read_safetensors(member(folder, file_name)) for file_name in file_names}
+    refuse_strays(folder, "*.safetensors", shards, index_path.name)
+
     tensors = {}
-    for name, entry in entries.items():
-        with reading(folder / "metadata.json"):
-            shape = tuple(int(size) for size in entry["shape"])
-            pieces = flat_pieces(entry)
-        for file_name, _ in pieces:
-            if file_name not in shards:
-                shards[file_name] = read_safetensors(member(folder, file_name))
-        size, covered = math.prod(shape), 0
-        for file_name, spans in pieces:
-            length = sum(stop - start for start, stop in spans)
+    for name, shape in shapes.items():
+        pieces = []
+        for file_name, held in spans[name].items():
+            length = sum(stop - start for start, stop in held)
             piece = shards[file_name].get(name)
+            if length == 0:
+                continue
             if piece is None or math.prod(piece.shape) != length:
                 got = "nothing" if piece is None else f"{math.prod(piece.shape)} values"
                 raise CheckpointError(
                     f"`{folder / file_name}` must hold {length} values of {name!r} (got {got}); its shards are cut "
                     "short or of another checkpoint: copy them again together."
                 )
-            covered += length
-        spans = sorted(span for _, group in pieces for span in group)
-        contiguous = all(left[1] == right[0] for left, right in zip(spans, spans[1:], strict=False))
-        if covered != size or not contiguous or (spans and (spans[0][0] != 0 or spans[-1][1] != size)):
+            pieces.append((held, piece))
+        ordered = sorted(span for held, _ in pieces for span in held)
+        if [0, *(stop for _, stop in ordered)] != [*(start for start, _ in ordered), math.prod(shape)]:
             raise CheckpointError(
-                f"`{folder / 'metadata.json'}` must cover {name!r} of shape {shape} once (got {covered} values of "
-                f"{size}); a rank is missing or metadata is of another checkpoint: copy them again together."
+                f"`{index_path}` must cover {name!r} of shape {shape} once (its slices are {ordered[:4]} …); a rank is "
+                "missing, or the index is of another checkpoint: copy them again together."
             )
-        dtypes = {shards[file_name][name].dtype for file_name, _ in pieces}
-        if len(dtypes) > 1:
-            raise CheckpointError(f"`{folder}` must hold one dtype of {name!r} (got {dtypes}); copy it again.")
+        if len({piece.dtype for _, piece in pieces}) != 1:
+            raise CheckpointError(f"`{folder}` must hold {name!r} in one dtype; copy its shards again together.")
         tensors[name] = LazyTensor(
-            shape,
-            dtypes.pop(),
-            lambda name=name, shape=shape, pieces=pieces: join_flat(
-                shape, [(spans, shards[file_name][name].load()) for file_name, spans in pieces]
-            ),
+            shape, pieces[0][1].dtype, lambda shape=shape, pieces=pieces: join_flat(shape, pieces)
         )
-    refuse_strays(folder, "*.safetensors", shards, "metadata.json")
     return tensors
 
 
-def flat_pieces(entry: Mapping[str, Any]) -> list[tuple[str, list[tuple[int, int]]]]:
-    """(file, [(start, stop), …]) of one entry of `metadata.json`, in either form that ai2-olmo-core 0.1 writes."""
+def flat_spans(entry: Mapping[str, Any]) -> dict[str, list[tuple[int, int]]]:
+    """[(start, stop), …] by file, of one entry of `metadata.json`, in either form that ai2-olmo-core 0.1 writes."""
     by_file = entry.get("shard_spec_per_file")
     if by_file is not None:
         offsets = {name: spec["flattened_offsets"] for name, spec in by_file.items()}
     else:
         offsets = entry["flattened_offsets_per_file"]
-    pieces = []
+    by_name = {}
     for name, spans in offsets.items():
-        if spans and isinstance(spans[0], int):
-            spans = [spans]
-        pieces.append((name, [(int(start), int(stop)) for start, stop in spans if stop > start]))
-    return [(name, spans) for name, spans in pieces if spans]
+        spans = [spans] if spans and isinstance(spans[0], int) else spans
+        by_name[name] = [(int(start), int(stop)) for start, stop in spans if stop > start]
+    return by_name
 
 
-def join_flat(shape: tuple[int, ...], pieces: list[tuple[list[tuple[int, int]], torch.Tensor]]) -> torch.Tensor:
+def join_flat(shape: tuple[int, ...], pieces: list[tuple[list[tuple[int, int]], LazyTensor]]) -> torch.Tensor:
     whole = torch.empty(math.prod(shape), dtype=pieces[0][1].dtype)
-    for spans, values in pieces:
-        taken = 0
+    for spans, piece in pieces:
+        values, taken = piece.load().reshape(-1), 0
         for start, stop in spans:
-            whole[start:stop] = values.reshape(-1)[taken : taken + stop - start]
+            whole[start:stop] = values[taken : taken + stop - start]
             taken += stop - start
     return whole.view(shape)
 
@@ -326,7 +318,7 @@ def read_distributed(folder: Path, prefix: str = "model.") -> dict[str, LazyTens
     with reading(path), path.open("rb") as file:
         metadata = MetadataUnpickler(file).load()
         entries = dict(metadata.state_dict_metadata)
-        storage = {
+        storage: dict[tuple[str, tuple[int, ...]], tuple[Any, int, int]] = {
             (str(index.fqn), tuple(getattr(index, "offset", None) or ())): (
                 info.relative_path,
                 int(info.offset),
@@ -384,7 +376,7 @@ def check_cover(path: Path, name: str, shape: tuple[int, ...], chunks: list[Chun
     `join_chunks` finds."""
     inside = all(
         len(chunk.sizes) == len(chunk.offsets) == len(shape)
-        and all(0 <= o and o + s <= n for o, s, n in zip(chunk.offsets, chunk.sizes, shape, strict=True))
+        and all(o >= 0 and o + s <= n for o, s, n in zip(chunk.offsets, chunk.sizes, shape, strict=True))
         for chunk in chunks
     )
     covered = sum(math.prod(chunk.sizes) for chunk in chunks)

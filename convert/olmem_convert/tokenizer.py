@@ -89,7 +89,7 @@ def write_tokenizer(
     if not 0 < size <= vocab_size:
         raise CheckpointError(f"`vocab_size` must cover the {size} tokens of {path} (got {vocab_size}); {WAY_OUT}")
 
-    added = dict(sorted(tokenizer.get_added_tokens_decoder().items()))
+    added = tokenizer.get_added_tokens_decoder()
     special = {token_id: token.content for token_id, token in added.items() if token.special}
     expected = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id, "bos_token_id": bos_token_id}
     config: dict[str, Any] = {"tokenizer_class": TOKENIZER_CLASS, "clean_up_tokenization_spaces": False}

@@ -2,7 +2,7 @@
 
 import difflib
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, GenerationConfig
@@ -111,8 +111,6 @@ class OlmemConfig(PreTrainedConfig):
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 8192
     norm_placement: str = "post"
@@ -121,8 +119,6 @@ class OlmemConfig(PreTrainedConfig):
     qk_norm: str = "full"
     clip_qkv: float | int | None = None
     clip_qkv_stage: str = "projection"
-    rope_parameters: dict | None = None
-    layer_types: list[str] | str | None = None
     sliding_window: int | None = 4096
     attention_bias: bool = False
     attention_dropout: float | int = 0.0
@@ -134,6 +130,16 @@ class OlmemConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    if TYPE_CHECKING:  # what these are once `__post_init__` has completed them
+        num_key_value_heads: int = 0
+        head_dim: int = 0
+        layer_types: list[str] = []
+        rope_parameters: dict[str, Any] = {}
+    else:
+        num_key_value_heads: int | None = None
+        head_dim: int | None = None
+        layer_types: list[str] | str | None = None
+        rope_parameters: dict | None = None
 
     def __post_init__(self, **kwargs):
         self._refuse_unknown(kwargs)
@@ -180,7 +186,6 @@ class OlmemConfig(PreTrainedConfig):
         rope = {name: raw[name] for name in ("rope_parameters", "rope_theta", "rope_scaling") if raw.get(name)}
         values |= rope or {"rope_theta": source.default_theta}
         values |= OLMO_BLOCKS[model_type]
-        # A token that the source does not have must stay absent, not become our default.
         return cls(**(values | overrides))
 
     def convert_rope_params_to_dict(self, **kwargs) -> dict[str, Any]:
@@ -279,14 +284,14 @@ class OlmemConfig(PreTrainedConfig):
             self._require(0 <= getattr(self, name) < 1, name, "must be in [0, 1)", "0.0 drops nothing")
 
     def validate_layer_types(self) -> None:
-        # Named in full so that an unsupported type is met here, before Transformers' own, wider list.
         unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
         if "chunked_attention" in unknown:
             raise ValueError(
-                "`layer_types` 'chunked_attention' is not supported yet (got it in "
-                f"{self.layer_types}); use 'sliding_attention' or 'full_attention'."
+                "`layer_types` 'chunked_attention' is not supported yet (got it); use 'sliding_attention' or "
+                "'full_attention'."
             )
-        self._require(not unknown, "layer_types", f"must be made of {', '.join(LAYER_TYPES)}", "rename the others")
+        if unknown:
+            raise ValueError(f"`layer_types` must be made of {', '.join(LAYER_TYPES)} (got {unknown}); rename these.")
         self._require(
             len(self.layer_types) == self.num_hidden_layers,
             "layer_types",

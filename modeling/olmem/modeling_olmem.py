@@ -34,8 +34,7 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -177,7 +176,7 @@ class OlmemAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         heads_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         qk_norm, clip_stage = self.config.qk_norm, self.config.clip_qkv_stage
@@ -199,7 +198,7 @@ class OlmemAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)
 
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            self.config._attn_implementation or "eager", eager_attention_forward
         )
         output, weights = attend(
             self,
@@ -256,7 +255,7 @@ class OlmemDecoderLayer(GradientCheckpointingLayer):
         self.pre_feedforward_layernorm = norm_if(placement in ("pre", "peri"))
         self.post_feedforward_layernorm = norm_if(placement in ("post", "peri"))
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         if self.parallel:
             normed = self.input_layernorm(hidden_states)
             attended = self.residual_dropout(self.self_attn(normed, **kwargs)[0])
@@ -321,13 +320,13 @@ class OlmemModel(OlmemPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs,
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -340,7 +339,9 @@ class OlmemModel(OlmemPreTrainedModel):
             position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen).unsqueeze(0)
 
         layer_types = self.config.layer_types
-        if not isinstance(masks := attention_mask, dict):  # `generate` may have made them already
+        if isinstance(attention_mask, dict):  # `generate` has made them already
+            masks = attention_mask
+        else:
             masks = {
                 layer_type: MASK_FUNCTIONS[layer_type](
                     config=self.config,
@@ -372,7 +373,7 @@ class OlmemForCausalLM(OlmemPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, config: OlmemConfig):
         super().__init__(config)
@@ -398,19 +399,19 @@ class OlmemForCausalLM(OlmemPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs,
     ) -> CausalLMOutputWithPast:
         """As Olmo3ForCausalLM: `labels` (B, T), -100 ignored, give the loss of the next token; `logits_to_keep` keeps
         the last n positions, or those of a tensor of indices; 0 keeps all."""
-        outputs: BaseModelOutputWithPast = self.model(
+        outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -451,7 +452,7 @@ AUTO_CLASSES = (
 )
 for _auto_class, _model_class in AUTO_CLASSES:
     _auto_class.register(OlmemConfig, _model_class, exist_ok=True)
-    _model_class.register_for_auto_class(_auto_class)
+    _model_class.register_for_auto_class(_auto_class.__name__)
 
 __all__ = [
     "OlmemForCausalLM",

@@ -285,8 +285,25 @@ def test_every_way_to_encode_and_decode_is_compared(name, make, rule, source, ou
     assert refusal(source, out).startswith(rule)
 
 
-PROBED = ["", "12345678901", "1,234", "\n\n", "\t\t", "    ", "\r\n", "they'd", "THEY'D", "\u4f60", "e\u0301", "\u0645"]
-PROBED += ["\U0001f469\u200d", "\U00010348", "def f", EOS, EOS * 2, f"x{EOS}y", PAD, PAD * 2, PII, PII * 2, f"x{PII}y"]
+PROBED = [
+    *("", "12345678901", "5123", "1,234", "2026-11-22", "\u0661", "\uff11", "they'd", "THEY'D", "o'clock"),
+    *("\n" * 5, "\t" * 4, " " * 33, " \n  \n\n ", "\n\t\t", "\r\n\r\n", "\u00a0", "\u3000", " and ", "  two  ", ' ("'),
+    *(
+        "def f",
+        "class=",
+        "https:",
+        "\u0130",
+        "e\u0301",
+        "\u4f60",
+        "\uac00",
+        "\u0645",
+        "\u0391",
+        "\u200b",
+        "\x00",
+        "===",
+    ),
+    *("\U0001f469\u200d", "\U00010348", EOS, EOS * 2, f"x{EOS}y", PAD, PAD * 2, PII, PII * 2, f"x{PII}y"),
+]
 
 
 @pytest.mark.parametrize("piece", PROBED)
@@ -454,7 +471,7 @@ def test_the_wrong_one_of_a_pair_of_tokenizers(field, token_id, source, out):
 
 @pytest.mark.parametrize("as_folder", [True, False])
 def test_the_chat_template_is_carried_over_and_nothing_else(source, out, as_folder):
-    template = "{{ bos_token }}\n\u00e9{{ messages[0].content }}"
+    template = "{{ bos_token }}\n\u00e9\ud800{{ messages[0].content }}"
     theirs = {"chat_template": template, "tokenizer_class": "GPT2Tokenizer", "eos_token": PII, "model_max_length": 3}
     (source.parent / "tokenizer_config.json").write_text(json.dumps(theirs))
     write_tokenizer(source.parent if as_folder else source, out, **IDS)

@@ -148,7 +148,7 @@ def read_fields(values: Mapping[str, Any], table: Mapping[str, Field], where: st
         if field.only is not None and value not in field.only:
             allowed = " or ".join(map(repr, field.only))
             raise CheckpointError(
-                f"`{name}` of {where} must be {allowed} (got {value!r}); Olmem cannot compute the same logits otherwise."
+                f"`{name}` of {where} must be {allowed} (got {value!r}); Olmem cannot compute its logits otherwise."
             )
     for name, field in table.items():
         if name not in values and field.only is not None and field.default not in field.only:

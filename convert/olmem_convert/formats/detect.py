@@ -48,4 +48,4 @@ def what_else(source: Path) -> str:
         return "bare state dicts (BakaLLM's `.bin`) are not supported yet"
     names = sorted(path.name for path in source.iterdir())
     listed = ", ".join(names[:6]) + (", …" if len(names) > 6 else "") if names else "nothing"
-    return f"it holds {listed}, neither `config.yaml` (OLMo) nor `config.json` with `model_and_optim/.metadata` (OLMo-core)"
+    return f"it holds {listed}, neither `config.yaml` (OLMo) nor `config.json` and `.metadata` (OLMo-core)"

@@ -14,7 +14,7 @@ from ..errors import CheckpointError
 from ..tensors import read_distributed, read_json
 from . import NO_EFFECT, Checkpoint, Field, Key, carried, expand, read_fields, required
 
-NORM_TYPES = {"rms": "rms", "fused_rms": "rms", "cute_rms": "rms", "default": "layer"}
+NORM_TYPES = {"rms": "rms", "fused_rms": "rms", "cute_rms": "rms", "qwen_rms": "rms", "default": "layer"}
 NORM_PLACEMENTS = {"reordered_norm": "post", "default": "pre", "peri_norm": "peri"}
 ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
 
@@ -91,7 +91,7 @@ BLOCK: dict[str, Field] = {
     "sequence_mixer.qk_norm_per_head_gains": Field(only=(None, False)),
     "sequence_mixer.scalable_softmax": Field(False, only=(None, False)),
     "sequence_mixer.attention_sinks": Field(False, only=(None, False)),
-    "sequence_mixer.rope.name": Field("default", only=("default", "fused")),
+    "sequence_mixer.rope.name": Field("default", only=("default",)),
     "sequence_mixer.rope.theta": Field(500000),
     "sequence_mixer.rope.full_precision": NO_EFFECT,
     "sequence_mixer.rope.no_global_rope": Field(False, only=(None, False)),
@@ -282,8 +282,8 @@ def require_uniform(blocks: list[dict[str, Any]]) -> None:
             per_layer = name.startswith(("sequence_mixer.rope.", "sequence_mixer.sliding_window."))
             if value != blocks[0][name] and not per_layer and BLOCK.get(name) is not NO_EFFECT:
                 raise CheckpointError(
-                    f"`{name}` must be one value for all layers (got {value!r} in layer {layer}, {blocks[0][name]!r} in "
-                    "layer 0); Olmem's layers differ in window and RoPE only."
+                    f"`{name}` must be one value for all layers (got {value!r} in layer {layer}, {blocks[0][name]!r} "
+                    "in layer 0); Olmem's layers differ in window and RoPE only."
                 )
 
 
@@ -328,8 +328,8 @@ def read_norms(model: Mapping[str, Any], block: Mapping[str, Any]) -> tuple[str,
     for read, path in norms:
         if norm_type == "rms" and read[f"{path}.bias"] and read[f"{path}.elementwise_affine"]:
             raise CheckpointError(
-                f"`{path}.bias` of config.json must be False with RMSNorm (got True, or absent, which native code reads "
-                "as True); Olmem's RMSNorm has no bias."
+                f"`{path}.bias` of config.json must be False with RMSNorm (got True, or absent, which native code "
+                "reads as True); Olmem's RMSNorm has no bias."
             )
     if norm_type == "layer" and not any(read[f"{path}.elementwise_affine"] for read, path in norms):
         norm_type = "layer_plain"
@@ -373,10 +373,11 @@ def read_scaling(scaling: Any, theta: float, head_dim: int) -> dict[str, Any]:
     shared = {"factor": read["factor"], "original_max_position_embeddings": read["old_context_len"]}
     if form == "beta_fast":
         turns = read["old_context_len"] / (2 * math.pi * read["beta_slow"])
+        # OLMo-core stops the ramp at the last frequency; Transformers lets it run on.
         if math.ceil(head_dim * math.log(turns) / (2 * math.log(theta))) > head_dim // 2 - 1:
             raise CheckpointError(
-                f"`rope.scaling` must leave its ramp inside the head's {head_dim // 2} frequencies (got {dict(scaling)} "
-                f"with theta {theta:g}); there Transformers' YaRN computes other angles than OLMo-core's."
+                f"`rope.scaling` must leave its ramp inside the head's {head_dim // 2} frequencies (got "
+                f"{dict(scaling)} with theta {theta:g}); beyond it Transformers' YaRN has other angles."
             )
         return shared | {
             "rope_type": "yarn",

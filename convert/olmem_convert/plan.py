@@ -1,0 +1,46 @@
+"""What a native checkpoint becomes: the configuration and, still unread, the tensors of its Olmem model."""
+
+import torch
+from olmem import OlmemConfig, OlmemForCausalLM
+
+from .errors import CheckpointError
+from .formats import Checkpoint, to_olmem
+from .tensors import LazyTensor
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def make_config(checkpoint: Checkpoint, dtype: torch.dtype) -> OlmemConfig:
+    try:
+        config = OlmemConfig(**checkpoint.olmem_config, dtype=dtype, architectures=["OlmemForCausalLM"])
+    except (ValueError, TypeError, KeyError) as error:  # huggingface_hub's strict dataclasses raise kinds of ValueError
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"the checkpoint's config gives no valid model: {reason}") from error
+    for name in TOKEN_IDS:
+        token = getattr(config, name)
+        if token is not None and not 0 <= token < config.vocab_size:
+            raise CheckpointError(
+                f"`{name}` of the config must be in the vocabulary of {config.vocab_size} (got {token}); correct it."
+            )
+    return config
+
+
+def make_tensors(checkpoint: Checkpoint, config: OlmemConfig) -> dict[str, LazyTensor]:
+    """By the name that `save_pretrained` would give each, complete and of the model's shapes."""
+    with torch.device("meta"):
+        model = OlmemForCausalLM(config)
+    tied = model.all_tied_weights_keys
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
+    return to_olmem(checkpoint.keys, checkpoint.tensors, shapes)
+
+
+def check_copies(checkpoint: Checkpoint) -> None:
+    """A tied checkpoint may store its head all the same; it must then be the embedding, bit for bit."""
+    for key in checkpoint.keys:
+        if key.native and key.same_as:
+            copy, original = checkpoint.tensors[key.native], checkpoint.tensors[key.same_as]
+            if copy.shape != original.shape or not torch.equal(copy.load(), original.load()):
+                raise CheckpointError(
+                    f"`{key.native}` must equal `{key.same_as}`, to which the config ties it (it differs); config and "
+                    "weights are of two checkpoints."
+                )

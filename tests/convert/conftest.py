@@ -1,0 +1,41 @@
+"""Conversions that several tests look at, made once, and never changed: a test that changes one copies it."""
+
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import transformers
+from olmem_convert import convert
+
+from convert.checkpoints import DEMO, source
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet():
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory) -> Callable[..., Path]:
+    """The folder that a golden checkpoint, by name, or the demo converts to, verified."""
+
+    @cache
+    def make(name: str, dtype: str | None = None) -> Path:
+        out = tmp_path_factory.mktemp("converted") / name
+        convert(DEMO / "step1872" if name == "demo" else source(name), out, dtype=dtype)
+        return out
+
+    return make
+
+
+@pytest.fixture
+def changeable(converted, tmp_path) -> Callable[..., Path]:
+    """A copy of such a folder that a test may spoil."""
+
+    def make(name: str) -> Path:
+        return Path(shutil.copytree(converted(name), tmp_path / "changeable"))
+
+    return make

@@ -1,0 +1,425 @@
+"""What a configuration refuses, with what words, and what it keeps."""
+
+import json
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from modeling.helpers import TINY
+from olmem import OlmemConfig
+from transformers import AutoConfig, GenerationConfig, LlamaConfig, Olmo2Config, Olmo3Config, OlmoConfig
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+BOTH = {"num_hidden_layers": 2, "layer_types": [SLIDING, FULL]}
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 500000.0}
+
+
+def refusal(make=OlmemConfig, *arguments, **changes) -> str:
+    with pytest.raises((ValueError, StrictDataclassError)) as info:
+        make(*arguments, **changes)
+    return str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule", "rest"),
+    [
+        ("norm_placement", "middle", "must be one of post, pre, peri, parallel", {}),
+        ("norm_type", "batch", "must be one of rms, layer, layer_plain", {}),
+        ("qk_norm", "width", "must be one of full, head, none", {}),
+        ("clip_qkv_stage", "late", "must be one of projection, rotary", {}),
+        ("hidden_act", "mammoth", "must be an activation of Transformers or 'elephant'", {}),
+        *(
+            (field, 0, "must be positive", {})
+            for field in (
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "num_key_value_heads",
+                "head_dim",
+                "max_position_embeddings",
+            )
+        ),
+        ("num_key_value_heads", 3, "must divide `num_attention_heads` = 4", {"num_attention_heads": 4}),
+        ("head_dim", 3, "must be even", {}),
+        ("rms_norm_eps", 0.0, "must be positive", {}),
+        ("clip_qkv", 0, "must be positive or None", {}),
+        ("clip_qkv", -1.5, "must be positive or None", {}),
+        ("logits_scaling", 0.0, "must be positive", {}),
+        ("attention_dropout", 1.0, "must be in [0, 1)", {}),
+        ("residual_dropout", -0.1, "must be in [0, 1)", {}),
+        ("sliding_window", 0, "must be at least 1 when a layer slides", {}),
+        ("sliding_window", None, "must be at least 1 when a layer slides", {}),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_its_field_rule_value_and_remedy(field, value, rule, rest):
+    message = refusal(**rest, **{field: value})
+    assert f"`{field}` {rule}" in message
+    assert f"(got {value!r}); " in message
+    assert message.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("layer_types", "rule"),
+    [
+        ([SLIDING, "fool_attention"], f"`layer_types` must be made of {SLIDING}, {FULL}"),
+        ("fool_attention", f"`layer_types` must be made of {SLIDING}, {FULL}"),
+        ([FULL], "`layer_types` must name `num_hidden_layers` = 2 layers"),
+    ],
+)
+def test_layer_types_are_refused_in_our_words(layer_types, rule):
+    """Transformers' own `validate_layer_type` ran first: it offers kinds that we refuse, and names no way out."""
+    assert rule in refusal(num_hidden_layers=2, layer_types=layer_types)
+
+
+def test_a_wrong_type_is_refused():
+    assert "hidden_size" in refusal(hidden_size="64")
+
+
+def test_what_an_assignment_breaks_is_refused_when_saved(tmp_path):
+    config = OlmemConfig(**TINY)
+    config.sliding_window = 0
+    assert "`sliding_window` must be at least 1" in refusal(config.save_pretrained, tmp_path)
+
+
+def test_a_window_is_not_needed_where_no_layer_slides():
+    assert OlmemConfig(layer_types=FULL, sliding_window=None).sliding_window is None
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("slidng_window", "sliding_window"),
+        ("num_attention_head", "num_attention_heads"),
+        ("norm_placment", "norm_placement"),
+        ("tie_word_embedding", "tie_word_embeddings"),
+        ("rope_parameter", "rope_parameters"),
+    ],
+)
+def test_a_misspelled_field_is_refused_with_the_right_one(name, meant, tmp_path):
+    message = refusal(**{name: 7})
+    assert f"`{name}`" in message
+    assert "(got 7)" in message
+    assert f"did you mean `{meant}`?" in message
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "olmem", name: 7}))
+    assert f"did you mean `{meant}`?" in refusal(AutoConfig.from_pretrained, tmp_path)
+
+
+def test_keywords_that_resemble_no_field_are_kept(tmp_path):
+    config = OlmemConfig(training_tokens=5, pretraining_tp=2, unsloth_version="1")
+    config.save_pretrained(tmp_path)
+    again = OlmemConfig.from_pretrained(tmp_path)
+    assert (again.training_tokens, again.pretraining_tp, again.unsloth_version) == (5, 2, "1")
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"num_labels": 3},
+        {"id2label": {0: "a", 1: "b"}, "label2id": {"a": 0, "b": 1}},
+        {"problem_type": "regression"},
+        {"sep_token_id": 3, "decoder_start_token_id": 4, "cls_token_id": 5, "mask_token_id": 6},
+        {"rope_theta": 1e4},
+        {"rope_scaling": None, "rope_theta": 1e4},
+        {"attn_implementation": "eager"},
+        {"_attn_implementation": "eager"},
+        {"name_or_path": "a/b", "_name_or_path": "a/b", "_commit_hash": "c"},
+        {"output_attentions": True, "output_hidden_states": True, "return_dict": True},
+        {"dtype": "bfloat16"},
+        {"torch_dtype": "bfloat16"},
+        {"architectures": ["OlmemForCausalLM"], "auto_map": {"AutoConfig": "a.B"}, "transformers_version": "5.0.0"},
+        {"quantization_config": {"quant_method": "bitsandbytes"}, "tokenizer_class": "PreTrainedTokenizerFast"},
+        {"is_decoder": True, "is_encoder_decoder": False, "chunk_size_feed_forward": 0, "model_type": "olmem"},
+    ],
+    ids=str,
+)
+def test_keywords_of_transformers_are_never_refused(keywords):
+    config = OlmemConfig(num_hidden_layers=2, **keywords)
+    assert config.num_labels == keywords.get("num_labels", 2)
+    assert config.dtype == (torch.bfloat16 if {"dtype", "torch_dtype"} & set(keywords) else None)
+
+
+@pytest.mark.parametrize("name", sorted(set(GenerationConfig().to_dict()) - set(OlmemConfig().to_dict())))
+def test_generation_parameters_are_never_refused(name):
+    OlmemConfig(num_hidden_layers=2, **{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "neutral"),
+    [
+        ("num_sink_tokens", 4, 0),
+        ("num_memory_tokens", 8, 0),
+        ("memory_segment_length", 16, None),
+        ("memory_bptt_segments", 2, None),
+        ("attention_chunk_size", 8, None),
+        ("attention_chunk_lookback", 1, 0),
+        ("position_embedding", "none", "rope"),
+        ("shared_projections", "key_value", "none"),
+        ("retrieval_layers", [1], []),
+    ],
+)
+def test_fields_of_later_versions_are_refused_unless_they_ask_for_nothing(name, value, neutral):
+    message = refusal(**{name: value})
+    assert f"`{name}` is not supported yet (got {value!r})" in message
+    assert name not in OlmemConfig(**{name: neutral}).to_dict()
+    assert "`layer_types` 'chunked_attention' is not supported yet" in refusal(layer_types="chunked_attention")
+
+
+def test_defaults_are_completed():
+    config = OlmemConfig(num_hidden_layers=8, hidden_size=64, num_attention_heads=4)
+    assert config.num_key_value_heads == 4
+    assert config.head_dim == 16
+    assert config.layer_types == [SLIDING, SLIDING, SLIDING, FULL] * 2
+    assert config.rope_parameters == {SLIDING: DEFAULT_ROPE, FULL: DEFAULT_ROPE}
+    assert OlmemConfig(num_hidden_layers=3, layer_types=FULL).layer_types == [FULL] * 3
+
+
+OPTIONS = {
+    "norm_placement": "peri",
+    "norm_type": "layer",
+    "qk_norm": "head",
+    "clip_qkv": 3,
+    "clip_qkv_stage": "rotary",
+    "hidden_act": "elephant",
+    "logits_scaling": 2.5,
+    "residual_dropout": 0.1,
+    "tie_word_embeddings": True,
+    "eos_token_id": [1, 2],
+    "id2label": {0: "a", 1: "b", 2: "c"},
+    "rope_parameters": {
+        SLIDING: {"rope_type": "default", "rope_theta": 50.0},
+        FULL: {"rope_type": "yarn", "rope_theta": 60.0, "factor": 4.0, "original_max_position_embeddings": 8},
+    },
+}
+
+
+@pytest.mark.parametrize("changes", [{}, {"layer_types": FULL, "rope_theta": 7.0, "rope_parameters": None}, OPTIONS])
+def test_a_configuration_survives_its_round_trips(changes, tmp_path):
+    config = OlmemConfig(**(TINY | changes))
+    given = {name: value for name, value in changes.items() if name in OPTIONS and value is not None}
+    assert {name: getattr(config, name) for name in given} == given
+
+    config.save_pretrained(tmp_path)
+    expected = config.to_dict()
+    for again in (
+        OlmemConfig.from_dict(expected),
+        OlmemConfig(**expected),
+        OlmemConfig.from_pretrained(tmp_path),
+        AutoConfig.from_pretrained(tmp_path),
+    ):
+        assert type(again) is OlmemConfig
+        assert again.to_dict() == expected
+
+
+@pytest.mark.parametrize("load", [OlmemConfig.from_pretrained, AutoConfig.from_pretrained])
+def test_overrides_are_expanded_and_validated_like_fields(load, tmp_path):
+    OlmemConfig(**TINY).save_pretrained(tmp_path)
+    config = load(tmp_path, layer_types=SLIDING, sliding_window=3, num_labels=5)
+    assert config.layer_types == [SLIDING, SLIDING]
+    assert config.sliding_window == 3
+    assert config.num_labels == 5
+    assert config.rope_parameters == {SLIDING: {"rope_type": "default", "rope_theta": 50.0}}
+    assert "`qk_norm` must be one of" in refusal(load, tmp_path, qk_norm="width")
+    assert "`num_sink_tokens` is not supported yet" in refusal(load, tmp_path, num_sink_tokens=4)
+
+
+def test_unused_keywords_are_returned(tmp_path):
+    OlmemConfig(**TINY).save_pretrained(tmp_path)
+    config, unused = OlmemConfig.from_pretrained(tmp_path, sliding_window=3, other=1, return_unused_kwargs=True)
+    assert config.sliding_window == 3
+    assert unused == {"other": 1}
+
+
+@pytest.mark.parametrize(("saved", "asked"), [(FULL, SLIDING), (SLIDING, FULL)])
+def test_other_layer_types_keep_the_theta_of_the_model(saved, asked, tmp_path):
+    """The saved folder has no entry for a layer type that no layer had: the theta silently became 500000."""
+    OlmemConfig(num_hidden_layers=2, layer_types=saved, rope_theta=10000.0).save_pretrained(tmp_path)
+    config = OlmemConfig.from_pretrained(tmp_path, layer_types=asked)
+    assert config.rope_parameters == {asked: {"rope_type": "default", "rope_theta": 10000.0}}
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+YARN = {"rope_type": "yarn", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("given", "full", "sliding_theta"),
+    [
+        ({}, DEFAULT_ROPE, 500000.0),
+        ({"rope_parameters": {}}, DEFAULT_ROPE, 500000.0),
+        ({"rope_parameters": {"rope_theta": 1e4}}, {"rope_type": "default", "rope_theta": 1e4}, 1e4),
+        ({"rope_parameters": LINEAR | {"rope_theta": 1e4}}, LINEAR | {"rope_theta": 1e4}, 1e4),
+        ({"rope_parameters": {"type": "linear", "factor": 2.0}}, LINEAR | {"rope_theta": 5e5}, 5e5),
+        ({"rope_parameters": {"type": "x", **LINEAR}}, LINEAR | {"rope_theta": 5e5}, 5e5),
+        (
+            {"rope_parameters": {FULL: LINEAR | {"rope_theta": 3.0}, SLIDING: {"rope_theta": 4.0}}},
+            LINEAR | {"rope_theta": 3.0},
+            4.0,
+        ),
+        ({"rope_parameters": {FULL: LINEAR, SLIDING: None}, "rope_theta": 6.0}, LINEAR | {"rope_theta": 6.0}, 6.0),
+        ({"rope_theta": 1e4}, {"rope_type": "default", "rope_theta": 1e4}, 1e4),
+        ({"rope_theta": 1e4, "rope_scaling": None}, {"rope_type": "default", "rope_theta": 1e4}, 1e4),
+        ({"rope_theta": 1e4, "rope_scaling": LINEAR}, LINEAR | {"rope_theta": 1e4}, 1e4),
+        ({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}}, LINEAR | {"rope_theta": 1e4}, 1e4),
+        ({"rope_parameters": YARN}, YARN | {"rope_theta": 5e5, "original_max_position_embeddings": 64}, 5e5),
+        (
+            {"rope_parameters": YARN | {"original_max_position_embeddings": 9}},
+            YARN | {"rope_theta": 5e5, "original_max_position_embeddings": 9},
+            5e5,
+        ),
+    ],
+    ids=str,
+)
+def test_every_form_of_rope_parameters_has_one_meaning(given, full, sliding_theta):
+    before = json.dumps(given)
+    config = OlmemConfig(**BOTH, max_position_embeddings=64, **given)
+    assert config.rope_parameters == {FULL: full, SLIDING: {"rope_type": "default", "rope_theta": sliding_theta}}
+    assert json.dumps(given) == before
+    assert OlmemConfig(**config.to_dict()).rope_parameters == config.rope_parameters
+
+
+def test_rope_scaling_may_be_nested_as_rope_parameters():
+    """`rope_scaling` is another name of `rope_parameters` in Transformers: nested, it became an entry inside an entry,
+    without the thetas and the scaling it gives."""
+    nested = {FULL: LINEAR | {"rope_theta": 3.0}, SLIDING: {"rope_type": "default", "rope_theta": 4.0}}
+    assert OlmemConfig(**BOTH, rope_scaling=nested).rope_parameters == nested
+
+
+def test_rope_scaling_beside_rope_parameters_is_not_lost():
+    """A `type` of an old-style `rope_scaling` lost against the `rope_type` "default" of `rope_parameters`: no layer
+    was scaled."""
+    given = {"rope_parameters": DEFAULT_ROPE, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    assert OlmemConfig(**BOTH, **given).rope_parameters[FULL] == LINEAR | {"rope_theta": 500000.0}
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        ({"rope_parameters": {"rope_theta": 1e4, FULL: LINEAR}}, ["`rope_parameters`", "not both", FULL, "rope_theta"]),
+        ({"rope_parameters": {"rope_type": "spiral"}}, [f"`rope_parameters['{FULL}']['rope_type']`", "(got 'spiral')"]),
+        ({"rope_parameters": {SLIDING: LINEAR}}, [f"`rope_parameters['{SLIDING}']['rope_type']`", "(got 'linear')"]),
+        ({"rope_parameters": {"rope_theta": -1}}, ["['rope_theta']`", "positive", "(got -1)"]),
+        ({"rope_parameters": {"rope_theta": "1e4"}}, ["['rope_theta']`", "positive", "(got '1e4')"]),
+        ({"rope_theta": -1}, ["['rope_theta']`", "positive", "(got -1)"]),
+    ],
+    ids=str,
+)
+def test_rope_that_means_nothing_is_refused(given, parts):
+    message = refusal(**BOTH, **given)
+    assert [part for part in parts if part not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ({"rope_theta": 0}, "(got 0)"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "(got 'longrope')"),
+    ],
+    ids=str,
+)
+def test_incomplete_rope_is_refused_in_our_words(given, part):
+    """A top-level theta of 0 became 500000; a missing factor and an unknown type with keys of its own met
+    Transformers' check first, a bare `KeyError`."""
+    message = refusal(**BOTH, **given)
+    assert f"`rope_parameters['{FULL}']" in message or f"`rope_parameters['{SLIDING}']" in message
+    assert part in message
+
+
+OLMO_SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+}
+NO_TOKENS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+
+
+@pytest.mark.parametrize(
+    ("config_class", "changes", "expected"),
+    [
+        (
+            OlmoConfig,
+            {"clip_qkv": 3.0, "num_key_value_heads": 2},
+            {
+                "norm_placement": "pre",
+                "norm_type": "layer_plain",
+                "qk_norm": "none",
+                "rms_norm_eps": 1e-5,
+                "clip_qkv": 3.0,
+                "layer_types": [FULL, FULL],
+                "num_key_value_heads": 2,
+                "rope_parameters": {FULL: {"rope_type": "default", "rope_theta": 10000.0}},
+                **{"pad_token_id": 1, "bos_token_id": None, "eos_token_id": 50279},
+            },
+        ),
+        (
+            Olmo2Config,
+            {"attention_bias": True, "rms_norm_eps": 1e-4, **NO_TOKENS},
+            {
+                "norm_placement": "post",
+                "norm_type": "rms",
+                "qk_norm": "full",
+                "rms_norm_eps": 1e-4,
+                "attention_bias": True,
+                "layer_types": [FULL, FULL],
+                "num_key_value_heads": 4,
+                **NO_TOKENS,
+            },
+        ),
+        (
+            Olmo3Config,
+            {"layer_types": [FULL, SLIDING], "sliding_window": 3, "rope_theta": 70.0, "tie_word_embeddings": True},
+            {
+                "norm_placement": "post",
+                "layer_types": [FULL, SLIDING],
+                "sliding_window": 3,
+                "tie_word_embeddings": True,
+                "rms_norm_eps": 1e-5,
+            },
+        ),
+    ],
+)
+def test_an_olmo_configuration_in_our_terms(config_class, changes, expected, tmp_path):
+    source = config_class(**OLMO_SIZES, **changes)
+    source.save_pretrained(tmp_path)
+    config = OlmemConfig.from_olmo(tmp_path)
+    assert {name: getattr(config, name) for name in OLMO_SIZES} == OLMO_SIZES
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert config.model_type == "olmem"
+
+
+@pytest.mark.parametrize("config_class", [OlmoConfig, Olmo2Config, Olmo3Config])
+def test_overrides_of_an_olmo_configuration(config_class, tmp_path):
+    config_class(**OLMO_SIZES).save_pretrained(tmp_path)
+    config = OlmemConfig.from_olmo(tmp_path, layer_types=SLIDING, sliding_window=3, logits_scaling=2.0)
+    assert config.layer_types == [SLIDING, SLIDING]
+    assert (config.sliding_window, config.logits_scaling) == (3, 2.0)
+    theta = 500000.0 if config_class is Olmo3Config else 10000.0
+    assert config.rope_parameters == {SLIDING: {"rope_type": "default", "rope_theta": theta}}
+    assert "`num_sink_tokens` is not supported yet" in refusal(OlmemConfig.from_olmo, tmp_path, num_sink_tokens=4)
+
+
+def test_a_misspelled_override_of_an_olmo_configuration_is_refused(tmp_path):
+    """It went to the Hub's arguments, which ignore what they do not know."""
+    Olmo2Config(**OLMO_SIZES).save_pretrained(tmp_path)
+    assert "did you mean `sliding_window`?" in refusal(OlmemConfig.from_olmo, tmp_path, slidng_window=3)
+
+
+def test_keywords_of_transformers_override_an_olmo_configuration(tmp_path):
+    """They went to the Hub's arguments, which ignore what they do not know."""
+    Olmo2Config(**OLMO_SIZES).save_pretrained(tmp_path)
+    assert OlmemConfig.from_olmo(tmp_path, num_labels=5).num_labels == 5
+
+
+def test_a_folder_that_is_no_olmo_is_refused(tmp_path):
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    OlmemConfig(**TINY).save_pretrained(tmp_path / "olmem")
+    for name in ("llama", "olmem"):
+        message = refusal(OlmemConfig.from_olmo, tmp_path / name)
+        assert "`model_type` must be one of olmo, olmo2, olmo3" in message
+        assert f"got {name!r} in {tmp_path / name}" in message

@@ -172,13 +172,14 @@ def compare_files(
     for path in sorted(out.glob("*.safetensors")):
         written |= read_safetensors(path)
     made = make_tensors(checkpoint, wanted)
-    different = sorted(set(written) ^ set(made))
-    for name in tqdm(sorted(set(written) & set(made)), desc="comparing weights", unit="tensor", disable=None):
-        if written[name].shape != made[name].shape or written[name].dtype != stored:
-            different.append(name)
-        elif not torch.equal(written[name].load(), made[name].load().to(stored)):
-            different.append(name)
-    return config_differences, different
+
+    def same(name: str) -> bool:
+        if name not in written or name not in made or written[name].dtype != stored:
+            return False
+        return torch.equal(written[name].load(), made[name].load().to(stored))
+
+    names = tqdm(sorted(set(written) | set(made)), desc="comparing weights", unit="tensor", disable=None)
+    return config_differences, [name for name in names if not same(name)]
 
 
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> dict[str, Any]:

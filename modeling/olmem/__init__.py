@@ -1,3 +1,4 @@
+# Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
 """Olmem: a causal language model family for Hugging Face Transformers. Importing it registers the Auto classes."""
 
 from .configuration_olmem import OlmemConfig

@@ -1,3 +1,4 @@
+# Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
 """What an Olmem model is: one strict dataclass, every rule across fields a `validate_*` method."""
 
 import difflib

@@ -1,3 +1,4 @@
+# Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
 """The Olmem network: OLMo-2's block with its choices made fields of the configuration.
 
 With the default choices every module computes what Transformers' Olmo2 and Olmo3 compute, bit for bit in float32,
@@ -81,7 +82,7 @@ class Elephant(nn.Module):
 class OlmemRotaryEmbedding(nn.Module):
     """Cosines and sines (B, T, D) in float32 of absolute positions, by layer type."""
 
-    def __init__(self, config: OlmemConfig):
+    def __init__(self, config: OlmemConfig, device: torch.device | None = None):
         super().__init__()
         self.config = config
         self.max_seq_len_cached = config.max_position_embeddings
@@ -89,7 +90,7 @@ class OlmemRotaryEmbedding(nn.Module):
         self.layer_types = sorted(set(config.layer_types))
         self.rope_type = {name: config.rope_parameters[name]["rope_type"] for name in self.layer_types}
         for layer_type in self.layer_types:
-            inverse_frequency, attention_scaling = self.frequencies(layer_type)
+            inverse_frequency, attention_scaling = self.frequencies(layer_type, device)
             self.register_buffer(f"{layer_type}_inv_freq", inverse_frequency, persistent=False)
             self.register_buffer(f"{layer_type}_original_inv_freq", inverse_frequency.clone(), persistent=False)
             setattr(self, f"{layer_type}_attention_scaling", attention_scaling)
@@ -100,10 +101,10 @@ class OlmemRotaryEmbedding(nn.Module):
         exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
         return (1.0 / theta**exponent).to(device), 1.0
 
-    def frequencies(self, layer_type: str) -> tuple[torch.Tensor, float]:
+    def frequencies(self, layer_type: str, device: torch.device | None = None) -> tuple[torch.Tensor, float]:
         """Inverse frequencies (D/2,) and the factor of cosines and sines, as Transformers defines each `rope_type`."""
         rope_functions = {**ROPE_INIT_FUNCTIONS, "default": self.compute_default_rope_parameters}
-        return rope_functions[self.rope_type[layer_type]](self.config, None, layer_type=layer_type)
+        return rope_functions[self.rope_type[layer_type]](self.config, device, layer_type=layer_type)
 
     @torch.no_grad()
     @dynamic_rope_update
@@ -373,6 +374,7 @@ class OlmemForCausalLM(OlmemPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, config: OlmemConfig):

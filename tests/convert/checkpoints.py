@@ -15,9 +15,6 @@ GOLDEN = ROOT / "tests" / "golden"
 DEMO = ROOT / "model_cards" / "demo" / "native"
 FOLDERS = sorted(path.name for path in GOLDEN.iterdir())
 
-# Native float32 logits that another order of sums reaches only nearly; the others are met bit for bit.
-NEARLY = ("olmo1", "olmo_clip_scale")
-
 
 def source(name: str) -> Path:
     """The native checkpoint in a golden folder: the folder itself, or the step in it."""

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from olmem_convert import convert
 
@@ -14,6 +15,7 @@ from convert.checkpoints import DEMO, source
 
 @pytest.fixture(scope="session", autouse=True)
 def quiet():
+    torch.set_num_threads(1)  # models this small lose far more time to threads than they win
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 

@@ -68,10 +68,16 @@ def oracle(model: OlmemForCausalLM, ids: torch.Tensor, kept: float = 1.0, attent
         if config.norm_type != "rms":
             x = x - x.mean()
         x = x / (x.pow(2).mean() + config.rms_norm_eps).sqrt()
-        return x if config.norm_type == "layer_plain" else x * weights[f"{name}.weight"] + weights.get(f"{name}.bias", 0)
+        return (
+            x if config.norm_type == "layer_plain" else x * weights[f"{name}.weight"] + weights.get(f"{name}.bias", 0)
+        )
 
     def clip(stage: str, x: torch.Tensor) -> torch.Tensor:
-        return x if config.clip_qkv is None or config.clip_qkv_stage != stage else x.clip(-config.clip_qkv, config.clip_qkv)
+        return (
+            x
+            if config.clip_qkv is None or config.clip_qkv_stage != stage
+            else x.clip(-config.clip_qkv, config.clip_qkv)
+        )
 
     def rotate(x: torch.Tensor, position: int, layer_type: str) -> torch.Tensor:
         rope, half = config.rope_parameters[layer_type], size // 2

@@ -1,0 +1,196 @@
+"""Verification catches every way a converted folder can be wrong while it still loads."""
+
+import json
+import shutil
+
+import pytest
+from olmem_convert import CheckpointError, convert, verify
+from olmem_convert.cli import app
+from typer.testing import CliRunner
+
+from convert.checkpoints import DEMO, edit_json, load_weights, read_config, save_weights, snapshot, source
+from convert.mutations import MUTATIONS, mutate
+
+ALL = ("olmo", "olmo_gqa_tied", "olmo_core_swa_yarn", "core300_fsdp2_4rank_empty", "core300_prenorm_headqk", "core300_pi")
+SLIDING = ("olmo_core_swa", "olmo_core_swa_yarn", "olmo_core_swa_fsdp2", "core300_swa_first_full", "core300_abf_swa")
+EPSILON = ("olmo_core_v2_3_0", "olmo_clip_scale", "olmo1", "core300_12layers", "core300_layernorm", "legacy_mqa", "demo")
+SCALED = ("olmo_core_swa_yarn", "core180_llama3_scaling", "core300_pi")
+CLIPPED = ("olmo_clip_scale", "legacy_clip_gqa", "core300_clip")
+# Where a mutation applies; to ALL unless it is named here.
+FOLDERS = {
+    "epsilon_of_another_generation": tuple(dict.fromkeys((*ALL, *SLIDING, *EPSILON))),
+    "theta_of_another_generation": (*ALL, "olmo1", "core180_llama3_scaling", "demo"),
+    "theta_off_by_a_hundredth": (*ALL, "olmo1", "core180_llama3_scaling", "core300_abf_swa", "demo"),
+    "query_and_key_norm_swapped": ("olmo", "olmo_clip_scale", "olmo_core_swa", "core300_prenorm_headqk", "demo"),
+    "query_and_key_swapped": ("olmo", "olmo_clip_scale", "olmo_core_swa", "olmo1", "demo"),
+    "attention_and_feedforward_norm_swapped": (*ALL, "core300_peri_norm", "core300_layernorm", "demo"),
+    "window_one_longer": (*SLIDING, "demo"),
+    "window_one_shorter": (*SLIDING, "demo"),
+    "layer_types_rotated": (*SLIDING, "demo"),
+    "rope_scaling_dropped": SCALED,
+    "yarn_attention_factor_dropped": ("olmo_core_swa_yarn",),
+    "tied_flag_flipped": (*ALL, "olmo_core_tied", "olmo1"),
+    "clip_dropped": CLIPPED,
+    "clip_after_rope": CLIPPED,
+    "logits_scaling_dropped": ("olmo_clip_scale",),
+    "norm_biases_dropped": ("core300_layernorm",),
+    "activation_of_another_kind": ("olmo", "core300_gelu"),
+    "one_norm_scaled": (*ALL, "core300_layernorm", "legacy_qk_noaffine"),
+}
+PAIRS = [(mutation, name) for mutation in MUTATIONS for name in FOLDERS.get(mutation, ALL)]
+
+
+@pytest.mark.parametrize(("mutation", "name"), PAIRS)
+def test_every_mutation_is_caught(mutation, name, changeable):
+    out, native = changeable(name), DEMO / "step1872" if name == "demo" else source(name)
+    assert mutate(out, mutation), "the mutation changes nothing here"
+    with pytest.raises(CheckpointError):
+        verify(out, native)
+    report = out / "verification.json"
+    assert not report.exists() or json.loads(report.read_text())["passed"] is False
+
+
+@pytest.mark.parametrize("name", ["olmo", "olmo_core_tied", "olmo_core_swa_yarn", "core300_layernorm", "demo"])
+def test_what_the_mutations_start_from_passes(name, changeable):
+    """Written anew by the same code as a mutation, only unchanged."""
+    out = changeable(name)
+    (out / "config.json").write_text(json.dumps(read_config(out)))
+    save_weights(out, load_weights(out))
+    assert verify(out, DEMO / "step1872" if name == "demo" else source(name))["passed"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("mutation", ["one_value_changed", "theta_off_by_a_hundredth", "window_one_longer"])
+def test_mutations_of_rounded_weights_are_caught(mutation, dtype, converted, tmp_path):
+    out = shutil.copytree(converted("olmo_core_swa", dtype), tmp_path / "out")
+    verify(out, source("olmo_core_swa"))
+    assert mutate(out, mutation)
+    with pytest.raises(CheckpointError, match="native logits"):
+        verify(out, source("olmo_core_swa"))
+
+
+@pytest.mark.parametrize("mutation", ["gate_and_up_swapped", "window_one_longer", "rope_scaling_dropped"])
+def test_command_exits_with_one_and_names_the_first_block_that_diverges(mutation, changeable):
+    out = changeable("olmo_core_swa_yarn")
+    mutate(out, mutation)
+    result = CliRunner().invoke(app, ["verify", str(out), "--against", str(source("olmo_core_swa_yarn"))])
+    assert result.exit_code == 1
+    assert [line for line in result.stderr.splitlines() if line.startswith("error: ")] == result.stderr.splitlines()[:1]
+    first = "block 3" if mutation == "rope_scaling_dropped" else "block 0"  # the only full layer is the last
+    marked = [line for line in result.stderr.splitlines() if "first to diverge" in line]
+    assert len(marked) == 1 and marked[0].startswith(first)
+    assert "Traceback" not in result.output and result.stdout == ""
+
+
+def test_command_verifies_a_good_folder(converted, changeable):
+    out = changeable("olmo_core_swa_yarn")
+    (out / "verification.json").unlink()
+    result = CliRunner().invoke(app, ["verify", str(out), "--against", str(source("olmo_core_swa_yarn")), "--json"])
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == json.loads((out / "verification.json").read_text())
+    assert snapshot(out) == snapshot(converted("olmo_core_swa_yarn"))
+
+
+def refused(out, name: str, words: str) -> None:
+    """`verify` refuses the folder, and no report stays that vouches for it."""
+    with pytest.raises(CheckpointError, match=words):
+        verify(out, source(name))
+    report = out / "verification.json"
+    assert not report.exists() or json.loads(report.read_text())["passed"] is False
+
+
+def test_conversion_that_does_not_verify_leaves_nothing(monkeypatch, tmp_path):
+    """A mistake in the conversion itself, here of a shape that fits."""
+    from olmem_convert.formats import olmo
+
+    table = olmo.key_table
+
+    def mistaken(read):
+        return [key if len(key.rows) != 2 else type(key)(key.native, key.targets[::-1], key.rows) for key in table(read)]
+
+    monkeypatch.setattr(olmo, "key_table", mistaken)
+    with pytest.raises(CheckpointError, match="native logits"):
+        convert(source("olmo"), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("other", ["olmo1", "olmo_gqa_tied", "olmo_core"])
+def test_another_checkpoint_is_no_witness(other, changeable):
+    with pytest.raises(CheckpointError):
+        verify(changeable("olmo"), source(other))
+
+
+def test_missing_config_is_refused(changeable):
+    out = changeable("olmo")
+    (out / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        verify(out, source("olmo"))
+
+
+def test_missing_weights_are_refused(changeable):
+    out = changeable("olmo")
+    (out / "model.safetensors").unlink()
+    refused(out, "olmo", "readable")
+
+
+@pytest.mark.parametrize("length", [0, 7, 100, 50_000])
+def test_truncated_weights_are_refused(length, changeable):
+    out = changeable("olmo")
+    weights = out / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:length])
+    refused(out, "olmo", "readable")
+
+
+def test_missing_shard_is_refused(tmp_path):
+    out = tmp_path / "out"
+    convert(source("olmo"), out, max_shard_size="100KB", verify=False)
+    next(iter(sorted(out.glob("*.safetensors")))).unlink()
+    refused(out, "olmo", ".")
+
+
+def test_lost_tensor_is_refused_by_name(changeable):
+    out = changeable("olmo")
+    tensors = load_weights(out)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_weights(out, tensors)
+    refused(out, "olmo", r"model\.layers\.1\.mlp\.up_proj\.weight")
+
+
+def test_extra_tensor_is_refused_by_name(changeable):
+    out = changeable("olmo")
+    tensors = load_weights(out)
+    save_weights(out, tensors | {"model.layers.1.mlp.up_proj.bias": tensors["model.norm.weight"].clone()})
+    refused(out, "olmo", r"up_proj\.bias")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"vocab_size": 255}, {"hidden_size": 32}, {"num_hidden_layers": 1}, {"dtype": "int8"}, {"dtype": None}]
+)
+def test_config_that_does_not_fit_is_refused(changes, changeable):
+    out = changeable("olmo")
+    edit_json(out / "config.json", **changes)
+    refused(out, "olmo", ".")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"model_type": "nothing"}', '{"model_type": "gpt2"}'])
+def test_spoilt_config_is_refused(text, changeable):
+    out = changeable("olmo")
+    (out / "config.json").write_text(text)
+    refused(out, "olmo", ".")
+
+
+def test_nan_in_the_weights_is_no_equality(changeable):
+    out = changeable("olmo")
+    tensors = load_weights(out)
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_weights(out, tensors)
+    refused(out, "olmo", "native logits")
+
+
+def test_code_in_the_folder_does_not_run(changeable, tmp_path):
+    """A verified folder's own code is not what is verified, nor trusted."""
+    out, canary = changeable("olmo"), tmp_path / "ran"
+    for path in out.glob("*.py"):
+        path.write_text(f"open({str(canary)!r}, 'w')\n" + path.read_text())
+    verify(out, source("olmo"))
+    assert not canary.exists()

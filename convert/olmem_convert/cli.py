@@ -77,6 +77,9 @@ def finish(run: Callable[[Callable[[str], None]], dict[str, Any]], as_json: bool
     except CheckpointError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
+    except (OSError, MemoryError) as error:
+        typer.echo(f"error: {error or 'not enough memory'}", err=True)
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo("stopped; nothing was written", err=True)
         raise typer.Exit(130) from None

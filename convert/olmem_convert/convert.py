@@ -49,32 +49,33 @@ def convert(
     source, out = Path(source), Path(out)
     checkpoint = open_checkpoint(source, max_length)
     check_out(source, out, overwrite)
-    for line in describe(checkpoint):
-        say(line)
     stored = choose_dtype(checkpoint, dtype)
     config = make_config(checkpoint, stored)
     tensors = make_tensors(checkpoint, config)
+    parameters = sum(torch.Size(tensor.shape).numel() for tensor in tensors.values())
+    for line in describe(checkpoint, config, parameters):
+        say(line)
     check_copies(checkpoint)
 
     with written_whole(out, overwrite) as folder:
-        needed = sum(torch.Size(tensor.shape).numel() for tensor in tensors.values()) * stored.itemsize
+        needed = parameters * stored.itemsize
         free = shutil.disk_usage(folder).free
         if free < needed:
             raise CheckpointError(
                 f"`OUT` must be on a disk with room for {needed:,} bytes ({out} has {free:,} free); free some, or "
                 "choose another disk."
             )
-        with tqdm(total=needed, unit="B", unit_scale=True, desc="writing weights", disable=None) as bar:
-            write_shards(folder, tensors, stored, max_shard_size, bar.update)
         config.auto_map = OlmemForCausalLM.auto_map()
         with torch.device("meta"):
             custom_object_save(OlmemForCausalLM(config), folder)
         config.save_pretrained(folder)
         GenerationConfig(**{name: getattr(config, name) for name in TOKEN_IDS}).save_pretrained(folder)
         tokenizer_report = copy_tokenizer(checkpoint, config, Path(tokenizer) if tokenizer else None, folder, say)
+        with tqdm(total=needed, unit="B", unit_scale=True, desc="writing weights", disable=None) as bar:
+            write_shards(folder, tensors, stored, max_shard_size, bar.update)
         report = {
             "format": checkpoint.description,
-            "parameters": checkpoint.num_parameters,
+            "parameters": parameters,
             "dtype": str(stored).removeprefix("torch."),
             "bytes": needed,
             "notes": list(checkpoint.notes),
@@ -87,14 +88,12 @@ def convert(
     return report
 
 
-def describe(checkpoint: Checkpoint) -> Iterator[str]:
-    config = checkpoint.olmem_config
-    layer_types = config["layer_types"]
-    sliding = layer_types.count("sliding_attention")
-    window = f", {sliding} of them with a window of {config['sliding_window']}" if sliding else ""
+def describe(checkpoint: Checkpoint, config: OlmemConfig, parameters: int) -> Iterator[str]:
+    sliding = config.layer_types.count("sliding_attention")
+    window = f", {sliding} of them with a window of {config.sliding_window}" if sliding else ""
     yield (
-        f"found {checkpoint.description}: {checkpoint.num_parameters:,} parameters, {len(layer_types)} layers{window}, "
-        f"{config['num_attention_heads']} heads, trained length {config['max_position_embeddings']}"
+        f"found {checkpoint.description}: {parameters:,} parameters, {config.num_hidden_layers} layers{window}, "
+        f"{config.num_attention_heads} heads, trained length {config.max_position_embeddings}"
     )
     yield from (f"note: {note}" for note in checkpoint.notes)
 
@@ -133,8 +132,9 @@ def copy_tokenizer(
 
 
 def check_out(source: Path, out: Path, overwrite: bool) -> None:
-    if out.resolve() == source.resolve() or source.resolve() in out.resolve().parents:
-        raise CheckpointError(f"`OUT` must lie outside SRC (got {out}); name another folder.")
+    inner, outer = out.resolve(), source.resolve()
+    if inner == outer or outer in inner.parents or (overwrite and inner in outer.parents):
+        raise CheckpointError(f"`OUT` and SRC must lie apart (got {out} and {source}); name another folder.")
     if not os.path.lexists(out):
         return
     if not overwrite:

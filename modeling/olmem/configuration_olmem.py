@@ -47,6 +47,9 @@ OLMO_BLOCKS: dict[str, dict[str, Any]] = {
 }
 
 
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
+
+
 @strict
 class OlmemConfig(PreTrainedConfig):
     r"""Configuration of an Olmem model. The defaults are the 7B OLMo-3 block with its 3 : 1 window pattern.
@@ -143,7 +146,7 @@ class OlmemConfig(PreTrainedConfig):
         rope_parameters: dict | None = None
 
     def __post_init__(self, **kwargs):
-        self._refuse_unknown(kwargs)
+        self.refuse_unknown(kwargs)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -168,10 +171,9 @@ class OlmemConfig(PreTrainedConfig):
     def from_olmo(cls, path_or_repo, **overrides):
         """The configuration of a Transformers `olmo`, `olmo2` or `olmo3` folder or repository in Olmem's terms.
 
-        Overrides are fields of this class, or `revision`, `token` and the like, which go to the Hub.
+        Overrides are fields of this class, or what `from_pretrained` takes to find the file (`revision`, `token`, …).
         """
-        names = {field.name for field in fields(cls)} | set(NOT_YET)
-        hub_kwargs = {name: overrides.pop(name) for name in list(overrides) if name not in names}
+        hub_kwargs = {name: overrides.pop(name) for name in HUB_ARGUMENTS if name in overrides}
         raw, _ = PreTrainedConfig.get_config_dict(path_or_repo, **hub_kwargs)
         model_type = raw.get("model_type")
         if model_type not in OLMO_BLOCKS:
@@ -191,10 +193,16 @@ class OlmemConfig(PreTrainedConfig):
 
     def convert_rope_params_to_dict(self, **kwargs) -> dict[str, Any]:
         """One entry for each layer type in use; see `rope_parameters`."""
-        theta = kwargs.pop("rope_theta", None) or self.default_theta
+        theta = kwargs.pop("rope_theta", None)
+        theta = self.default_theta if theta is None else theta
         scaling = kwargs.pop("rope_scaling", None) or {}
         given = self.rope_parameters or {}
-        flat = {key: value for key, value in given.items() if not key.endswith("_attention")}
+        flat = {key: value for key, value in given.items() if key not in LAYER_TYPES}
+        for key, value in flat.items():
+            if isinstance(value, dict):
+                raise ValueError(
+                    f"`rope_parameters` must be nested by {' or '.join(LAYER_TYPES)} (got {key!r}); rename it."
+                )
         if flat and len(flat) < len(given):
             raise ValueError(
                 "`rope_parameters` must be one flat dictionary or nested by layer type, not both (got the keys "
@@ -216,7 +224,8 @@ class OlmemConfig(PreTrainedConfig):
         self.rope_parameters = parameters
         return kwargs
 
-    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
+    @classmethod
+    def refuse_unknown(cls, kwargs: dict[str, Any]) -> None:
         """An error for what this version cannot run and for what looks like a misspelled field; the rest is kept,
         as Transformers keeps it."""
         for name in [name for name in kwargs if name in NOT_YET]:
@@ -225,10 +234,14 @@ class OlmemConfig(PreTrainedConfig):
                 raise ValueError(
                     f"`{name}` is not supported yet (got {value!r}); leave it out, or use a newer version of olmem."
                 )
-        own = {field.name for field in fields(self)}
-        known = {*GenerationConfig._get_default_generation_params(), "sep_token_id", "decoder_start_token_id"}
+        cls.refuse_misspelled(kwargs)
+
+    @classmethod
+    def refuse_misspelled(cls, kwargs: dict[str, Any]) -> None:
+        own = {field.name for field in fields(cls)}
+        of_generation = {*GenerationConfig._get_default_generation_params(), "sep_token_id", "decoder_start_token_id"}
         for name in kwargs:
-            if name in known or name.startswith("_"):
+            if name in own | of_generation or name.startswith("_"):
                 continue
             if match := difflib.get_close_matches(name, own, n=1, cutoff=0.85):
                 raise ValueError(

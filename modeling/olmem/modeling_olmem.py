@@ -39,7 +39,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_olmem import NOT_YET, OlmemConfig
+from .configuration_olmem import HUB_ARGUMENTS, NOT_YET, OlmemConfig
 
 MASK_FUNCTIONS = {
     "full_attention": create_causal_mask,
@@ -392,9 +392,9 @@ class OlmemForCausalLM(OlmemPreTrainedModel, GenerationMixin):
         `from_pretrained` (`dtype`, `device_map`, `revision`, …).
         """
         names = {field.name for field in fields(OlmemConfig)} - {"dtype"} | set(NOT_YET)
-        hub_names = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder", "proxies")
         config_overrides = {name: overrides.pop(name) for name in list(overrides) if name in names}
-        hub_kwargs = {name: overrides[name] for name in hub_names if name in overrides}
+        OlmemConfig.refuse_misspelled(overrides)
+        hub_kwargs = {name: overrides[name] for name in HUB_ARGUMENTS if name in overrides}
         config = OlmemConfig.from_olmo(path_or_repo, **config_overrides, **hub_kwargs)
         return cls.from_pretrained(path_or_repo, config=config, **overrides)
 

@@ -6,7 +6,6 @@ inverse of the key table is computed.
 """
 
 import difflib
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -201,7 +200,3 @@ class Checkpoint:
         """The longest sliding window, 0 without one."""
         sliding = "sliding_attention" in self.olmem_config["layer_types"]
         return self.olmem_config["sliding_window"] if sliding else 0
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())

@@ -85,8 +85,8 @@ def verify_checkpoint(out: Path, checkpoint: Checkpoint, say: Callable[[str], No
     report_path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if not report["passed"]:
         raise CheckpointError(
-            f"`{out}` must compute the native logits with the native weights (it does not); do not publish it, convert "
-            f"again.\n{explain(report)}"
+            "the converted model must compute the native logits with the native weights (it does not); do not publish "
+            f"it, convert again.\n{explain(report)}"
         )
     say(
         f"verified: logits differ by at most {logits['max_difference']:.3g} from the native forward pass, "

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 DEMO = ROOT / "model_cards" / "demo" / "native"
-FOLDERS = sorted(path.name for path in GOLDEN.iterdir())
+FOLDERS = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 
 
 def source(name: str) -> Path:

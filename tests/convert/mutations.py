@@ -197,20 +197,6 @@ def logits_scaling_dropped(config, tensors):
 
 
 @mutation
-def norm_biases_dropped(config, tensors):
-    for name in tensors:
-        if "norm" in name and name.endswith(".bias"):
-            tensors[name] = torch.zeros_like(tensors[name])
-
-
-@mutation
-def query_key_norm_by_head(config, tensors):
-    """The norm of each head in place of the whole projection's; only one head of each has the same shape."""
-    config["qk_norm"] = {"full": "head", "head": "full"}.get(config["qk_norm"], "none")
-    return config["num_attention_heads"] == 1
-
-
-@mutation
 def activation_of_another_kind(config, tensors):
     config["hidden_act"] = {"silu": "gelu", "gelu_pytorch_tanh": "gelu"}[config["hidden_act"]]
 

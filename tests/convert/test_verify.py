@@ -2,10 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from olmem_convert import CheckpointError, convert, verify
 from olmem_convert.cli import app
+from olmem_convert.formats import olmo, olmo_core
 from typer.testing import CliRunner
 
 from convert.checkpoints import DEMO, edit_json, load_weights, read_config, save_weights, snapshot, source
@@ -33,21 +36,38 @@ FOLDERS = {
     "clip_dropped": CLIPPED,
     "clip_after_rope": CLIPPED,
     "logits_scaling_dropped": ("olmo_clip_scale",),
-    "norm_biases_dropped": ("core300_layernorm",),
     "activation_of_another_kind": ("olmo", "core300_gelu"),
     "one_norm_scaled": (*ALL, "core300_layernorm", "legacy_qk_noaffine"),
 }
+# What no logits can show: a factor that a norm takes out, a row that no prompt need hold, a flag that the loader mends.
+UNSEEN = ("normalised_tensor_scaled", "embedding_row_changed", "tied_flag_flipped")
 PAIRS = [(mutation, name) for mutation in MUTATIONS for name in FOLDERS.get(mutation, ALL)]
 
 
+def native(name: str) -> Path:
+    return DEMO / "step1872" if name == "demo" else source(name)
+
+
+def report_of(out: Path) -> dict | None:
+    path = out / "verification.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 @pytest.mark.parametrize(("mutation", "name"), PAIRS)
-def test_every_mutation_is_caught(mutation, name, changeable):
-    out, native = changeable(name), DEMO / "step1872" if name == "demo" else source(name)
+def test_every_mutation_is_caught(mutation, name, converted, changeable):
+    """By the comparison of files, and, where they can show it, by the logits alone."""
+    out, before = changeable(name), read_config(converted(name))
     assert mutate(out, mutation), "the mutation changes nothing here"
     with pytest.raises(CheckpointError):
-        verify(out, native)
-    report = out / "verification.json"
-    assert not report.exists() or json.loads(report.read_text())["passed"] is False
+        verify(out, native(name))
+    if (report := report_of(out)) is None:  # it did not even load
+        assert mutation == "tied_flag_flipped"
+        return
+    assert report["passed"] is False
+    assert bool(report["config_differences"]) == (read_config(out) != before)
+    assert bool(report["weight_differences"]) == (read_config(out) == before)
+    if mutation not in UNSEEN:
+        assert not all(stage["equal"] for stage in report["stages"])
 
 
 @pytest.mark.parametrize("name", ["olmo", "olmo_core_tied", "olmo_core_swa_yarn", "core300_layernorm", "demo"])
@@ -56,7 +76,7 @@ def test_what_the_mutations_start_from_passes(name, changeable):
     out = changeable(name)
     (out / "config.json").write_text(json.dumps(read_config(out)))
     save_weights(out, load_weights(out))
-    assert verify(out, DEMO / "step1872" if name == "demo" else source(name))["passed"]
+    assert verify(out, native(name))["passed"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -95,22 +115,60 @@ def refused(out, name: str, words: str) -> None:
     """`verify` refuses the folder, and no report stays that vouches for it."""
     with pytest.raises(CheckpointError, match=words):
         verify(out, source(name))
-    report = out / "verification.json"
-    assert not report.exists() or json.loads(report.read_text())["passed"] is False
+    report = report_of(out)
+    assert report is None or report["passed"] is False
 
 
-def test_conversion_that_does_not_verify_leaves_nothing(monkeypatch, tmp_path):
-    """A mistake in the conversion itself, here of a shape that fits."""
-    from olmem_convert.formats import olmo
+def changed(function, change):
+    """The function with `change` applied to what it returns."""
+    return lambda *args, **kwargs: change(function(*args, **kwargs))
 
-    table = olmo.key_table
 
-    def mistaken(read):
-        return [key if len(key.rows) != 2 else type(key)(key.native, key.targets[::-1], key.rows) for key in table(read)]
+def with_fields(**fields):
+    """A mistaken `olmem_config`, of OLMo (the fields) or OLMo-core (the fields and the key table)."""
+    return lambda made: made | fields if isinstance(made, dict) else (made[0] | fields, made[1])
 
-    monkeypatch.setattr(olmo, "key_table", mistaken)
+
+def retargeted(one: str, other: str):
+    """A mistaken `key_table`, in which two targets have changed places."""
+
+    def swap(target: str) -> str:
+        return target.replace(one, "\0").replace(other, one).replace("\0", other)
+
+    return lambda table: [replace(key, targets=tuple(map(swap, key.targets))) for key in table]
+
+
+# Mistakes in the conversion's own tables, of which it would write a folder that agrees with itself.
+MISTAKES = [
+    (olmo, "key_table", "olmo", retargeted("gate_proj", "up_proj")),
+    (olmo, "key_table", "olmo", retargeted("q_proj", "k_proj")),
+    (olmo, "key_table", "olmo", retargeted("q_norm", "k_norm")),
+    (olmo, "key_table", "olmo", retargeted("attention_layernorm", "feedforward_layernorm")),
+    (olmo, "olmem_config", "olmo", with_fields(rms_norm_eps=1e-5)),
+    (olmo, "olmem_config", "olmo", with_fields(rope_theta=10000.0)),
+    (olmo, "olmem_config", "olmo_clip_scale", with_fields(logits_scaling=1.0)),
+    (olmo, "olmem_config", "olmo_clip_scale", with_fields(clip_qkv=None)),
+    (olmo, "olmem_config", "legacy_clip_gqa", with_fields(clip_qkv_stage="rotary")),
+    (olmo_core, "key_table", "olmo_core", retargeted("gate_proj", "up_proj")),
+    (olmo_core, "key_table", "core300_peri_norm", retargeted("pre_", "post_")),
+    (olmo_core, "olmem_config", "olmo_core_swa_fsdp2", with_fields(rms_norm_eps=1e-5)),
+    (olmo_core, "olmem_config", "core300_gelu", with_fields(hidden_act="gelu")),
+    (olmo_core, "read_windows", "olmo_core_swa", lambda made: (made[0], made[1] + 1)),
+    (olmo_core, "read_windows", "olmo_core_swa", lambda made: (made[0], made[1] - 1)),
+    (olmo_core, "read_windows", "core300_swa_first_full", lambda made: (made[0][1:] + made[0][:1], made[1])),
+    (olmo_core, "read_scaling", "olmo_core_swa_yarn", lambda made: {}),
+    (olmo_core, "read_scaling", "olmo_core_swa_yarn", lambda made: made | {"attention_factor": 1.0}),
+    (olmo_core, "read_scaling", "olmo_core_swa_yarn", lambda made: made | {"factor": made["factor"] * 1.01}),
+    (olmo_core, "read_scaling", "core180_llama3_scaling", lambda made: made | {"low_freq_factor": 2.0}),
+    (olmo_core, "read_scaling", "core300_pi", lambda made: made | {"factor": made["factor"] * 1.01}),
+]
+
+
+@pytest.mark.parametrize(("module", "function", "name", "change"), MISTAKES)
+def test_mistake_of_the_conversion_itself_is_caught(module, function, name, change, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, function, changed(getattr(module, function), change))
     with pytest.raises(CheckpointError, match="native logits"):
-        convert(source("olmo"), tmp_path / "out")
+        convert(source(name), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -175,7 +175,7 @@ def olmo_options(draw, model_type: str) -> dict[str, Any]:
         "tie_word_embeddings": draw(st.booleans()),
         "pad_token_id": draw(st.sampled_from([None, 3])),
     }
-    if head_dim := draw(st.sampled_from([None, 2, 10])):
+    if head_dim := draw(st.sampled_from([None, 4, 10])):
         options["head_dim"] = head_dim
     if model_type == "olmo":
         options["clip_qkv"] = draw(st.sampled_from([None, 0.5]))
@@ -228,6 +228,7 @@ def different(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
     return [name for name in expected if not torch.equal(found[name], expected[name])]
 
 
+# OPEN BUG (eager)
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("model_type", OLMO)
 @settings(max_examples=8, deadline=None)
@@ -295,8 +296,9 @@ BACKEND_MODELS = [
     {"layer_types": FULL},
     {"num_attention_heads": 6, "num_key_value_heads": 3},
     {"num_key_value_heads": 4, "sliding_window": 1, "qk_norm": "head"},
-    {"norm_placement": "parallel", "clip_qkv": 0.5, "clip_qkv_stage": "rotary"},
+    {"norm_placement": "parallel", "clip_qkv": 0.5},
 ]
+ROTARY_CLIP = {"clip_qkv": 0.5, "clip_qkv_stage": "rotary"}
 
 
 @pytest.mark.parametrize("changes", BACKEND_MODELS, ids=str)
@@ -312,9 +314,18 @@ def test_eager_sdpa_and_flex_agree_on_a_left_padded_batch(changes):
     real = batch["attention_mask"].bool()
     for backend in ("sdpa", "flex_attention"):
         assert_close(outputs[backend][real], outputs["eager"][real], rtol=0, atol=1e-5)
-    for row, mask in enumerate(real):
-        alone = logits(model, batch["input_ids"][row][mask])
-        assert_close(outputs["eager"][row][mask], alone, rtol=0, atol=1e-5)
+
+
+# OPEN BUG
+@pytest.mark.parametrize("changes", [*BACKEND_MODELS, ROTARY_CLIP], ids=str)
+def test_a_left_padded_row_is_what_it_is_alone(changes):
+    """A clip after RoPE is the one choice that depends on absolute positions: they must be those of the real tokens."""
+    model = tiny(**changes)
+    batch = left_padded(tokens(LENGTH), tokens(LENGTH - 5, seed=1), tokens(1, seed=2))
+    with torch.no_grad():
+        outputs = model(**batch).logits
+    for row, mask in enumerate(batch["attention_mask"].bool()):
+        assert_close(outputs[row][mask], logits(model, batch["input_ids"][row][mask]), rtol=0, atol=1e-5)
 
 
 def test_packed_sequences_do_not_see_each_other():
@@ -337,7 +348,7 @@ def test_a_flash_like_backend_gets_the_window_the_mask_and_every_keyword(monkeyp
         return attention_mask
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "recording", record)
-    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS, "recording", padding_only)
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "recording", padding_only)
     model = tiny(attention_dropout=0.25)
     model.set_attn_implementation("recording")
     batch = left_padded(tokens(LENGTH), tokens(LENGTH - 5, seed=1))

@@ -1,0 +1,114 @@
+"""Safetensors written as a stream are what the library itself reads and writes."""
+
+import json
+import tempfile
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from olmem_convert import CheckpointError
+from olmem_convert.shards import INDEX_NAME, sha256, write_shards
+from olmem_convert.tensors import LazyTensor
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from convert.test_tensors import values
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def lazy(tensor: torch.Tensor) -> LazyTensor:
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def written(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+@given(
+    st.dictionaries(st.text("abcdef.", min_size=1, max_size=8), st.lists(st.integers(0, 6), max_size=3), min_size=1, max_size=6),
+    st.sampled_from(DTYPES),
+    st.sampled_from(DTYPES),
+    st.integers(1, 400),
+)
+@settings(max_examples=60, deadline=None)
+def test_what_is_written_is_what_is_read(shapes, source, target, size):
+    tensors = {name: values(*shape, dtype=source) for name, shape in shapes.items()}
+    told = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        total = write_shards(folder, {key: lazy(value) for key, value in tensors.items()}, target, size, told.append)
+        read = written(folder)
+        assert set(read) == set(tensors)
+        assert all(torch.equal(read[key], value.to(target)) and read[key].dtype == target for key, value in tensors.items())
+        assert total == sum(told) == sum(value.nbytes for value in read.values())
+        files = sorted(folder.glob("*.safetensors"))
+        for path in files:
+            held = load_file(path)
+            assert sum(value.nbytes for value in held.values()) <= size or sum(value.nbytes > 0 for value in held.values()) == 1
+            with safe_open(path, "pt") as file:
+                assert file.metadata() == {"format": "pt"}
+        index_path = folder / INDEX_NAME
+        assert index_path.exists() == (len(files) > 1)
+        if len(files) > 1:
+            index = json.loads(index_path.read_text())
+            assert index["weight_map"] == {key: path.name for path in files for key in load_file(path)}
+            parameters = sum(value.numel() for value in tensors.values())
+            assert index["metadata"] == {"total_size": total, "total_parameters": parameters}
+
+
+def test_data_are_aligned_and_views_are_written_whole(tmp_path):
+    tensors = {"a": values(3, 5).T, "bb": values(40)[3:9]}
+    write_shards(tmp_path, {name: lazy(value) for name, value in tensors.items()}, torch.float32, "5GB")
+    path = tmp_path / "model.safetensors"
+    assert (8 + int.from_bytes(path.read_bytes()[:8], "little")) % 8 == 0
+    assert all(torch.equal(value, tensors[name]) for name, value in load_file(path).items())
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path):
+    alive = weakref.WeakSet()
+
+    def load():
+        assert len(alive) <= 1, "more than the one just written"
+        tensor = torch.ones(100)
+        alive.add(tensor)
+        return tensor
+
+    write_shards(tmp_path, {f"w{i}": LazyTensor((100,), torch.float32, load) for i in range(6)}, torch.bfloat16, 900)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_that_are_no_numbers_are_refused_by_name(bad, dtype, tmp_path):
+    tensor = torch.ones(3, 4)
+    tensor[1, 2] = bad
+    with pytest.raises(CheckpointError, match=r"`some\.weight` must be finite .*1 NaN or infinite values of 12"):
+        write_shards(tmp_path, {"good": lazy(torch.ones(2)), "some.weight": lazy(tensor)}, dtype, "5GB")
+
+
+def test_values_beyond_float16_are_refused_with_the_way_out(tmp_path):
+    tensors = {"some.weight": lazy(torch.tensor([1.0, 70000.0]))}
+    with pytest.raises(CheckpointError, match=r"`some\.weight`.* float16 .*--dtype bfloat16"):
+        write_shards(tmp_path, tensors, torch.float16, "5GB")
+    (tmp_path / "again").mkdir()
+    write_shards(tmp_path / "again", tensors, torch.bfloat16, "5GB")
+
+
+@pytest.mark.parametrize("size", ["5XB", "", "abc", "1.5.GB", "0", "0GB", "-5GB", 0, -1])
+def test_sizes_that_are_none_are_refused(size, tmp_path):
+    with pytest.raises(CheckpointError, match="max_shard_size"):
+        write_shards(tmp_path, {"w": lazy(torch.ones(3))}, torch.float32, size)
+
+
+def test_existing_files_are_not_written_over(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"here before")
+    with pytest.raises(FileExistsError):
+        write_shards(tmp_path, {"w": lazy(torch.ones(3))}, torch.float32, "5GB")
+
+
+def test_sha256_is_the_commands(tmp_path):
+    (tmp_path / "file").write_bytes(b"abc")
+    assert sha256(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

@@ -1,0 +1,514 @@
+"""The readers of weight files: every way of cutting them up, one tensor at a time, and never a line of code."""
+
+import base64
+import io
+import json
+import math
+import os
+import pickle
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from olmem_convert import CheckpointError, tensors
+from olmem_convert.formats.detect import open_checkpoint
+from olmem_convert.shards import write_shards
+from olmem_convert.tensors import (
+    LazyTensor,
+    LoadedOnDemand,
+    decode_pickled_key,
+    read_distributed,
+    read_flat_shards,
+    read_pickle,
+    read_safetensors,
+)
+from safetensors.torch import save_file
+
+from convert.checkpoints import FOLDERS, source
+from convert.writers import encoded, olmo_state, write_distributed, write_flat_shards, write_olmo
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def values(*shape: int, dtype=torch.float32) -> torch.Tensor:
+    return torch.arange(math.prod(shape)).reshape(shape).to(dtype)
+
+
+def assert_same(read: dict[str, LazyTensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert set(read) == set(wanted)
+    for name, value in wanted.items():
+        loaded = read[name].load()
+        assert read[name].shape == tuple(value.shape) == tuple(loaded.shape)
+        assert read[name].dtype == value.dtype == loaded.dtype
+        assert read[name].nbytes == value.nbytes
+        assert torch.equal(loaded, value), name
+
+
+# Cutting up
+
+
+@st.composite
+def shapes(draw):
+    return tuple(draw(st.lists(st.integers(1, 7), min_size=1, max_size=3)))
+
+
+def split(draw, offsets, sizes, depth=3):
+    """Any partition that cuts from side to side make."""
+    cuts = [dim for dim, size in enumerate(sizes) if size > 1]
+    if depth == 0 or not cuts or draw(st.booleans()):
+        return [(offsets, sizes)]
+    dim = draw(st.sampled_from(cuts))
+    at = draw(st.integers(1, sizes[dim] - 1))
+    left = (*sizes[:dim], at, *sizes[dim + 1 :])
+    right = (*sizes[:dim], sizes[dim] - at, *sizes[dim + 1 :])
+    beyond = (*offsets[:dim], offsets[dim] + at, *offsets[dim + 1 :])
+    return split(draw, offsets, left, depth - 1) + split(draw, beyond, right, depth - 1)
+
+
+@st.composite
+def distributed(draw):
+    """Tensors, each with boxes in any order, empty ones at the far end among them, as FSDP2 leaves them."""
+    state, boxes = {}, {}
+    for number in range(draw(st.integers(1, 3))):
+        shape = draw(shapes())
+        name = f"model.blocks.{number}.weight"
+        state[name] = values(*shape, dtype=draw(st.sampled_from(DTYPES)))
+        cut = split(draw, (0,) * len(shape), shape)
+        cut += [((shape[0], *(0,) * (len(shape) - 1)), (0, *shape[1:]))] * draw(st.integers(0, 2))
+        boxes[name] = draw(st.permutations(cut))
+    return state, boxes, draw(st.integers(1, 4))
+
+
+@given(distributed())
+@settings(max_examples=60, deadline=None)
+def test_distributed_chunks_of_any_cut_are_joined(case):
+    state, boxes, num_files = case
+    with tempfile.TemporaryDirectory() as folder:
+        write_distributed(Path(folder), state, boxes, num_files)
+        wanted = {name.removeprefix("model."): value for name, value in state.items()}
+        assert_same(read_distributed(Path(folder)), wanted)
+
+
+@st.composite
+def flat(draw):
+    """Tensors, each in flat spans dealt to ranks in any order."""
+    ranks = draw(st.integers(1, 4))
+    state, slices = {}, {}
+    for number in range(draw(st.integers(1, 3))):
+        value = values(*draw(shapes()))
+        size = value.numel()
+        cuts = sorted({0, size, *draw(st.lists(st.integers(0, size), max_size=5))})
+        held = [[] for _ in range(ranks)]
+        for span in draw(st.permutations(list(zip(cuts, cuts[1:], strict=False)))):
+            held[draw(st.integers(0, ranks - 1))].append(span)
+        for spans in held:
+            if not spans and draw(st.booleans()):
+                spans.append((0, 0))
+        state[f"w{number}"], slices[f"w{number}"] = value, held
+    return state, slices
+
+
+@given(flat(), st.sampled_from(["shard_spec_per_file", "flattened_offsets_per_file"]))
+@settings(max_examples=60, deadline=None)
+def test_flat_slices_of_any_cut_are_joined(case, form):
+    state, slices = case
+    with tempfile.TemporaryDirectory() as folder:
+        write_flat_shards(Path(folder), state, slices, form)
+        assert_same(read_flat_shards(Path(folder)), state)
+
+
+@given(st.text(min_size=1, max_size=30), st.sampled_from(range(pickle.HIGHEST_PROTOCOL + 1)))
+@settings(max_examples=100, deadline=None)
+def test_encoded_keys_of_any_protocol_are_decoded(name, protocol):
+    key = base64.urlsafe_b64encode(pickle.dumps(((name,), False), protocol)).decode()
+    assert decode_pickled_key(key) == name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_file_of_each_kind_is_read(dtype, tmp_path):
+    state = {"a.weight": values(3, 4, dtype=dtype), "b.weight": values(5, dtype=dtype)}
+    torch.save(state, tmp_path / "model.pt")
+    save_file({encoded(name): value for name, value in state.items()}, tmp_path / "model.safetensors")
+    assert_same(read_pickle(tmp_path / "model.pt"), state)
+    assert_same(read_safetensors(tmp_path / "model.safetensors", decode_pickled_key), state)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_what_torch_itself_writes_is_read(prefix, tmp_path):
+    state = {f"{prefix}{name}": value for name, value in olmo_state().items()}
+    extra = {"optim.state.w": values(4), "optim.param_groups.lr": 0.1}
+    dcp.save(state | extra, storage_writer=dcp.FileSystemWriter(tmp_path / "saved"), no_dist=True)
+    assert_same(read_distributed(tmp_path / "saved"), olmo_state())
+
+
+def test_views_in_a_state_dict_are_read_as_they_are(tmp_path):
+    whole = values(6, 4)
+    state = {"transposed": whole.T, "rows": whole[2:5], "same": whole}
+    torch.save(state, tmp_path / "model.pt")
+    assert_same(read_pickle(tmp_path / "model.pt"), state)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_what_is_said_before_loading_is_what_is_loaded(name):
+    for tensor in open_checkpoint(source(name)).tensors.values():
+        loaded = tensor.load()
+        assert (tuple(loaded.shape), loaded.dtype, loaded.nbytes) == (tensor.shape, tensor.dtype, tensor.nbytes)
+
+
+# One at a time
+
+
+def test_rows_are_a_part_still_unread():
+    reads = []
+
+    def load():
+        reads.append(1)
+        return values(6, 4)
+
+    rows = LazyTensor((6, 4), torch.float32, load).rows(2, 5)
+    assert (rows.shape, rows.dtype, rows.nbytes, reads) == ((3, 4), torch.float32, 48, [])
+    assert torch.equal(rows.load(), values(6, 4)[2:5]) and reads == [1]
+    again = rows.rows(1, 2)
+    assert again.shape == (1, 4) and torch.equal(again.load(), values(6, 4)[3:4])
+
+
+def test_mapping_reads_what_is_looked_up_and_rounds_it():
+    reads = []
+
+    def lazy(name):
+        return LazyTensor((2,), torch.float32, lambda: reads.append(name) or torch.tensor([1.0, 1 / 3]))
+
+    mapping = LoadedOnDemand({name: lazy(name) for name in "abc"}, torch.bfloat16)
+    assert (list(mapping), len(mapping), reads) == (["a", "b", "c"], 3, [])
+    assert torch.equal(mapping["b"], torch.tensor([1.0, 1 / 3]).bfloat16()) and reads == ["b"]
+
+
+def test_distributed_reads_no_other_tensors_bytes(tmp_path):
+    """Those of the optimizer, and of every tensor not asked for, may be rubbish."""
+    state = {"model.a": values(3, 4), "model.b": values(5), "optim.state.a": values(3, 4), "optim.param_groups.lr": 0.1}
+    write_distributed(tmp_path, state, num_files=4)
+    for number in (1, 2, 3):
+        path = tmp_path / f"__{number}_0.distcp"
+        path.write_bytes(b"\0" * path.stat().st_size)
+    read = read_distributed(tmp_path)
+    assert set(read) == {"a", "b"}
+    assert torch.equal(read["a"].load(), values(3, 4))
+    with pytest.raises(CheckpointError, match=r"__1_0\.distcp"):
+        read["b"].load()
+
+
+@pytest.mark.parametrize("layout", ["model.safetensors", "model/metadata.json"])
+def test_safetensors_read_no_other_tensor(layout, monkeypatch, tmp_path):
+    asked = []
+
+    class Counting:
+        def __init__(self, *args, **kwargs):
+            self.file = safe_open(*args, **kwargs)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def get_tensor(self, key):
+            asked.append(key)
+            return self.file.get_tensor(key)
+
+    safe_open = tensors.safe_open
+    monkeypatch.setattr(tensors, "safe_open", Counting)
+    name = "transformer.ln_f.weight"
+    checkpoint = open_checkpoint(write_olmo(tmp_path, layout))
+    assert asked == []
+    assert torch.equal(checkpoint.tensors[name].load(), olmo_state()[name])
+    assert set(asked) == ({encoded(name)} if layout == "model.safetensors" else {name})
+
+
+def test_state_dict_is_mapped_and_no_code_is_allowed_for(monkeypatch, tmp_path):
+    torch.save({"w": torch.zeros(4, 2)}, tmp_path / "model.pt")
+    load, options = torch.load, []
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: options.append(kwargs) or load(*args, **kwargs))
+    read_pickle(tmp_path / "model.pt")
+    assert options == [{"map_location": "cpu", "mmap": True, "weights_only": True}]
+
+
+# Damage
+
+
+def overlapping(metadata):
+    entry = metadata.state_dict_metadata["model.w"]
+    entry.chunks[1].offsets = torch.Size([1, 0])
+    for index in list(metadata.storage_data):
+        if index.offset == torch.Size([2, 0]):
+            metadata.storage_data[type(index)("model.w", torch.Size([1, 0]))] = metadata.storage_data.pop(index)
+
+
+def drop_chunk(metadata):
+    metadata.state_dict_metadata["model.w"].chunks.pop()
+
+
+def drop_storage(metadata):
+    metadata.storage_data.popitem()
+
+
+def set_path(path):
+    def edit(metadata):
+        for info in metadata.storage_data.values():
+            info.relative_path = path
+
+    return edit
+
+
+def set_info(**changes):
+    def edit(metadata):
+        for info in metadata.storage_data.values():
+            info.__dict__.update(changes)
+
+    return edit
+
+
+def set_entry(value):
+    def edit(metadata):
+        metadata.state_dict_metadata["model.w"] = value
+
+    return edit
+
+
+def rename_key(metadata):
+    metadata.state_dict_metadata[7] = metadata.state_dict_metadata.pop("model.w")
+
+
+def set_size(*size):
+    def edit(metadata):
+        metadata.state_dict_metadata["model.w"].size = torch.Size(size)
+
+    return edit
+
+
+METADATA_DAMAGE = [drop_chunk, drop_storage, rename_key]
+METADATA_DAMAGE += [set_path(path) for path in ("../x.distcp", "/etc/passwd", "a/b", "", ".", "..", "x\0", None, 5, ["x"])]
+METADATA_DAMAGE += [set_info(**{name: value}) for name in ("offset", "length") for value in (-1, 10**15, "x", None)]
+METADATA_DAMAGE += [set_entry(value) for value in (None, 5, {})]
+METADATA_DAMAGE += [set_size(*size) for size in ((4, 4), (4, 2), (12,), (4, 3, 1), (10**9, 10**9))]
+
+
+@pytest.mark.parametrize("edit", METADATA_DAMAGE, ids=lambda edit: edit.__qualname__)
+def test_metadata_that_does_not_fit_is_refused(edit, tmp_path):
+    boxes = {"model.w": [((0, 0), (2, 3)), ((2, 0), (2, 3))]}
+    write_distributed(tmp_path, {"model.w": values(4, 3)}, boxes, 2)
+    assert torch.equal(read_distributed(tmp_path)["w"].load(), values(4, 3))
+    write_distributed(tmp_path, {"model.w": values(4, 3)}, boxes, 2, edit)
+    with pytest.raises(CheckpointError):
+        read_distributed(tmp_path)
+
+
+def test_chunks_that_overlap_leave_a_gap_that_is_not_written(tmp_path):
+    boxes = {"model.w": [((0, 0), (2, 3)), ((2, 0), (2, 3))]}
+    write_distributed(tmp_path, {"model.w": values(4, 3)}, boxes, 2, overlapping)
+    with pytest.raises(CheckpointError, match="`w`"):
+        write_shards(tmp_path, read_distributed(tmp_path), torch.float32, "5GB")
+
+
+FLAT_DAMAGE = {
+    "a gap": {"rank_0.safetensors": [[0, 5]], "rank_1.safetensors": [[7, 12]]},
+    "an overlap": {"rank_0.safetensors": [[0, 6]], "rank_1.safetensors": [[5, 12]]},
+    "beyond the end": {"rank_0.safetensors": [[0, 6]], "rank_1.safetensors": [[6, 13]]},
+    "a missing rank": {"rank_0.safetensors": [[0, 6]]},
+    "another file": {"rank_0.safetensors": [[0, 6]], "rank_7.safetensors": [[6, 12]]},
+    "out of the folder": {"rank_0.safetensors": [[0, 6]], "../rank_1.safetensors": [[6, 12]]},
+    "an absolute path": {"rank_0.safetensors": [[0, 6]], "/rank_1.safetensors": [[6, 12]]},
+    "a folder": {".": [[0, 6]], "rank_1.safetensors": [[6, 12]]},
+    "no spans": {},
+    "numbers as text": {"rank_0.safetensors": [["a", "b"]]},
+    "no list": {"rank_0.safetensors": 5},
+    "negative": {"rank_0.safetensors": [[-6, 0], [0, 6]], "rank_1.safetensors": [[6, 12]]},
+}
+
+
+@pytest.mark.parametrize("form", ["shard_spec_per_file", "flattened_offsets_per_file"])
+@pytest.mark.parametrize("spans", FLAT_DAMAGE.values(), ids=FLAT_DAMAGE)
+def test_flat_index_that_does_not_fit_is_refused(spans, form, tmp_path):
+    folder = tmp_path / "model"
+    write_flat_shards(folder, {"w": values(3, 4)}, {"w": [[(0, 6)], [(6, 12)]]}, form)
+    shutil.copy(folder / "rank_1.safetensors", tmp_path)
+    assert torch.equal(read_flat_shards(folder)["w"].load(), values(3, 4))
+    index = json.loads((folder / "metadata.json").read_text())
+    whole = form == "shard_spec_per_file"
+    index["tensors"]["w"][form] = {name: {"flattened_offsets": held} if whole else held for name, held in spans.items()}
+    (folder / "metadata.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError):
+        read_flat_shards(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"tensors": {}}', '{"tensors": []}', '{"tensors": {"w": {}}}'])
+@pytest.mark.parametrize("more", ["", "}"])
+def test_spoilt_flat_index_is_refused(text, more, tmp_path):
+    write_flat_shards(tmp_path, {"w": values(3, 4)}, {"w": [[(0, 12)]]})
+    (tmp_path / "metadata.json").write_text(text + more)
+    with pytest.raises(CheckpointError, match=r"metadata\.json"):
+        read_flat_shards(tmp_path)
+
+
+@pytest.mark.parametrize("entry", [None, 5, "x", [], {"shape": [3, 4]}, {"shape": "34"}, {"shape": [-3, -4]}], ids=str)
+def test_spoilt_flat_entry_is_refused(entry, tmp_path):
+    write_flat_shards(tmp_path, {"w": values(3, 4)}, {"w": [[(0, 12)]]})
+    (tmp_path / "metadata.json").write_text(json.dumps({"tensors": {"w": entry}}))
+    with pytest.raises(CheckpointError, match=r"metadata\.json"):
+        read_flat_shards(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [[], values(3), {"w": 5}, {"w": {"v": values(3)}}, {5: values(3)}, {"w": torch.eye(3).to_sparse()}],
+    ids=["list", "tensor", "number", "nested", "number as name", "sparse"],
+)
+def test_state_dict_of_other_things_is_refused(state, tmp_path):
+    torch.save(state, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=r"model\.pt"):
+        read_pickle(tmp_path / "model.pt")
+
+
+def test_old_archive_is_refused_with_the_way_out(tmp_path):
+    torch.save({"w": values(3)}, tmp_path / "model.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match="newer torch"):
+        read_pickle(tmp_path / "model.pt")
+
+
+def test_quantised_safetensors_are_refused(tmp_path):
+    save_file({encoded("w"): torch.ones(3).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="floating-point"):
+        read_safetensors(tmp_path / "model.safetensors", decode_pickled_key)
+
+
+def test_two_keys_of_one_name_are_refused(tmp_path):
+    keys = [base64.urlsafe_b64encode(pickle.dumps((("w",), False), protocol)).decode() for protocol in (2, 4)]
+    save_file({key: torch.ones(3) for key in keys}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="twice"):
+        read_safetensors(tmp_path / "model.safetensors", decode_pickled_key)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "transformer.wte.weight",
+        "",
+        "!!!!",
+        "AAAA",
+        encoded("w", is_pickled=True),
+        *(base64.urlsafe_b64encode(pickle.dumps(value)).decode() for value in (5, "w", (("w",),), (5, False), ((5,), False))),
+        base64.urlsafe_b64encode(pickle.dumps((("w",), False))[:-3]).decode(),
+    ],
+)
+def test_keys_of_another_kind_are_refused(key):
+    with pytest.raises(CheckpointError):
+        decode_pickled_key(key)
+
+
+# Code
+
+
+class Canary:
+    """Runs code where it is unpickled."""
+
+    def __init__(self, path: Path, call=os.mkdir):
+        self.path, self.call = path, call
+
+    def __reduce__(self):
+        return self.call, (str(self.path),)
+
+
+@pytest.fixture
+def canary(tmp_path):
+    """A pickle that would leave a folder behind; none may be there in the end."""
+    path = tmp_path / "ran"
+    pickle.loads(pickle.dumps(Canary(path)))
+    assert path.exists(), "it would run"
+    path.rmdir()
+    yield Canary(path)
+    assert not path.exists()
+
+
+def test_code_in_a_state_dict_does_not_run(canary, tmp_path):
+    torch.save({"w": values(3), "x": canary}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError):
+        read_pickle(tmp_path / "model.pt")
+    (tmp_path / "model.pt").write_bytes(pickle.dumps(canary))
+    with pytest.raises(CheckpointError):
+        read_pickle(tmp_path / "model.pt")
+
+
+def test_code_in_a_chunk_does_not_run(canary, tmp_path):
+    write_distributed(tmp_path, {"model.w": values(400)})
+    length = (tmp_path / "__0_0.distcp").stat().st_size
+    blob = io.BytesIO()
+    torch.save(canary, blob)
+    (tmp_path / "__0_0.distcp").write_bytes(blob.getvalue().ljust(length, b"\0"))
+    blob = blob.getvalue()
+    write_distributed(tmp_path / "more", {"model.w": values(3)}, edit=set_info(offset=0, length=len(blob)))
+    (tmp_path / "more" / "__0_0.distcp").write_bytes(blob)
+    for folder in (tmp_path, tmp_path / "more"):
+        with pytest.raises(CheckpointError, match=r"__0_0\.distcp"):
+            read_distributed(folder)["w"].load()
+
+
+@pytest.mark.parametrize("where", ["alone", "planner", "entry", "storage"])
+def test_code_in_metadata_does_not_run(where, canary, tmp_path):
+    def edit(metadata):
+        metadata.planner_data = canary if where == "planner" else None
+        if where == "entry":
+            metadata.state_dict_metadata["model.x"] = canary
+        if where == "storage":
+            metadata.storage_data["x"] = canary
+
+    write_distributed(tmp_path, {"model.w": values(3)}, edit=edit)
+    if where == "alone":
+        (tmp_path / ".metadata").write_bytes(pickle.dumps(canary))
+    with pytest.raises(CheckpointError, match=r"\.metadata"):
+        read_distributed(tmp_path)
+
+
+def test_code_in_a_key_does_not_run(canary):
+    for value in (canary, ((canary,), False), (("w",), canary)):
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+            with pytest.raises(CheckpointError):
+                decode_pickled_key(base64.urlsafe_b64encode(pickle.dumps(value, protocol)).decode())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "builtins.eval",
+        "builtins.getattr",
+        "os.system",
+        "torch.load",
+        "torch.hub.load",
+        "torch.save",
+        "functools.partial",
+        "operator.attrgetter",
+        "pickle.loads",
+        "torch.distributed.checkpoint.metadata.Metadata.__init__",
+        "torch.distributed.checkpoint.filesystem.FileSystemReader",
+        "torch.serialization.os",
+        "olmem_convert.tensors.Path",
+        "collections.OrderedDict.__class__",
+    ],
+)
+def test_globals_that_metadata_has_no_need_of_are_refused_by_name(name, tmp_path):
+    write_distributed(tmp_path, {"model.w": values(3)})
+    module, _, function = name.rpartition(".")
+    stack_global = b"\x80\x04\x8c" + bytes([len(module)]) + module.encode() + b"\x8c" + bytes([len(function)])
+    (tmp_path / ".metadata").write_bytes(stack_global + function.encode() + b"\x93.")
+    with pytest.raises(CheckpointError, match=name):
+        read_distributed(tmp_path)
+
+
+def test_reading_metadata_imports_nothing(tmp_path):
+    """A global of an absent package, as OLMo-core's, is not looked for."""
+    before = set(sys.modules)
+    for name in ("core300_fsdp2_4rank_empty", "olmo_core", "core180_gqa"):
+        open_checkpoint(source(name))
+    assert not {name for name in set(sys.modules) - before if name.startswith(("olmo_core", "torch.distributed"))}

@@ -1,0 +1,184 @@
+"""Generation: whatever is remembered between steps, the tokens and logits are those of one forward over everything."""
+
+import pytest
+import torch
+from modeling.helpers import WINDOW, left_padded, tiny, tokens
+from torch.testing import assert_close
+from transformers import DynamicCache, StaticCache
+
+MODELS = [
+    {},
+    {"layer_types": "sliding_attention"},
+    {"layer_types": "full_attention"},
+    {"norm_placement": "parallel", "norm_type": "layer", "qk_norm": "head", "logits_scaling": 3.0},
+    {"norm_placement": "pre", "qk_norm": "none", "clip_qkv": 0.5, "clip_qkv_stage": "rotary", "sliding_window": 1},
+]
+LENGTHS = [1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW]
+NEW = 2 * WINDOW + 1
+
+
+def write(model, ids, **kwargs):
+    """What `generate` adds to a batch, greedily unless told otherwise."""
+    kwargs = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0} | kwargs
+    return model.generate(ids, **kwargs)[:, ids.shape[1] :]
+
+
+def write_by_hand(model, ids: torch.Tensor) -> torch.Tensor:
+    """Greedy decoding of one row with a whole forward at every step."""
+    row = ids
+    for _ in range(NEW):
+        with torch.no_grad():
+            row = torch.cat((row, model(row[None], use_cache=False).logits[0, -1:].argmax(-1)))
+    return row[len(ids) :]
+
+
+@pytest.mark.parametrize("first", LENGTHS)
+@pytest.mark.parametrize("changes", MODELS, ids=str)
+def test_a_cache_changes_no_logit(changes, first):
+    """A first chunk, then chunks of one to five tokens, over more than twice the window."""
+    model = tiny(**changes)
+    ids = tokens(2, 4 * WINDOW)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        for size in (1, 3, 5):
+            cache, chunks = None, [ids[:, :first], *ids[:, first:].split(size, dim=1)]
+            found = []
+            for chunk in chunks:
+                outputs = model(chunk, past_key_values=cache, use_cache=True)
+                cache = outputs.past_key_values
+                found.append(outputs.logits)
+            assert cache.get_seq_length() == ids.shape[1]
+            assert_close(torch.cat(found, dim=1), expected, rtol=0, atol=1e-5)
+
+
+def test_a_sliding_layer_keeps_its_window_only():
+    model = tiny()
+    with torch.no_grad():
+        cache = model(tokens(1, 4 * WINDOW), use_cache=True).past_key_values
+    assert [layer.keys.shape[2] for layer in cache.layers] == [WINDOW - 1, 4 * WINDOW]
+
+
+def test_the_cache_is_there_by_default_and_only_then():
+    model = tiny()
+    assert isinstance(model(tokens(1, 3)).past_key_values, DynamicCache)
+    assert model(tokens(1, 3), use_cache=False).past_key_values is None
+    assert tiny(use_cache=False)(tokens(1, 3)).past_key_values is None
+
+
+@pytest.mark.parametrize("changes", MODELS, ids=str)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_generation_is_greedy_decoding(length, changes):
+    model = tiny(**changes)
+    ids = tokens(length)
+    expected = write_by_hand(model, ids)
+    assert len(set(expected.tolist())) > 2
+    assert torch.equal(write(model, ids[None])[0], expected)
+    assert torch.equal(write(model, ids[None], use_cache=False)[0], expected)
+
+
+@pytest.mark.parametrize("changes", MODELS, ids=str)
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
+def test_a_left_padded_row_is_written_as_it_is_alone(options, changes):
+    model = tiny(**changes)
+    rows = [tokens(length, seed=length) for length in (2 * WINDOW + 1, WINDOW, 1)]
+    batch = left_padded(*rows)
+    written = write(model, batch.pop("input_ids"), **batch, **options)
+    assert torch.equal(written, torch.stack([write_by_hand(model, row) for row in rows]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 1},
+        {"prefill_chunk_size": 3},
+        {"prefill_chunk_size": WINDOW},
+        {"prefill_chunk_size": WINDOW + 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("changes", MODELS, ids=str)
+def test_every_way_to_cache_writes_the_same(changes, options):
+    model = tiny(**changes)
+    ids = tokens(2, 2 * WINDOW + 3)
+    assert torch.equal(write(model, ids, **options), write(model, ids, use_cache=False))
+
+
+@pytest.mark.parametrize("changes", MODELS, ids=str)
+def test_a_cache_of_the_caller_goes_on(changes):
+    """Two turns with one cache, dynamic or static, write what one prompt of both turns writes."""
+    model = tiny(**changes)
+    ids = tokens(1, WINDOW + 2)
+    longest = ids.shape[1] + 2 * NEW + 3
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=longest)):
+        first = model.generate(ids, past_key_values=cache, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+        second = torch.cat((first, tokens(1, 3, seed=1)), dim=1)
+        assert torch.equal(write(model, second, past_key_values=cache), write(model, second, use_cache=False))
+
+
+@pytest.mark.parametrize("changes", MODELS, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5},
+        {"do_sample": True, "num_return_sequences": 3, "top_k": 20},
+        {"do_sample": True, "num_beams": 2, "temperature": 0.7},
+    ],
+    ids=str,
+)
+def test_beams_and_samples_do_not_depend_on_the_cache(options, changes):
+    model = tiny(**changes)
+    batch = left_padded(tokens(2 * WINDOW), tokens(WINDOW, seed=1))
+    ids = batch.pop("input_ids")
+    found = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        found.append(write(model, ids, **batch, **options, use_cache=use_cache))
+    assert found[0].shape == (2 * options.get("num_return_sequences", 1), NEW)
+    assert torch.equal(found[0], found[1])
+    if options.get("do_sample"):
+        torch.manual_seed(1)
+        assert not torch.equal(write(model, ids, **batch, **options), found[0])
+    else:
+        assert not torch.equal(found[0][0], write(model, ids, **batch)[0])
+
+
+def test_beams_are_the_likeliest_continuations():
+    """With as many beams as tokens, two steps of beam search are exhaustive."""
+    model = tiny(logits_scaling=4.0)
+    ids = tokens(WINDOW + 1)
+    with torch.no_grad():
+        first = model(ids[None]).logits[0, -1].log_softmax(-1)
+        rows = torch.cat((ids.expand(61, -1), torch.arange(61)[:, None]), dim=1)
+        scores = first[:, None] + model(rows).logits[:, -1].log_softmax(-1)
+    best = divmod(int(scores.argmax()), 61)
+    assert tuple(write(model, ids[None], num_beams=61, max_new_tokens=2)[0].tolist()) == best
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
+def test_embeddings_are_continued_like_their_ids(options):
+    model = tiny()
+    ids = tokens(2, WINDOW + 2)
+    embedded = model.get_input_embeddings()(ids)
+    options = options | {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(inputs_embeds=embedded, **options), write(model, ids))
+
+
+def test_generation_stops_at_the_end_of_the_text():
+    model = tiny()
+    ids = tokens(1, WINDOW)
+    expected = write(model, ids)[0].tolist()
+    stop = expected[3]
+    assert write(model, ids, eos_token_id=stop)[0].tolist() == expected[: expected.index(stop) + 1]
+
+
+@pytest.mark.parametrize("backend", ["eager", "flex_attention"])
+def test_every_backend_writes_the_same(backend):
+    batch = left_padded(tokens(2 * WINDOW), tokens(WINDOW - 1, seed=1))
+    ids = batch.pop("input_ids")
+    expected = write(tiny(), ids, **batch)
+    model = tiny()
+    model.set_attn_implementation(backend)
+    with torch.compiler.set_stance("force_eager"):  # flex without a compiler
+        assert torch.equal(write(model, ids, **batch), expected)

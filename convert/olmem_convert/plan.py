@@ -1,6 +1,7 @@
 """What a native checkpoint becomes: the configuration and, still unread, the tensors of its Olmem model."""
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from olmem import OlmemConfig, OlmemForCausalLM
 
 from .errors import CheckpointError
@@ -13,8 +14,8 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 def make_config(checkpoint: Checkpoint, dtype: torch.dtype) -> OlmemConfig:
     try:
         config = OlmemConfig(**checkpoint.olmem_config, dtype=dtype, architectures=["OlmemForCausalLM"])
-    except (ValueError, TypeError, KeyError) as error:  # huggingface_hub's strict dataclasses raise kinds of ValueError
-        reason = str(error).splitlines()[-1].strip()
+    except (StrictDataclassError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[-1].strip().removeprefix("ValueError: ").removeprefix("TypeError: ")
         raise CheckpointError(f"the checkpoint's config gives no valid model: {reason}") from error
     for name in TOKEN_IDS:
         token = getattr(config, name)
@@ -27,8 +28,14 @@ def make_config(checkpoint: Checkpoint, dtype: torch.dtype) -> OlmemConfig:
 
 def make_tensors(checkpoint: Checkpoint, config: OlmemConfig) -> dict[str, LazyTensor]:
     """By the name that `save_pretrained` would give each, complete and of the model's shapes."""
-    with torch.device("meta"):
-        model = OlmemForCausalLM(config)
+    try:
+        with torch.device("meta"):
+            model = OlmemForCausalLM(config)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"the checkpoint's config must give a model of a possible size (got: {reason})."
+        ) from error
     tied = model.all_tied_weights_keys
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
     return to_olmem(checkpoint.keys, checkpoint.tensors, shapes)

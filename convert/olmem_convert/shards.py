@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,15 +31,14 @@ def write_shards(
 
     Returns the weights' bytes, which the index states as `total_size`.
     """
-    try:
-        plan = split_state_dict_into_shards_factory(
-            dict(tensors),
-            get_storage_size=lambda tensor: math.prod(tensor.shape) * dtype.itemsize,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
-        )
-    except ValueError as error:
-        raise CheckpointError(f"`max_shard_size` must be a size such as 5GB (got {max_shard_size!r}).") from error
+    if not re.fullmatch(r"0*[1-9]\d*([KMGT]B)?", str(max_shard_size), re.IGNORECASE):
+        raise CheckpointError(f"`max_shard_size` must be a size (got {max_shard_size!r}); write it as in 5GB.")
+    plan = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda tensor: math.prod(tensor.shape) * dtype.itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=int(max_shard_size) if str(max_shard_size).isdigit() else max_shard_size,
+    )
     for file_name, names in plan.filename_to_tensors.items():
         with (folder / file_name).open("xb") as file:
             write_file(file, {name: tensors[name] for name in names}, dtype, advance)

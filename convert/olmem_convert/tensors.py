@@ -11,11 +11,12 @@ import io
 import json
 import math
 import pickle
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -62,7 +63,7 @@ def reading(path: Path, remedy: str = "copy it again from its source") -> Iterat
     """Turns whatever a library raises over a damaged file into one error that names the file."""
     try:
         yield
-    except (CheckpointError, KeyboardInterrupt, MemoryError):
+    except CheckpointError:
         raise
     except FileNotFoundError as error:
         raise CheckpointError(f"`{path.name}` must exist ({path} does not); {remedy}.") from error
@@ -96,6 +97,8 @@ def read_pickle(path: Path) -> dict[str, LazyTensor]:
                 "at the front, another format, or older); copy it again, or load and save it once with a newer torch."
             )
     with reading(path, "it is cut short, damaged, or holds more than tensors; copy it again, or export its state dict"):
+        with path.open("rb") as file:
+            check_sums(path, file)
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     if not isinstance(state, dict):
         raise CheckpointError(
@@ -118,6 +121,14 @@ SAFETENSORS_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+
+
+def check_sums(path: Path, file: BinaryIO) -> None:
+    """The checksum of every record that `torch.save` wrote, which `torch.load` does not look at."""
+    record = zipfile.ZipFile(file).testzip()
+    file.seek(0)
+    if record is not None:
+        raise CheckpointError(f"`{path}` must match its own checksums (record {record!r} does not); copy it again.")
 
 
 def read_safetensors(path: Path, decode: Callable[[str], str] = str) -> dict[str, LazyTensor]:
@@ -317,16 +328,16 @@ def read_distributed(folder: Path, prefix: str = "model.") -> dict[str, LazyTens
     path = folder / ".metadata"
     with reading(path), path.open("rb") as file:
         metadata = MetadataUnpickler(file).load()
-        entries = dict(metadata.state_dict_metadata)
-        storage: dict[tuple[str, tuple[int, ...]], tuple[Any, int, int]] = {
-            (str(index.fqn), tuple(getattr(index, "offset", None) or ())): (
-                info.relative_path,
+        entries = {str(name): entry for name, entry in metadata.state_dict_metadata.items()}
+        storage = {
+            (index.fqn, tuple(getattr(index, "offset", None) or ())): (
+                str(info.relative_path),
                 int(info.offset),
                 int(info.length),
             )
             for index, info in metadata.storage_data.items()
         }
-    refuse_strays(folder, "*.distcp", {relative for relative, _, _ in storage.values()}, ".metadata")
+    refuse_strays(folder, "*.distcp", {relative for relative, _, _ in storage.values()}, path.name)
     names = [name for name in entries if name.startswith(prefix)]
     if not names:
         prefix, names = "", [name for name in entries if not name.startswith("optim.")]
@@ -337,31 +348,41 @@ def read_distributed(folder: Path, prefix: str = "model.") -> dict[str, LazyTens
         with reading(path):
             shape = tuple(int(size) for size in entries[name].size)
             dtype = metadata_dtype(entries[name].properties)
-            chunks = [(tuple(map(int, chunk.offsets)), tuple(map(int, chunk.sizes))) for chunk in entries[name].chunks]
-        located = []
-        for offsets, sizes in chunks:
-            if math.prod(sizes) == 0:
-                continue
-            if (name, offsets) not in storage:
-                raise CheckpointError(f"`{path}` must locate {name!r} at {offsets} (it does not); copy it again.")
-            relative_path, start, length = storage[name, offsets]
-            chunk_path = member(folder, relative_path)
-            if not chunk_path.is_file():
-                raise CheckpointError(f"`{chunk_path}` must exist (it holds part of {name!r}); copy the folder again.")
-            available, needed = chunk_path.stat().st_size, math.prod(sizes) * dtype.itemsize
-            if start < 0 or start + length > available or length < needed:
-                raise CheckpointError(
-                    f"`{chunk_path}` must hold {needed} bytes of {name!r} at {start} (the file has {available}); it "
-                    "is cut short or of another checkpoint: copy the folder again."
-                )
-            located.append(Chunk(offsets, sizes, chunk_path, start, length))
-        check_cover(path, name, shape, located)
+            boxes = [(tuple(map(int, chunk.offsets)), tuple(map(int, chunk.sizes))) for chunk in entries[name].chunks]
+            chunks = [locate(folder, name, box, dtype, storage) for box in boxes if math.prod(box[1]) > 0]
+            check_cover(path, name, shape, chunks)
         tensors[name.removeprefix(prefix)] = LazyTensor(
             shape,
             dtype,
-            lambda name=name, shape=shape, dtype=dtype, located=located: join_chunks(name, shape, dtype, located),
+            lambda name=name, shape=shape, dtype=dtype, chunks=chunks: join_chunks(name, shape, dtype, chunks),
         )
+    if not tensors:
+        raise CheckpointError(f"`{path}` must list the model's tensors (it lists none); copy the folder again.")
     return tensors
+
+
+def locate(
+    folder: Path,
+    name: str,
+    box: tuple[tuple[int, ...], tuple[int, ...]],
+    dtype: torch.dtype,
+    storage: Mapping[tuple[str, tuple[int, ...]], tuple[str, int, int]],
+) -> Chunk:
+    """The bytes that hold one box (offsets, sizes) of a tensor, checked to be there."""
+    offsets, sizes = box
+    if (name, offsets) not in storage:
+        raise CheckpointError(f"`{folder / '.metadata'}` must locate {name!r} at {offsets}; copy the folder again.")
+    relative_path, start, length = storage[name, offsets]
+    path = member(folder, relative_path)
+    if not path.is_file():
+        raise CheckpointError(f"`{path}` must exist (it holds part of {name!r}); copy the folder again.")
+    available, needed = path.stat().st_size, math.prod(sizes) * dtype.itemsize
+    if start < 0 or start + length > available or length < needed:
+        raise CheckpointError(
+            f"`{path}` must hold {needed} bytes of {name!r} at {start} (the file has {available}); it is cut short or "
+            "of another checkpoint: copy the folder again."
+        )
+    return Chunk(offsets, sizes, path, start, length)
 
 
 def metadata_dtype(properties: Any) -> torch.dtype:
@@ -393,8 +414,9 @@ def join_chunks(name: str, shape: tuple[int, ...], dtype: torch.dtype, chunks: l
         with reading(chunk.path, "it is damaged; copy the folder again"):
             with chunk.path.open("rb") as file:
                 file.seek(chunk.start)
-                blob = file.read(chunk.length)
-            values = torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+                blob = io.BytesIO(file.read(chunk.length))
+            check_sums(chunk.path, blob)
+            values = torch.load(blob, map_location="cpu", weights_only=True)
             if not isinstance(values, torch.Tensor) or tuple(values.shape) != chunk.sizes or values.dtype != dtype:
                 got = (
                     f"{values.dtype} {tuple(values.shape)}"

@@ -11,6 +11,7 @@ A prompt meets few rows of an embedding. So every weight is compared too, bit fo
 import json
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -51,14 +52,20 @@ def verify(out: str | Path, source: str | Path, say: Callable[[str], None] = lam
     out = Path(out)
     if not (out / "config.json").is_file():
         raise CheckpointError(f"`OUT` must be a converted folder ({out} has no config.json); convert SRC first.")
-    length = read_json(out / "config.json").get("max_position_embeddings")  # --max-length may have replaced SRC's
-    return verify_checkpoint(out, open_checkpoint(Path(source), length if isinstance(length, int) else None), say)
+    checkpoint = open_checkpoint(Path(source), trained_length(out))
+    (out / REPORT_NAME).unlink(missing_ok=True)  # an old report must not vouch for what is being checked
+    return verify_checkpoint(out, checkpoint, say)
+
+
+def trained_length(out: Path) -> int | None:
+    """The length by the folder's config, in which --max-length may have replaced the checkpoint's."""
+    with suppress(CheckpointError):
+        length = read_json(out / "config.json").get("max_position_embeddings")
+        return length if isinstance(length, int) else None
 
 
 def verify_checkpoint(out: Path, checkpoint: Checkpoint, say: Callable[[str], None]) -> dict[str, Any]:
     """The same, for a checkpoint that is already open."""
-    report_path = out / REPORT_NAME
-    report_path.unlink(missing_ok=True)  # an old report must not vouch for what is being checked
     model = load(out, torch.float32)
     stored = stored_dtype(out)
     input_ids = prompt(checkpoint)
@@ -82,7 +89,7 @@ def verify_checkpoint(out: Path, checkpoint: Checkpoint, say: Callable[[str], No
     }
     if stored != torch.float32:
         report["rounding"] = rounding(load(out, stored), checkpoint, input_ids)
-    report_path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (out / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if not report["passed"]:
         raise CheckpointError(
             "the converted model must compute the native logits with the native weights (it does not); do not publish "
@@ -151,6 +158,8 @@ def compare_stages(
         try:
             logits = model(input_ids, use_cache=False).logits
             compare_next(logits)
+        except (ArithmeticError, IndexError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the config must describe a native model (computing it gave: {error}).") from error
         finally:
             for hook in hooks:
                 hook.remove()

@@ -1,6 +1,7 @@
 """Conversions that several tests look at, made once, and never changed: a test that changes one copies it."""
 
 import shutil
+import signal
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -8,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from convert.checkpoints import DEMO, source
+from hypothesis import settings
 from olmem_convert import convert
 
-from convert.checkpoints import DEMO, source
+settings.register_profile("same", derandomize=True, deadline=None)  # so that what fails is what was changed
+settings.load_profile("same")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -18,6 +22,14 @@ def quiet():
     torch.set_num_threads(1)  # models this small lose far more time to threads than they win
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """The command sets a handler for its process, which here is that of the tests."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="session")

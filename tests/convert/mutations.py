@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from convert.checkpoints import load_weights, read_config, save_weights
 
 Config, Tensors = dict[str, Any], dict[str, torch.Tensor]
@@ -210,6 +209,6 @@ def layers_swapped(config, tensors):
 def heads_rotated(config, tensors):
     """Query heads in another order than output heads."""
     for name in tensors:
-        if ".q_proj." in name or ".q_norm." in name and config["qk_norm"] == "full":
+        if ".q_proj." in name or (".q_norm." in name and config["qk_norm"] == "full"):
             tensors[name] = tensors[name].roll(config["head_dim"], 0)
     return config["num_attention_heads"] > 1

@@ -10,12 +10,11 @@ from pathlib import Path
 import olmem
 import pytest
 import torch
+from convert.checkpoints import DEMO, FOLDERS, GOLDEN, expected, read_config, snapshot, source
 from olmem_convert import CheckpointError, convert
 from olmem_convert.shards import INDEX_NAME, sha256
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
-
-from convert.checkpoints import DEMO, FOLDERS, GOLDEN, expected, read_config, snapshot, source
 
 DEMO_STEP = DEMO / "step1872"
 CODE = ("configuration_olmem.py", "modeling_olmem.py")

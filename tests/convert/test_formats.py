@@ -2,22 +2,16 @@
 
 import copy
 import json
+import tempfile
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from olmem import OlmemConfig, OlmemForCausalLM
-from olmem_convert import CheckpointError, convert
-from olmem_convert.formats import olmo, olmo_core, read_fields, to_native, to_olmem
-from olmem_convert.formats.detect import open_checkpoint
-from olmem_convert.tensors import LazyTensor
-
-from convert.checkpoints import FOLDERS, copy_source, edit_model, read_config, source
+from convert.checkpoints import FOLDERS, copy_source, edit_json, edit_model, read_config, source
 from convert.writers import (
     NORM,
     OLMO_CORE_MODEL,
@@ -28,6 +22,13 @@ from convert.writers import (
     write_olmo,
     write_olmo_core,
 )
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from olmem import OlmemConfig, OlmemForCausalLM
+from olmem_convert import CheckpointError, convert
+from olmem_convert.formats import olmo, read_fields, to_native, to_olmem
+from olmem_convert.formats.detect import open_checkpoint
+from olmem_convert.tensors import LazyTensor
 
 
 def target_shapes(checkpoint) -> dict[str, tuple[int, ...]]:
@@ -108,7 +109,9 @@ def test_layers_are_numbered_not_sorted(converted):
     table = {key.native: key.targets for key in checkpoint.keys}
     for layer in range(12):
         assert table[f"blocks.{layer}.feed_forward.w1.weight"] == (f"model.layers.{layer}.mlp.gate_proj.weight",)
-    assert list(target_shapes(checkpoint)) == list(to_olmem(checkpoint.keys, checkpoint.tensors, target_shapes(checkpoint)))
+    assert list(target_shapes(checkpoint)) == list(
+        to_olmem(checkpoint.keys, checkpoint.tensors, target_shapes(checkpoint))
+    )
 
 
 def test_rows_of_fused_projections():
@@ -127,7 +130,10 @@ def test_wrapped_and_grouped_names_are_read(tmp_path):
     plain = olmo.canonical(dict.fromkeys(olmo_state()), 1)
     assert olmo.canonical(dict.fromkeys(map(wrapped, olmo_state())), 1) == plain
     grouped = {"transformer.block_groups.1.2.ff_out.weight": None, "transformer.block_groups.10.0.ff_out.weight": None}
-    assert set(olmo.canonical(grouped, 3)) == {"transformer.blocks.5.ff_out.weight", "transformer.blocks.30.ff_out.weight"}
+    assert set(olmo.canonical(grouped, 3)) == {
+        "transformer.blocks.5.ff_out.weight",
+        "transformer.blocks.30.ff_out.weight",
+    }
     with pytest.raises(CheckpointError, match="block_group_size"):
         olmo.canonical({f"transformer.block_groups.{name}.w": None for name in ("0.1", "1.0")}, 1)
 
@@ -136,10 +142,14 @@ def test_wrapped_and_grouped_names_are_read(tmp_path):
 
 
 def olmo_config(**changes) -> dict[str, Any]:
+    """What the smallest OLMo checkpoint becomes with these fields changed, or, for `...`, removed."""
     model = {name: value for name, value in (OLMO_MODEL | changes).items() if value is not ...}
-    read = read_fields(model, olmo.CONFIG, "config.yaml")
-    olmo.key_table(read)
-    return olmo.olmem_config(read)
+    with tempfile.TemporaryDirectory() as name:
+        folder = write_olmo(
+            Path(name), "model.pt", olmo_state() | {f"more.{index}": torch.ones(1) for index in range(5)}
+        )
+        (folder / "config.yaml").write_text(yaml.safe_dump({"model": model}))
+        return open_checkpoint(folder).olmem_config
 
 
 @pytest.mark.parametrize(
@@ -176,7 +186,7 @@ def test_misspelled_field_gets_a_hint():
 
 def test_olmo_defaults_are_those_of_its_model_config():
     """A partial config.yaml relies on them."""
-    config = olmo_config(**dict.fromkeys(OLMO_MODEL, ...), rope=True, include_bias=False)
+    config = olmo_config(**dict.fromkeys(OLMO_MODEL, ...) | {"rope": True, "include_bias": False})
     assert config == {
         "hidden_size": 768,
         "num_attention_heads": 12,
@@ -229,7 +239,9 @@ def test_olmo_field_is_carried(changes, wanted):
     assert wanted.items() <= olmo_config(**changes).items()
 
 
-@pytest.mark.parametrize("field", ["n_kv_heads", "multi_query_attention", "clip_qkv", "bias_for_layer_norm", "mlp_hidden_size"])
+@pytest.mark.parametrize(
+    "field", ["n_kv_heads", "multi_query_attention", "clip_qkv", "bias_for_layer_norm", "mlp_hidden_size"]
+)
 def test_null_is_as_good_as_absent(field):
     assert olmo_config(**{field: None}) == olmo_config(**{field: ...})
 
@@ -251,6 +263,14 @@ def changed(path: str, value: Any, model: dict | None = None) -> dict[str, Any]:
     return model
 
 
+def opened(model: Any):
+    """The smallest OLMo-core checkpoint under this model's config."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = write_olmo_core(Path(name))
+        edit_json(folder / "config.json", model=model)
+        return open_checkpoint(folder)
+
+
 def with_layers(count: int, **sliding) -> dict[str, Any]:
     model = changed("n_layers", count)
     if sliding:
@@ -261,7 +281,11 @@ def with_layers(count: int, **sliding) -> dict[str, Any]:
 YARN = {"factor": 8.0, "beta_fast": 32, "beta_slow": 1, "old_context_len": 16}
 BLOCK = OLMO_CORE_MODEL["block"]
 CLIPPED = changed("sequence_mixer.clip_qkv", 0.5, BLOCK)
-ONE_LAYER_SLIDES = {"pattern": [4], "force_full_attention_on_first_layer": False, "force_full_attention_on_last_layer": False}
+ONE_LAYER_SLIDES = {
+    "pattern": [4],
+    "force_full_attention_on_first_layer": False,
+    "force_full_attention_on_last_layer": False,
+}
 
 
 @pytest.mark.parametrize(
@@ -288,8 +312,16 @@ ONE_LAYER_SLIDES = {"pattern": [4], "force_full_attention_on_first_layer": False
         ("block.sequence_mixer.rope.partial_rotary_factor", 0.5, "partial_rotary_factor"),
         ("block.sequence_mixer.rope.scaling", {"unknown": 1}, "scaling"),
         ("block.sequence_mixer.rope.scaling", 8.0, "scaling"),
-        ("block.sequence_mixer.rope.scaling", {"factor": 2.0, "attention_rescale_factor": 2.0}, "attention_rescale_factor"),
-        ("block.sequence_mixer.rope.scaling", {"new_theta": 1e6, "attention_rescale_factor": 2.0}, "attention_rescale_factor"),
+        (
+            "block.sequence_mixer.rope.scaling",
+            {"factor": 2.0, "attention_rescale_factor": 2.0},
+            "attention_rescale_factor",
+        ),
+        (
+            "block.sequence_mixer.rope.scaling",
+            {"new_theta": 1e6, "attention_rescale_factor": 2.0},
+            "attention_rescale_factor",
+        ),
         ("block.sequence_mixer.rope.scaling", YARN | {"extra": 1}, "extra"),
         ("block.sequence_mixer.rope.scaling", YARN | {"old_context_len": 10**9}, "rope.scaling"),
         ("block.sequence_mixer.rope.extra", 1, "rope.extra"),
@@ -339,7 +371,7 @@ ONE_LAYER_SLIDES = {"pattern": [4], "force_full_attention_on_first_layer": False
 )
 def test_olmo_core_field_that_cannot_be_kept_is_refused_by_name(path, value, named):
     with pytest.raises(CheckpointError, match=rf"`[^`]*({named})[^`]*`"):
-        olmo_core.olmem_config(changed(path, value))
+        opened(changed(path, value))
 
 
 @pytest.mark.parametrize(
@@ -360,19 +392,23 @@ def test_olmo_core_field_that_cannot_be_kept_is_refused_by_name(path, value, nam
         (with_layers(2) | {"block_overrides": {"1": changed("sequence_mixer.rope.theta", 5, BLOCK)}}, "rope"),
         (with_layers(2) | {"block_overrides": {"1": changed("sequence_mixer.rope.scaling", YARN, BLOCK)}}, "rope"),
         (changed("block.sequence_mixer.rope.scaling", YARN, with_layers(2, **ONE_LAYER_SLIDES)), "rope.scaling"),
-        (changed("block.sequence_mixer.rope.scaling", {"factor": 2.0}, with_layers(2, **ONE_LAYER_SLIDES)), "rope.scaling"),
+        (
+            changed("block.sequence_mixer.rope.scaling", {"factor": 2.0}, with_layers(2, **ONE_LAYER_SLIDES)),
+            "rope.scaling",
+        ),
     ],
 )
 def test_layers_that_differ_in_what_olmem_has_once_are_refused(model, named):
     with pytest.raises(CheckpointError, match=named):
-        olmo_core.olmem_config(model)
+        opened(model)
 
 
 def test_olmo_core_defaults_are_those_of_its_classes():
     model = copy.deepcopy(OLMO_CORE_MODEL)
     model["d_model"] = 64
     model["block"]["sequence_mixer"] = {"rope": {}}
-    config, keys = olmo_core.olmem_config(model)
+    checkpoint = opened(model)
+    config, keys = checkpoint.olmem_config, checkpoint.keys
     wanted = {
         "num_attention_heads": 16,
         "attention_bias": True,
@@ -383,7 +419,7 @@ def test_olmo_core_defaults_are_those_of_its_classes():
         "tie_word_embeddings": False,
     }
     assert wanted.items() <= config.items() and "clip_qkv" not in config
-    assert any(key.native == "blocks.{layer}.attention.w_out.bias" for key in keys)
+    assert any(key.native == "blocks.0.attention.w_out.bias" for key in keys)
 
 
 @pytest.mark.parametrize(
@@ -408,22 +444,40 @@ def test_olmo_core_defaults_are_those_of_its_classes():
         ("init_seed", 3, {}),
         ("compile", True, {}),
         ("_CLASS_", "x.Y", {}),
-        ("block.sequence_mixer.rope.theta", 5, {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 5.0}}}),
+        (
+            "block.sequence_mixer.rope.theta",
+            5,
+            {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 5.0}}},
+        ),
     ],
 )
 def test_olmo_core_field_is_carried(path, value, wanted):
-    assert olmo_core.olmem_config(changed(path, value))[0].items() >= wanted.items()
+    assert opened(changed(path, value)).olmem_config.items() >= wanted.items()
 
 
 @pytest.mark.parametrize(
     ("scaling", "wanted"),
     [
-        (YARN, {"rope_type": "yarn", "factor": 8.0, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 16}),
+        (
+            YARN,
+            {
+                "rope_type": "yarn",
+                "factor": 8.0,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "original_max_position_embeddings": 16,
+            },
+        ),
         ({"factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
         ({"new_theta": 8e6}, {"rope_type": "default", "rope_theta": 8e6}),
         (
             {"factor": 32.0, "low_freq_proportion": 0.5, "high_freq_proportion": 0.25, "old_context_len": 64},
-            {"rope_type": "llama3", "low_freq_factor": 2.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+            {
+                "rope_type": "llama3",
+                "low_freq_factor": 2.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
         ),
         (
             {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 64},
@@ -432,14 +486,14 @@ def test_olmo_core_field_is_carried(path, value, wanted):
     ],
 )
 def test_scalings_in_the_terms_of_transformers(scaling, wanted):
-    config, _ = olmo_core.olmem_config(changed("block.sequence_mixer.rope.scaling", scaling))
+    config = opened(changed("block.sequence_mixer.rope.scaling", scaling)).olmem_config
     assert config["rope_parameters"]["full_attention"].items() >= wanted.items()
 
 
 def test_the_older_name_of_the_mixer():
     model = copy.deepcopy(OLMO_CORE_MODEL)
     model["block"]["attention"] = model["block"].pop("sequence_mixer")
-    assert olmo_core.olmem_config(model)[0] == olmo_core.olmem_config(OLMO_CORE_MODEL)[0]
+    assert opened(model).olmem_config == opened(OLMO_CORE_MODEL).olmem_config
 
 
 S, F = "sliding_attention", "full_attention"
@@ -464,7 +518,7 @@ def test_layer_types_of_a_pattern(pattern, first, last, wanted):
     """The pattern is counted from the second layer when the first is forced to see all."""
     forced = {"force_full_attention_on_first_layer": first, "force_full_attention_on_last_layer": last}
     sliding = {"pattern": pattern} | {name: value for name, value in forced.items() if value is not None}
-    config, _ = olmo_core.olmem_config(with_layers(8, **sliding))
+    config = opened(with_layers(8, **sliding)).olmem_config
     assert config["layer_types"] == wanted
     assert config.get("sliding_window") == (4 if S in wanted else None)
 
@@ -527,14 +581,23 @@ def test_tokens_that_only_a_default_names_are_left_out(tmp_path):
 
 
 def biases(state: dict[str, torch.Tensor], *names: str) -> dict[str, torch.Tensor]:
-    shapes = {f"{name}.bias": (value.shape[0],) for name in names for key, value in state.items() if key == f"{name}.weight"}
+    shapes = {
+        f"{name}.bias": (value.shape[0],) for name in names for key, value in state.items() if key == f"{name}.weight"
+    }
     assert len(shapes) == len(names)
     return state | {name: 0.1 * (value - 1) for name, value in random(shapes).items()}
 
 
 def test_biased_projections_and_norms_of_olmo_core(tmp_path):
     """Both sides were written by one hand; that they agree is all that this shows."""
-    parts = ("attention.w_q", "attention.w_k", "attention.w_v", "attention.w_out", "attention_norm", "feed_forward_norm")
+    parts = (
+        "attention.w_q",
+        "attention.w_k",
+        "attention.w_v",
+        "attention.w_out",
+        "attention_norm",
+        "feed_forward_norm",
+    )
     norms = ("attention.q_norm", "attention.k_norm")
     state = biases(olmo_core_state(), "lm_head.norm", *(f"blocks.0.{part}" for part in (*parts, *norms)))
     norm = {"name": "default", "eps": 1e-5, "bias": True}
@@ -560,7 +623,12 @@ def test_biased_projections_and_norms_of_olmo_core(tmp_path):
         {"layer_norm_type": "low_precision", "attention_layer_norm": False},
         {"norm_after": False, "attention_layer_norm": False},
         {"scale_logits": True, "weight_tying": True},
-        {"norm_after": True, "layer_norm_type": "default", "layer_norm_with_affine": False, "attention_layer_norm": False},
+        {
+            "norm_after": True,
+            "layer_norm_type": "default",
+            "layer_norm_with_affine": False,
+            "attention_layer_norm": False,
+        },
     ],
     ids=str,
 )
@@ -571,7 +639,10 @@ def test_every_kind_of_norm_of_olmo(changes, tmp_path):
         del state["transformer.ff_out.weight"]
     block = "transformer.blocks.0."
     for names, there in (
-        ((f"{block}q_norm", f"{block}k_norm"), model["attention_layer_norm"] and model["attention_layer_norm_with_affine"]),
+        (
+            (f"{block}q_norm", f"{block}k_norm"),
+            model["attention_layer_norm"] and model["attention_layer_norm_with_affine"],
+        ),
         (("transformer.ln_f", f"{block}attn_norm", f"{block}ff_norm"), model["layer_norm_with_affine"]),
     ):
         if not there:
@@ -588,7 +659,9 @@ JUNK = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(-3, 40),
-    st.sampled_from([0.5, -1.0, float("nan"), float("inf"), 1e300, "", "x", "1e-6", "12", [], [1], [[8]], {}, {"a": 1}]),
+    st.sampled_from(
+        [0.5, -1.0, float("nan"), float("inf"), 1e300, "", "x", "1e-6", "12", [], [1], [[8]], {}, {"a": 1}]
+    ),
 )
 
 
@@ -604,7 +677,15 @@ CORE_EXPERIMENT = {
     "train_module": {"max_sequence_length": 32},
     "dataset": {"tokenizer": {"vocab_size": 12, "eos_token_id": 1}},
 }
-NULLABLE = ("n_kv_heads", "clip_qkv", "multi_query_attention", "bias_for_layer_norm", "mlp_ratio", "rope_theta", "layer_norm_eps")
+NULLABLE = (
+    "n_kv_heads",
+    "clip_qkv",
+    "multi_query_attention",
+    "bias_for_layer_norm",
+    "mlp_ratio",
+    "rope_theta",
+    "layer_norm_eps",
+)
 YAML_EXPERIMENT = {"model": OLMO_MODEL | dict.fromkeys((*NULLABLE, "block_group_size", "max_sequence_length"))}
 
 
@@ -643,14 +724,14 @@ def replaced(experiment: dict, path: tuple[str, ...], value: Any) -> dict:
 
 
 @given(st.sampled_from(list(paths_of(YAML_EXPERIMENT))), JUNK)
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_value_in_config_yaml_converts_or_is_refused(olmo_folder, path, value):
     (olmo_folder / "config.yaml").write_text(yaml.safe_dump(replaced(YAML_EXPERIMENT, path, value)))
     opened_or_refused(olmo_folder)
 
 
 @given(st.sampled_from(list(paths_of(CORE_EXPERIMENT))), JUNK)
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_value_in_config_json_converts_or_is_refused(olmo_core_folder, path, value):
     (olmo_core_folder / "config.json").write_text(json.dumps(replaced(CORE_EXPERIMENT, path, value)))
     opened_or_refused(olmo_core_folder)

@@ -5,12 +5,11 @@ from collections import Counter
 
 import pytest
 import torch
+from convert.checkpoints import DEMO, FOLDERS, GOLDEN, expected, source
 from olmem_convert import CheckpointError
 from olmem_convert.formats.detect import open_checkpoint
 from olmem_convert.native_forward import native_forward
 from olmem_convert.tensors import LoadedOnDemand
-
-from convert.checkpoints import DEMO, FOLDERS, GOLDEN, expected, source
 
 
 class Counted(LoadedOnDemand):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from convert.test_tensors import values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from olmem_convert import CheckpointError
@@ -14,8 +15,6 @@ from olmem_convert.shards import INDEX_NAME, sha256, write_shards
 from olmem_convert.tensors import LazyTensor
 from safetensors import safe_open
 from safetensors.torch import load_file
-
-from convert.test_tensors import values
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,12 +28,14 @@ def written(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @given(
-    st.dictionaries(st.text("abcdef.", min_size=1, max_size=8), st.lists(st.integers(0, 6), max_size=3), min_size=1, max_size=6),
+    st.dictionaries(
+        st.text("abcdef.", min_size=1, max_size=8), st.lists(st.integers(0, 6), max_size=3), min_size=1, max_size=6
+    ),
     st.sampled_from(DTYPES),
     st.sampled_from(DTYPES),
     st.integers(1, 400),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_is_written_is_what_is_read(shapes, source, target, size):
     tensors = {name: values(*shape, dtype=source) for name, shape in shapes.items()}
     told = []
@@ -43,12 +44,17 @@ def test_what_is_written_is_what_is_read(shapes, source, target, size):
         total = write_shards(folder, {key: lazy(value) for key, value in tensors.items()}, target, size, told.append)
         read = written(folder)
         assert set(read) == set(tensors)
-        assert all(torch.equal(read[key], value.to(target)) and read[key].dtype == target for key, value in tensors.items())
+        assert all(
+            torch.equal(read[key], value.to(target)) and read[key].dtype == target for key, value in tensors.items()
+        )
         assert total == sum(told) == sum(value.nbytes for value in read.values())
         files = sorted(folder.glob("*.safetensors"))
         for path in files:
             held = load_file(path)
-            assert sum(value.nbytes for value in held.values()) <= size or sum(value.nbytes > 0 for value in held.values()) == 1
+            assert (
+                sum(value.nbytes for value in held.values()) <= size
+                or sum(value.nbytes > 0 for value in held.values()) == 1
+            )
             with safe_open(path, "pt") as file:
                 assert file.metadata() == {"format": "pt"}
         index_path = folder / INDEX_NAME

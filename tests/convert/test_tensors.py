@@ -9,11 +9,14 @@ import pickle
 import shutil
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from convert.checkpoints import FOLDERS, source
+from convert.writers import encoded, olmo_state, write_distributed, write_flat_shards, write_olmo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from olmem_convert import CheckpointError, tensors
@@ -29,9 +32,6 @@ from olmem_convert.tensors import (
     read_safetensors,
 )
 from safetensors.torch import save_file
-
-from convert.checkpoints import FOLDERS, source
-from convert.writers import encoded, olmo_state, write_distributed, write_flat_shards, write_olmo
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -86,7 +86,7 @@ def distributed(draw):
 
 
 @given(distributed())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_distributed_chunks_of_any_cut_are_joined(case):
     state, boxes, num_files = case
     with tempfile.TemporaryDirectory() as folder:
@@ -105,7 +105,7 @@ def flat(draw):
         size = value.numel()
         cuts = sorted({0, size, *draw(st.lists(st.integers(0, size), max_size=5))})
         held = [[] for _ in range(ranks)]
-        for span in draw(st.permutations(list(zip(cuts, cuts[1:], strict=False)))):
+        for span in draw(st.permutations(list(pairwise(cuts)))):
             held[draw(st.integers(0, ranks - 1))].append(span)
         for spans in held:
             if not spans and draw(st.booleans()):
@@ -115,7 +115,7 @@ def flat(draw):
 
 
 @given(flat(), st.sampled_from(["shard_spec_per_file", "flattened_offsets_per_file"]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_flat_slices_of_any_cut_are_joined(case, form):
     state, slices = case
     with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +124,7 @@ def test_flat_slices_of_any_cut_are_joined(case, form):
 
 
 @given(st.text(min_size=1, max_size=30), st.sampled_from(range(pickle.HIGHEST_PROTOCOL + 1)))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_encoded_keys_of_any_protocol_are_decoded(name, protocol):
     key = base64.urlsafe_b64encode(pickle.dumps(((name,), False), protocol)).decode()
     assert decode_pickled_key(key) == name
@@ -290,7 +290,9 @@ def set_size(*size):
 
 
 METADATA_DAMAGE = [drop_chunk, drop_storage, rename_key]
-METADATA_DAMAGE += [set_path(path) for path in ("../x.distcp", "/etc/passwd", "a/b", "", ".", "..", "x\0", None, 5, ["x"])]
+METADATA_DAMAGE += [
+    set_path(path) for path in ("../x.distcp", "/etc/passwd", "a/b", "", ".", "..", "x\0", None, 5, ["x"])
+]
 METADATA_DAMAGE += [set_info(**{name: value}) for name in ("offset", "length") for value in (-1, 10**15, "x", None)]
 METADATA_DAMAGE += [set_entry(value) for value in (None, 5, {})]
 METADATA_DAMAGE += [set_size(*size) for size in ((4, 4), (4, 2), (12,), (4, 3, 1), (10**9, 10**9))]
@@ -399,7 +401,10 @@ def test_two_keys_of_one_name_are_refused(tmp_path):
         "!!!!",
         "AAAA",
         encoded("w", is_pickled=True),
-        *(base64.urlsafe_b64encode(pickle.dumps(value)).decode() for value in (5, "w", (("w",),), (5, False), ((5,), False))),
+        *(
+            base64.urlsafe_b64encode(pickle.dumps(value)).decode()
+            for value in (5, "w", (("w",),), (5, False), ((5,), False))
+        ),
         base64.urlsafe_b64encode(pickle.dumps((("w",), False))[:-3]).decode(),
     ],
 )

@@ -6,17 +6,31 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from convert.checkpoints import DEMO, edit_json, load_weights, read_config, save_weights, snapshot, source
+from convert.mutations import MUTATIONS, mutate
 from olmem_convert import CheckpointError, convert, verify
 from olmem_convert.cli import app
 from olmem_convert.formats import olmo, olmo_core
 from typer.testing import CliRunner
 
-from convert.checkpoints import DEMO, edit_json, load_weights, read_config, save_weights, snapshot, source
-from convert.mutations import MUTATIONS, mutate
-
-ALL = ("olmo", "olmo_gqa_tied", "olmo_core_swa_yarn", "core300_fsdp2_4rank_empty", "core300_prenorm_headqk", "core300_pi")
+ALL = (
+    "olmo",
+    "olmo_gqa_tied",
+    "olmo_core_swa_yarn",
+    "core300_fsdp2_4rank_empty",
+    "core300_prenorm_headqk",
+    "core300_pi",
+)
 SLIDING = ("olmo_core_swa", "olmo_core_swa_yarn", "olmo_core_swa_fsdp2", "core300_swa_first_full", "core300_abf_swa")
-EPSILON = ("olmo_core_v2_3_0", "olmo_clip_scale", "olmo1", "core300_12layers", "core300_layernorm", "legacy_mqa", "demo")
+EPSILON = (
+    "olmo_core_v2_3_0",
+    "olmo_clip_scale",
+    "olmo1",
+    "core300_12layers",
+    "core300_layernorm",
+    "legacy_mqa",
+    "demo",
+)
 SCALED = ("olmo_core_swa_yarn", "core180_llama3_scaling", "core300_pi")
 CLIPPED = ("olmo_clip_scale", "legacy_clip_gqa", "core300_clip")
 # Where a mutation applies; to ALL unless it is named here.

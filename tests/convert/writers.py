@@ -79,7 +79,10 @@ def olmo_state() -> dict[str, torch.Tensor]:
 
 def olmo_core_state() -> dict[str, torch.Tensor]:
     block = "blocks.0."
-    squares = (*(f"attention.{name}" for name in ("w_q", "w_k", "w_v", "w_out")), *(f"feed_forward.w{i}" for i in (1, 2, 3)))
+    squares = (
+        *(f"attention.{name}" for name in ("w_q", "w_k", "w_v", "w_out")),
+        *(f"feed_forward.w{i}" for i in (1, 2, 3)),
+    )
     norms = ("attention.q_norm", "attention.k_norm", "attention_norm", "feed_forward_norm")
     return random(
         {
@@ -102,7 +105,9 @@ def write_olmo(folder: Path, layout: str, state: Mapping[str, torch.Tensor] | No
     elif layout == "model.safetensors":
         save_file({encoded(name): value for name, value in state.items()}, folder / "model.safetensors")
     elif layout == "model/metadata.json":
-        halves = {name: [[(0, value.numel() // 2)], [(value.numel() // 2, value.numel())]] for name, value in state.items()}
+        halves = {
+            name: [[(0, value.numel() // 2)], [(value.numel() // 2, value.numel())]] for name, value in state.items()
+        }
         write_flat_shards(folder / "model", state, halves)
     else:
         write_distributed(folder / "model_and_optim", {f"model.{name}": value for name, value in state.items()})
@@ -145,7 +150,9 @@ def write_flat_shards(
     (folder / "metadata.json").write_text(json.dumps({"tensors": entries}))
     for rank in range(max(map(len, slices.values()))):
         held = {
-            name: torch.cat([value.flatten()[start:stop] for start, stop in slices[name][rank]] or [value.flatten()[:0]])
+            name: torch.cat(
+                [value.flatten()[start:stop] for start, stop in slices[name][rank]] or [value.flatten()[:0]]
+            )
             for name, value in state.items()
         }
         save_file(held, folder / f"rank_{rank}.safetensors")

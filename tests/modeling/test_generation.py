@@ -11,15 +11,16 @@ MODELS = [
     {"layer_types": "sliding_attention"},
     {"layer_types": "full_attention"},
     {"norm_placement": "parallel", "norm_type": "layer", "qk_norm": "head", "logits_scaling": 3.0},
-    {"norm_placement": "pre", "qk_norm": "none", "clip_qkv": 0.5, "clip_qkv_stage": "rotary", "sliding_window": 1},
+    {"norm_placement": "pre", "qk_norm": "none", "clip_qkv": 0.5, "clip_qkv_stage": "rotary"},
 ]
 LENGTHS = [1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW]
 NEW = 2 * WINDOW + 1
+GREEDY = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
 
 
 def write(model, ids, **kwargs):
     """What `generate` adds to a batch, greedily unless told otherwise."""
-    kwargs = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0} | kwargs
+    kwargs = GREEDY | {"attention_mask": torch.ones_like(ids)} | kwargs
     return model.generate(ids, **kwargs)[:, ids.shape[1] :]
 
 
@@ -71,7 +72,7 @@ def test_generation_is_greedy_decoding(length, changes):
     model = tiny(**changes)
     ids = tokens(length)
     expected = write_by_hand(model, ids)
-    assert len(set(expected.tolist())) > 2
+    assert len(set(expected.tolist())) > 1
     assert torch.equal(write(model, ids[None])[0], expected)
     assert torch.equal(write(model, ids[None], use_cache=False)[0], expected)
 
@@ -111,9 +112,18 @@ def test_a_cache_of_the_caller_goes_on(changes):
     ids = tokens(1, WINDOW + 2)
     longest = ids.shape[1] + 2 * NEW + 3
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=longest)):
-        first = model.generate(ids, past_key_values=cache, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
-        second = torch.cat((first, tokens(1, 3, seed=1)), dim=1)
+        second = torch.cat((ids, write(model, ids, past_key_values=cache), tokens(1, 3, seed=1)), dim=1)
         assert torch.equal(write(model, second, past_key_values=cache), write(model, second, use_cache=False))
+
+
+# OPEN BUG
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize("layer_types", [None, "sliding_attention"])
+def test_a_window_of_one_key_can_be_cached(layer_types, options):
+    """Transformers' DynamicCache keeps every key of a window of one (`keys[-window + 1:]`), and its mask has one."""
+    model = tiny(sliding_window=1, **({"layer_types": layer_types} if layer_types else {}))
+    for ids in (tokens(1, 1), tokens(1, 5)):
+        assert torch.equal(write(model, ids, **options), write(model, ids, use_cache=False))
 
 
 @pytest.mark.parametrize("changes", MODELS, ids=str)
@@ -140,8 +150,6 @@ def test_beams_and_samples_do_not_depend_on_the_cache(options, changes):
     if options.get("do_sample"):
         torch.manual_seed(1)
         assert not torch.equal(write(model, ids, **batch, **options), found[0])
-    else:
-        assert not torch.equal(found[0][0], write(model, ids, **batch)[0])
 
 
 def test_beams_are_the_likeliest_continuations():
@@ -161,8 +169,7 @@ def test_embeddings_are_continued_like_their_ids(options):
     model = tiny()
     ids = tokens(2, WINDOW + 2)
     embedded = model.get_input_embeddings()(ids)
-    options = options | {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(model.generate(inputs_embeds=embedded, **options), write(model, ids))
+    assert torch.equal(model.generate(inputs_embeds=embedded, **GREEDY, **options), write(model, ids))
 
 
 def test_generation_stops_at_the_end_of_the_text():

@@ -126,11 +126,11 @@ def test_a_process_without_olmem_loads_runs_and_saves_it(layout, models, folders
     places = {name: str(folder) for name, folder in folders.items()}
     if layout == "hub cache":
         places = {name: hub_cache(folder, f"an-org/olmem-0.5-{name}", home) for name, folder in folders.items()}
-    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS") if name in os.environ}
+    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
     child = subprocess.run(
         [sys.executable, "-I", "-c", ELSEWHERE, json.dumps(places), json.dumps(IDS.tolist()), str(tmp_path)],
         cwd=tmp_path,
-        env=kept | {"HOME": str(home), "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"},
+        env=kept | {"HOME": str(home), "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
@@ -211,11 +211,8 @@ def test_what_the_loader_cannot_load_is_found(source, tmp_path):
     assert faults(tmp_path / "file.py") == []
 
 
-def test_the_configuration_needs_no_torch_and_no_model():
-    """`AutoConfig` reads it alone, and imports go one way."""
-    source = (PACKAGE / "configuration_olmem.py").read_text()
-    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert not [node for node in imports if isinstance(node, ast.ImportFrom) and node.level]
-    assert "import torch" not in source
+def test_imports_go_one_way():
+    tree = ast.parse((PACKAGE / "configuration_olmem.py").read_text())
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
     for path in PACKAGE.glob("*.py"):
         assert "olmem_convert" not in path.read_text()

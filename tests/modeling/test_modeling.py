@@ -186,7 +186,7 @@ def olmo_options(draw, model_type: str) -> dict[str, Any]:
     rope = {"rope_theta": draw(thetas), "rope_type": rope_type, **SCALINGS[rope_type]}
     options["rope_parameters"] = rope
     if model_type == "olmo3":
-        options["sliding_window"] = draw(st.integers(1, 6))
+        options["sliding_window"] = draw(st.integers(2, 6))
         layer_types = st.lists(st.sampled_from([SLIDING, FULL]), min_size=layers, max_size=layers)
         options["layer_types"] = draw(st.none() | layer_types)
         options["rope_parameters"] = {FULL: rope, SLIDING: {"rope_theta": draw(thetas), "rope_type": "default"}}
@@ -263,13 +263,14 @@ def test_an_olmo_folder_of_an_older_release_keeps_its_rope(model_type, type_key,
 
 @pytest.mark.parametrize("model_type", OLMO)
 def test_an_olmo_model_takes_other_choices(model_type, tmp_path):
-    reference = olmo(model_type, tmp_path, rope_parameters=None)
+    reference = olmo(model_type, tmp_path, eos_token_id=5, pad_token_id=6)
     ids = tokens(LENGTH)
     changes = {"layer_types": SLIDING, "sliding_window": 3, "logits_scaling": 2.0}
     model = OlmemForCausalLM.from_olmo(tmp_path, **changes, dtype=torch.float64, attn_implementation="eager")
     assert (model.dtype, model.config._attn_implementation) == (torch.float64, "eager")
     assert_close(logits(model, ids), oracle(model, ids), rtol=1e-4, atol=2e-5)
     assert not torch.allclose(logits(model, ids).float() * 2, logits(reference, ids), atol=1e-2)
+    assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (5, 6)
     full = OlmemForCausalLM.from_olmo(tmp_path, layer_types=FULL)
     assert full.config.layer_types == [FULL, FULL]
 
@@ -285,9 +286,21 @@ def test_bfloat16_is_as_near_to_float64_as_the_olmo_model_is(model_type, tmp_pat
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     buffers = dict(model.named_buffers())
     assert {tensor.dtype for tensor in buffers.values()} == {torch.float32}
-    assert all(torch.equal(tensor, tensor.bfloat16().float()) is False for tensor in buffers.values())
+    assert not any(torch.equal(tensor, tensor.bfloat16().float()) for tensor in buffers.values())
     errors = [(logits(each, ids).double() - exact).abs().max() for each in (model, reference)]
     assert 0 < errors[0] <= 2 * errors[1]
+
+
+def test_angles_are_float32_whatever_the_dtype(tmp_path):
+    single = tiny()
+    single.save_pretrained(tmp_path)
+    half = OlmemForCausalLM.from_pretrained(tmp_path, dtype="bfloat16")
+    with torch.no_grad():
+        positions = torch.arange(5000, 5010)[None]
+        for layer_type in (SLIDING, FULL):
+            expected = single.model.rotary_emb(torch.ones(1), positions, layer_type)
+            found = half.model.rotary_emb(torch.ones(1).bfloat16(), positions, layer_type)
+            assert torch.equal(torch.stack(found), torch.stack(expected))
 
 
 BACKEND_MODELS = [

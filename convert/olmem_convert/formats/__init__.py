@@ -7,6 +7,7 @@ inverse of the key table is computed.
 
 import difflib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,15 @@ class Key:
 
         targets = tuple(target.replace("{layer}", str(layer)) for target in self.targets)
         return replace(self, native=name(self.native), targets=targets, same_as=name(self.same_as))
+
+
+def check_layers(num_layers: int, tensors: Mapping[str, LazyTensor]) -> None:
+    """Before anything is made for each layer: no more of them than tensors."""
+    if not 0 < num_layers <= len(tensors):
+        raise CheckpointError(
+            f"`n_layers` of the config must fit the {len(tensors)} tensors of the checkpoint (got {num_layers}); "
+            "config and weights are of two checkpoints."
+        )
 
 
 def expand(table: Iterable[Key], num_layers: int) -> list[Key]:
@@ -122,15 +132,17 @@ class Field:
     """One row of a config table: the value native code takes when the field is absent, and what becomes of it.
 
     `to` carries it to that field of OlmemConfig; `only` lists the values Olmem can represent; neither: it is read by
-    the format's `olmem_config`, or has no effect on logits.
+    the format's `olmem_config`, or has no effect on logits. `kind` is the type, that of the default if not given.
     """
 
     default: Any = None
     to: str | None = None
     only: tuple[Any, ...] | None = None
+    kind: type | None = None
 
 
 NO_EFFECT = Field()
+LARGEST_NUMBER = 2**53  # of any field: beyond it, a JSON number is no exact integer
 
 
 def read_fields(values: Mapping[str, Any], table: Mapping[str, Field], where: str) -> dict[str, Any]:
@@ -156,19 +168,28 @@ def read_fields(values: Mapping[str, Any], table: Mapping[str, Field], where: st
                 f"`{name}` of {where} must be {allowed} (absent, which native code reads as {field.default!r}); Olmem "
                 "cannot compute the same logits otherwise."
             )
-    read = {name: typed(values.get(name, field.default), field.default, name, where) for name, field in table.items()}
-    return read
+    return {
+        name: typed(values.get(name, field.default), field.kind or type(field.default), name, where)
+        for name, field in table.items()
+    }
 
 
-def typed(value: Any, default: Any, name: str, where: str) -> Any:
-    """Numbers as numbers: YAML reads `1e-6` as a string."""
-    kind = type(default)
-    if kind not in (int, float) or value is None or isinstance(value, bool):
+def typed(value: Any, kind: type, name: str, where: str) -> Any:
+    """The value as an int, a float or a bool, where it must be one; YAML reads `1e-6` as a string."""
+    if value is None or kind not in (bool, int, float):
         return value
-    try:
-        return kind(value) if kind is float or float(value) == int(float(value)) else float(value)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"`{name}` of {where} must be a number (got {value!r}); correct it.") from error
+    if kind is float and isinstance(value, str):
+        with suppress(ValueError):
+            value = float(value)
+    if isinstance(value, bool):
+        fits = kind is bool
+    else:
+        fits = kind is not bool and isinstance(value, int | float) and abs(value) < LARGEST_NUMBER
+        fits = fits and (kind is float or float(value).is_integer())
+    if fits:
+        return kind(value)
+    names = {bool: "true or false", int: "an integer", float: "a number"}
+    raise CheckpointError(f"`{name}` of {where} must be {names[kind]} (got {value!r}); copy the config again.")
 
 
 def carried(read: Mapping[str, Any], table: Mapping[str, Field]) -> dict[str, Any]:

@@ -23,7 +23,14 @@ def open_checkpoint(source: Path, max_length: int | None = None) -> Checkpoint:
             f"`{source}` must hold one checkpoint (it holds {names}); move the files of one of them away."
         )
     if found:
-        return found[0][0].open_checkpoint(source, max_length)
+        module, description = found[0]
+        try:
+            return module.open_checkpoint(source, max_length)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the config of `{source}` must describe a model ({description}; got {type(error).__name__}: {error}); "
+                "copy it again."
+            ) from error
     raise CheckpointError(f"`{source}` must hold a native OLMo or OLMo-core checkpoint; {what_else(source)}.")
 
 

@@ -22,7 +22,7 @@ from ..tensors import (
     read_safetensors,
     reading,
 )
-from . import NO_EFFECT, Checkpoint, Field, Key, carried, expand, read_fields, required
+from . import NO_EFFECT, Checkpoint, Field, Key, carried, check_layers, expand, read_fields, required
 
 LAYOUTS: dict[str, tuple[str, Callable[[Path], dict[str, LazyTensor]]]] = {
     "model.safetensors": (
@@ -38,11 +38,11 @@ SHARDED_BY_PICKLES = {"torch_legacy": "rank*.pt", "local": "model/rank*.pt"}
 CONFIG: dict[str, Field] = {
     "d_model": Field(768, to="hidden_size"),
     "n_heads": Field(12, to="num_attention_heads"),
-    "n_kv_heads": Field(),
-    "multi_query_attention": Field(),
+    "n_kv_heads": Field(kind=int),
+    "multi_query_attention": Field(kind=bool),
     "n_layers": Field(12, to="num_hidden_layers"),
     "mlp_ratio": Field(4),
-    "mlp_hidden_size": Field(),
+    "mlp_hidden_size": Field(kind=int),
     "activation_type": Field("swiglu", only=("swiglu",)),
     "block_type": Field("sequential", only=("sequential",)),
     "block_group_size": Field(1),
@@ -53,11 +53,11 @@ CONFIG: dict[str, Field] = {
     "attention_layer_norm": Field(False),
     "attention_layer_norm_with_affine": Field(True),
     "include_bias": Field(True, only=(False,)),
-    "bias_for_layer_norm": Field(),
+    "bias_for_layer_norm": Field(kind=bool),
     "embedding_layer_norm": Field(False, only=(False,)),
-    "clip_qkv": Field(to="clip_qkv"),
+    "clip_qkv": Field(to="clip_qkv", kind=float),
     "rope": Field(False, only=(True,)),
-    "rope_theta": Field(10000, to="rope_theta"),
+    "rope_theta": Field(10000.0, to="rope_theta"),
     "alibi": Field(False, only=(False,)),
     "scale_logits": Field(False),
     "weight_tying": Field(True, to="tie_word_embeddings"),
@@ -107,6 +107,8 @@ def open_checkpoint(folder: Path, max_length: int | None) -> Checkpoint:
             f"{folder} {folder}-unsharded` and convert that."
         )
     read = read_fields(native, CONFIG, "config.yaml")
+    tensors = canonical(LAYOUTS[layout][1](folder), read["block_group_size"])
+    check_layers(read["n_layers"], tensors)
     config, keys = olmem_config(read), key_table(read)
     if max_length is not None:
         config["max_position_embeddings"] = max_length
@@ -114,7 +116,7 @@ def open_checkpoint(folder: Path, max_length: int | None) -> Checkpoint:
     if read["embedding_dropout"]:
         notes.append(f"embedding_dropout {read['embedding_dropout']} was of training only and is not carried over")
     for name in ("eos_token_id", "pad_token_id"):
-        if name not in native and config[name] >= config["vocab_size"]:
+        if name not in native and config.get(name, 0) >= config["vocab_size"]:
             notes.append(f"config.yaml gives no {name}, and OLMo's default is outside this vocabulary: none is set")
             del config[name]
     return Checkpoint(
@@ -123,7 +125,7 @@ def open_checkpoint(folder: Path, max_length: int | None) -> Checkpoint:
         path=folder,
         native_config=native,
         olmem_config=config,
-        tensors=canonical(LAYOUTS[layout][1](folder), read["block_group_size"]),
+        tensors=tensors,
         keys=expand(keys, read["n_layers"]),
         tokenizer_size=read["vocab_size"],
         notes=tuple(notes),
@@ -156,14 +158,19 @@ def canonical(tensors: dict[str, LazyTensor], group_size: int) -> dict[str, Lazy
 
 
 def num_key_value_heads(read: Mapping[str, Any]) -> int:
-    if read["n_kv_heads"] is not None:
-        return int(read["n_kv_heads"])
-    return 1 if read["multi_query_attention"] else read["n_heads"]
+    heads, multi_query = read["n_kv_heads"], read["multi_query_attention"]
+    implied = 1 if multi_query else read["n_heads"]
+    if heads is not None and multi_query is not None and heads != implied:
+        raise CheckpointError(
+            f"`n_kv_heads` of config.yaml must be {implied} with `multi_query_attention: {multi_query}` (got {heads}); "
+            "copy the config again."
+        )
+    return implied if heads is None else heads
 
 
 def intermediate_size(read: Mapping[str, Any]) -> int:
     """One half of the fused gate and up projection, whose width the native fields give."""
-    return int(read["mlp_hidden_size"] or read["mlp_ratio"] * read["d_model"]) // 2
+    return (read["mlp_hidden_size"] or read["mlp_ratio"] * read["d_model"]) // 2
 
 
 def norm_weights(read: Mapping[str, Any]) -> tuple[bool, bool, bool]:
@@ -185,7 +192,7 @@ def olmem_config(read: Mapping[str, Any]) -> dict[str, Any]:
     return carried(read, CONFIG) | {
         "num_key_value_heads": num_key_value_heads(read),
         "intermediate_size": intermediate_size(read),
-        "vocab_size": int(read["embedding_size"] or required(read["vocab_size"], "vocab_size", "config.yaml")),
+        "vocab_size": read["embedding_size"] or required(read["vocab_size"], "vocab_size", "config.yaml"),
         "norm_placement": "post" if read["norm_after"] else "pre",
         "norm_type": "rms" if rms else "layer" if blocks or queries_and_keys else "layer_plain",
         "qk_norm": "full" if read["attention_layer_norm"] else "none",
@@ -197,7 +204,7 @@ def olmem_config(read: Mapping[str, Any]) -> dict[str, Any]:
 def key_table(read: Mapping[str, Any]) -> list[Key]:
     """Rows of `att_proj` are queries, keys, values; rows of `ff_proj` are up, then gate."""
     native, olmem = "transformer.blocks.{layer}.", "model.layers.{layer}."
-    head_dim = read["d_model"] // read["n_heads"]
+    head_dim = read["d_model"] // max(read["n_heads"], 1)
     query_size, key_size, mlp_size = read["d_model"], num_key_value_heads(read) * head_dim, intermediate_size(read)
     place = "post" if read["norm_after"] else "pre"
     attention = [f"{olmem}self_attn.{name}_proj.weight" for name in "qkv"]

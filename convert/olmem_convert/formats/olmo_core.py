@@ -12,11 +12,13 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..tensors import read_distributed, read_json
-from . import NO_EFFECT, Checkpoint, Field, Key, carried, expand, read_fields, required
+from . import NO_EFFECT, Checkpoint, Field, Key, carried, check_layers, expand, read_fields, required, typed
 
 NORM_TYPES = {"rms": "rms", "fused_rms": "rms", "cute_rms": "rms", "qwen_rms": "rms", "default": "layer"}
 NORM_PLACEMENTS = {"reordered_norm": "post", "default": "pre", "peri_norm": "peri"}
 ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
+# Where an experiment says what length it trained, the first that does.
+LENGTHS = ("train_module.max_sequence_length", "dataset.sequence_length", "data_loader.sequence_length")
 
 
 def norm_fields(path: str) -> dict[str, Field]:
@@ -32,9 +34,9 @@ def norm_fields(path: str) -> dict[str, Field]:
 
 MODEL: dict[str, Field] = {
     "name": Field("default", only=("default",)),
-    "d_model": Field(to="hidden_size"),
-    "n_layers": Field(to="num_hidden_layers"),
-    "vocab_size": Field(to="vocab_size"),
+    "d_model": Field(to="hidden_size", kind=int),
+    "n_layers": Field(to="num_hidden_layers", kind=int),
+    "vocab_size": Field(to="vocab_size", kind=int),
     "tie_word_embeddings": Field(False, to="tie_word_embeddings"),
     "embed_scale": Field(only=(None, 1.0)),
     "embedding_norm": Field(only=(None,)),
@@ -67,32 +69,32 @@ MODEL: dict[str, Field] = {
 
 BLOCK: dict[str, Field] = {
     "name": Field("default", only=tuple(NORM_PLACEMENTS)),
-    "dropout": Field(to="residual_dropout"),
+    "dropout": Field(to="residual_dropout", kind=float),
     "attention_residual_alpha": Field(only=(None, 1.0)),
     "feed_forward_residual_alpha": Field(only=(None, 1.0)),
     "feed_forward_moe": Field(only=(None,)),
     **norm_fields("layer_norm"),
     "feed_forward.name": Field("default", only=("default",)),
-    "feed_forward.hidden_size": Field(to="intermediate_size"),
+    "feed_forward.hidden_size": Field(to="intermediate_size", kind=int),
     "feed_forward.activation": Field("silu", only=tuple(ACTIVATIONS)),
     "feed_forward.bias": Field(True, only=(False,)),
     "feed_forward.dtype": NO_EFFECT,
     "sequence_mixer.type": Field("attention", only=("attention",)),
     "sequence_mixer.name": Field("default", only=("default",)),
     "sequence_mixer.n_heads": Field(16, to="num_attention_heads"),
-    "sequence_mixer.n_kv_heads": Field(to="num_key_value_heads"),
-    "sequence_mixer.head_dim": Field(to="head_dim"),
+    "sequence_mixer.n_kv_heads": Field(to="num_key_value_heads", kind=int),
+    "sequence_mixer.head_dim": Field(to="head_dim", kind=int),
     "sequence_mixer.bias": Field(True, to="attention_bias"),
     "sequence_mixer.gate": Field(only=(None,)),
-    "sequence_mixer.clip_qkv": Field(to="clip_qkv"),
-    "sequence_mixer.dropout": Field(to="attention_dropout"),
+    "sequence_mixer.clip_qkv": Field(to="clip_qkv", kind=float),
+    "sequence_mixer.dropout": Field(to="attention_dropout", kind=float),
     **norm_fields("sequence_mixer.qk_norm"),
     "sequence_mixer.use_head_qk_norm": Field(False),
     "sequence_mixer.qk_norm_per_head_gains": Field(only=(None, False)),
     "sequence_mixer.scalable_softmax": Field(False, only=(None, False)),
     "sequence_mixer.attention_sinks": Field(False, only=(None, False)),
     "sequence_mixer.rope.name": Field("default", only=("default",)),
-    "sequence_mixer.rope.theta": Field(500000),
+    "sequence_mixer.rope.theta": Field(500000.0),
     "sequence_mixer.rope.full_precision": NO_EFFECT,
     "sequence_mixer.rope.no_global_rope": Field(False, only=(None, False)),
     "sequence_mixer.rope.partial_rotary_factor": Field(1.0, only=(None, 1.0)),
@@ -119,12 +121,12 @@ BLOCK: dict[str, Field] = {
 SCALING: dict[str, dict[str, Field]] = {
     "beta_fast": {
         "factor": Field(8.0),
-        "beta_fast": Field(32),
-        "beta_slow": Field(1),
+        "beta_fast": Field(32.0),
+        "beta_slow": Field(1.0),
         "old_context_len": Field(8192),
         "attention_rescale_factor": NO_EFFECT,  # of YaRN: native code computes its own
     },
-    "new_theta": {"new_theta": Field(8_000_000), "attention_rescale_factor": Field(1.0, only=(1.0,))},
+    "new_theta": {"new_theta": Field(8_000_000.0), "attention_rescale_factor": Field(1.0, only=(1.0,))},
     "high_freq_proportion": {
         "factor": Field(32.0),
         "low_freq_proportion": Field(0.0),
@@ -157,44 +159,48 @@ def open_checkpoint(folder: Path, max_length: int | None) -> Checkpoint:
         raise CheckpointError(
             f"`model` of {folder / 'config.json'} must be an object (got {native!r}); copy the config of the run."
         )
+    weights = weights_folder(folder)
+    assert weights is not None  # `recognise` found it
+    tensors = read_distributed(weights)
+    num_layers = required(native.get("n_layers"), "n_layers", "`model` of config.json")
+    check_layers(typed(num_layers, int, "n_layers", "`model` of config.json"), tensors)
     config, keys = olmem_config(native)
-    tokenizer = lookup(experiment, "dataset.tokenizer") or {}
     for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
-        if tokenizer.get(name) is not None:
-            config[name] = tokenizer[name]
-    lengths = (
-        max_length,
-        lookup(experiment, "train_module.max_sequence_length"),
-        lookup(experiment, "dataset.sequence_length"),
-        lookup(experiment, "data_loader.sequence_length"),
-    )
-    config["max_position_embeddings"] = next((length for length in lengths if length), None)
+        token = lookup(experiment, f"dataset.tokenizer.{name}")
+        if token is not None:
+            config[name] = token
+    lengths = (max_length, *(lookup(experiment, path) for path in LENGTHS))
+    config["max_position_embeddings"] = next((length for length in lengths if length is not None), None)
     if config["max_position_embeddings"] is None:
         raise CheckpointError(
-            "`train_module.max_sequence_length` of config.json must say what length was trained (it is absent, and so "
-            "is `dataset.sequence_length`); give it with --max-length."
+            f"`{LENGTHS[0]}` of config.json must say what length was trained (it is absent, and so is `{LENGTHS[1]}`); "
+            "give it with --max-length."
         )
     version = ""
     if (folder / ".metadata.json").is_file():
         version = f" {read_json(folder / '.metadata.json').get('version', '')}".rstrip()
-    weights = weights_folder(folder)
-    assert weights is not None  # `recognise` found it
     return Checkpoint(
         family="olmo_core",
         description=f"OLMo-core{version}, {len(list(weights.glob('*.distcp')))} shard files",
         path=folder,
         native_config=native,
         olmem_config=config,
-        tensors=read_distributed(weights),
+        tensors=tensors,
         keys=expand(keys, config["num_hidden_layers"]),
-        tokenizer_size=tokenizer.get("vocab_size") or config["vocab_size"],
+        tokenizer_size=lookup(experiment, "dataset.tokenizer.vocab_size") or config["vocab_size"],
     )
 
 
-def lookup(value: Any, path: str) -> Any:
+def lookup(experiment: Mapping[str, Any], path: str) -> int | None:
+    """A number at a path of the experiment's config, outside the model's."""
+    value: Any = experiment
     for name in path.split("."):
-        value = value.get(name) if isinstance(value, Mapping) else None
-    return value
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            raise CheckpointError(f"`{path}` of config.json must be in an object (got {value!r}); copy it again.")
+        value = value.get(name)
+    return typed(value, int, path, "config.json")
 
 
 def flatten(value: Mapping[str, Any], table: Mapping[str, Field], prefix: str = "") -> dict[str, Any]:
@@ -204,6 +210,8 @@ def flatten(value: Mapping[str, Any], table: Mapping[str, Field], prefix: str = 
         path = prefix + name
         if name == "_CLASS_":
             continue
+        if item is None and path not in table and any(field.startswith(f"{path}.") for field in table):
+            continue  # the same as absent
         if isinstance(item, Mapping) and path not in table:
             flat |= flatten(item, table, f"{path}.")
         else:
@@ -240,12 +248,20 @@ def olmem_config(native: Mapping[str, Any]) -> tuple[dict[str, Any], list[Key]]:
     """OlmemConfig fields and the key table of a native `model` object."""
     values = {name: value for name, value in native.items() if name not in ("block", "block_overrides")}
     model = read_fields(flatten(values, MODEL), MODEL, "`model` of config.json")
-    num_layers = int(required(model["n_layers"], "n_layers", "config.json"))
+    for name in ("d_model", "n_layers", "vocab_size"):
+        required(model[name], name, "`model` of config.json")
+    num_layers = model["n_layers"]
     overrides = native.get("block_overrides") or {}
+    if num_layers < 1 or not isinstance(overrides, Mapping):
+        raise CheckpointError(
+            f"`n_layers` must be positive and `block_overrides` an object (got {num_layers} and {overrides!r}); copy "
+            "config.json again."
+        )
     strays = set(overrides) - {str(layer) for layer in range(num_layers)}
     if strays:
         raise CheckpointError(f"`block_overrides` must name layers 0 to {num_layers - 1} (got {sorted(strays)}).")
     base = read_block(native.get("block"), "block")
+    required(base["feed_forward.hidden_size"], "feed_forward.hidden_size", "`block` of config.json")
     blocks = [
         read_block(overrides[str(layer)], f"block_overrides.{layer}") if str(layer) in overrides else base
         for layer in range(num_layers)
@@ -270,8 +286,6 @@ def olmem_config(native: Mapping[str, Any]) -> tuple[dict[str, Any], list[Key]]:
     }
     if window is not None:
         config["sliding_window"] = window
-    for name in ("hidden_size", "vocab_size", "intermediate_size"):
-        required(config.get(name), name, "config.json")
     return config, key_table(config, model, block)
 
 
@@ -338,7 +352,7 @@ def read_norms(model: Mapping[str, Any], block: Mapping[str, Any]) -> tuple[str,
 
 def read_rope(config: Mapping[str, Any], blocks: list[dict[str, Any]], layer_types: list[str]) -> dict[str, Any]:
     parameters: dict[str, Any] = {}
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // max(config["num_attention_heads"], 1)
     for layer, (block, layer_type) in enumerate(zip(blocks, layer_types, strict=True)):
         theta, scaling = block["sequence_mixer.rope.theta"], block["sequence_mixer.rope.scaling"]
         entry = {"rope_type": "default", "rope_theta": float(theta)}
@@ -366,6 +380,9 @@ def read_scaling(scaling: Any, theta: float, head_dim: int) -> dict[str, Any]:
     if form is None:
         raise CheckpointError(f"`rope.scaling` must be a scaling this version knows (got {dict(scaling)}).")
     read = read_fields(flatten(scaling, SCALING[form]), SCALING[form], "`rope.scaling` of config.json")
+    for name, value in read.items():
+        if isinstance(value, float | int) and value <= 0 and name != "low_freq_proportion":
+            raise CheckpointError(f"`rope.scaling.{name}` must be positive (got {value}); copy config.json again.")
     if form == "new_theta":
         return {"rope_theta": float(read["new_theta"])}
     if form == "factor":
@@ -387,6 +404,10 @@ def read_scaling(scaling: Any, theta: float, head_dim: int) -> dict[str, Any]:
         }
     low, high = read.get("low_freq_factor"), read.get("high_freq_factor")
     if form == "high_freq_proportion":
+        if not 0 <= read["low_freq_proportion"] < 1:
+            raise CheckpointError(
+                f"`rope.scaling.low_freq_proportion` must be in [0, 1) (got {read['low_freq_proportion']}); correct it."
+            )
         low, high = 1.0 / (1.0 - read["low_freq_proportion"]), 1.0 / read["high_freq_proportion"]
     return shared | {"rope_type": "llama3", "low_freq_factor": low, "high_freq_factor": high}
 

@@ -1,0 +1,180 @@
+"""The command line: what it prints where, and with what code it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import olmem_convert
+import pytest
+from convert.checkpoints import DEMO, load_weights, read_config, snapshot, source
+from convert.writers import write_olmo
+from olmem_convert.cli import app
+from typer.testing import CliRunner
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+
+
+def run(*arguments) -> object:
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def test_convert_says_what_it_finds_and_does(tmp_path):
+    result = run("convert", DEMO / "step1872", tmp_path / "out")
+    assert result.exit_code == 0 and result.stderr == ""
+    lines = result.stdout.splitlines()
+    parameters = sum(weight.numel() for weight in load_weights(tmp_path / "out").values())
+    found = f"found OLMo-core 3.0.0, 1 shard files: {parameters:,} parameters, 4 layers, 3 of them with a window of 256"
+    assert lines[0] == f"{found}, 6 heads, trained length 1024"
+    assert lines[1].startswith("tokenizer: 2048 tokens")
+    assert lines[2].startswith("verified: logits differ by at most ")
+    assert lines[3:] == [f"wrote {tmp_path / 'out'}"]
+
+
+def test_json_is_one_object_on_standard_output(tmp_path):
+    result = run("convert", source("legacy_partial_yaml"), tmp_path / "out", "--json")
+    assert result.exit_code == 0
+    report = json.loads(result.stdout)
+    assert len(result.stdout.splitlines()) == 1
+    assert report["verification"] == json.loads((tmp_path / "out" / "verification.json").read_text())
+    assert report["dtype"] == "float32" and report["tokenizer"] is None and report["notes"]
+    assert report["bytes"] == report["parameters"] * 4
+    assert result.stderr.splitlines()[-1] == f"wrote {tmp_path / 'out'}"
+    again = run("verify", tmp_path / "out", "--against", source("legacy_partial_yaml"), "--json")
+    assert json.loads(again.stdout) == report["verification"]
+
+
+def test_json_of_an_error_is_nothing(tmp_path):
+    result = run("convert", tmp_path / "nothing", tmp_path / "out", "--json")
+    assert (result.exit_code, result.stdout) == (1, "") and result.stderr.startswith("error: ")
+
+
+def test_no_verify_says_how_to(tmp_path):
+    result = run("convert", source("olmo"), tmp_path / "out", "--no-verify")
+    assert result.exit_code == 0 and "not verified: `olmem verify OUT --against SRC`" in result.stdout
+    assert not (tmp_path / "out" / "verification.json").exists()
+    result = run("verify", tmp_path / "out", "--against", source("olmo"))
+    assert result.exit_code == 0 and (tmp_path / "out" / "verification.json").exists()
+
+
+def test_options_reach_the_conversion(tmp_path):
+    options = ("--dtype", "bfloat16", "--max-shard-size", "50KB", "--max-length", "48", "--tokenizer", DEMO)
+    result = run("convert", DEMO / "step1872", tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    config = read_config(tmp_path / "out")
+    assert (config["dtype"], config["max_position_embeddings"]) == ("bfloat16", 48)
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 10
+    assert "rounding to bfloat16" in result.stdout
+    assert run("verify", tmp_path / "out", "--against", DEMO / "step1872").exit_code == 0
+
+
+def test_overwrite(tmp_path):
+    out = tmp_path / "out"
+    assert run("convert", source("olmo1"), out).exit_code == 0
+    before = snapshot(out)
+    assert run("convert", source("olmo"), out).exit_code == 1
+    assert snapshot(out) == before
+    assert run("convert", source("olmo"), out, "--overwrite").exit_code == 0
+    assert snapshot(out) != before and os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["transform"],
+        ["convert"],
+        ["convert", "a"],
+        ["convert", "a", "b", "c"],
+        ["convert", "a", "b", "--max-length", "0"],
+        ["convert", "a", "b", "--max-length", "x"],
+        ["convert", "a", "b", "--fast"],
+        ["verify", "a"],
+        ["verify", "--against", "a"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_use_ends_with_two(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("verb", ["convert", "verify"])
+def test_help_names_every_argument(verb):
+    result = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert result.exit_code == 0
+    for word in {"convert": ("SRC", "OUT", "--dtype", "--overwrite"), "verify": ("OUT", "--against", "--json")}[verb]:
+        assert word in result.stdout
+
+
+def test_verify_of_nothing(tmp_path):
+    result = run("verify", tmp_path / "out", "--against", source("olmo"))
+    assert result.exit_code == 1 and result.stderr.startswith("error: `OUT` must be a converted folder")
+
+
+def test_verify_against_nothing(changeable, tmp_path):
+    """A mistyped path takes nothing from a good folder."""
+    out = changeable("olmo")
+    before = snapshot(out)
+    result = run("verify", out, "--against", tmp_path / "nothing")
+    assert result.exit_code == 1 and result.stderr.startswith("error: `SRC` must be")
+    assert snapshot(out) == before
+
+
+def test_module_is_the_command(tmp_path):
+    """In a process of its own: nothing but the lines on standard output, no bar where there is no terminal."""
+    command = [
+        sys.executable,
+        "-m",
+        "olmem_convert",
+        "convert",
+        str(write_olmo(tmp_path / "source", "model.pt")),
+        str(tmp_path / "out"),
+    ]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.splitlines()[-1] == f"wrote {tmp_path / 'out'}"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_signal_leaves_nothing(number, code, overwrite, tmp_path):
+    source_folder, out = write_olmo(tmp_path / "source", "model.pt"), tmp_path / "out"
+    if overwrite:
+        assert run("convert", source_folder, out).exit_code == 0
+    before = snapshot(tmp_path)
+    script = f"""
+import importlib, sys, time
+module = importlib.import_module("olmem_convert.convert")
+written = module.write_shards
+def wait(*args):
+    written(*args)
+    print("ready", flush=True)
+    time.sleep(60)
+module.write_shards = wait
+sys.argv = ["olmem", "convert", {str(source_folder)!r}, {str(out)!r}] + ["--overwrite"] * {overwrite}
+from olmem_convert.cli import app
+app()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while (line := process.stdout.readline()) and line != "ready\n":
+        pass
+    assert any(path.name.startswith(".out.") for path in tmp_path.iterdir()), "it is in the middle"
+    time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in errors, errors
+    assert snapshot(tmp_path) == before and sorted(os.listdir(tmp_path)) == sorted(
+        {"source", "out"} if overwrite else {"source"}
+    )
+
+
+def test_library_names():
+    assert set(olmem_convert.__all__) == {"CheckpointError", "convert", "verify"}
+    assert callable(olmem_convert.convert) and callable(olmem_convert.verify)

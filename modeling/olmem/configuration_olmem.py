@@ -15,7 +15,14 @@ NORM_TYPES = ("rms", "layer", "layer_plain")
 QK_NORMS = ("full", "head", "none")
 CLIP_STAGES = ("projection", "rotary")
 LAYER_TYPES = ("sliding_attention", "full_attention")
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+# Kinds of RoPE as Transformers defines them, with the numbers that each cannot do without.
+ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+}
 
 # Fields of the family that this version cannot run, with the one value that asks for nothing.
 NOT_YET = {
@@ -193,31 +200,33 @@ class OlmemConfig(PreTrainedConfig):
 
     def convert_rope_params_to_dict(self, **kwargs) -> dict[str, Any]:
         """One entry for each layer type in use; see `rope_parameters`."""
-        theta = kwargs.pop("rope_theta", None)
-        theta = self.default_theta if theta is None else theta
-        scaling = kwargs.pop("rope_scaling", None) or {}
+        theta, scaling = kwargs.pop("rope_theta", None), kwargs.pop("rope_scaling", None) or {}
         given = self.rope_parameters or {}
+        if set(scaling) & set(LAYER_TYPES):  # the older name of the same
+            given, scaling = scaling, {}
         flat = {key: value for key, value in given.items() if key not in LAYER_TYPES}
+        nested = {key: value for key, value in given.items() if key in LAYER_TYPES}
         for key, value in flat.items():
             if isinstance(value, dict):
                 raise ValueError(
                     f"`rope_parameters` must be nested by {' or '.join(LAYER_TYPES)} (got {key!r}); rename it."
                 )
-        if flat and len(flat) < len(given):
+        if flat and nested:
             raise ValueError(
                 "`rope_parameters` must be one flat dictionary or nested by layer type, not both (got the keys "
                 f"{sorted(given)}); keep the part the model was trained with."
             )
+        # A layer type without a theta has that of the model, wherever it stands.
+        thetas = [theta, *((entry or {}).get("rope_theta") for entry in (flat, *nested.values())), self.default_theta]
+        theta = next(theta for theta in thetas if theta is not None)
         parameters = {}
         for layer_type in sorted(set(self.layer_types or ())):
-            entry = dict(given.get(layer_type) or flat)
-            if layer_type == "full_attention":
-                entry = entry | scaling
-            elif flat:
-                entry = {key: value for key, value in flat.items() if key == "rope_theta"}
-            legacy_name = entry.pop("type", "default")
-            entry.setdefault("rope_type", legacy_name)
-            entry.setdefault("rope_theta", theta)
+            full = layer_type == "full_attention"
+            entry = {"rope_type": "default", "rope_theta": theta}
+            for part in (nested.get(layer_type) or (flat if full else {}), scaling if full else {}):
+                if "type" in part:  # the older name of `rope_type`
+                    part = {"rope_type": part["type"]} | {key: part[key] for key in part if key != "type"}
+                entry |= part
             if entry["rope_type"] in ("yarn", "llama3"):
                 entry.setdefault("original_max_position_embeddings", self.max_position_embeddings)
             parameters[layer_type] = entry
@@ -297,7 +306,8 @@ class OlmemConfig(PreTrainedConfig):
         for name in ("attention_dropout", "residual_dropout"):
             self._require(0 <= getattr(self, name) < 1, name, "must be in [0, 1)", "0.0 drops nothing")
 
-    def validate_layer_types(self) -> None:
+    def validate_layer_type(self) -> None:
+        """In place of Transformers' own rule, which allows layer types that Olmem does not have."""
         unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
         if "chunked_attention" in unknown:
             raise ValueError(
@@ -306,12 +316,11 @@ class OlmemConfig(PreTrainedConfig):
             )
         if unknown:
             raise ValueError(f"`layer_types` must be made of {', '.join(LAYER_TYPES)} (got {unknown}); rename these.")
-        self._require(
-            len(self.layer_types) == self.num_hidden_layers,
-            "layer_types",
-            f"must name `num_hidden_layers` = {self.num_hidden_layers} layers",
-            "give one value a layer, or one string for all",
-        )
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"`layer_types` must name `num_hidden_layers` = {self.num_hidden_layers} layers (got "
+                f"{len(self.layer_types)}); give one value a layer, or one string for all."
+            )
         self._require(
             "sliding_attention" not in self.layer_types or (self.sliding_window or 0) >= 1,
             "sliding_window",
@@ -319,7 +328,8 @@ class OlmemConfig(PreTrainedConfig):
             "give the window, or make every layer 'full_attention'",
         )
 
-    def validate_rope_scaling(self) -> None:
+    def validate_rope(self) -> None:
+        """Beside Transformers' own rules: scaling belongs to full-attention layers."""
         for layer_type, entry in self.rope_parameters.items():
             rope_type, theta = entry["rope_type"], entry["rope_theta"]
             where = f"`rope_parameters[{layer_type!r}]"
@@ -332,8 +342,15 @@ class OlmemConfig(PreTrainedConfig):
                     f"{where}['rope_type']` must be 'default' (got {rope_type!r}); a window's positions never leave "
                     "the trained range, so scaling belongs to full-attention layers only."
                 )
-            if not isinstance(theta, int | float) or theta <= 0:
+            if not isinstance(theta, int | float) or isinstance(theta, bool) or theta <= 0:
                 raise ValueError(f"{where}['rope_theta']` must be a positive number (got {theta!r}); OLMo 2 uses 5e5.")
+            for name in ROPE_TYPES[rope_type]:
+                if not isinstance(entry.get(name), int | float):
+                    raise ValueError(
+                        f"{where}[{name!r}]` must be a number with rope_type {rope_type!r} (got {entry.get(name)!r}); "
+                        "give what the model was trained with."
+                    )
+        super().validate_rope()
 
 
 OlmemConfig.register_for_auto_class()

@@ -136,7 +136,8 @@ def eager_attention_forward(
     """Attention in plain operations, weights returned: query (B, H, T, D), key and value (B, K, S, D) ->
     (B, T, H, D), (B, H, T, S). Softmax in float32."""
     groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if groups > 1:
+        key, value = (state[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for state in (key, value))
     weights = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
@@ -335,9 +336,14 @@ class OlmemModel(OlmemPreTrainedModel):
 
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        slides = "sliding_attention" in self.config.layer_types
+        if past_key_values is not None and slides and self.config.sliding_window == 1:
+            raise ValueError(
+                "`sliding_window` must be at least 2 with a cache (got 1): Transformers' caches cannot keep a window "
+                "that holds nothing of the past; pass use_cache=False."
+            )
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen).unsqueeze(0)
+            position_ids = self.positions(hidden_states, attention_mask, past_key_values)
 
         layer_types = self.config.layer_types
         if isinstance(attention_mask, dict):  # `generate` has made them already
@@ -367,6 +373,16 @@ class OlmemModel(OlmemPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def positions(self, hidden_states, attention_mask, past_key_values) -> torch.Tensor:
+        """Each token's index (1 or B, T). RoPE knows differences only, so left padding may count; not so where
+        rotated values are clipped, which are of a row's real tokens."""
+        length = hidden_states.shape[1]
+        clips_rotated = self.config.clip_qkv is not None and self.config.clip_qkv_stage == "rotary"
+        if clips_rotated and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        return (torch.arange(length, device=hidden_states.device) + seen).unsqueeze(0)
 
 
 class OlmemForCausalLM(OlmemPreTrainedModel, GenerationMixin):

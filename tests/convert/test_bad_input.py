@@ -191,7 +191,7 @@ def test_spoilt_config(name, text, src):
     copy_source(name, src)
     config = "config.yaml" if name == "olmo" else "config.json"
     (src / config).write_text(text)
-    refuse(src, config)
+    refuse(src, "config")
 
 
 def test_code_in_yaml_does_not_run(src, tmp_path):

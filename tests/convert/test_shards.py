@@ -66,8 +66,9 @@ def test_what_is_written_is_what_is_read(shapes, source, target, size):
             assert index["metadata"] == {"total_size": total, "total_parameters": parameters}
 
 
-def test_data_are_aligned_and_views_are_written_whole(tmp_path):
-    tensors = {"a": values(3, 5).T, "bb": values(40)[3:9]}
+@pytest.mark.parametrize("length", range(1, 9))
+def test_data_are_aligned_and_views_are_written_whole(length, tmp_path):
+    tensors = {"a" * length: values(3, 5).T, "b": values(40)[3:9]}
     write_shards(tmp_path, {name: lazy(value) for name, value in tensors.items()}, torch.float32, "5GB")
     path = tmp_path / "model.safetensors"
     assert (8 + int.from_bytes(path.read_bytes()[:8], "little")) % 8 == 0

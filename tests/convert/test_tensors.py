@@ -308,6 +308,49 @@ def test_metadata_that_does_not_fit_is_refused(edit, tmp_path):
         read_distributed(tmp_path)
 
 
+@pytest.mark.parametrize("absolute", [False, True])
+def test_files_beyond_the_folder_are_not_read(absolute, tmp_path):
+    """Though they are there, and hold what is looked for."""
+    folder = tmp_path / "model"
+    path = str(tmp_path / "__0_0.distcp") if absolute else "../__0_0.distcp"
+    write_distributed(folder, {"model.w": values(4, 3)}, edit=set_info(relative_path=path))
+    (folder / "__0_0.distcp").rename(tmp_path / "__0_0.distcp")
+    with pytest.raises(CheckpointError, match="of its own folder only"):
+        read_distributed(folder)
+
+    path = str(tmp_path / "rank_0.safetensors") if absolute else "../rank_0.safetensors"
+    write_flat_shards(folder, {"w": values(3, 4)}, {"w": [[(0, 12)]]})
+    (folder / "rank_0.safetensors").rename(tmp_path / "rank_0.safetensors")
+    index = json.loads((folder / "metadata.json").read_text())
+    by_file = index["tensors"]["w"]["shard_spec_per_file"]
+    by_file[path] = by_file.pop("rank_0.safetensors")
+    (folder / "metadata.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="of its own folder only"):
+        read_flat_shards(folder)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (values(4, 3), values(3, 4)),
+        (values(1, 12), values(12)),
+        (values(4, 3), values(4, 3, dtype=torch.int32)),
+        (values(4, 3, dtype=torch.float16), values(4, 3, dtype=torch.bfloat16)),
+    ],
+    ids=["turned", "flat", "integers", "halves"],
+)
+def test_chunk_of_another_tensor_is_refused(one, other, tmp_path):
+    """Of as many bytes, so that nothing before reading it can tell."""
+
+    def swap(metadata):
+        first, second = metadata.storage_data.values()
+        first.__dict__, second.__dict__ = dict(second.__dict__), dict(first.__dict__)
+
+    write_distributed(tmp_path, {"model.one": one, "model.other": other}, edit=swap)
+    with pytest.raises(CheckpointError, match="two checkpoints are mixed"):
+        read_distributed(tmp_path)["one"].load()
+
+
 def test_chunks_that_overlap_leave_a_gap_that_is_not_written(tmp_path):
     boxes = {"model.w": [((0, 0), (2, 3)), ((2, 0), (2, 3))]}
     write_distributed(tmp_path, {"model.w": values(4, 3)}, boxes, 2, overlapping)

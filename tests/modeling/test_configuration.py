@@ -68,7 +68,6 @@ def test_a_value_out_of_range_is_refused_with_its_field_rule_value_and_remedy(fi
         ([FULL], "`layer_types` must name `num_hidden_layers` = 2 layers"),
     ],
 )
-# OPEN BUG
 def test_layer_types_are_refused_in_our_words(layer_types, rule):
     """Transformers' own `validate_layer_type` ran first: it offers kinds that we refuse, and names no way out."""
     assert rule in refusal(num_hidden_layers=2, layer_types=layer_types)
@@ -235,7 +234,6 @@ def test_unused_keywords_are_returned(tmp_path):
 
 
 @pytest.mark.parametrize(("saved", "asked"), [(FULL, SLIDING), (SLIDING, FULL)])
-# OPEN BUG
 def test_other_layer_types_keep_the_theta_of_the_model(saved, asked, tmp_path):
     """The saved folder has no entry for a layer type that no layer had: the theta silently became 500000."""
     OlmemConfig(num_hidden_layers=2, layer_types=saved, rope_theta=10000.0).save_pretrained(tmp_path)
@@ -283,7 +281,6 @@ def test_every_form_of_rope_parameters_has_one_meaning(given, full, sliding_thet
     assert OlmemConfig(**config.to_dict()).rope_parameters == config.rope_parameters
 
 
-# OPEN BUG
 def test_rope_scaling_may_be_nested_as_rope_parameters():
     """`rope_scaling` is another name of `rope_parameters` in Transformers: nested, it became an entry inside an entry,
     without the thetas and the scaling it gives."""
@@ -291,7 +288,6 @@ def test_rope_scaling_may_be_nested_as_rope_parameters():
     assert OlmemConfig(**BOTH, rope_scaling=nested).rope_parameters == nested
 
 
-# OPEN BUG
 def test_rope_scaling_beside_rope_parameters_is_not_lost():
     """A `type` of an old-style `rope_scaling` lost against the `rope_type` "default" of `rope_parameters`: no layer
     was scaled."""
@@ -325,7 +321,6 @@ def test_rope_that_means_nothing_is_refused(given, parts):
     ],
     ids=str,
 )
-# OPEN BUG
 def test_incomplete_rope_is_refused_in_our_words(given, part):
     """A top-level theta of 0 became 500000; a missing factor and an unknown type with keys of its own met
     Transformers' check first, a bare `KeyError`."""
@@ -410,14 +405,12 @@ def test_overrides_of_an_olmo_configuration(config_class, tmp_path):
     assert "`num_sink_tokens` is not supported yet" in refusal(OlmemConfig.from_olmo, tmp_path, num_sink_tokens=4)
 
 
-# OPEN BUG
 def test_a_misspelled_override_of_an_olmo_configuration_is_refused(tmp_path):
     """It went to the Hub's arguments, which ignore what they do not know."""
     Olmo2Config(**OLMO_SIZES).save_pretrained(tmp_path)
     assert "did you mean `sliding_window`?" in refusal(OlmemConfig.from_olmo, tmp_path, slidng_window=3)
 
 
-# OPEN BUG
 def test_keywords_of_transformers_override_an_olmo_configuration(tmp_path):
     """They went to the Hub's arguments, which ignore what they do not know."""
     Olmo2Config(**OLMO_SIZES).save_pretrained(tmp_path)

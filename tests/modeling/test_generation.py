@@ -116,14 +116,15 @@ def test_a_cache_of_the_caller_goes_on(changes):
         assert torch.equal(write(model, second, past_key_values=cache), write(model, second, use_cache=False))
 
 
-# OPEN BUG
-@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=str)
-@pytest.mark.parametrize("layer_types", [None, "sliding_attention"])
-def test_a_window_of_one_key_can_be_cached(layer_types, options):
-    """Transformers' DynamicCache keeps every key of a window of one (`keys[-window + 1:]`), and its mask has one."""
-    model = tiny(sliding_window=1, **({"layer_types": layer_types} if layer_types else {}))
-    for ids in (tokens(1, 1), tokens(1, 5)):
-        assert torch.equal(write(model, ids, **options), write(model, ids, use_cache=False))
+def test_a_window_of_one_key_is_refused_a_cache():
+    """Transformers' DynamicCache keeps every key of a window of one (`keys[-window + 1:]`): other tokens were
+    written, without an error."""
+    model = tiny(sliding_window=1)
+    with pytest.raises(ValueError, match=r"`sliding_window` must be at least 2 with a cache \(got 1\)"):
+        write(model, tokens(1, 5))
+    assert torch.equal(write(model, tokens(1, 5), use_cache=False)[0], write_by_hand(model, tokens(5)))
+    full = tiny(sliding_window=1, layer_types="full_attention")
+    assert torch.equal(write(full, tokens(1, 5))[0], write_by_hand(full, tokens(5)))
 
 
 @pytest.mark.parametrize("changes", MODELS, ids=str)

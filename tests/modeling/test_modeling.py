@@ -38,7 +38,7 @@ CLIPS = (None, "projection", "rotary")
 
 def logits(model: OlmemForCausalLM, ids: torch.Tensor, **kwargs) -> torch.Tensor:
     with torch.no_grad():
-        return model(ids[None], **kwargs).logits[0]
+        return model(ids[None], **{"use_cache": False} | kwargs).logits[0]
 
 
 @pytest.mark.parametrize("clip", CLIPS)
@@ -224,11 +224,17 @@ def everything(model: Any, ids: torch.Tensor, mask: torch.Tensor, backend: str) 
 
 
 def different(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
+    """Names of what differs in a bit; gradients, whose sums eager attention may order otherwise, in a rounding."""
     assert found.keys() == expected.keys()
-    return [name for name in expected if not torch.equal(found[name], expected[name])]
+    return [name for name in expected if not same(name, found[name], expected[name])]
 
 
-# OPEN BUG (eager)
+def same(name: str, found: torch.Tensor, expected: torch.Tensor) -> bool:
+    if name.startswith("gradient"):
+        return bool((found - expected).abs().max() <= 1e-6 * expected.abs().max())
+    return torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("model_type", OLMO)
 @settings(max_examples=8, deadline=None)
@@ -322,21 +328,20 @@ def test_eager_sdpa_and_flex_agree_on_a_left_padded_batch(changes):
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # flex without a compiler
         for backend in ("eager", "sdpa", "flex_attention"):
             model.set_attn_implementation(backend)
-            outputs[backend] = model(**batch).logits
+            outputs[backend] = model(**batch, use_cache=False).logits
             assert outputs[backend].isfinite().all()
     real = batch["attention_mask"].bool()
     for backend in ("sdpa", "flex_attention"):
         assert_close(outputs[backend][real], outputs["eager"][real], rtol=0, atol=1e-5)
 
 
-# OPEN BUG
 @pytest.mark.parametrize("changes", [*BACKEND_MODELS, ROTARY_CLIP], ids=str)
 def test_a_left_padded_row_is_what_it_is_alone(changes):
     """A clip after RoPE is the one choice that depends on absolute positions: they must be those of the real tokens."""
     model = tiny(**changes)
     batch = left_padded(tokens(LENGTH), tokens(LENGTH - 5, seed=1), tokens(1, seed=2))
     with torch.no_grad():
-        outputs = model(**batch).logits
+        outputs = model(**batch, use_cache=False).logits
     for row, mask in enumerate(batch["attention_mask"].bool()):
         assert_close(outputs[row][mask], logits(model, batch["input_ids"][row][mask]), rtol=0, atol=1e-5)
 

@@ -33,10 +33,11 @@ NOT_YET = {
     "num_memory_tokens": 0,
     "num_sink_tokens": 0,
     "position_embedding": "rope",
-    "retrieval_capacity": None,
-    "retrieval_gate_init": None,
+    "partial_rotary_factor": 1.0,
+    "retrieval_capacity": 65536,
+    "retrieval_gate_init": -4.0,
     "retrieval_layers": [],
-    "retrieval_top_k": None,
+    "retrieval_top_k": 32,
     "shared_projections": "none",
 }
 
@@ -169,7 +170,13 @@ class OlmemConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As in Transformers, but overrides join the dictionary before it is read, so that they are expanded and
-        validated like any other field."""
+        validated like any other field; and another model's configuration is an error."""
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(
+                f"`model_type` must be {cls.model_type!r} (got {config_dict['model_type']!r}); load an OLMo model of "
+                "Transformers with `from_olmo`."
+            )
+        cls.refuse_misspelled(kwargs)
         names = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in names or name in NOT_YET}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
@@ -311,8 +318,7 @@ class OlmemConfig(PreTrainedConfig):
         unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
         if "chunked_attention" in unknown:
             raise ValueError(
-                "`layer_types` 'chunked_attention' is not supported yet (got it); use 'sliding_attention' or "
-                "'full_attention'."
+                "`layer_types` 'chunked_attention' is not supported yet; use 'sliding_attention' or 'full_attention'."
             )
         if unknown:
             raise ValueError(f"`layer_types` must be made of {', '.join(LAYER_TYPES)} (got {unknown}); rename these.")
@@ -344,6 +350,11 @@ class OlmemConfig(PreTrainedConfig):
                 )
             if not isinstance(theta, int | float) or isinstance(theta, bool) or theta <= 0:
                 raise ValueError(f"{where}['rope_theta']` must be a positive number (got {theta!r}); OLMo 2 uses 5e5.")
+            if entry.get("partial_rotary_factor", 1.0) != 1.0:
+                raise ValueError(
+                    f"{where}['partial_rotary_factor']` must be 1 (got {entry['partial_rotary_factor']!r}); Olmem "
+                    "rotates whole heads."
+                )
             for name in ROPE_TYPES[rope_type]:
                 if not isinstance(entry.get(name), int | float):
                     raise ValueError(

@@ -117,10 +117,14 @@ class OlmemRotaryEmbedding(nn.Module):
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Applies RoPE to states (B, H, T, D), halves paired as in Transformers; the product is in float32."""
-    first, second = states.chunk(2, dim=-1)
-    rotated = torch.cat((-second, first), dim=-1)
-    return (states * cos[:, None] + rotated * sin[:, None]).to(states.dtype)
+    """Applies RoPE to states (B, H, T, D), halves paired as in Transformers; the product is in float32.
+
+    The operations and their order are Transformers', so that gradients too are the same bit for bit.
+    """
+    half = states.shape[-1] // 2
+    straight = states * cos[:, None]
+    turned = torch.cat((-states[..., half:], states[..., :half]), dim=-1)
+    return (straight + turned * sin[:, None]).to(states.dtype)
 
 
 def eager_attention_forward(

@@ -424,3 +424,24 @@ def test_a_folder_that_is_no_olmo_is_refused(tmp_path):
         message = refusal(OlmemConfig.from_olmo, tmp_path / name)
         assert "`model_type` must be one of olmo, olmo2, olmo3" in message
         assert f"got {name!r} in {tmp_path / name}" in message
+
+
+def test_another_models_configuration_is_refused(tmp_path):
+    """Transformers only warns, and the model then has our defaults, sliding layers included."""
+    Olmo2Config(num_hidden_layers=2, hidden_size=8, num_attention_heads=2).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"`model_type` must be 'olmem' \(got 'olmo2'\); load .* with `from_olmo`"):
+        OlmemConfig.from_pretrained(tmp_path)
+
+
+def test_a_misspelled_override_is_refused(tmp_path):
+    OlmemConfig(num_hidden_layers=2).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="did you mean `sliding_window`"):
+        OlmemConfig.from_pretrained(tmp_path, slidng_window=3)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"partial_rotary_factor": 0.5}, {"rope_parameters": {"partial_rotary_factor": 0.5}}], ids=str
+)
+def test_partial_rotation_is_refused(changes):
+    with pytest.raises((ValueError, StrictDataclassError), match="partial_rotary_factor"):
+        OlmemConfig(num_hidden_layers=4, **changes)

@@ -224,15 +224,8 @@ def everything(model: Any, ids: torch.Tensor, mask: torch.Tensor, backend: str) 
 
 
 def different(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
-    """Names of what differs in a bit; gradients, whose sums eager attention may order otherwise, in a rounding."""
     assert found.keys() == expected.keys()
-    return [name for name in expected if not same(name, found[name], expected[name])]
-
-
-def same(name: str, found: torch.Tensor, expected: torch.Tensor) -> bool:
-    if name.startswith("gradient"):
-        return bool((found - expected).abs().max() <= 1e-6 * expected.abs().max())
-    return torch.equal(found, expected)
+    return [name for name in expected if not torch.equal(found[name], expected[name])]
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import olmem
 import pytest
 import torch
-from convert.checkpoints import DEMO, FOLDERS, GOLDEN, expected, read_config, snapshot, source
+from convert.checkpoints import DEMO, EXACT, FOLDERS, GOLDEN, expected, read_config, snapshot, source
 from olmem_convert import CheckpointError, convert
 from olmem_convert.shards import INDEX_NAME, sha256
 from safetensors import safe_open
@@ -18,10 +18,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 DEMO_STEP = DEMO / "step1872"
 CODE = ("configuration_olmem.py", "modeling_olmem.py")
-# OLMo projects queries, keys and values in one product, Olmem in three: at some widths another order of sums.
-FUSED = ("block_group2", "clip_gqa", "mqa", "norm_noaffine", "olmo1_affine_nobias", "qk_noaffine")
-FUSED += ("sharded_olmo_core_2rank", "sharded_torch_new_2rank")
-NEARLY = ("olmo1", "olmo_clip_scale", *(f"legacy_{name}" for name in FUSED))
 
 
 @torch.no_grad()
@@ -34,10 +30,8 @@ def logits_of(folder: Path, input_ids: torch.Tensor, attention: str = "sdpa", **
 def test_sdpa_gives_the_native_logits(name, converted):
     input_ids, native = expected(GOLDEN / name)
     logits = logits_of(converted(name), input_ids)
-    if name in NEARLY:
-        assert (logits - native).abs().max() <= 1e-5
-    else:
-        assert torch.equal(logits, native)
+    assert (logits - native).abs().max() <= 1e-5 * max(1.0, native.std())
+    assert torch.equal(logits, native) or name not in EXACT
 
 
 @pytest.mark.parametrize("name", FOLDERS)

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from convert.checkpoints import DEMO, FOLDERS, GOLDEN, expected, source
+from convert.checkpoints import DEMO, EXACT, FOLDERS, GOLDEN, expected, source
 from olmem_convert import CheckpointError
 from olmem_convert.formats.detect import open_checkpoint
 from olmem_convert.native_forward import native_forward
@@ -35,14 +35,12 @@ def stages(checkpoint, input_ids, dtype=torch.float32, tensors=None, **changes):
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_float32_is_the_native_code_bit_for_bit(name):
+def test_float32_is_the_native_code(name):
     input_ids, native = expected(GOLDEN / name)
     *_, (last, logits) = stages(opened(name), input_ids)
     assert last == "logits"
-    if name in ("olmo1", "olmo_clip_scale"):
-        assert (logits - native).abs().max() <= 1e-5
-    else:
-        assert torch.equal(logits, native)
+    assert (logits - native).abs().max() <= 1e-5 * max(1.0, native.std())
+    assert torch.equal(logits, native) or name not in EXACT
 
 
 @pytest.mark.parametrize("name", FOLDERS)

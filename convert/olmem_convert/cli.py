@@ -34,10 +34,10 @@ def convert(
         Path | None, typer.Option(help="tokenizer.json or its folder; looked for in and beside SRC by default.")
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(min=1, help="Trained length in tokens, if SRC does not say.")
+        int | None, typer.Option(min=1, help="Trained length in tokens, in place of SRC's own.")
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Compare the logits with the native ones.")
+        bool, typer.Option("--verify/--no-verify", help="Compare logits, weights and config with the native ones.")
     ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, if it is an Olmem folder.")] = False,
     as_json: AsJson = False,
@@ -77,11 +77,11 @@ def finish(run: Callable[[Callable[[str], None]], dict[str, Any]], as_json: bool
     except CheckpointError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
-    except (OSError, MemoryError) as error:
-        typer.echo(f"error: {error or 'not enough memory'}", err=True)
+    except (OSError, MemoryError, RuntimeError) as error:  # torch says RuntimeError when memory is short
+        typer.echo(f"error: {error}" if str(error) else "error: not enough memory", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        typer.echo("stopped; nothing was written", err=True)
+        typer.echo("stopped", err=True)
         raise typer.Exit(130) from None
     if as_json:
         typer.echo(json.dumps(report))

@@ -1,6 +1,8 @@
 """From a native checkpoint to a folder that `AutoModelForCausalLM` loads, whole and verified or not at all."""
 
+import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,7 +20,8 @@ from .errors import CheckpointError
 from .formats import Checkpoint
 from .formats.detect import open_checkpoint
 from .plan import TOKEN_IDS, check_copies, make_config, make_tensors
-from .shards import write_shards
+from .shards import check_size, write_shards
+from .tensors import read_json
 from .tokenizer import find_tokenizer, write_tokenizer
 from .verify import verify_checkpoint
 
@@ -46,9 +49,13 @@ def convert(
 
     Returns what was written. Raises CheckpointError, leaving nothing behind, when anything is amiss.
     """
-    source, out = Path(source), Path(out)
-    checkpoint = open_checkpoint(source, max_length)
+    source, out = Path(source), Path(os.path.abspath(out))
+    check_size(max_shard_size)
+    check_dtype(dtype)
+    if tokenizer is not None and not Path(tokenizer).exists():
+        raise CheckpointError(f"`tokenizer` must be a tokenizer.json or its folder ({tokenizer} does not exist).")
     check_out(source, out, overwrite)
+    checkpoint = open_checkpoint(source, max_length)
     stored = choose_dtype(checkpoint, dtype)
     config = make_config(checkpoint, stored)
     tensors = make_tensors(checkpoint, config)
@@ -83,7 +90,7 @@ def convert(
             "verification": verify_checkpoint(folder, checkpoint, say) if verify else None,
         }
         if not verify:
-            say("not verified: `olmem verify OUT --against SRC` compares the logits")
+            say(f"not verified: `olmem verify {out} --against {source}` does it")
     say(f"wrote {out}")
     return report
 
@@ -98,10 +105,13 @@ def describe(checkpoint: Checkpoint, config: OlmemConfig, parameters: int) -> It
     yield from (f"note: {note}" for note in checkpoint.notes)
 
 
+def check_dtype(name: str | None) -> None:
+    if name is not None and name not in DTYPES:
+        raise CheckpointError(f"`dtype` must be one of {', '.join(DTYPES)} (got {name!r}); choose one.")
+
+
 def choose_dtype(checkpoint: Checkpoint, name: str | None) -> torch.dtype:
     if name is not None:
-        if name not in DTYPES:
-            raise CheckpointError(f"`dtype` must be one of {', '.join(DTYPES)} (got {name!r}); choose one.")
         return DTYPES[name]
     found = {tensor.dtype for tensor in checkpoint.tensors.values()}
     if len(found) != 1 or not found <= set(DTYPES.values()):
@@ -137,52 +147,69 @@ def check_out(source: Path, out: Path, overwrite: bool) -> None:
         raise CheckpointError(f"`OUT` and SRC must lie apart (got {out} and {source}); name another folder.")
     if not os.path.lexists(out):
         return
+    if not out.is_dir() or out.is_symlink():
+        raise CheckpointError(f"`OUT` must not exist yet (got {out}, which is no folder); name a new folder.")
+    strays = strays_of(out)
+    if strays:
+        raise CheckpointError(
+            f"`OUT` must not exist yet, or hold only what `olmem convert` wrote ({out} holds {', '.join(strays[:3])}); "
+            "name a new folder, or move these away."
+        )
     if not overwrite:
         raise CheckpointError(f"`OUT` must not exist yet (got {out}); name a new folder, or add --overwrite.")
-    if not out.is_dir() or out.is_symlink() or (any(out.iterdir()) and not is_olmem_folder(out)):
-        raise CheckpointError(
-            f"`OUT` must be an Olmem folder to be overwritten (got {out}); remove it yourself if it may go."
-        )
+    if Path.cwd().is_relative_to(out):
+        raise CheckpointError(f"`OUT` must not be the folder you are in, nor hold it (got {out}); name another one.")
+
+
+WRITTEN = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|((generation|tokenizer)_)?config\.json"
+    r"|tokenizer\.json|verification\.json|\w+_olmem\.py"
+)
+
+
+def strays_of(out: Path) -> list[str]:
+    """What in an existing `out` a conversion did not write, which must not go with it."""
+    names = sorted(path.name for path in out.iterdir())
+    strays = [name for name in names if not WRITTEN.fullmatch(name) or not (out / name).is_file()]
+    if names and not strays and not is_olmem_folder(out):
+        return ["a model of another kind"]
+    return strays
 
 
 def is_olmem_folder(folder: Path) -> bool:
-    try:
-        return '"model_type": "olmem"' in (folder / "config.json").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return False
+    with suppress(CheckpointError):
+        return read_json(folder / "config.json").get("model_type") == "olmem"
+    return False
 
 
 @contextmanager
 def written_whole(out: Path, overwrite: bool) -> Iterator[Path]:
     """A folder beside `out` that becomes `out` when the block ends well, and is removed when it does not."""
     absent = [parent for parent in out.parents if not parent.exists()]
-    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
+    mark = uuid.uuid4().hex[:8]
+    partial, replaced = (out.with_name(f".{out.name}.{mark}.{state}") for state in ("partial", "replaced"))
     try:
         partial.mkdir(parents=True)
         yield partial
         sync(partial)
-        replaced = None
-        if overwrite and out.exists():
-            replaced = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.replaced")
-            out.rename(replaced)
         try:
+            if overwrite and out.exists():
+                out.rename(replaced)
             partial.rename(out)
-        except OSError:
-            if replaced is not None:
+        except BaseException:
+            if os.path.lexists(replaced) and not os.path.lexists(out):
                 replaced.rename(out)
             raise
-        if replaced is not None:
-            shutil.rmtree(replaced)
+        shutil.rmtree(replaced, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         for parent in absent:
             with suppress(OSError):
                 parent.rmdir()
         if isinstance(error, OSError):
-            raise CheckpointError(
-                f"`OUT` must be writable (got: {error.strerror or error} at {error.filename or out}); free space or "
-                "choose another folder."
-            ) from error
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            remedy = "free space, or choose another disk" if full else "choose another folder"
+            raise CheckpointError(f"`OUT` must be writable ({out}: {error.strerror or error}); {remedy}.") from error
         raise
 
 

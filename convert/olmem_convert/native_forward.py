@@ -247,8 +247,10 @@ def olmo_attention(config: dict[str, Any], norm: Norm, weights: Weights, name: s
 MODEL = dict(
     name=("default",), d_model=REQUIRED, vocab_size=REQUIRED, n_layers=REQUIRED, block_pattern=(None,), block=REQUIRED,
     block_overrides={}, lm_head=REQUIRED, tie_word_embeddings=False,
-    ac_config=IGNORED, compile=IGNORED, dp_config=IGNORED, dtype=IGNORED, embedding_init_std=IGNORED,
-    float8_config=IGNORED, freeze_params=IGNORED, init_method=IGNORED, init_seed=IGNORED, init_std=IGNORED,
+    embed_scale=(None, 1.0),
+    ac_config=IGNORED, compile=IGNORED, cp_config=IGNORED, dp_config=IGNORED, dtype=IGNORED, embedding_init_std=IGNORED,
+    ep_config=IGNORED, float8_config=IGNORED, fused_ops=IGNORED,
+    freeze_params=IGNORED, init_method=IGNORED, init_seed=IGNORED, init_std=IGNORED,
     tp_config=IGNORED,
 )
 BLOCK = dict(
@@ -259,7 +261,8 @@ ATTENTION = dict(
     type=("attention",), name=("default",), n_heads=16, n_kv_heads=None, head_dim=None, bias=True, clip_qkv=None,
     qk_norm=None, use_head_qk_norm=False, rope=None, sliding_window=None,
     dropout=IGNORED,  # 3.0.0 drops at inference as well: its own logits are then random
-    backend=IGNORED, dtype=IGNORED, use_flash=IGNORED, mxfp8_save_qkv_for_backward=IGNORED,
+    backend=IGNORED, dtype=IGNORED, use_flash=IGNORED, mxfp8_projections=IGNORED, mxfp8_qkv_projection=IGNORED,
+    mxfp8_out_projection=IGNORED, mxfp8_save_qkv_for_backward=IGNORED,
     use_recompute_qkv_prep=IGNORED,
 )
 SLIDING_WINDOW = dict(

@@ -31,8 +31,7 @@ def write_shards(
 
     Returns the weights' bytes, which the index states as `total_size`.
     """
-    if not re.fullmatch(r"0*[1-9]\d*([KMGT]B)?", str(max_shard_size), re.IGNORECASE):
-        raise CheckpointError(f"`max_shard_size` must be a size (got {max_shard_size!r}); write it as in 5GB.")
+    check_size(max_shard_size)
     plan = split_state_dict_into_shards_factory(
         dict(tensors),
         get_storage_size=lambda tensor: math.prod(tensor.shape) * dtype.itemsize,
@@ -53,6 +52,11 @@ def write_shards(
         }
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return total
+
+
+def check_size(max_shard_size: int | str) -> None:
+    if not re.fullmatch(r"0*[1-9]\d*([KMGT]B)?", str(max_shard_size), re.IGNORECASE):
+        raise CheckpointError(f"`max_shard_size` must be a size (got {max_shard_size!r}); write it as in 5GB.")
 
 
 def write_file(

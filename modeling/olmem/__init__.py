@@ -1,6 +1,8 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
 """Olmem: a causal language model family for Hugging Face Transformers. Importing it registers the Auto classes."""
 
+from transformers import AutoConfig
+
 from .configuration_olmem import OlmemConfig
 from .modeling_olmem import (
     OlmemForCausalLM,
@@ -10,6 +12,10 @@ from .modeling_olmem import (
 )
 
 __version__ = "0.1.0"
+
+# Here, not in the files that are copied into Hub repositories: the name is one for the process, and the code of one
+# repository must not load the next one. Model classes register by their own configuration class, where they are.
+AutoConfig.register("olmem", OlmemConfig, exist_ok=True)
 
 __all__ = [
     "OlmemConfig",

@@ -2,6 +2,7 @@
 """What an Olmem model is: one strict dataclass, every rule across fields a `validate_*` method."""
 
 import difflib
+import math
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +16,16 @@ NORM_TYPES = ("rms", "layer", "layer_plain")
 QK_NORMS = ("full", "head", "none")
 CLIP_STAGES = ("projection", "rotary")
 LAYER_TYPES = ("sliding_attention", "full_attention")
-# Kinds of RoPE as Transformers defines them, with the numbers that each cannot do without.
-ROPE_TYPES = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": ("factor", "original_max_position_embeddings"),
-    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+# Kinds of RoPE as Transformers defines them, with the numbers that each cannot do without, and those it can.
+ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ("original_max_position_embeddings",)),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+    "llama3": (("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"), ()),
 }
 
 # Fields of the family that this version cannot run, with the one value that asks for nothing.
@@ -53,6 +57,10 @@ OLMO_BLOCKS: dict[str, dict[str, Any]] = {
     "olmo2": {"layer_types": "full_attention"},
     "olmo3": {},
 }
+
+
+def is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
@@ -177,6 +185,7 @@ class OlmemConfig(PreTrainedConfig):
                 "Transformers with `from_olmo`."
             )
         cls.refuse_misspelled(kwargs)
+        cls.refuse_parts_of_rope(kwargs)
         names = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in names or name in NOT_YET}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
@@ -187,6 +196,7 @@ class OlmemConfig(PreTrainedConfig):
 
         Overrides are fields of this class, or what `from_pretrained` takes to find the file (`revision`, `token`, …).
         """
+        cls.refuse_parts_of_rope(overrides)
         hub_kwargs = {name: overrides.pop(name) for name in HUB_ARGUMENTS if name in overrides}
         raw, _ = PreTrainedConfig.get_config_dict(path_or_repo, **hub_kwargs)
         model_type = raw.get("model_type")
@@ -201,7 +211,10 @@ class OlmemConfig(PreTrainedConfig):
         values = {name: getattr(source, name) for name in shared if getattr(source, name, None) is not None}
         # RoPE as the file has it: Olmo3Config loses the theta and the scaling of the forms of older releases.
         rope = {name: raw[name] for name in ("rope_parameters", "rope_theta", "rope_scaling") if raw.get(name)}
-        values |= rope or {"rope_theta": source.default_theta}
+        if "rope_parameters" not in overrides:
+            values |= rope or {"rope_theta": source.default_theta}
+        if raw.get("quantization_config"):
+            values["quantization_config"] = raw["quantization_config"]
         values |= OLMO_BLOCKS[model_type]
         return cls(**(values | overrides))
 
@@ -218,13 +231,16 @@ class OlmemConfig(PreTrainedConfig):
                 raise ValueError(
                     f"`rope_parameters` must be nested by {' or '.join(LAYER_TYPES)} (got {key!r}); rename it."
                 )
+        for key, value in nested.items():
+            if not isinstance(value, dict | None):
+                raise ValueError(f"`rope_parameters[{key!r}]` must be a dictionary (got {value!r}); give its numbers.")
         if flat and nested:
             raise ValueError(
                 "`rope_parameters` must be one flat dictionary or nested by layer type, not both (got the keys "
                 f"{sorted(given)}); keep the part the model was trained with."
             )
         # A layer type without a theta has that of the model, wherever it stands.
-        thetas = [theta, *((entry or {}).get("rope_theta") for entry in (flat, *nested.values())), self.default_theta]
+        thetas = [*((entry or {}).get("rope_theta") for entry in (flat, *nested.values())), theta, self.default_theta]
         theta = next(theta for theta in thetas if theta is not None)
         parameters = {}
         for layer_type in sorted(set(self.layer_types or ())):
@@ -263,6 +279,19 @@ class OlmemConfig(PreTrainedConfig):
                 raise ValueError(
                     f"`{name}` is not a field of OlmemConfig (got {kwargs[name]!r}); did you mean `{match[0]}`?"
                 )
+
+    @staticmethod
+    def refuse_parts_of_rope(overrides: dict[str, Any]) -> None:
+        for name in ("rope_theta", "rope_scaling"):
+            if name in overrides:
+                raise ValueError(
+                    f"`{name}` is a part of `rope_parameters` (got {overrides[name]!r}); override the whole of that."
+                )
+
+    @property
+    def logit_scale(self) -> float:
+        """`logits_scaling` as a factor, the name by which serving engines look for it."""
+        return 1.0 / self.logits_scaling
 
     def _require(self, holds: bool, name: str, rule: str, remedy: str) -> None:
         if not holds:
@@ -305,6 +334,16 @@ class OlmemConfig(PreTrainedConfig):
         self._require(self.head_dim % 2 == 0, "head_dim", "must be even", "RoPE rotates pairs of dimensions")
         self._require(self.rms_norm_eps > 0, "rms_norm_eps", "must be positive", "OLMo 2 uses 1e-6")
 
+    def validate_token_ids(self) -> None:
+        """Transformers warns of ids outside the vocabulary; a padding row outside the table cannot be made at all."""
+        super().validate_token_ids()
+        self._require(
+            self.pad_token_id is None or 0 <= self.pad_token_id < self.vocab_size,
+            "pad_token_id",
+            f"must be below `vocab_size` = {self.vocab_size}",
+            "correct it, or leave it out",
+        )
+
     def validate_ranges(self) -> None:
         self._require(
             self.clip_qkv is None or self.clip_qkv > 0, "clip_qkv", "must be positive or None", "None does not clip"
@@ -339,7 +378,7 @@ class OlmemConfig(PreTrainedConfig):
         for layer_type, entry in self.rope_parameters.items():
             rope_type, theta = entry["rope_type"], entry["rope_theta"]
             where = f"`rope_parameters[{layer_type!r}]"
-            if rope_type not in ROPE_TYPES:
+            if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
                 raise ValueError(
                     f"{where}['rope_type']` must be one of {', '.join(ROPE_TYPES)} (got {rope_type!r}); choose one."
                 )
@@ -348,23 +387,28 @@ class OlmemConfig(PreTrainedConfig):
                     f"{where}['rope_type']` must be 'default' (got {rope_type!r}); a window's positions never leave "
                     "the trained range, so scaling belongs to full-attention layers only."
                 )
-            if not isinstance(theta, int | float) or isinstance(theta, bool) or theta <= 0:
+            if not is_positive(theta):
                 raise ValueError(f"{where}['rope_theta']` must be a positive number (got {theta!r}); OLMo 2 uses 5e5.")
             if entry.get("partial_rotary_factor", 1.0) != 1.0:
                 raise ValueError(
                     f"{where}['partial_rotary_factor']` must be 1 (got {entry['partial_rotary_factor']!r}); Olmem "
                     "rotates whole heads."
                 )
-            for name in ROPE_TYPES[rope_type]:
-                if not isinstance(entry.get(name), int | float):
+            needed, allowed = ROPE_TYPES[rope_type]
+            for name in needed:
+                if not is_positive(entry.get(name)):
                     raise ValueError(
-                        f"{where}[{name!r}]` must be a number with rope_type {rope_type!r} (got {entry.get(name)!r}); "
-                        "give what the model was trained with."
+                        f"{where}[{name!r}]` must be a positive number with rope_type {rope_type!r} (got "
+                        f"{entry.get(name)!r}); give what the model was trained with."
                     )
+            known = {"rope_type", "rope_theta", "partial_rotary_factor", *needed, *allowed}
+            for name in entry.keys() - known:
+                guess = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {guess[0]!r}?" if guess else "remove it."
+                raise ValueError(f"{where}[{name!r}]` is no field of rope_type {rope_type!r}; {hint}")
         super().validate_rope()
 
 
 OlmemConfig.register_for_auto_class()
-AutoConfig.register("olmem", OlmemConfig, exist_ok=True)
 
 __all__ = ["OlmemConfig"]

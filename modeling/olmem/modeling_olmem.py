@@ -411,6 +411,7 @@ class OlmemForCausalLM(OlmemPreTrainedModel, GenerationMixin):
         Overrides are fields of `OlmemConfig` (`layer_types="sliding_attention", sliding_window=4096`) or arguments of
         `from_pretrained` (`dtype`, `device_map`, `revision`, …).
         """
+        OlmemConfig.refuse_parts_of_rope(overrides)
         names = {field.name for field in fields(OlmemConfig)} - {"dtype"} | set(NOT_YET)
         config_overrides = {name: overrides.pop(name) for name in list(overrides) if name in names}
         OlmemConfig.refuse_misspelled(overrides)
@@ -458,12 +459,32 @@ class OlmemForCausalLM(OlmemPreTrainedModel, GenerationMixin):
         )
 
 
+# The heads are Transformers' generic ones but for making the model themselves: those ask `AutoModel` for it, which in
+# a Hub repository's code would ask whether to trust that code, once more.
+
+
 class OlmemForSequenceClassification(GenericForSequenceClassification, OlmemPreTrainedModel):
     """One row of scores (B, num_labels) from the last real token of each row."""
 
+    def __init__(self, config: OlmemConfig):
+        OlmemPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels or 0  # None is for the type checker: a config always has some
+        self.model = OlmemModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
 
 class OlmemForTokenClassification(GenericForTokenClassification, OlmemPreTrainedModel):
-    """Scores (B, T, num_labels) for each token."""
+    """Scores (B, T, num_labels) for each token; `classifier_dropout` of the config, or 0.1, before them in training."""
+
+    def __init__(self, config: OlmemConfig):
+        OlmemPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels or 0  # None is for the type checker: a config always has some
+        self.model = OlmemModel(config)
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
 
 
 AUTO_CLASSES = (

@@ -82,7 +82,7 @@ def test_transformers_folder(weights, src):
 
 def test_folder_that_was_converted(converted, src):
     shutil.copytree(converted("olmo"), src)
-    refuse(src, "Transformers folder")
+    refuse(src, "converted already")
 
 
 def test_bare_state_dict(src):
@@ -333,7 +333,7 @@ def test_tokenizer_that_is_not_there(src):
 def test_out_that_exists(make, src):
     write_olmo(src, "model.pt")
     make(src.parent / "out")
-    refuse(src, "--overwrite", "must not exist")
+    refuse(src, "`OUT`", "must not exist")
 
 
 @pytest.mark.parametrize("inside", ["", "out", "a/b/out", "../source/out"])
@@ -384,20 +384,35 @@ def test_overwriting_a_folder_that_is_not_ours(content, src):
     out.mkdir()
     for name, text in content.items():
         (out / name).write_text(text)
-    refuse(src, "Olmem folder", options=("--overwrite",))
+    refuse(src, "`OUT`", str(src.parent / "out"), options=("--overwrite",))
 
 
 @pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("nowhere")], ids=["file", "link"])
 def test_overwriting_what_is_no_folder(make, src):
     write_olmo(src, "model.pt")
     make(src.parent / "out")
-    refuse(src, "Olmem folder", options=("--overwrite",))
+    refuse(src, "`OUT`", str(src.parent / "out"), options=("--overwrite",))
 
 
 def test_overwriting_through_a_link(src, converted):
     write_olmo(src, "model.pt")
     (src.parent / "out").symlink_to(converted("olmo1"))
-    refuse(src, "Olmem folder", options=("--overwrite",))
+    refuse(src, "`OUT`", str(src.parent / "out"), options=("--overwrite",))
+
+
+@pytest.mark.parametrize("mine", ["README.md", ".git/config", "notes/model.safetensors"])
+def test_overwriting_what_a_user_put_beside_the_model(mine, src, converted):
+    write_olmo(src, "model.pt")
+    path = Path(shutil.copytree(converted("olmo1"), src.parent / "out"), mine)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    refuse(src, Path(mine).parts[0], options=("--overwrite",))
+
+
+def test_overwriting_the_folder_one_is_in(src, converted, monkeypatch):
+    write_olmo(src, "model.pt")
+    monkeypatch.chdir(shutil.copytree(converted("olmo1"), src.parent / "out"))
+    refuse(src, "folder you are in", options=("--overwrite",))
 
 
 def nan(folder):

@@ -26,7 +26,7 @@ def test_convert_says_what_it_finds_and_does(tmp_path):
     assert result.exit_code == 0 and result.stderr == ""
     lines = result.stdout.splitlines()
     parameters = sum(weight.numel() for weight in load_weights(tmp_path / "out").values())
-    found = f"found OLMo-core 3.0.0, 1 shard files: {parameters:,} parameters, 4 layers, 3 of them with a window of 256"
+    found = f"found OLMo-core 3.0.0: {parameters:,} parameters, 4 layers, 3 of them with a window of 256"
     assert lines[0] == f"{found}, 6 heads, trained length 1024"
     assert lines[1].startswith("tokenizer: 2048 tokens")
     assert lines[2].startswith("verified: logits differ by at most ")
@@ -53,7 +53,7 @@ def test_json_of_an_error_is_nothing(tmp_path):
 
 def test_no_verify_says_how_to(tmp_path):
     result = run("convert", source("olmo"), tmp_path / "out", "--no-verify")
-    assert result.exit_code == 0 and "not verified: `olmem verify OUT --against SRC`" in result.stdout
+    assert result.exit_code == 0 and f"--against {source('olmo')}" in result.stdout
     assert not (tmp_path / "out" / "verification.json").exists()
     result = run("verify", tmp_path / "out", "--against", source("olmo"))
     assert result.exit_code == 0 and (tmp_path / "out" / "verification.json").exists()
@@ -66,7 +66,7 @@ def test_options_reach_the_conversion(tmp_path):
     config = read_config(tmp_path / "out")
     assert (config["dtype"], config["max_position_embeddings"]) == ("bfloat16", 48)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 10
-    assert "rounding to bfloat16" in result.stdout
+    assert "bfloat16" in result.stdout and "float64" in result.stdout  # what the rounding costs
     assert run("verify", tmp_path / "out", "--against", DEMO / "step1872").exit_code == 0
 
 

@@ -145,13 +145,15 @@ def test_folder_loads_without_olmem(converted, tmp_path):
     """As a user has it who never installed this package: the code comes with the weights."""
     name = "olmo_core_swa_yarn"
     script = f"""
-import importlib.util, torch
+import sys
+sys.modules["olmem"] = None  # as if it were not installed, though an editable installation puts it on every path
+import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-assert importlib.util.find_spec("olmem") is None
 model = AutoModelForCausalLM.from_pretrained({str(converted(name))!r}, trust_remote_code=True)
 native = load_file({str(GOLDEN / name / "expected.safetensors")!r})
 assert torch.equal(model(native["input_ids"]).logits, native["logits"])
+assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
 print(type(model).__name__)
 """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -25,7 +25,10 @@ def open_checkpoint(source: Path, max_length: int | None = None) -> Checkpoint:
     if found:
         module, description = found[0]
         try:
-            return module.open_checkpoint(source, max_length)
+            checkpoint = module.open_checkpoint(source, max_length)
+            if checkpoint.tokenizer_size < 1:
+                raise ValueError(f"`vocab_size` is {checkpoint.tokenizer_size}")
+            return checkpoint
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"the config of `{source}` must describe a model ({description}; got {type(error).__name__}: {error}); "
@@ -39,11 +42,15 @@ def what_else(source: Path) -> str:
     steps = sorted(path.name for path in source.iterdir() if path.is_dir() and path.name.startswith("step"))
     if steps:
         return f"it holds {', '.join(steps[:4])}: name one of them, as in {source / steps[-1]}"
+    if (source / ".metadata").is_file() and (source.parent / "config.json").is_file():
+        return f"it is the part of one that holds the weights: name its parent, {source.parent}"
     if (source / "config.json").is_file():
+        if '"model_type": "olmem"' in (source / "config.json").read_text(encoding="utf-8", errors="replace"):
+            return "it is converted already: load it with `AutoModelForCausalLM.from_pretrained`"
         if any(source.glob("*.safetensors")) or any(source.glob("pytorch_model*.bin")):
             return (
-                "it looks like a Transformers folder: load it with `OlmemForCausalLM.from_olmo` and write it with "
-                "`save_pretrained`"
+                "it looks like a Transformers folder: load it with `OlmemForCausalLM.from_olmo`, and write the model "
+                "and its tokenizer with `save_pretrained`"
             )
         return "it has `config.json` but no `.metadata`, neither beside it nor in `model_and_optim`: copy that too"
     if (source / "config.yaml").is_file():

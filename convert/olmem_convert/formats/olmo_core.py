@@ -181,7 +181,7 @@ def open_checkpoint(folder: Path, max_length: int | None) -> Checkpoint:
         version = f" {read_json(folder / '.metadata.json').get('version', '')}".rstrip()
     return Checkpoint(
         family="olmo_core",
-        description=f"OLMo-core{version}, {len(list(weights.glob('*.distcp')))} shard files",
+        description=f"OLMo-core{version}",
         path=folder,
         native_config=native,
         olmem_config=config,

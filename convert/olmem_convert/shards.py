@@ -80,6 +80,7 @@ def write_file(
         data = values.contiguous().flatten().view(torch.uint8).numpy()
         file.write(data.data)
         advance(data.nbytes)
+        del values, data  # before the next one is read: one tensor in memory, not two
     file.flush()
     os.fsync(file.fileno())
 

@@ -233,10 +233,11 @@ def key_table(read: Mapping[str, Any]) -> list[Key]:
             (f"{native}q_norm", f"{olmem}self_attn.q_norm", queries_and_keys),
             (f"{native}k_norm", f"{olmem}self_attn.k_norm", queries_and_keys),
         ]
-    if olmem_config(read)["norm_type"] != "layer_plain":
+    norm_type = olmem_config(read)["norm_type"]
+    if norm_type != "layer_plain":
         for source, target, weighted in norms:
             table.append(Key(f"{source}.weight" if weighted else None, (f"{target}.weight",)))
-    if olmem_config(read)["norm_type"] == "layer":
+    if norm_type == "layer":
         for source, target, weighted in norms:
             table.append(Key(f"{source}.bias" if weighted and biases else None, (f"{target}.bias",), fill=0.0))
     return table

@@ -3,6 +3,7 @@
 
 from transformers import AutoConfig
 
+from .cache_olmem import OlmemCache
 from .configuration_olmem import OlmemConfig
 from .modeling_olmem import (
     OlmemForCausalLM,
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 AutoConfig.register("olmem", OlmemConfig, exist_ok=True)
 
 __all__ = [
+    "OlmemCache",
     "OlmemConfig",
     "OlmemForCausalLM",
     "OlmemForSequenceClassification",

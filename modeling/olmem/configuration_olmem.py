@@ -15,7 +15,7 @@ NORM_PLACEMENTS = ("post", "pre", "peri", "parallel")
 NORM_TYPES = ("rms", "layer", "layer_plain")
 QK_NORMS = ("full", "head", "none")
 CLIP_STAGES = ("projection", "rotary")
-LAYER_TYPES = ("sliding_attention", "full_attention")
+LAYER_TYPES = ("sliding_attention", "chunked_attention", "full_attention")
 # Kinds of RoPE as Transformers defines them, with the numbers that each cannot do without, and those it can.
 ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
@@ -30,12 +30,9 @@ ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 # Fields of the family that this version cannot run, with the one value that asks for nothing.
 NOT_YET = {
-    "attention_chunk_lookback": 0,
-    "attention_chunk_size": None,
     "memory_bptt_segments": None,
     "memory_segment_length": None,
     "num_memory_tokens": 0,
-    "num_sink_tokens": 0,
     "position_embedding": "rope",
     "partial_rotary_factor": 1.0,
     "retrieval_capacity": 65536,
@@ -94,9 +91,16 @@ class OlmemConfig(PreTrainedConfig):
             "rope_theta": 500000.0, "factor": 8.0, …}, "sliding_attention": {…}}`, in Transformers' terms. A flat
             dictionary gives its `rope_theta` to every layer and its scaling to full-attention layers, the only
             ones that may scale. Entries of layer types that no layer has are dropped.
-        layer_types (`list[str]` or `str`, *optional*): `"full_attention"` or `"sliding_attention"` for each layer, or
-            one value for all. Defaults to three sliding layers, then a full one, repeated.
-        sliding_window (`int`): keys W that a query of a sliding layer sees, its own included: i−W < j ≤ i.
+        layer_types (`list[str]` or `str`, *optional*): `"sliding_attention"`, `"chunked_attention"` or
+            `"full_attention"` for each layer, or one value for all. Defaults to three sliding layers, then a full one,
+            repeated.
+        sliding_window (`int`): keys W that query i of a sliding layer sees, its own included: i−W < j ≤ i.
+        attention_chunk_size (`int`, *optional*): tokens c of a chunk; query i of a chunked layer sees the keys
+            c·⌊i/c⌋ ≤ j ≤ i of its own chunk, one key at the chunk's first token.
+        attention_chunk_lookback (`int`): earlier chunks L that it sees too: c·(⌊i/c⌋−L) ≤ j ≤ i.
+        num_sink_tokens (`int`): first tokens S of the stream that queries of sliding and chunked layers go on seeing
+            once their window has left them, beside the window. Positions are then places in what a query sees
+            (StreamingLLM, arXiv 2309.17453), so they never exceed S + W − 1.
         attention_bias (`bool`): biases in the four attention projections.
         attention_dropout, residual_dropout (`float`): dropout, in training, of attention weights, and of each
             sublayer's output before it joins the residual stream.
@@ -140,6 +144,9 @@ class OlmemConfig(PreTrainedConfig):
     clip_qkv: float | int | None = None
     clip_qkv_stage: str = "projection"
     sliding_window: int | None = 4096
+    attention_chunk_size: int | None = None
+    attention_chunk_lookback: int = 0
+    num_sink_tokens: int = 0
     attention_bias: bool = False
     attention_dropout: float | int = 0.0
     residual_dropout: float | int = 0.0
@@ -355,10 +362,6 @@ class OlmemConfig(PreTrainedConfig):
     def validate_layer_type(self) -> None:
         """In place of Transformers' own rule, which allows layer types that Olmem does not have."""
         unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
-        if "chunked_attention" in unknown:
-            raise ValueError(
-                "`layer_types` 'chunked_attention' is not supported yet; use 'sliding_attention' or 'full_attention'."
-            )
         if unknown:
             raise ValueError(f"`layer_types` must be made of {', '.join(LAYER_TYPES)} (got {unknown}); rename these.")
         if len(self.layer_types) != self.num_hidden_layers:
@@ -371,6 +374,23 @@ class OlmemConfig(PreTrainedConfig):
             "sliding_window",
             "must be at least 1 when a layer slides (a query sees its own key and the W−1 before it)",
             "give the window, or make every layer 'full_attention'",
+        )
+        self._require(
+            "chunked_attention" not in self.layer_types or (self.attention_chunk_size or 0) >= 1,
+            "attention_chunk_size",
+            "must be at least 1 when a layer is chunked (a query sees its own chunk up to itself)",
+            "give the tokens of a chunk, or use other `layer_types`",
+        )
+        for name, none in (
+            ("attention_chunk_lookback", "sees no earlier chunk"),
+            ("num_sink_tokens", "keeps no sinks"),
+        ):
+            self._require(getattr(self, name) >= 0, name, "must not be negative", f"0 {none}")
+        self._require(
+            not self.num_sink_tokens or self.clip_qkv is None or self.clip_qkv_stage != "rotary",
+            "num_sink_tokens",
+            "must be 0 with `clip_qkv_stage` 'rotary'",
+            "a sink has no rotation of its own to clip at; clip at the 'projection', or keep no sinks",
         )
 
     def validate_rope(self) -> None:

@@ -6,11 +6,13 @@ under the same parameter names, so their checkpoints load without renaming. What
 
 - where the norms stand, and what kind they are (`norm_placement`, `norm_type`, `qk_norm`);
 - clipping of queries, keys and values (`clip_qkv`), scaled logits (`logits_scaling`), residual dropout;
-- RoPE by layer type, scaled on full-attention layers only.
+- RoPE by layer type, scaled on full-attention layers only;
+- windows that slide or step, sinks before them, and a cache that holds no more than they need (`OlmemCache`).
 
 Shapes: B batch, H query heads, K key/value heads, T queries, S keys, D head dim.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import fields
 
@@ -25,8 +27,12 @@ from transformers import (
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.generation import GenerationMixin, GenerationMode
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_masks_for_generate,
+    create_sliding_window_causal_mask,
+)
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -37,14 +43,25 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention_olmem import Rotations, attend, eager_attention_forward, rotate
+from .cache_olmem import OlmemCache
 from .configuration_olmem import HUB_ARGUMENTS, NOT_YET, OlmemConfig
+from .context_olmem import Context, Sight, find_documents
 
 MASK_FUNCTIONS = {
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
 }
+
+
+CONTEXT_BACKENDS = ("sdpa", "eager")
+
+
+def is_padding_mask(attention_mask) -> bool:
+    return attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2)
 
 
 class OlmemRMSNorm(nn.Module):
@@ -87,6 +104,7 @@ class OlmemRotaryEmbedding(nn.Module):
         self.config = config
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
+        self.trained_length = max(config.max_position_embeddings, 1024)
         self.layer_types = sorted(set(config.layer_types))
         self.rope_type = {name: config.rope_parameters[name]["rope_type"] for name in self.layer_types}
         for layer_type in self.layer_types:
@@ -110,44 +128,16 @@ class OlmemRotaryEmbedding(nn.Module):
     @dynamic_rope_update
     def forward(self, hidden_states, position_ids, layer_type):
         inverse_frequency = getattr(self, f"{layer_type}_inv_freq").to(hidden_states.device, torch.float)
-        angles = position_ids[..., None].float() * inverse_frequency
+        position = position_ids[..., None]
+        # Where the model was trained, the very angles that it was trained with. Beyond, where a float32 product would
+        # round them more and more, from the exact integer.
+        angles = position.float() * inverse_frequency
+        wide = "cpu" if position.device.type == "mps" else position.device  # mps has no float64
+        exact = (position.to(wide).double() * inverse_frequency.to(wide).double()).remainder(2 * math.pi)
+        angles = torch.where(position < self.trained_length, angles, exact.to(angles))
         angles = torch.cat((angles, angles), dim=-1)
         scaling = getattr(self, f"{layer_type}_attention_scaling")
         return angles.cos() * scaling, angles.sin() * scaling
-
-
-def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Applies RoPE to states (B, H, T, D), halves paired as in Transformers; the product is in float32.
-
-    The operations and their order are Transformers', so that gradients too are the same bit for bit.
-    """
-    half = states.shape[-1] // 2
-    straight = states * cos[:, None]
-    turned = torch.cat((-states[..., half:], states[..., :half]), dim=-1)
-    return (straight + turned * sin[:, None]).to(states.dtype)
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention in plain operations, weights returned: query (B, H, T, D), key and value (B, K, S, D) ->
-    (B, T, H, D), (B, H, T, S). Softmax in float32."""
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (state[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for state in (key, value))
-    weights = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 class OlmemAttention(nn.Module):
@@ -179,17 +169,18 @@ class OlmemAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None,
+        position_embeddings: Rotations,
+        attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        sight: Sight | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """With a `sight`, attention over what it says is seen; without, the attention of Transformers' models."""
         heads_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        qk_norm, clip_stage = self.config.qk_norm, self.config.clip_qkv_stage
+        qk_norm = self.config.qk_norm
 
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        if clip_stage == "projection":
-            query, key, value = self.clip(query, key, value)
+        query, key, value = self.clip("projection", query, key, value)
         if qk_norm == "full":
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = query.view(heads_shape), key.view(heads_shape), value.view(heads_shape)
@@ -197,31 +188,43 @@ class OlmemAttention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, H or K, T, D)
 
-        query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
-        if clip_stage == "rotary":
-            query, key, value = self.clip(query, key, value)
+        dropout = self.attention_dropout if self.training else 0.0
+        if sight is not None:
+            past = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+            output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
+            output, weights = attend(
+                self, query, key, value, position_embeddings, sight, past, dropout, output_attentions
+            )
+            return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+        query, key, value = self.place(query, key, value, *position_embeddings.token)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation or "eager", eager_attention_forward
         )
-        output, weights = attend(
+        output, weights = interface(
             self,
             query,
             key,
             value,
             attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
+            dropout=dropout,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
             **kwargs,
         )
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
-    def clip(self, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def place(self, query, key, value, cos, sin) -> tuple[torch.Tensor, ...]:
+        """Gives queries and keys their positions."""
+        return self.clip("rotary", rotate(query, cos, sin), rotate(key, cos, sin), value)
+
+    def clip(self, stage: str, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         limit = self.config.clip_qkv
-        return states if limit is None else tuple(state.clamp(-limit, limit) for state in states)
+        if limit is None or self.config.clip_qkv_stage != stage:
+            return states
+        return tuple(state.clamp(-limit, limit) for state in states)
 
 
 class OlmemMLP(nn.Module):
@@ -319,6 +322,7 @@ class OlmemModel(OlmemPreTrainedModel):
         self.layers = nn.ModuleList([OlmemDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = make_norm(config, config.hidden_size)
         self.rotary_emb = OlmemRotaryEmbedding(config)
+        self.contexts = {layer_type: Context.of(config, layer_type) for layer_type in sorted(set(config.layer_types))}
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -339,44 +343,141 @@ class OlmemModel(OlmemPreTrainedModel):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        slides = "sliding_attention" in self.config.layer_types
-        if past_key_values is not None and slides and self.config.sliding_window == 1:
+            past_key_values = self.make_cache(attention_mask)
+        in_context = self.reads_in_context(past_key_values, attention_mask, position_ids)
+        look = self.look if in_context else self.look_as_transformers
+        arguments = look(hidden_states, attention_mask, position_ids, past_key_values)
+        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=False):
+            hidden_states = layer(hidden_states, past_key_values=past_key_values, **arguments[layer_type], **kwargs)
+        if in_context and past_key_values is not None:
+            past_key_values.advance(arguments[self.config.layer_types[0]]["sight"].numbers)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def make_cache(self, attention_mask: torch.Tensor | dict | None = None) -> Cache:
+        """An OlmemCache, or where another backend or a mask of the caller's own attends, Transformers' cache."""
+        own = self.config._attn_implementation in CONTEXT_BACKENDS and is_padding_mask(attention_mask)
+        return OlmemCache(self.config) if own else DynamicCache(config=self.config)
+
+    def reads_in_context(self, past_key_values, attention_mask, position_ids) -> bool:
+        """Whether attention goes by what a `Sight` says is seen. If not, the model is Olmo3: keys of absolute
+        positions, masks and backends of Transformers, and what that cannot do is an error."""
+        implementation = self.config._attn_implementation
+        own_cache = getattr(past_key_values, "serves_olmem", False)
+        reasons = {
+            f"a {type(past_key_values).__name__}; leave `past_key_values` and `cache_implementation` out": (
+                past_key_values is not None and not own_cache
+            ),
+            f"`attn_implementation` {implementation!r}; set 'sdpa' or 'eager'": implementation not in CONTEXT_BACKENDS,
+            "an `attention_mask` that is not (B, T); pass one of zeros for padding": not is_padding_mask(
+                attention_mask
+            ),
+            "`position_ids` while tracing without a cache; leave them out": (
+                past_key_values is None and position_ids is not None and is_tracing(position_ids)
+            ),
+        }
+        reason = next((reason for reason, holds in reasons.items() if holds), None)
+        if reason is None:
+            return True
+        if own_cache:
+            raise ValueError(f"`past_key_values` is an OlmemCache, which does not work with {reason}.")
+        types = set(self.config.layer_types)
+        if self.config.num_sink_tokens and types != {"full_attention"}:
+            raise ValueError(f"`num_sink_tokens` must be 0 (got {self.config.num_sink_tokens}) with {reason}.")
+        if "chunked_attention" in types:
+            raise ValueError(f"`layer_types` must not have 'chunked_attention' with {reason}.")
+        if past_key_values is not None and "sliding_attention" in types and self.config.sliding_window == 1:
             raise ValueError(
-                "`sliding_window` must be at least 2 with a cache (got 1): Transformers' caches cannot keep a window "
-                "that holds nothing of the past; pass use_cache=False."
+                "`sliding_window` must be at least 2 (got 1) with a cache of Transformers, which cannot keep a window "
+                "that holds nothing of the past; leave `past_key_values` and `cache_implementation` out."
             )
+        return False
+
+    def look(self, hidden_states, attention_mask, position_ids, past_key_values) -> dict[str, dict]:
+        """What the layers of each type are told: the `Sight` and the rotations that go with it."""
+        batch, length = hidden_states.shape[:2]
+        device = hidden_states.device
+        column = torch.arange(length, device=device)
+        mask = None
+        if attention_mask is not None:
+            if attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
+                raise ValueError(
+                    f"`attention_mask` must cover the input's {batch} rows of {length} tokens, and may cover those "
+                    f"before (got {tuple(attention_mask.shape)}); give a column for each token."
+                )
+            mask = attention_mask[:, -length:] != 0
+            if (length > 1 or device.type == "cpu") and not is_tracing(mask) and bool(mask.all()):
+                mask = None
+        numbers = column[None] if mask is None else mask.cumsum(-1) - 1
+
+        if past_key_values is None:
+            documents = None
+            if position_ids is not None and attention_mask is None:
+                documents = find_documents(position_ids.expand(batch, -1))
+            if documents is not None:
+                longest = max(stop - start for row in documents for start, stop in row)
+                numbers, position_ids = column[None, :longest], None
+            elif mask is not None:
+                numbers = torch.where(mask, numbers, -1)
+            sights = {
+                layer_type: Sight.without_cache(context, numbers, mask is not None, documents)
+                for layer_type, context in self.contexts.items()
+            }
+        else:
+            past_key_values.check(self.config)
+            past_key_values.begin(batch, device)
+            differentiable = torch.is_grad_enabled() and hidden_states.requires_grad
+            before = past_key_values.room_for(length, differentiable)
+            numbers = numbers + past_key_values.seen[:, None]
+            numbers = numbers if mask is None else torch.where(mask, numbers, -1)
+            position_ids = None  # the cache has counted
+            sights = {
+                layer_type: Sight.with_cache(
+                    context,
+                    numbers,
+                    mask is not None,
+                    past_key_values.seen,
+                    before,
+                    limit=past_key_values.limit(context),
+                    in_place=not differentiable and (length == 1 or context.span is None),
+                )
+                for layer_type, context in self.contexts.items()
+            }
+
+        arguments = {}
+        for layer_type, sight in sights.items():
+            positions = sight.numbers.clamp(min=0) if position_ids is None else position_ids
+            rotations = Rotations(self.rotary_emb(hidden_states, positions, layer_type))
+            if sight.prefix:
+                sink = self.rotary_emb(hidden_states, sight.sink_positions.clamp(min=0), layer_type)
+                slots = sight.context.slot(sight.numbers.clamp(min=0))
+                query = None if sight.in_place else self.rotary_emb(hidden_states, slots, layer_type)
+                rotations = Rotations(rotations.token, query, sink)
+            arguments[layer_type] = {"sight": sight, "position_embeddings": rotations}
+        return arguments
+
+    def look_as_transformers(self, hidden_states, attention_mask, position_ids, past_key_values) -> dict[str, dict]:
+        """What the layers of each type are told: masks as `attn_implementation` wants them, absolute positions."""
         if position_ids is None:
             position_ids = self.positions(hidden_states, attention_mask, past_key_values)
-
-        layer_types = self.config.layer_types
-        if isinstance(attention_mask, dict):  # `generate` has made them already
-            masks = attention_mask
-        else:
-            masks = {
-                layer_type: MASK_FUNCTIONS[layer_type](
+        arguments = {}
+        for layer_type in set(self.config.layer_types):
+            if isinstance(attention_mask, dict):  # `generate` has made them already
+                mask = attention_mask[layer_type]
+            else:
+                mask = MASK_FUNCTIONS[layer_type](
                     config=self.config,
                     inputs_embeds=hidden_states,
                     attention_mask=attention_mask,
                     past_key_values=past_key_values,
                     position_ids=position_ids,
                 )
-                for layer_type in set(layer_types)
+            rotations = Rotations(self.rotary_emb(hidden_states, position_ids, layer_type))
+            arguments[layer_type] = {
+                "attention_mask": mask,
+                "position_ids": position_ids,
+                "position_embeddings": rotations,
             }
-        positions = {
-            layer_type: self.rotary_emb(hidden_states, position_ids, layer_type) for layer_type in set(layer_types)
-        }
-
-        for layer, layer_type in zip(self.layers, layer_types, strict=False):
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=masks[layer_type],
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                position_embeddings=positions[layer_type],
-                **kwargs,
-            )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return arguments
 
     def positions(self, hidden_states, attention_mask, past_key_values) -> torch.Tensor:
         """Each token's index (1 or B, T). RoPE knows differences only, so left padding may count; not so where
@@ -418,6 +519,30 @@ class OlmemForCausalLM(OlmemPreTrainedModel, GenerationMixin):
         hub_kwargs = {name: overrides[name] for name in HUB_ARGUMENTS if name in overrides}
         config = OlmemConfig.from_olmo(path_or_repo, **config_overrides, **hub_kwargs)
         return cls.from_pretrained(path_or_repo, config=config, **overrides)
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        """An OlmemCache, unless the caller has one or asks for a kind of Transformers'. Assisted decoding takes tokens
+        back, which a bounded cache cannot once a window has let go: it keeps the one of Transformers."""
+        if (
+            model_kwargs.get("past_key_values") is None
+            and generation_config.cache_implementation is None
+            and generation_config.use_cache
+            and generation_mode != GenerationMode.ASSISTED_GENERATION
+        ):
+            model_kwargs["past_key_values"] = self.model.make_cache()
+            return
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+        """With an OlmemCache no mask is made ahead: of the columns, those of the new tokens are all it needs."""
+        if getattr(past_key_values, "serves_olmem", False):
+            return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
+        return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
 
     @can_return_tuple
     def forward(

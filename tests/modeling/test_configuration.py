@@ -9,7 +9,7 @@ from modeling.helpers import TINY
 from olmem import OlmemConfig
 from transformers import AutoConfig, GenerationConfig, LlamaConfig, Olmo2Config, Olmo3Config, OlmoConfig
 
-SLIDING, FULL = "sliding_attention", "full_attention"
+SLIDING, FULL, CHUNKED = "sliding_attention", "full_attention", "chunked_attention"
 BOTH = {"num_hidden_layers": 2, "layer_types": [SLIDING, FULL]}
 DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 500000.0}
 
@@ -51,6 +51,11 @@ def refusal(make=OlmemConfig, *arguments, **changes) -> str:
         ("residual_dropout", -0.1, "must be in [0, 1)", {}),
         ("sliding_window", 0, "must be at least 1 when a layer slides", {}),
         ("sliding_window", None, "must be at least 1 when a layer slides", {}),
+        ("num_sink_tokens", -1, "must not be negative", {}),
+        ("attention_chunk_lookback", -1, "must not be negative", {}),
+        ("attention_chunk_size", None, "must be at least 1 when a layer is chunked", {"layer_types": CHUNKED}),
+        ("attention_chunk_size", 0, "must be at least 1 when a layer is chunked", {"layer_types": CHUNKED}),
+        ("num_sink_tokens", 2, "must be 0 with `clip_qkv_stage` 'rotary'", {"clip_qkv": 1, "clip_qkv_stage": "rotary"}),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_its_field_rule_value_and_remedy(field, value, rule, rest):
@@ -63,8 +68,8 @@ def test_a_value_out_of_range_is_refused_with_its_field_rule_value_and_remedy(fi
 @pytest.mark.parametrize(
     ("layer_types", "rule"),
     [
-        ([SLIDING, "fool_attention"], f"`layer_types` must be made of {SLIDING}, {FULL}"),
-        ("fool_attention", f"`layer_types` must be made of {SLIDING}, {FULL}"),
+        ([SLIDING, "fool_attention"], f"`layer_types` must be made of {SLIDING}, chunked_attention, {FULL}"),
+        ("fool_attention", f"`layer_types` must be made of {SLIDING}, chunked_attention, {FULL}"),
         ([FULL], "`layer_types` must name `num_hidden_layers` = 2 layers"),
     ],
 )
@@ -150,12 +155,9 @@ def test_generation_parameters_are_never_refused():
 @pytest.mark.parametrize(
     ("name", "value", "neutral"),
     [
-        ("num_sink_tokens", 4, 0),
         ("num_memory_tokens", 8, 0),
         ("memory_segment_length", 16, None),
         ("memory_bptt_segments", 2, None),
-        ("attention_chunk_size", 8, None),
-        ("attention_chunk_lookback", 1, 0),
         ("position_embedding", "none", "rope"),
         ("shared_projections", "key_value", "none"),
         ("retrieval_layers", [1], []),
@@ -165,7 +167,6 @@ def test_fields_of_later_versions_are_refused_unless_they_ask_for_nothing(name, 
     message = refusal(**{name: value})
     assert f"`{name}` is not supported yet (got {value!r})" in message
     assert name not in OlmemConfig(**{name: neutral}).to_dict()
-    assert "`layer_types` 'chunked_attention' is not supported yet" in refusal(layer_types="chunked_attention")
 
 
 def test_defaults_are_completed():
@@ -223,7 +224,7 @@ def test_overrides_are_expanded_and_validated_like_fields(load, tmp_path):
     assert config.num_labels == 5
     assert config.rope_parameters == {SLIDING: {"rope_type": "default", "rope_theta": 50.0}}
     assert "`qk_norm` must be one of" in refusal(load, tmp_path, qk_norm="width")
-    assert "`num_sink_tokens` is not supported yet" in refusal(load, tmp_path, num_sink_tokens=4)
+    assert "`num_memory_tokens` is not supported yet" in refusal(load, tmp_path, num_memory_tokens=4)
 
 
 def test_unused_keywords_are_returned(tmp_path):
@@ -402,7 +403,8 @@ def test_overrides_of_an_olmo_configuration(config_class, tmp_path):
     assert (config.sliding_window, config.logits_scaling) == (3, 2.0)
     theta = 500000.0 if config_class is Olmo3Config else 10000.0
     assert config.rope_parameters == {SLIDING: {"rope_type": "default", "rope_theta": theta}}
-    assert "`num_sink_tokens` is not supported yet" in refusal(OlmemConfig.from_olmo, tmp_path, num_sink_tokens=4)
+    assert OlmemConfig.from_olmo(tmp_path, num_sink_tokens=4).num_sink_tokens == 4
+    assert "`num_memory_tokens` is not supported yet" in refusal(OlmemConfig.from_olmo, tmp_path, num_memory_tokens=4)
 
 
 def test_a_misspelled_override_of_an_olmo_configuration_is_refused(tmp_path):

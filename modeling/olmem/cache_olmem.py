@@ -1,0 +1,420 @@
+# Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
+"""What is remembered between forward calls: one `OlmemCache` for a batch of streams.
+
+Shapes: B batch, K key/value heads, T new tokens, S keys, D head dim, Z sinks. A layer's buffers are (B, K, slots, D):
+
+    | Z slots for sinks | a ring of a window's span, or a row that grows | one slot for what is not kept |
+
+A window's key lies rotated at its own number: RoPE knows differences only, so neither the size of the number nor the
+order in the ring matters. The distance of a sink stops growing, so sinks are also kept as they were before rotation.
+"""
+
+import json
+import os
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .configuration_olmem import OlmemConfig
+from .context_olmem import Context, Sight
+
+GROWTH = 256  # tokens at a time
+FORMAT = "olmem-cache-1"
+# Fields of a configuration that change nothing of what is cached.
+NO_MATTER = {
+    *("attention_dropout", "residual_dropout", "initializer_range", "use_cache", "logits_scaling"),
+    *("tie_word_embeddings", "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"),
+}
+
+
+def architecture(config: OlmemConfig) -> dict[str, Any]:
+    """What two models have in common, beside their weights, that read each other's cache."""
+    names = {field.name for field in fields(config)} - {field.name for field in fields(PreTrainedConfig)} - NO_MATTER
+    return {name: getattr(config, name) for name in sorted(names)}
+
+
+def allocate(*shape: int, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    """Zeros that may be written in place in and out of `torch.inference_mode`."""
+    with torch.inference_mode(False):
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def compare(made_for: dict[str, Any], used_for: dict[str, Any]) -> None:
+    for name, value in used_for.items():
+        if made_for.get(name) != value:
+            raise ValueError(
+                f"`past_key_values` is of another model: `{name}` was {made_for.get(name)!r} there (got {value!r}); use "
+                "it with its own model, or make an `OlmemCache(model.config)`."
+            )
+
+
+class OlmemCacheLayer(CacheLayerMixin):
+    """Keys and values of one layer. Which token goes where, and which are read, is the `Sight`'s to say."""
+
+    def __init__(self, context: Context, max_length: int | None):
+        super().__init__()
+        self.context = context
+        self.is_sliding = context.span is not None
+        self.limit = context.span or max_length  # tokens held at most; None grows
+        self.at_once = max_length is not None
+        self.is_compileable = self.limit is not None
+        self.capacity = 0
+        self.sink_keys: torch.Tensor | None = None
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        named = {"keys": self.keys, "values": self.values, "sink_keys": self.sink_keys}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        sinks = self.context.num_sinks
+        batch, heads, _, size = key_states.shape
+        self.keys, self.values = (
+            allocate(batch, heads, sinks + 1, size, dtype=states.dtype, device=states.device)
+            for states in (key_states, value_states)
+        )
+        if sinks:
+            self.sink_keys = allocate(batch, heads, sinks + 1, size, dtype=key_states.dtype, device=key_states.device)
+        self.is_initialized = True
+
+    def reserve(self, length: int) -> None:
+        """Makes room for `length` tokens, or for as many as the layer ever holds."""
+        if self.limit is not None:
+            # Where steps may be compiled, buffers keep their shapes; elsewhere a short text takes little room.
+            length = self.limit if self.at_once or self.keys.device.type != "cpu" else min(length, self.limit)
+        if length <= self.capacity:
+            return
+        length = min(-(-length // GROWTH) * GROWTH, self.limit or length + GROWTH)
+        used = self.context.num_sinks + self.capacity
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            shape = (*old.shape[:2], self.context.num_sinks + length + 1, old.shape[3])
+            new = allocate(*shape, dtype=old.dtype, device=old.device)
+            new[:, :, :used] = old[:, :, :used]
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(new)
+            setattr(self, name, new)
+        self.capacity = length
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, sight: Sight | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keeps new keys (B, K, T, D), rotated, and values, and returns those that `sight` numbers, (B, K, [Z +] S, D):
+        with `sight.in_place` a part of the buffers, sinks included."""
+        if sight is None:
+            raise ValueError(
+                "`past_key_values` is an OlmemCache, which serves Olmem models only (got an update of another model); "
+                "leave it out, or pass a cache of Transformers."
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.keys.device != key_states.device:  # a cache from a file, a model on several devices
+            for name, tensor in self.tensors.items():
+                setattr(self, name, tensor.to(key_states.device))
+        self.reserve(self.limit if sight.length is None else sight.length)
+        rows = torch.arange(len(key_states), device=key_states.device)[:, None]
+        first = self.context.num_sinks
+        if sight.in_place:
+            self.keys[rows, :, sight.slots] = key_states.transpose(1, 2)
+            self.values[rows, :, sight.slots] = value_states.transpose(1, 2)
+            stop = first + sight.key_numbers.shape[1]
+            return self.keys[:, :, :stop], self.values[:, :, :stop]
+        keys, values = key_states, value_states
+        if sight.past_slots.shape[1]:
+            keys, values = (
+                torch.cat((buffer[rows, :, sight.past_slots].transpose(1, 2), states), dim=2)
+                for buffer, states in ((self.keys, key_states), (self.values, value_states))
+            )
+        self.keys[rows, :, sight.slots] = key_states.detach().transpose(1, 2)
+        self.values[rows, :, sight.slots] = value_states.detach().transpose(1, 2)
+        return keys, values
+
+    def update_sinks(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, sight: Sight
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keeps those of new keys, not rotated, and values that are sinks, and returns all sinks' (B, K, Z, D)."""
+        sinks = self.context.num_sinks
+        if sight.in_place:
+            rows = torch.arange(len(key_states), device=key_states.device)[:, None]
+            self.sink_keys[rows, :, sight.sink_slots] = key_states.transpose(1, 2)
+            self.values[rows, :, sight.sink_slots] = value_states.transpose(1, 2)
+            return self.sink_keys[:, :, :sinks], self.values[:, :, :sinks]
+        stored = (self.sink_keys[:, :, :sinks].clone(), self.values[:, :, :sinks].clone())
+        keys, values = gather_sinks(key_states, value_states, sight, stored)
+        self.sink_keys[:, :, :sinks] = keys.detach()
+        self.values[:, :, :sinks] = values.detach()
+        return keys, values
+
+    def used(self, length: int) -> dict[str, torch.Tensor]:
+        """What the buffers hold after `length` columns: keys and values (B, K, Z + S, D), and sinks (B, K, Z, D)."""
+        sinks = self.context.num_sinks
+        slots = sinks + min(length, self.limit or length)
+        return {name: tensor[:, :, : sinks if name == "sink_keys" else slots] for name, tensor in self.tensors.items()}
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keeps these rows of the batch, in their order; in place while there are as many as before."""
+        for name, tensor in self.tensors.items():
+            chosen = tensor.index_select(0, rows.to(tensor.device))
+            if chosen.shape != tensor.shape:
+                setattr(self, name, allocate(*chosen.shape, dtype=tensor.dtype, device=tensor.device))
+            getattr(self, name).copy_(chosen)
+
+    # What Transformers asks of a layer; the counters are the cache's.
+
+    def get_seq_length(self) -> int:
+        raise NotImplementedError("an OlmemCache counts, not its layers")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        raise NotImplementedError("an OlmemCache counts, not its layers")
+
+    def get_max_length(self) -> int:
+        return -1 if self.limit is None else self.limit
+
+
+def gather_sinks(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    sight: Sight,
+    stored: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values (B, K, Z, D) of the sinks, taken from new ones (B, K, T, D), or else from those stored."""
+    found, column = sight.new_sinks()
+    index = column[:, None, :, None].expand(*keys.shape[:2], -1, keys.shape[3])
+    new = keys.gather(2, index), values.gather(2, index)
+    if stored is None:
+        return new
+    found = found[:, None, :, None]
+    return torch.where(found, new[0], stored[0]), torch.where(found, new[1], stored[1])
+
+
+class OlmemCache(Cache):
+    """The state of a batch of streams, bounded where the model's layers are.
+
+    Args:
+        config (`OlmemConfig`): of the model that it serves.
+        max_length (`int`, *optional*): tokens for which full-attention layers get their room at once, and beyond which
+            they have none; without it they grow. Sliding and chunked layers hold their window's span either way.
+    """
+
+    serves_olmem = True  # a Hub repository's code is another class of this name: no `isinstance`
+
+    def __init__(self, config: OlmemConfig, max_length: int | None = None):
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"`max_length` must be positive (got {max_length!r}); leave it out for layers that grow.")
+        self.config = config
+        self.max_length = max_length
+        contexts = [Context.of(config, layer_type) for layer_type in config.layer_types]
+        super().__init__(layers=[OlmemCacheLayer(context, max_length) for context in contexts])
+        self.seen: torch.Tensor | None = None  # (B,) real tokens of each row
+        self.columns: torch.Tensor | None = None  # () tokens and padding
+
+    def begin(self, batch_size: int, device: torch.device) -> None:
+        """Makes the counters, or checks that they are of that batch, on that device."""
+        if self.seen is None:
+            self.seen = allocate(batch_size, dtype=torch.long, device=device)
+            self.columns = allocate(dtype=torch.long, device=device)
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(self.seen)
+                torch._dynamo.mark_static_address(self.columns)
+        if self.seen.device != device:
+            raise ValueError(
+                f"`past_key_values` is on {self.seen.device}, the input on {device}; load it with "
+                f"`OlmemCache.load(path, config, device={str(device)!r})`, or move the input."
+            )
+        if len(self.seen) != batch_size:
+            raise ValueError(
+                f"`past_key_values` holds a batch of {len(self.seen)} (got an input of {batch_size} rows); use a cache "
+                "for each batch, or `batch_repeat_interleave` and `batch_select_indices`."
+            )
+
+    def limit(self, context: Context) -> int | None:
+        """Tokens that a layer of that context holds at most; None where it grows."""
+        return context.span or self.max_length
+
+    def room_for(self, length: int, differentiable: bool) -> int | None:
+        """How many columns were read before, for `length` more. None for a step that need not know: one token, where
+        every layer is bounded, and asking would make the host wait for the device, or break a compiled graph."""
+        on_host = self.seen.device.type == "cpu" and not torch.compiler.is_compiling()
+        if length == 1 and self.is_compileable and not differentiable and not on_host:
+            return None
+        before = self.get_seq_length()
+        if self.max_length is not None and before + length > self.max_length and not all(self.is_sliding):
+            raise ValueError(
+                f"`max_length` must be at least {before + length} to go on (got {self.max_length}): this cache's "
+                "full-attention layers have room for no more; make an `OlmemCache(config)` without it, which grows."
+            )
+        return before
+
+    def advance(self, numbers: torch.Tensor) -> None:
+        """Counts the tokens (B, T) of a forward call, once every layer has seen them."""
+        self.seen.add_((numbers >= 0).sum(-1))
+        self.columns.add_(numbers.shape[1])
+
+    def check(self, config: OlmemConfig) -> None:
+        """An error that names the field in which the model differs from the one this cache was made for."""
+        if config is not self.config:
+            compare(architecture(self.config), architecture(config))
+            self.config = config
+
+    # Lengths
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns that were read, padding included, as `generate` counts them."""
+        return 0 if self.columns is None else int(self.columns)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and first column of the keys that a next call of that many columns would see, in stream order."""
+        columns, span = self.get_seq_length(), self.layers[layer_idx].context.span
+        held = columns if span is None else min(columns, span - 1)
+        return held + query_length, columns - held
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self.seen is None else len(self.seen)
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.seen is not None
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether any number of tokens may be taken back, which needs layers that let nothing go."""
+        return all(layer.context.span is None for layer in self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every buffer, counters included."""
+        tensors = [tensor for layer in self.layers for tensor in layer.tensors.values()]
+        tensors += [tensor for tensor in (self.seen, self.columns) if tensor is not None]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    # The batch
+
+    def reset(self) -> None:
+        """Forgets everything and keeps the room."""
+        if self.seen is not None:
+            self.seen.zero_()
+            self.columns.zero_()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.seen is not None:
+            self.batch_select_indices(torch.arange(self.batch_size, device=self.seen.device).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.seen is None:
+            return
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero()[:, 0]
+        chosen = self.seen.index_select(0, indices.to(self.seen.device))
+        if len(chosen) != len(self.seen):
+            self.seen = allocate(len(chosen), dtype=torch.long, device=self.seen.device)
+        self.seen.copy_(chosen)
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.select(indices)
+
+    # The past
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes the last tokens back, `-n` or, as long as Transformers allows it, all beyond the first `n`; possible
+        until a window has let go of a token."""
+        columns = self.get_seq_length()
+        removed = -tokens_to_remove if tokens_to_remove <= 0 else max(columns - tokens_to_remove, 0)
+        if not removed:
+            return
+        for index, layer in enumerate(self.layers):
+            if layer.context.span is not None and columns > layer.context.span:
+                raise ValueError(
+                    f"`crop` cannot take tokens back once a window has let go of some: layer {index} holds "
+                    f"{layer.context.span} (got {columns}, of which {removed} are to go); go on from a copy made "
+                    "before, or generate with `cache_implementation='dynamic'`."
+                )
+        if removed > columns:
+            raise ValueError(f"`crop` cannot take back more than was read (got {removed} of {columns}).")
+        self.seen.sub_(removed).clamp_(min=0)
+        self.columns.sub_(removed)
+
+    # On disk
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes everything to one safetensors file, which appears whole or not at all."""
+        try:
+            from safetensors.torch import save_file
+        except ImportError as error:
+            raise ImportError("`OlmemCache.save` needs safetensors: pip install safetensors") from error
+
+        if self.seen is None:
+            raise ValueError("`OlmemCache.save` needs a cache that has read something; pass it to the model first.")
+        tensors = {"seen": self.seen, "columns": self.columns}
+        for index, layer in enumerate(self.layers):
+            for name, tensor in layer.used(self.get_seq_length()).items():
+                tensors[f"layers.{index}.{name}"] = tensor
+        metadata = {
+            "format": FORMAT,
+            "architecture": json.dumps(architecture(self.config)),
+            "max_length": json.dumps(self.max_length),
+        }
+        path = Path(path)
+        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        try:
+            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, scratch, metadata)
+            os.replace(scratch, path)
+        except BaseException:
+            os.unlink(scratch)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, config: OlmemConfig, device: torch.device | str = "cpu") -> Self:
+        """Reads what `save` wrote, onto a device, for a model of that configuration; the weights must be the same too,
+        which no file can tell."""
+        try:
+            from safetensors import SafetensorError, safe_open
+        except ImportError as error:
+            raise ImportError("`OlmemCache.load` needs safetensors: pip install safetensors") from error
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+        except SafetensorError as error:
+            raise ValueError(f"`path` must be a whole file of `OlmemCache.save` (got {path}: {error}).") from None
+        if metadata.get("format") != FORMAT:
+            raise ValueError(
+                f"`path` must be a file of `OlmemCache.save` (got {path}, of format {metadata.get('format')!r}); this "
+                f"version reads {FORMAT!r}."
+            )
+        compare(json.loads(metadata["architecture"]), json.loads(json.dumps(architecture(config))))
+        cache = cls(config, max_length=json.loads(metadata["max_length"]))
+        try:
+            seen, columns = tensors.pop("seen"), tensors.pop("columns")
+            cache.begin(len(seen), torch.device(device))
+            cache.seen.copy_(seen)
+            cache.columns.copy_(columns)
+            for index, layer in enumerate(cache.layers):
+                names = ("keys", "values", "sink_keys") if layer.context.num_sinks else ("keys", "values")
+                stored = {name: tensors.pop(f"layers.{index}.{name}") for name in names}
+                empty = {
+                    name: tensor.new_zeros(len(seen), config.num_key_value_heads, 0, config.head_dim, device=device)
+                    for name, tensor in stored.items()
+                }
+                layer.lazy_initialization(empty["keys"], empty["values"])
+                layer.reserve(cache.get_seq_length())
+                for name, place in layer.used(cache.get_seq_length()).items():
+                    if place.shape != stored[name].shape:
+                        raise ValueError(f"{name} of layer {index} have the shape {tuple(stored[name].shape)}")
+                    place.copy_(stored[name])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise ValueError(f"`path` must be a whole file of `OlmemCache.save` (got {path}: {error}).") from None
+        return cache
+
+
+__all__ = ["OlmemCache"]

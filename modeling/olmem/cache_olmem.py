@@ -48,8 +48,8 @@ def compare(made_for: dict[str, Any], used_for: dict[str, Any]) -> None:
     for name, value in used_for.items():
         if made_for.get(name) != value:
             raise ValueError(
-                f"`past_key_values` is of another model: `{name}` was {made_for.get(name)!r} there (got {value!r}); use "
-                "it with its own model, or make an `OlmemCache(model.config)`."
+                f"`past_key_values` is of another model: `{name}` was {made_for.get(name)!r} (got {value!r}); use it "
+                "with its own model, or make an `OlmemCache(model.config)`."
             )
 
 

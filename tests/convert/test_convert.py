@@ -17,7 +17,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 DEMO_STEP = DEMO / "step1872"
-CODE = ("configuration_olmem.py", "modeling_olmem.py")
+CODE = tuple(f"{name}_olmem.py" for name in ("attention", "cache", "configuration", "context", "modeling"))
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ Shapes: B batch, H query heads, K key/value heads, T queries, S keys, D head dim
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -40,8 +40,9 @@ class Rotations(NamedTuple):
 
     def upto(self, length: int) -> "Rotations":
         """Those of the first tokens."""
-        token, query = (pair and (pair[0][:, :length], pair[1][:, :length]) for pair in (self.token, self.query))
-        return Rotations(token, query, self.sink)
+        cos, sin = self.token
+        query = self.query and (self.query[0][:, :length], self.query[1][:, :length])
+        return Rotations((cos[:, :length], sin[:, :length]), query, self.sink)
 
 
 class Prefix(NamedTuple):
@@ -64,7 +65,7 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -133,7 +134,7 @@ class Slices(torch.autograd.Function):
 
 
 def attend(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -151,20 +152,20 @@ def attend(
     query, key, value = module.place(query, key, value, *rotations.token)
     sinks = None
     if past is not None:
-        new_key, new_value = key, value
-        key, value = past.update(new_key, new_value, sight)
+        new_value = value
+        key, value = past.update(key, new_value, sight)
         if sight.context.num_sinks:
             sinks = past.update_sinks(unplaced_key, new_value, sight)
     elif sight.prefix:
         sinks = gather_sinks(unplaced_key, value, sight)
 
     prefix = None
-    if sight.prefix:
+    if sinks and rotations.sink:
         sink_key = rotate(sinks[0], *rotations.sink)
-        if sight.in_place:
-            key[:, :, : sink_key.shape[2]] = sink_key
-        else:
+        if rotations.query:
             prefix = Prefix(rotate(unplaced_query, *rotations.query), sink_key, sinks[1])
+        else:  # one query: its sinks stand before the window's keys in the cache
+            key[:, :, : sink_key.shape[2]] = sink_key
     output, weights = attend_window(module, query, key, value, sight, prefix, dropout, output_attentions)
     if weights is None or not output_attentions:
         return output, None
@@ -179,9 +180,16 @@ def attend_documents(module, query, key, value, rotations, sight, dropout, outpu
         row = slice(index, index + 1)
         for start, stop in documents:
             part, size = slice(start, stop), stop - start
-            parts = (states[row, :, part] for states in (query, key, value))
             output, share = attend(
-                module, *parts, rotations.upto(size), sight.upto(size), None, dropout, output_attentions
+                module,
+                query[row, :, part],
+                key[row, :, part],
+                value[row, :, part],
+                rotations.upto(size),
+                sight.upto(size),
+                None,
+                dropout,
+                output_attentions,
             )
             outputs.append(output)
             if weights is not None and share is not None:
@@ -191,7 +199,7 @@ def attend_documents(module, query, key, value, rotations, sight, dropout, outpu
 
 
 def attend_window(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

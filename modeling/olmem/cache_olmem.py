@@ -56,6 +56,11 @@ def compare(made_for: dict[str, Any], used_for: dict[str, Any]) -> None:
 class OlmemCacheLayer(CacheLayerMixin):
     """Keys and values of one layer. Which token goes where, and which are read, is the `Sight`'s to say."""
 
+    # Once it is initialized:
+    keys: torch.Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
+    values: torch.Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
+    sink_keys: torch.Tensor
+
     def __init__(self, context: Context, max_length: int | None):
         super().__init__()
         self.context = context
@@ -64,12 +69,11 @@ class OlmemCacheLayer(CacheLayerMixin):
         self.at_once = max_length is not None
         self.is_compileable = self.limit is not None
         self.capacity = 0
-        self.sink_keys: torch.Tensor | None = None
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        named = {"keys": self.keys, "values": self.values, "sink_keys": self.sink_keys}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        names = ("keys", "values", "sink_keys") if self.context.num_sinks else ("keys", "values")
+        return {name: getattr(self, name) for name in names} if self.is_initialized else {}
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         sinks = self.context.num_sinks
@@ -82,11 +86,13 @@ class OlmemCacheLayer(CacheLayerMixin):
             self.sink_keys = allocate(batch, heads, sinks + 1, size, dtype=key_states.dtype, device=key_states.device)
         self.is_initialized = True
 
-    def reserve(self, length: int) -> None:
-        """Makes room for `length` tokens, or for as many as the layer ever holds."""
-        if self.limit is not None:
-            # Where steps may be compiled, buffers keep their shapes; elsewhere a short text takes little room.
-            length = self.limit if self.at_once or self.keys.device.type != "cpu" else min(length, self.limit)
+    def reserve(self, length: int | None) -> None:
+        """Makes room for that many tokens, at most for those that the layer ever holds. Where a step may be compiled
+        (`length` is None then) all room is made at once, for its shapes to stay; on a CPU a short text takes little."""
+        if length is None or self.at_once or self.keys.device.type != "cpu":
+            length = self.limit or length or 0
+        elif self.limit is not None:
+            length = min(length, self.limit)
         if length <= self.capacity:
             return
         length = min(-(-length // GROWTH) * GROWTH, self.limit or length + GROWTH)
@@ -116,7 +122,7 @@ class OlmemCacheLayer(CacheLayerMixin):
         if self.keys.device != key_states.device:  # a cache from a file, a model on several devices
             for name, tensor in self.tensors.items():
                 setattr(self, name, tensor.to(key_states.device))
-        self.reserve(self.limit if sight.length is None else sight.length)
+        self.reserve(sight.length)
         rows = torch.arange(len(key_states), device=key_states.device)[:, None]
         first = self.context.num_sinks
         if sight.in_place:
@@ -125,7 +131,7 @@ class OlmemCacheLayer(CacheLayerMixin):
             stop = first + sight.key_numbers.shape[1]
             return self.keys[:, :, :stop], self.values[:, :, :stop]
         keys, values = key_states, value_states
-        if sight.past_slots.shape[1]:
+        if sight.past_slots is not None and sight.past_slots.shape[1]:
             keys, values = (
                 torch.cat((buffer[rows, :, sight.past_slots].transpose(1, 2), states), dim=2)
                 for buffer, states in ((self.keys, key_states), (self.values, value_states))
@@ -201,6 +207,7 @@ class OlmemCache(Cache):
             they have none; without it they grow. Sliding and chunked layers hold their window's span either way.
     """
 
+    layers: list[OlmemCacheLayer]  # pyright: ignore[reportIncompatibleVariableOverride]
     serves_olmem = True  # a Hub repository's code is another class of this name: no `isinstance`
 
     def __init__(self, config: OlmemConfig, max_length: int | None = None):
@@ -210,12 +217,12 @@ class OlmemCache(Cache):
         self.max_length = max_length
         contexts = [Context.of(config, layer_type) for layer_type in config.layer_types]
         super().__init__(layers=[OlmemCacheLayer(context, max_length) for context in contexts])
-        self.seen: torch.Tensor | None = None  # (B,) real tokens of each row
-        self.columns: torch.Tensor | None = None  # () tokens and padding
+        self.seen = allocate(0, dtype=torch.long, device="cpu")  # (B,) real tokens of each row, once there is a batch
+        self.columns = allocate(dtype=torch.long, device="cpu")  # () tokens and padding
 
     def begin(self, batch_size: int, device: torch.device) -> None:
         """Makes the counters, or checks that they are of that batch, on that device."""
-        if self.seen is None:
+        if not self.is_initialized:
             self.seen = allocate(batch_size, dtype=torch.long, device=device)
             self.columns = allocate(dtype=torch.long, device=device)
             if not torch.compiler.is_compiling():
@@ -265,7 +272,7 @@ class OlmemCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns that were read, padding included, as `generate` counts them."""
-        return 0 if self.columns is None else int(self.columns)
+        return int(self.columns)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and first column of the keys that a next call of that many columns would see, in stream order."""
@@ -275,11 +282,11 @@ class OlmemCache(Cache):
 
     @property
     def batch_size(self) -> int:
-        return -1 if self.seen is None else len(self.seen)
+        return len(self.seen) or -1
 
     @property
     def is_initialized(self) -> bool:
-        return self.seen is not None
+        return len(self.seen) > 0
 
     @property
     def is_croppable(self) -> bool:
@@ -290,26 +297,24 @@ class OlmemCache(Cache):
     def nbytes(self) -> int:
         """Bytes of every buffer, counters included."""
         tensors = [tensor for layer in self.layers for tensor in layer.tensors.values()]
-        tensors += [tensor for tensor in (self.seen, self.columns) if tensor is not None]
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(tensor.nbytes for tensor in (*tensors, self.seen, self.columns))
 
     # The batch
 
     def reset(self) -> None:
         """Forgets everything and keeps the room."""
-        if self.seen is not None:
-            self.seen.zero_()
-            self.columns.zero_()
+        self.seen.zero_()
+        self.columns.zero_()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.seen is not None:
-            self.batch_select_indices(torch.arange(self.batch_size, device=self.seen.device).repeat_interleave(repeats))
+        rows = torch.arange(len(self.seen), device=self.seen.device)
+        self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self.seen is None:
+        if not self.is_initialized:
             return
         if indices.dtype == torch.bool:
             indices = indices.nonzero()[:, 0]
@@ -351,7 +356,7 @@ class OlmemCache(Cache):
         except ImportError as error:
             raise ImportError("`OlmemCache.save` needs safetensors: pip install safetensors") from error
 
-        if self.seen is None:
+        if not self.is_initialized:
             raise ValueError("`OlmemCache.save` needs a cache that has read something; pass it to the model first.")
         tensors = {"seen": self.seen, "columns": self.columns}
         for index, layer in enumerate(self.layers):

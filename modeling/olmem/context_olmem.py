@@ -64,6 +64,10 @@ class Context:
             return None
         return self.sliding_window or self.chunk_size * (self.lookback + 1)
 
+    def lets_go(self, length: int) -> bool:
+        """Whether a window has let go of something once that many tokens were read."""
+        return self.span is not None and length > self.span
+
     def start(self, query: Number) -> Number:
         """The first token of a query's window."""
         if self.layer_type == "full_attention":
@@ -136,7 +140,7 @@ class Sight:
             numbers,
             key_numbers=numbers,
             causal=not padded and (context.span is None or length < context.span),
-            prefix=context.num_sinks > 0 and length > context.span,
+            prefix=context.num_sinks > 0 and context.lets_go(length),
             padded=padded,
             documents=documents,
             slack=inner_padding(numbers) if padded else 0,
@@ -163,7 +167,7 @@ class Sight:
         if limit is not None:
             kept &= numbers >= after[:, None] - limit
         slots = torch.where(kept, context.num_sinks + ring_slot(numbers, limit), -1)
-        prefix = context.num_sinks > 0 and (after_all is None or after_all > context.span)
+        prefix = context.num_sinks > 0 and (after_all is None or context.lets_go(after_all))
         if in_place:
             filled = min(number for number in (limit, after_all) if number is not None)
             slot = torch.arange(filled, device=numbers.device)

@@ -15,6 +15,7 @@ Shapes: B batch, H query heads, K key/value heads, T queries, S keys, D head dim
 import math
 from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import nn
@@ -171,7 +172,7 @@ class OlmemAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: Rotations,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: Any = None,
         sight: Sight | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -350,7 +351,8 @@ class OlmemModel(OlmemPreTrainedModel):
         for layer, layer_type in zip(self.layers, self.config.layer_types, strict=False):
             hidden_states = layer(hidden_states, past_key_values=past_key_values, **arguments[layer_type], **kwargs)
         if in_context and past_key_values is not None:
-            past_key_values.advance(arguments[self.config.layer_types[0]]["sight"].numbers)
+            numbers = arguments[self.config.layer_types[0]]["sight"].numbers
+            past_key_values.advance(numbers)  # pyright: ignore[reportAttributeAccessIssue]  an OlmemCache
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def make_cache(self, attention_mask: torch.Tensor | dict | None = None) -> Cache:
@@ -520,7 +522,7 @@ class OlmemForCausalLM(OlmemPreTrainedModel, GenerationMixin):
         config = OlmemConfig.from_olmo(path_or_repo, **config_overrides, **hub_kwargs)
         return cls.from_pretrained(path_or_repo, config=config, **overrides)
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]  nor does it return a bool
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
         """An OlmemCache, unless the caller has one or asks for a kind of Transformers'. Assisted decoding takes tokens
@@ -532,8 +534,8 @@ class OlmemForCausalLM(OlmemPreTrainedModel, GenerationMixin):
             and generation_mode != GenerationMode.ASSISTED_GENERATION
         ):
             model_kwargs["past_key_values"] = self.model.make_cache()
-            return
-        super()._prepare_cache_for_generation(
+            return None
+        return super()._prepare_cache_for_generation(  # pyright: ignore[reportAttributeAccessIssue]  a mixin's `self`
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
 

@@ -296,11 +296,13 @@ def weights_in_order(weights: torch.Tensor, sight: Sight) -> torch.Tensor:
     """Weights (B, H, T, [Z +] S) as a reader expects them. Without a cache: a column for each token (B, H, T, T). With
     one: a column for each key that was held, oldest first, after those of the sinks where these may have left."""
     sinks = weights.shape[-1] - sight.key_numbers.shape[1]
-    before, window = weights[..., :sinks], weights[..., sinks:]
-    if sight.in_place:
+    before, window = (weights[..., :sinks], weights[..., sinks:]) if sinks else (weights, weights)
+    if sight.in_place and sight.context.span is not None:
         order = sight.key_numbers.argsort(dim=-1, stable=True)[:, None, None]
         window = window.take_along_dim(order.expand(-1, *window.shape[1:3], -1), dim=-1)
-    if sight.slots is not None or not sinks:
+    if not sinks:
+        return window
+    if sight.slots is not None:
         return torch.cat((before, window), dim=-1)
     found, column = sight.new_sinks()
     index = column[:, None, None].expand(*before.shape)

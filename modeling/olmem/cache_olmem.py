@@ -56,40 +56,44 @@ def compare(made_for: dict[str, Any], used_for: dict[str, Any]) -> None:
 class OlmemCacheLayer(CacheLayerMixin):
     """Keys and values of one layer. Which token goes where, and which are read, is the `Sight`'s to say."""
 
-    # Once it is initialized:
-    keys: torch.Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
-    values: torch.Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
-    sink_keys: torch.Tensor
-
     def __init__(self, context: Context, max_length: int | None):
-        super().__init__()
         self.context = context
         self.is_sliding = context.span is not None
         self.limit = context.span or max_length  # tokens held at most; None grows
         self.at_once = max_length is not None
         self.is_compileable = self.limit is not None
+        self.is_initialized = False
+        self.buffers: dict[str, torch.Tensor] = {}  # "keys", "values", and "sinks" if there are: keys, not rotated
         self.capacity = 0
+        self.length: int | None = 0  # columns read; None where only the device knows
+
+    def held(self, name: str) -> torch.Tensor:
+        """(B, K, S, D): what a buffer holds of the window; without padding, all that is read of it."""
+        first, length = self.context.num_sinks, self.capacity if self.length is None else self.length
+        return self.buffers[name][:, :, first : first + min(length, self.limit or length)]
 
     @property
-    def tensors(self) -> dict[str, torch.Tensor]:
-        names = ("keys", "values", "sink_keys") if self.context.num_sinks else ("keys", "values")
-        return {name: getattr(self, name) for name in names} if self.is_initialized else {}
+    def keys(self) -> torch.Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Keys of the window, rotated at their numbers; once it is full, the newest over the oldest."""
+        return self.held("keys") if self.is_initialized else None
+
+    @property
+    def values(self) -> torch.Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Values of the window, in the order of `keys`."""
+        return self.held("values") if self.is_initialized else None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         sinks = self.context.num_sinks
-        batch, heads, _, size = key_states.shape
-        self.keys, self.values = (
-            allocate(batch, heads, sinks + 1, size, dtype=states.dtype, device=states.device)
-            for states in (key_states, value_states)
-        )
-        if sinks:
-            self.sink_keys = allocate(batch, heads, sinks + 1, size, dtype=key_states.dtype, device=key_states.device)
+        states = {"keys": key_states, "values": value_states} | ({"sinks": key_states} if sinks else {})
+        for name, like in states.items():
+            shape = (*like.shape[:2], sinks + 1, like.shape[3])
+            self.buffers[name] = allocate(*shape, dtype=like.dtype, device=like.device)
         self.is_initialized = True
 
     def reserve(self, length: int | None) -> None:
         """Makes room for that many tokens, at most for those that the layer ever holds. Where a step may be compiled
         (`length` is None then) all room is made at once, for its shapes to stay; on a CPU a short text takes little."""
-        if length is None or self.at_once or self.keys.device.type != "cpu":
+        if length is None or self.at_once or self.buffers["keys"].device.type != "cpu":
             length = self.limit or length or 0
         elif self.limit is not None:
             length = min(length, self.limit)
@@ -98,13 +102,13 @@ class OlmemCacheLayer(CacheLayerMixin):
         length = min(-(-length // GROWTH) * GROWTH, self.limit or length + GROWTH)
         used = self.context.num_sinks + self.capacity
         for name in ("keys", "values"):
-            old = getattr(self, name)
+            old = self.buffers[name]
             shape = (*old.shape[:2], self.context.num_sinks + length + 1, old.shape[3])
             new = allocate(*shape, dtype=old.dtype, device=old.device)
             new[:, :, :used] = old[:, :, :used]
             if not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(new)
-            setattr(self, name, new)
+            self.buffers[name] = new
         self.capacity = length
 
     def update(
@@ -119,25 +123,21 @@ class OlmemCacheLayer(CacheLayerMixin):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self.keys.device != key_states.device:  # a cache from a file, a model on several devices
-            for name, tensor in self.tensors.items():
-                setattr(self, name, tensor.to(key_states.device))
+        if self.buffers["keys"].device != key_states.device:  # a cache from a file, a model on several devices
+            self.buffers = {name: buffer.to(key_states.device) for name, buffer in self.buffers.items()}
         self.reserve(sight.length)
+        self.length = sight.length
+        buffers = self.buffers["keys"], self.buffers["values"]
         rows = torch.arange(len(key_states), device=key_states.device)[:, None]
-        first = self.context.num_sinks
-        if sight.in_place:
-            self.keys[rows, :, sight.slots] = key_states.transpose(1, 2)
-            self.values[rows, :, sight.slots] = value_states.transpose(1, 2)
-            stop = first + sight.key_numbers.shape[1]
-            return self.keys[:, :, :stop], self.values[:, :, :stop]
         keys, values = key_states, value_states
         if sight.past_slots is not None and sight.past_slots.shape[1]:
-            keys, values = (
-                torch.cat((buffer[rows, :, sight.past_slots].transpose(1, 2), states), dim=2)
-                for buffer, states in ((self.keys, key_states), (self.values, value_states))
-            )
-        self.keys[rows, :, sight.slots] = key_states.detach().transpose(1, 2)
-        self.values[rows, :, sight.slots] = value_states.detach().transpose(1, 2)
+            past = (buffer[rows, :, sight.past_slots].transpose(1, 2) for buffer in buffers)
+            keys, values = (torch.cat(both, dim=2) for both in zip(past, (keys, values), strict=True))
+        for buffer, states in zip(buffers, (key_states, value_states), strict=True):
+            buffer[rows, :, sight.slots] = states.detach().transpose(1, 2)
+        if sight.in_place:
+            stop = self.context.num_sinks + sight.key_numbers.shape[1]
+            return buffers[0][:, :, :stop], buffers[1][:, :, :stop]
         return keys, values
 
     def update_sinks(
@@ -145,30 +145,31 @@ class OlmemCacheLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keeps those of new keys, not rotated, and values that are sinks, and returns all sinks' (B, K, Z, D)."""
         sinks = self.context.num_sinks
+        buffers = self.buffers["sinks"], self.buffers["values"]
+        stored = (buffers[0][:, :, :sinks], buffers[1][:, :, :sinks])
         if sight.in_place:
             rows = torch.arange(len(key_states), device=key_states.device)[:, None]
-            self.sink_keys[rows, :, sight.sink_slots] = key_states.transpose(1, 2)
-            self.values[rows, :, sight.sink_slots] = value_states.transpose(1, 2)
-            return self.sink_keys[:, :, :sinks], self.values[:, :, :sinks]
-        stored = (self.sink_keys[:, :, :sinks].clone(), self.values[:, :, :sinks].clone())
+            for buffer, states in zip(buffers, (key_states, value_states), strict=True):
+                buffer[rows, :, sight.sink_slots] = states.transpose(1, 2)
+            return stored
         keys, values = gather_sinks(key_states, value_states, sight, stored)
-        self.sink_keys[:, :, :sinks] = keys.detach()
-        self.values[:, :, :sinks] = values.detach()
+        for place, states in zip(stored, (keys, values), strict=True):
+            place.copy_(states.detach())
         return keys, values
 
     def used(self, length: int) -> dict[str, torch.Tensor]:
         """What the buffers hold after `length` columns: keys and values (B, K, Z + S, D), and sinks (B, K, Z, D)."""
         sinks = self.context.num_sinks
         slots = sinks + min(length, self.limit or length)
-        return {name: tensor[:, :, : sinks if name == "sink_keys" else slots] for name, tensor in self.tensors.items()}
+        return {name: buffer[:, :, : sinks if name == "sinks" else slots] for name, buffer in self.buffers.items()}
 
     def select(self, rows: torch.Tensor) -> None:
         """Keeps these rows of the batch, in their order; in place while there are as many as before."""
-        for name, tensor in self.tensors.items():
-            chosen = tensor.index_select(0, rows.to(tensor.device))
-            if chosen.shape != tensor.shape:
-                setattr(self, name, allocate(*chosen.shape, dtype=tensor.dtype, device=tensor.device))
-            getattr(self, name).copy_(chosen)
+        for name, buffer in self.buffers.items():
+            chosen = buffer.index_select(0, rows.to(buffer.device))
+            if chosen.shape != buffer.shape:
+                self.buffers[name] = allocate(*chosen.shape, dtype=buffer.dtype, device=buffer.device)
+            self.buffers[name].copy_(chosen)
 
     # What Transformers asks of a layer; the counters are the cache's.
 
@@ -219,15 +220,17 @@ class OlmemCache(Cache):
         super().__init__(layers=[OlmemCacheLayer(context, max_length) for context in contexts])
         self.seen = allocate(0, dtype=torch.long, device="cpu")  # (B,) real tokens of each row, once there is a batch
         self.columns = allocate(dtype=torch.long, device="cpu")  # () tokens and padding
+        self.gaps = allocate(dtype=torch.bool, device="cpu")  # () whether a row had padding after its first token
 
     def begin(self, batch_size: int, device: torch.device) -> None:
         """Makes the counters, or checks that they are of that batch, on that device."""
         if not self.is_initialized:
             self.seen = allocate(batch_size, dtype=torch.long, device=device)
             self.columns = allocate(dtype=torch.long, device=device)
+            self.gaps = allocate(dtype=torch.bool, device=device)
             if not torch.compiler.is_compiling():
-                torch._dynamo.mark_static_address(self.seen)
-                torch._dynamo.mark_static_address(self.columns)
+                for counter in (self.seen, self.columns, self.gaps):
+                    torch._dynamo.mark_static_address(counter)
         if self.seen.device != device:
             raise ValueError(
                 f"`past_key_values` is on {self.seen.device}, the input on {device}; load it with "
@@ -257,10 +260,13 @@ class OlmemCache(Cache):
             )
         return before
 
-    def advance(self, numbers: torch.Tensor) -> None:
-        """Counts the tokens (B, T) of a forward call, once every layer has seen them."""
-        self.seen.add_((numbers >= 0).sum(-1))
-        self.columns.add_(numbers.shape[1])
+    def advance(self, sight: Sight) -> None:
+        """Counts the tokens of a forward call, once every layer has seen them."""
+        real = sight.numbers >= 0
+        self.seen.add_(real.sum(-1))
+        self.columns.add_(real.shape[1])
+        if sight.padded:
+            self.gaps.logical_or_((~real & (sight.queries >= 0)).any())
 
     def check(self, config: OlmemConfig) -> None:
         """An error that names the field in which the model differs from the one this cache was made for."""
@@ -296,15 +302,17 @@ class OlmemCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of every buffer, counters included."""
-        tensors = [tensor for layer in self.layers for tensor in layer.tensors.values()]
-        return sum(tensor.nbytes for tensor in (*tensors, self.seen, self.columns))
+        tensors = [buffer for layer in self.layers for buffer in layer.buffers.values()]
+        return sum(tensor.nbytes for tensor in (*tensors, self.seen, self.columns, self.gaps))
 
     # The batch
 
     def reset(self) -> None:
         """Forgets everything and keeps the room."""
-        self.seen.zero_()
-        self.columns.zero_()
+        for counter in (self.seen, self.columns, self.gaps):
+            counter.zero_()
+        for layer in self.layers:
+            layer.length = 0
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -342,10 +350,17 @@ class OlmemCache(Cache):
                     f"{layer.context.span} (got {columns}, of which {removed} are to go); go on from a copy made "
                     "before, or generate with `cache_implementation='dynamic'`."
                 )
+        if bool(self.gaps):
+            raise ValueError(
+                "`crop` cannot tell tokens from padding in a batch that had padding after a row's first token (got "
+                f"{removed} columns to take back); pad on the left, or go on from a copy made before."
+            )
         if removed > columns:
             raise ValueError(f"`crop` cannot take back more than was read (got {removed} of {columns}).")
         self.seen.sub_(removed).clamp_(min=0)
         self.columns.sub_(removed)
+        for layer in self.layers:
+            layer.length = columns - removed
 
     # On disk
 
@@ -358,7 +373,7 @@ class OlmemCache(Cache):
 
         if not self.is_initialized:
             raise ValueError("`OlmemCache.save` needs a cache that has read something; pass it to the model first.")
-        tensors = {"seen": self.seen, "columns": self.columns}
+        tensors = {"seen": self.seen, "columns": self.columns, "gaps": self.gaps}
         for index, layer in enumerate(self.layers):
             for name, tensor in layer.used(self.get_seq_length()).items():
                 tensors[f"layers.{index}.{name}"] = tensor
@@ -397,29 +412,53 @@ class OlmemCache(Cache):
                 f"`path` must be a file of `OlmemCache.save` (got {path}, of format {metadata.get('format')!r}); this "
                 f"version reads {FORMAT!r}."
             )
-        compare(json.loads(metadata["architecture"]), json.loads(json.dumps(architecture(config))))
-        cache = cls(config, max_length=json.loads(metadata["max_length"]))
-        try:
-            seen, columns = tensors.pop("seen"), tensors.pop("columns")
-            cache.begin(len(seen), torch.device(device))
-            cache.seen.copy_(seen)
-            cache.columns.copy_(columns)
-            for index, layer in enumerate(cache.layers):
-                names = ("keys", "values", "sink_keys") if layer.context.num_sinks else ("keys", "values")
-                stored = {name: tensors.pop(f"layers.{index}.{name}") for name in names}
-                empty = {
-                    name: tensor.new_zeros(len(seen), config.num_key_value_heads, 0, config.head_dim, device=device)
-                    for name, tensor in stored.items()
-                }
-                layer.lazy_initialization(empty["keys"], empty["values"])
-                layer.reserve(cache.get_seq_length())
-                for name, place in layer.used(cache.get_seq_length()).items():
-                    if place.shape != stored[name].shape:
-                        raise ValueError(f"{name} of layer {index} have the shape {tuple(stored[name].shape)}")
-                    place.copy_(stored[name])
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise ValueError(f"`path` must be a whole file of `OlmemCache.save` (got {path}: {error}).") from None
+
+        def require(holds: bool, problem: str) -> None:
+            if not holds:
+                raise ValueError(
+                    f"`path` must be a whole file of `OlmemCache.save` (got {path}: {problem}); save it anew."
+                )
+
+        saved, max_length = (parse(metadata.get(name)) for name in ("architecture", "max_length"))
+        require(isinstance(saved, dict), "its `architecture` is damaged")
+        require(max_length is None or (type(max_length) is int and max_length > 0), "its `max_length` is damaged")
+        compare(saved, json.loads(json.dumps(architecture(config))))
+        kinds = {"seen": (1, torch.long), "columns": (0, torch.long), "gaps": (0, torch.bool)}
+        for name, (dimensions, dtype) in kinds.items():
+            stored = tensors.get(name)
+            fits = stored is not None and (stored.dim(), stored.dtype) == (dimensions, dtype) and stored.numel() > 0
+            require(fits, f"`{name}` is damaged or missing")
+        batch, length = len(tensors["seen"]), int(tensors["columns"])
+        least, most = int(tensors["seen"].min()), int(tensors["seen"].max())
+        require(0 <= least <= most <= length, f"`seen` counts {least} to {most} tokens in {length} `columns`")
+
+        cache = cls(config, max_length=max_length)
+        cache.begin(batch, tensors["seen"].to(device).device)
+        for name in kinds:
+            getattr(cache, name).copy_(tensors[name])
+        for index, layer in enumerate(cache.layers):
+            names = ("keys", "values", "sinks") if layer.context.num_sinks else ("keys", "values")
+            for name in names:
+                slots = layer.context.num_sinks + (0 if name == "sinks" else min(length, layer.limit or length))
+                shape = (batch, config.num_key_value_heads, slots, config.head_dim)
+                found = tensors.get(f"layers.{index}.{name}", tensors["seen"])
+                fits = found.shape == shape and found.is_floating_point()
+                require(fits, f"`layers.{index}.{name}` is damaged or missing")
+            stored = {name: tensors[f"layers.{index}.{name}"] for name in names}
+            layer.lazy_initialization(*(stored[name][:, :, :0].to(device) for name in ("keys", "values")))
+            layer.length = length
+            layer.reserve(length)
+            for name, place in layer.used(length).items():
+                place.copy_(stored[name])
         return cache
+
+
+def parse(text: str | None) -> Any:
+    """What JSON says, or what no field can be where it says nothing."""
+    try:
+        return json.loads(text or "")
+    except ValueError:
+        return ...
 
 
 __all__ = ["OlmemCache"]

@@ -6,7 +6,7 @@ places are the slots 0, 1, 2 … A key's position is its slot, the query's posit
 bounded however far the stream has come. Every function takes integers or integer tensors, which broadcast.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any, Self
 
@@ -124,7 +124,9 @@ class Sight:
     documents: list | None = None  # of each row, where packed documents start and stop; numbers are of the longest
     slack: int = 0  # columns of padding between two real tokens of a row, at most
     # With a cache:
+    seen: torch.Tensor | None = None  # (R,) real tokens read before
     length: int | None = None  # columns that a row has read with these, padding included; None where it is not known
+    queries: torch.Tensor = field(init=False)  # (R, T) `numbers`, but padding looks out from the real token before it
     in_place: bool = False  # the keys are read where the cache has them, the new ones written before
     slots: torch.Tensor | None = None  # (R, T) where the new keys go; −1 is nowhere
     past_slots: torch.Tensor | None = None  # (R, P) where the keys before them are, oldest first; None with `in_place`
@@ -182,6 +184,7 @@ class Sight:
                 causal=not padded and before == 0 and context.span is None,
                 prefix=prefix,
                 padded=padded,
+                seen=seen,
                 length=after_all,
                 in_place=True,
                 slots=slots,
@@ -197,10 +200,18 @@ class Sight:
             prefix=prefix,
             padded=padded,
             slack=inner_padding(numbers, past > 0) if padded else 0,
+            seen=seen,
             length=after_all,
             slots=slots,
             past_slots=context.num_sinks + ring_slot(past_numbers.clamp(min=0), limit),
         )
+
+    def __post_init__(self):
+        self.queries = self.numbers
+        if self.padded:
+            self.queries = self.numbers.cummax(-1).values
+            if self.seen is not None:
+                self.queries = self.queries.maximum(self.seen[:, None] - 1)
 
     @property
     def sinks(self) -> torch.Tensor:
@@ -212,7 +223,7 @@ class Sight:
         """(1, Z) for queries at their slots; with `in_place` (R, Z) for the one query of a row at its number."""
         if not self.in_place:
             return self.sinks[None]
-        return self.numbers - self.context.slot(self.numbers) + self.sinks
+        return self.queries - self.context.slot(self.queries) + self.sinks
 
     @property
     def sink_slots(self) -> torch.Tensor:
@@ -225,8 +236,9 @@ class Sight:
         return match.any(-1), match.int().argmax(-1)
 
     def mask(self, queries: slice, keys: slice, with_sinks: bool = False) -> torch.Tensor:
-        """(R, T, S), or (R, T, Z + S): what is seen. Padding sees something too, for its softmax to be a number."""
-        query = self.numbers[:, queries, None]
+        """(R, T, S), or (R, T, Z + S): what is seen. Padding before a row's first token sees all there is, for its
+        softmax to be a number."""
+        query = self.queries[:, queries, None]
         mask = self.context.sees(query, self.key_numbers[:, None, keys])
         if with_sinks:
             mask = torch.cat((self.context.sees_sink(query, self.sinks), mask), dim=-1)
@@ -248,9 +260,9 @@ class Sight:
     def to(self, device: torch.device, **kwargs) -> Self:
         """On another device, as accelerate moves what it finds among a layer's arguments."""
         moved = {
-            field.name: value.to(device, **kwargs)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), torch.Tensor)
+            each.name: value.to(device, **kwargs)
+            for each in fields(self)
+            if each.init and isinstance(value := getattr(self, each.name), torch.Tensor)
         }
         return replace(self, **moved)
 

@@ -351,8 +351,8 @@ class OlmemModel(OlmemPreTrainedModel):
         for layer, layer_type in zip(self.layers, self.config.layer_types, strict=False):
             hidden_states = layer(hidden_states, past_key_values=past_key_values, **arguments[layer_type], **kwargs)
         if in_context and past_key_values is not None:
-            numbers = arguments[self.config.layer_types[0]]["sight"].numbers
-            past_key_values.advance(numbers)  # pyright: ignore[reportAttributeAccessIssue]  an OlmemCache
+            sight = arguments[self.config.layer_types[0]]["sight"]
+            past_key_values.advance(sight)  # pyright: ignore[reportAttributeAccessIssue]  an OlmemCache
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def make_cache(self, attention_mask: torch.Tensor | dict | None = None) -> Cache:
@@ -366,13 +366,14 @@ class OlmemModel(OlmemPreTrainedModel):
         implementation = self.config._attn_implementation
         own_cache = getattr(past_key_values, "serves_olmem", False)
         reasons = {
+            f"`attn_implementation` {implementation!r}; set 'sdpa' or 'eager'": implementation not in CONTEXT_BACKENDS,
+            "an `attention_mask` that is not (B, T); pass one, zeros for padding": (
+                isinstance(attention_mask, torch.Tensor) and attention_mask.dim() != 2
+            ),
             f"a {type(past_key_values).__name__}; leave `past_key_values` and `cache_implementation` out": (
                 past_key_values is not None and not own_cache
             ),
-            f"`attn_implementation` {implementation!r}; set 'sdpa' or 'eager'": implementation not in CONTEXT_BACKENDS,
-            "an `attention_mask` that is not (B, T); pass one of zeros for padding": not is_padding_mask(
-                attention_mask
-            ),
+            "masks made ahead; pass an `attention_mask` (B, T)": isinstance(attention_mask, dict),
             "`position_ids` while tracing without a cache; leave them out": (
                 past_key_values is None and position_ids is not None and is_tracing(position_ids)
             ),
@@ -447,11 +448,11 @@ class OlmemModel(OlmemPreTrainedModel):
 
         arguments = {}
         for layer_type, sight in sights.items():
-            positions = sight.numbers.clamp(min=0) if position_ids is None else position_ids
+            positions = sight.queries.clamp(min=0) if position_ids is None else position_ids
             rotations = Rotations(self.rotary_emb(hidden_states, positions, layer_type))
             if sight.prefix:
                 sink = self.rotary_emb(hidden_states, sight.sink_positions.clamp(min=0), layer_type)
-                slots = sight.context.slot(sight.numbers.clamp(min=0))
+                slots = sight.context.slot(sight.queries.clamp(min=0))
                 query = None if sight.in_place else self.rotary_emb(hidden_states, slots, layer_type)
                 rotations = Rotations(rotations.token, query, sink)
             arguments[layer_type] = {"sight": sight, "position_embeddings": rotations}
@@ -537,6 +538,22 @@ class OlmemForCausalLM(OlmemPreTrainedModel, GenerationMixin):
             return None
         return super()._prepare_cache_for_generation(  # pyright: ignore[reportAttributeAccessIssue]  a mixin's `self`
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+    def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]  the rest is in `kwargs`
+        self, input_ids, next_sequence_length=None, past_key_values=None, inputs_embeds=None, **kwargs
+    ):
+        """As in Transformers, where the ids are the whole text, what is cached included. Nobody keeps the whole of a
+        stream: ids that are no more than an OlmemCache has read are new ones."""
+        only_new = next_sequence_length is not None and next_sequence_length <= 0
+        if only_new and getattr(past_key_values, "serves_olmem", False):
+            next_sequence_length = None
+        return super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]  a mixin's `self`
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
         )
 
     @staticmethod

@@ -23,6 +23,28 @@ TINY: dict[str, Any] = {
     "rope_parameters": {"sliding_attention": {"rope_theta": 50.0}, "full_attention": {"rope_theta": 1000.0}},
     "initializer_range": 0.1,
 }
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+ROPE = {FULL: {"rope_theta": 1000.0}, SLIDING: {"rope_theta": 50.0}, CHUNKED: {"rope_theta": 20.0}}
+# What no cache of Transformers serves: sinks before windows, windows that step, and both with everything else.
+SINKS: dict[str, Any] = {"layer_types": SLIDING, "num_sink_tokens": 2, "rope_parameters": ROPE}
+CHUNKS: dict[str, Any] = {
+    "layer_types": CHUNKED,
+    "attention_chunk_size": 3,
+    "attention_chunk_lookback": 1,
+    "rope_parameters": ROPE,
+}
+MIXED: dict[str, Any] = CHUNKS | {
+    "num_hidden_layers": 3,
+    "layer_types": [SLIDING, CHUNKED, FULL],
+    "num_sink_tokens": 3,
+    "sliding_window": 3,
+}
+STREAMS = {"window": {"layer_types": SLIDING}, "sinks": SINKS, "chunks": CHUNKS, "mixed": MIXED}
+
+
+def named(value: Any) -> str:
+    """A parameter's name in a test's."""
+    return next((name for name, changes in STREAMS.items() if changes is value), str(value))
 
 
 def tiny(model_class: Any = OlmemForCausalLM, **changes) -> Any:
@@ -43,6 +65,11 @@ def tokens(*shape: int, vocab_size: int = 61, seed: int = 0) -> torch.Tensor:
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
+def span(model: OlmemForCausalLM) -> int:
+    """Tokens of the widest window that has an end."""
+    return max(context.span or 1 for context in model.model.contexts.values())
+
+
 def left_padded(*rows: torch.Tensor, pad: int = 0) -> dict[str, torch.Tensor]:
     """Rows of ids as one batch with its attention mask."""
     width = max(len(row) for row in rows)
@@ -51,11 +78,36 @@ def left_padded(*rows: torch.Tensor, pad: int = 0) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.stack(ids), "attention_mask": torch.stack(masks)}
 
 
-def oracle(model: OlmemForCausalLM, ids: torch.Tensor, kept: float = 1.0, attention_kept: float = 1.0) -> torch.Tensor:
-    """Logits (T, vocab_size) of ids (T,) by section 2 of the design, one token and one head at a time, in float64.
+def seen_by(
+    query: int, layer_type: str, window: int = 0, chunk: int = 0, lookback: int = 0, sinks: int = 0
+) -> tuple[list[int], list[int]]:
+    """The sinks before a query's window, and its window, token by token from the table of section 1 of the design.
+    Both together are the list whose places are the slots."""
+    before, inside = [], []
+    for key in range(query + 1):
+        if (
+            layer_type == "full_attention"
+            or (layer_type == "sliding_attention" and query - window < key)
+            or (layer_type == "chunked_attention" and chunk * (query // chunk - lookback) <= key)
+        ):
+            inside.append(key)
+        elif key < sinks:
+            before.append(key)
+    return before, inside
+
+
+def oracle(
+    model: OlmemForCausalLM,
+    ids: torch.Tensor,
+    kept: float = 1.0,
+    attention_kept: float = 1.0,
+    attentions: list[torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Logits (T, vocab_size) of ids (T,) by sections 1 and 2 of the design, one token and one head at a time, in
+    float64: every query lists the keys it sees and numbers them anew, 0, 1, 2 …, before they are rotated.
 
     Reads the configuration and the state dict, nothing else. `kept` and `attention_kept` multiply what residual and
-    attention dropout would thin out.
+    attention dropout would thin out. `attentions` is given the weights (H, T, T) of every layer.
     """
     config = model.config
     weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
@@ -88,32 +140,56 @@ def oracle(model: OlmemForCausalLM, ids: torch.Tensor, kept: float = 1.0, attent
             turned[k + half] = x[k + half] * math.cos(angle) + x[k] * math.sin(angle)
         return turned
 
-    def project(name: str, x: torch.Tensor, position: int, layer_type: str) -> list[torch.Tensor]:
-        """Queries, keys or values of one token, one for each head."""
+    def project(name: str, x: torch.Tensor) -> list[torch.Tensor]:
+        """Queries, keys or values of one token, one for each head, without a position."""
         letter = name[-6]
         x = clip("projection", linear(name, x))
         qk_norm = "none" if letter == "v" else config.qk_norm
         norm_name = name.replace("_proj", "_norm")
         x = norm(norm_name, x) if qk_norm == "full" else x
         split = [x[start : start + size] for start in range(0, len(x), size)]
-        split = [norm(norm_name, head) for head in split] if qk_norm == "head" else split
-        split = split if letter == "v" else [rotate(head, position, layer_type) for head in split]
-        return [clip("rotary", head) for head in split]
+        return [norm(norm_name, head) for head in split] if qk_norm == "head" else split
+
+    clips_rotated = config.clip_qkv is not None and config.clip_qkv_stage == "rotary"
 
     def attention(prefix: str, layer_type: str, stream: list[torch.Tensor]) -> list[torch.Tensor]:
-        queries, keys, values = (
-            [project(f"{prefix}.{letter}_proj", x, i, layer_type) for i, x in enumerate(stream)] for letter in "qkv"
-        )
+        queries, keys, values = ([project(f"{prefix}.{letter}_proj", x) for x in stream] for letter in "qkv")
+        weights_seen = torch.zeros(heads, len(stream), len(stream), dtype=torch.float64)
+        rotated = {}
+
+        def place(name: str, states: list[list[torch.Tensor]], token: int, head: int, slot: int) -> torch.Tensor:
+            slot = token if clips_rotated else slot  # a clip is of vectors rotated at their own index
+            at = (name, token, head, slot)
+            if at not in rotated:
+                rotated[at] = clip("rotary", rotate(states[token][head], slot, layer_type))
+            return rotated[at]
+
         outputs = []
         for i in range(len(stream)):
-            first = max(0, i - config.sliding_window + 1) if layer_type == "sliding_attention" else 0
+            before, inside = seen_by(
+                i,
+                layer_type,
+                config.sliding_window,
+                config.attention_chunk_size,
+                config.attention_chunk_lookback,
+                config.num_sink_tokens,
+            )
+            listed = before + inside
             mixed = []
             for head in range(heads):
                 shared = head // (heads // kv_heads)
-                scores = [queries[i][head] @ keys[j][shared] / math.sqrt(size) for j in range(first, i + 1)]
+                query = place("query", queries, i, head, listed.index(i))
+                scores = [
+                    query @ place("key", keys, j, shared, slot) / math.sqrt(size) for slot, j in enumerate(listed)
+                ]
                 shares = torch.stack(scores).softmax(0) * attention_kept
-                mixed.append(sum(share * values[first + n][shared] for n, share in enumerate(shares)))
+                weights_seen[head, i, listed] = shares
+                mixed.append(
+                    sum(share * clip("rotary", values[j][shared]) for j, share in zip(listed, shares, strict=True))
+                )
             outputs.append(linear(f"{prefix}.o_proj", torch.cat(mixed)))
+        if attentions is not None:
+            attentions.append(weights_seen)
         return outputs
 
     def activate(x: torch.Tensor) -> torch.Tensor:

@@ -1,21 +1,27 @@
 """Generation: whatever is remembered between steps, the tokens and logits are those of one forward over everything."""
 
+import copy
+import itertools
+
 import pytest
 import torch
-from modeling.helpers import WINDOW, left_padded, tiny, tokens
+from modeling.helpers import CHUNKS, MIXED, SINKS, WINDOW, left_padded, named, tiny, tokens
 from olmem import OlmemCache
 from torch.testing import assert_close
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache, TextStreamer
 
-MODELS = [
+PLAIN = [
     {},
     {"layer_types": "sliding_attention"},
     {"layer_types": "full_attention"},
     {"norm_placement": "parallel", "norm_type": "layer", "qk_norm": "head", "logits_scaling": 3.0},
     {"norm_placement": "pre", "qk_norm": "none", "clip_qkv": 0.5, "clip_qkv_stage": "rotary"},
 ]
+MODELS = [*PLAIN, SINKS, CHUNKS, MIXED]
+STATIC = {"cache_implementation": "static"}
 LENGTHS = [1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW]
 NEW = 2 * WINDOW + 1
+CACHES = [{}, {"cache_implementation": "dynamic"}, STATIC]
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
 
 
@@ -35,7 +41,7 @@ def write_by_hand(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("first", LENGTHS)
-@pytest.mark.parametrize("changes", MODELS, ids=str)
+@pytest.mark.parametrize("changes", MODELS, ids=named)
 def test_a_cache_changes_no_logit(changes, first):
     """A first chunk, then chunks of one to five tokens, over more than twice the window."""
     model = tiny(**changes)
@@ -58,9 +64,7 @@ def test_a_sliding_layer_keeps_its_window_only():
     with torch.no_grad():
         for length in (4 * WINDOW, 400 * WINDOW):
             cache = model(tokens(1, length), use_cache=True).past_key_values
-            sliding, full = (layer.keys.shape[2] for layer in cache.layers)
-            assert sliding == WINDOW + 1
-            assert full >= length
+            assert [layer.keys.shape[2] for layer in cache.layers] == [WINDOW, length]
 
 
 def test_the_cache_is_there_by_default_and_only_then():
@@ -70,7 +74,7 @@ def test_the_cache_is_there_by_default_and_only_then():
     assert tiny(use_cache=False)(tokens(1, 3)).past_key_values is None
 
 
-@pytest.mark.parametrize("changes", MODELS, ids=str)
+@pytest.mark.parametrize("changes", MODELS, ids=named)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_generation_is_greedy_decoding(length, changes):
     model = tiny(**changes)
@@ -81,9 +85,12 @@ def test_generation_is_greedy_decoding(length, changes):
     assert torch.equal(write(model, ids[None], use_cache=False)[0], expected)
 
 
-@pytest.mark.parametrize("changes", MODELS, ids=str)
-@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
-def test_a_left_padded_row_is_written_as_it_is_alone(options, changes):
+@pytest.mark.parametrize(
+    "changes, options",
+    [*itertools.product(MODELS, [{}, {"use_cache": False}]), *itertools.product(PLAIN, [STATIC])],
+    ids=named,
+)
+def test_a_left_padded_row_is_written_as_it_is_alone(changes, options):
     model = tiny(**changes)
     rows = [tokens(length, seed=length) for length in (2 * WINDOW + 1, WINDOW, 1)]
     batch = left_padded(*rows)
@@ -91,25 +98,19 @@ def test_a_left_padded_row_is_written_as_it_is_alone(options, changes):
     assert torch.equal(written, torch.stack([write_by_hand(model, row) for row in rows]))
 
 
+CHUNK_SIZES = [{"prefill_chunk_size": size} for size in (1, 3, WINDOW, WINDOW + 1)]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"cache_implementation": "static"},
-        {"prefill_chunk_size": 1},
-        {"prefill_chunk_size": 3},
-        {"prefill_chunk_size": WINDOW},
-        {"prefill_chunk_size": WINDOW + 1},
-    ],
-    ids=str,
+    "changes, options", [*itertools.product(MODELS, CHUNK_SIZES), *itertools.product(PLAIN, [STATIC])], ids=str
 )
-@pytest.mark.parametrize("changes", MODELS, ids=str)
 def test_every_way_to_cache_writes_the_same(changes, options):
     model = tiny(**changes)
     ids = tokens(2, 2 * WINDOW + 3)
     assert torch.equal(write(model, ids, **options), write(model, ids, use_cache=False))
 
 
-@pytest.mark.parametrize("changes", MODELS, ids=str)
+@pytest.mark.parametrize("changes", PLAIN, ids=named)
 def test_a_cache_of_the_caller_goes_on(changes):
     """Two turns with one cache, dynamic or static, write what one prompt of both turns writes."""
     model = tiny(**changes)
@@ -118,6 +119,67 @@ def test_a_cache_of_the_caller_goes_on(changes):
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=longest)):
         second = torch.cat((ids, write(model, ids, past_key_values=cache), tokens(1, 3, seed=1)), dim=1)
         assert torch.equal(write(model, second, past_key_values=cache), write(model, second, use_cache=False))
+
+
+@pytest.mark.parametrize("changes", PLAIN, ids=named)
+def test_a_standard_cache_stays_standard(changes):
+    """As a cache of Transformers has it: absolute positions, the keys of every token, or of the window."""
+    model = tiny(**changes)
+    ids = tokens(1, 2 * WINDOW)
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=40)):
+        with torch.no_grad():
+            outputs = model(ids, past_key_values=cache)
+        assert outputs.past_key_values is cache
+        assert_close(outputs.logits, model(ids, use_cache=False).logits, rtol=0, atol=1e-5)
+    kinds = [(options, model.generate(ids, return_dict_in_generate=True, **GREEDY, **options)) for options in CACHES]
+    assert [type(written.past_key_values) for _, written in kinds] == [OlmemCache, DynamicCache, StaticCache]
+
+
+@pytest.mark.parametrize("changes", MODELS, ids=named)
+@pytest.mark.parametrize("length", [WINDOW - 1, 3 * WINDOW])
+def test_a_returned_cache_goes_on(length, changes):
+    """Two more turns, given the whole text, or the new part of it, with a mask of all columns or of these."""
+    model = tiny(**changes)
+    rows = left_padded(tokens(length), tokens(length - 2, seed=1))
+    first = model.generate(**rows, **GREEDY, return_dict_in_generate=True)
+    whole = torch.cat((first.sequences, tokens(2, 3, seed=2)), dim=1)
+    mask = torch.cat((rows["attention_mask"], torch.ones(2, whole.shape[1] - length, dtype=torch.long)), dim=1)
+    expected = write(model, whole, attention_mask=mask, use_cache=False)
+    seen = first.past_key_values.get_seq_length()
+    for ids, given in ((whole, mask), (whole[:, seen:], mask)):
+        cache = copy.deepcopy(first.past_key_values)
+        assert torch.equal(write(model, ids, attention_mask=given, past_key_values=cache), expected)
+        assert cache.get_seq_length() == whole.shape[1] + NEW - 1
+        again = torch.cat((whole, expected, tokens(2, 2, seed=3)), dim=1)
+        longer = torch.cat((mask, torch.ones(2, NEW + 2, dtype=torch.long)), dim=1)
+        found = write(model, again, attention_mask=longer, past_key_values=cache)
+        assert torch.equal(found, write(model, again, attention_mask=longer, use_cache=False))
+
+
+@pytest.mark.parametrize("changes", MODELS, ids=named)
+def test_new_ids_may_be_more_than_were_read(changes):
+    """The mask tells that they are not the whole text: they were taken for it, and the first ones left out."""
+    model = tiny(**changes)
+    cache, ids = OlmemCache(model.config), tokens(2, 3 * WINDOW)
+    with torch.no_grad():
+        model(ids[:, :2], past_key_values=cache)
+    found = write(model, ids[:, 2:], attention_mask=torch.ones_like(ids), past_key_values=cache)
+    assert torch.equal(found, write(model, ids, use_cache=False))
+
+
+class Numbers:
+    """A tokenizer whose words are the ids."""
+
+    def decode(self, ids, **kwargs) -> str:
+        return "".join(f"{int(token)} " for token in ids)
+
+
+@pytest.mark.parametrize("changes", MODELS, ids=named)
+def test_text_is_streamed_as_it_is_written(changes, capsys):
+    model = tiny(**changes)
+    ids = tokens(1, 2 * WINDOW)
+    written = write(model, ids, streamer=TextStreamer(Numbers(), skip_prompt=True))[0]
+    assert capsys.readouterr().out.split() == [str(token) for token in written.tolist()]
 
 
 def test_a_window_of_one_key_is_refused_a_cache_of_transformers():
@@ -132,7 +194,7 @@ def test_a_window_of_one_key_is_refused_a_cache_of_transformers():
     assert torch.equal(write(full, tokens(1, 5))[0], write_by_hand(full, tokens(5)))
 
 
-@pytest.mark.parametrize("changes", MODELS, ids=str)
+@pytest.mark.parametrize("changes", MODELS, ids=named)
 @pytest.mark.parametrize(
     "options",
     [
@@ -141,7 +203,7 @@ def test_a_window_of_one_key_is_refused_a_cache_of_transformers():
         {"do_sample": True, "num_return_sequences": 3, "top_k": 20},
         {"do_sample": True, "num_beams": 2, "temperature": 0.7},
     ],
-    ids=str,
+    ids=named,
 )
 def test_beams_and_samples_do_not_depend_on_the_cache(options, changes):
     model = tiny(**changes)
@@ -170,9 +232,13 @@ def test_beams_are_the_likeliest_continuations():
     assert tuple(write(model, ids[None], num_beams=61, max_new_tokens=2)[0].tolist()) == best
 
 
-@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
-def test_embeddings_are_continued_like_their_ids(options):
-    model = tiny()
+@pytest.mark.parametrize(
+    "changes, options",
+    [*itertools.product([{}, SINKS, CHUNKS, MIXED], [{}, {"use_cache": False}]), ({}, STATIC)],
+    ids=named,
+)
+def test_embeddings_are_continued_like_their_ids(changes, options):
+    model = tiny(**changes)
     ids = tokens(2, WINDOW + 2)
     embedded = model.get_input_embeddings()(ids)
     assert torch.equal(model.generate(inputs_embeds=embedded, **GREEDY, **options), write(model, ids))

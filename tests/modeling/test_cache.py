@@ -1,0 +1,792 @@
+"""OlmemCache: where it writes, what it holds, how its rows and its past are chosen, and what it refuses."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import olmem
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from modeling.helpers import (
+    CHUNKED,
+    CHUNKS,
+    FULL,
+    MIXED,
+    SINKS,
+    SLIDING,
+    STREAMS,
+    TINY,
+    WINDOW,
+    left_padded,
+    oracle,
+    span,
+    tiny,
+    tokens,
+)
+from olmem import OlmemCache, OlmemConfig, OlmemForCausalLM, cache_olmem
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, Olmo3Config, Olmo3ForCausalLM, StaticCache
+
+EVERY = STREAMS | {"plain": {}, "full": {"layer_types": FULL}}
+every_model = pytest.mark.parametrize("changes", EVERY.values(), ids=EVERY)
+bounded_models = pytest.mark.parametrize(
+    "changes", [STREAMS[name] for name in ("window", "sinks", "chunks")], ids=["window", "sinks", "chunks"]
+)
+
+
+def read(model: OlmemForCausalLM, ids: torch.Tensor, cache: OlmemCache, mask: torch.Tensor | None = None):
+    """Logits (B, T, vocab_size) of ids that go on from what a cache holds."""
+    with torch.no_grad():
+        return model(ids, attention_mask=mask, past_key_values=cache).logits
+
+
+def alone(model: OlmemForCausalLM, *parts: torch.Tensor) -> torch.Tensor:
+    """Logits of the last part (T,) of a row that is read at once."""
+    with torch.no_grad():
+        return model(torch.cat(parts)[None], use_cache=False).logits[0, -len(parts[-1]) :]
+
+
+def after(model: OlmemForCausalLM, ids: torch.Tensor, **kwargs) -> OlmemCache:
+    """A cache that has read ids."""
+    cache = OlmemCache(model.config, **kwargs)
+    read(model, ids, cache)
+    return cache
+
+
+def pointers(cache: OlmemCache) -> list[int]:
+    """Where the buffers of every layer are."""
+    return [buffer.data_ptr() for layer in cache.layers for buffer in layer.buffers.values()]
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+# In place
+
+
+@every_model
+def test_a_step_writes_one_slot_of_each_row_in_place(changes):
+    model = tiny(**changes)
+    batch = left_padded(torch.arange(5 * span(model)), torch.arange(3 * span(model) + 1))
+    cache = OlmemCache(model.config)
+    read(model, batch["input_ids"], cache, batch["attention_mask"])
+    for step in range(2 * span(model)):
+        seen = cache.seen.tolist()
+        places, before = pointers(cache), [copy.deepcopy(layer.buffers) for layer in cache.layers]
+        read(model, torch.tensor([[60 - step], [60 - step]]), cache)
+        assert pointers(cache) == places
+        for layer, old in zip(cache.layers, before, strict=True):
+            sinks, size = layer.context.num_sinks, layer.capacity
+            for name in ("keys", "values"):
+                changed = (layer.buffers[name] != old[name]).any(-1).any(1)[:, sinks : sinks + size]
+                assert changed.sum(-1).tolist() == [1, 1]
+                assert changed.int().argmax(-1).tolist() == [number % size for number in seen]
+
+
+class Allocations(TorchDispatchMode):
+    """The most numbers that any operation returned in memory of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        known = {each.untyped_storage().data_ptr() for each in args if isinstance(each, torch.Tensor)}
+        for each in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(each, torch.Tensor) and each.untyped_storage().data_ptr() not in known:
+                self.most = max(self.most, each.numel())
+        return result
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("sinks", [0, 3])
+@pytest.mark.parametrize(
+    "window", [{"layer_types": SLIDING}, {"layer_types": CHUNKED, "attention_chunk_lookback": 1}], ids=str
+)
+def test_a_step_makes_nothing_of_the_size_of_the_window(window, sinks, backend):
+    """Scores, which have a number for each head and key, are the largest tensors; the window's keys have 16."""
+    model = tiny(**window, sliding_window=512, attention_chunk_size=256, num_sink_tokens=sinks)
+    model.set_attn_implementation(backend)
+    cache = after(model, tokens(1, 1500))
+    size = cache.layers[0].buffers["keys"].numel()
+    with Allocations() as made:
+        read(model, tokens(1, 1), cache)
+    assert 0 < made.most <= size * 4 / 16
+
+
+def test_a_full_layer_grows_in_blocks():
+    model = tiny(layer_types=FULL, num_hidden_layers=1)
+    cache, rooms = OlmemCache(model.config), []
+    for step in range(3 * cache_olmem.GROWTH):
+        read(model, tokens(1, 1, seed=step), cache)
+        rooms.append(cache.layers[0].buffers["keys"].shape[2])
+    assert len(set(rooms)) <= 3
+    assert rooms == sorted(rooms)
+    ids = torch.stack([tokens(1, seed=step) for step in range(len(rooms))], dim=1)[0]
+    close(read(model, tokens(1, 3), cache)[0], alone(model, ids, tokens(3)))
+
+
+@every_model
+def test_max_length_makes_room_once(changes):
+    model = tiny(**changes)
+    length = 4 * span(model) + 2
+    ids = tokens(2, length)
+    cache = OlmemCache(model.config, max_length=length)
+    found = [read(model, ids[:, :1], cache)]
+    places = pointers(cache)
+    for layer in cache.layers:
+        assert layer.buffers["keys"].shape[2] == layer.context.num_sinks + (layer.context.span or length) + 1
+    found += [read(model, part, cache) for part in ids[:, 1:].split(3, dim=1)]
+    assert pointers(cache) == places
+    close(torch.cat(found, dim=1)[0], alone(model, ids[0]))
+    assert cache.is_compileable
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_full_cache_says_so_and_stays_as_it_was(length):
+    model = tiny()
+    cache = after(model, tokens(1, 10), max_length=12 if length == 3 else 10)
+    with pytest.raises(ValueError, match=rf"`max_length` must be at least {10 + length} to go on"):
+        read(model, tokens(1, length), cache)
+    assert cache.get_seq_length() == 10
+    assert cache.seen.tolist() == [10]
+    if length == 3:
+        close(read(model, tokens(1, 2, seed=1), cache)[0], alone(model, tokens(10), tokens(2, seed=1)))
+
+
+@bounded_models
+def test_max_length_limits_full_layers_only(changes):
+    model = tiny(**changes)
+    cache = OlmemCache(model.config, max_length=5)
+    read(model, tokens(1, 3 * span(model) + 5), cache)
+    close(read(model, tokens(1, 4, seed=1), cache)[0], alone(model, tokens(3 * span(model) + 5), tokens(4, seed=1)))
+
+
+@pytest.mark.parametrize("length", [0, -1])
+def test_max_length_must_be_positive(length):
+    with pytest.raises(ValueError, match=rf"`max_length` must be positive \(got {length}\)"):
+        OlmemCache(OlmemConfig(**TINY), max_length=length)
+
+
+@every_model
+def test_nbytes_is_the_sum_of_the_buffers_and_bounded_where_the_layers_are(changes):
+    model = tiny(**changes)
+    cache = OlmemCache(model.config)
+    sizes = []
+    for step in range(6 * span(model)):
+        read(model, tokens(2, 1, seed=step), cache)
+        tensors = [buffer for layer in cache.layers for buffer in layer.buffers.values()]
+        sizes.append(
+            sum(tensor.untyped_storage().nbytes() for tensor in (*tensors, cache.seen, cache.columns, cache.gaps))
+        )
+        assert cache.nbytes == sizes[-1]
+    assert len(set(sizes[span(model) :])) == 1
+    read(model, tokens(2, 1000), cache)
+    assert (cache.nbytes == sizes[-1]) == (FULL not in model.config.layer_types)
+
+
+# Counters and the past
+
+
+@every_model
+def test_reset_forgets_everything_and_keeps_the_room(changes):
+    model = tiny(**changes)
+    cache = after(model, tokens(2, 3 * span(model)))
+    places = pointers(cache)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    ids = tokens(2, 2 * span(model) + 1, seed=1)
+    found = torch.cat([read(model, part, cache) for part in ids.split(2, dim=1)], dim=1)
+    for row, logits in zip(ids, found, strict=True):
+        close(logits, alone(model, row))
+    assert pointers(cache) == places
+
+
+@every_model
+@pytest.mark.parametrize("removed", [1, 2, 5])
+def test_what_was_cropped_was_never_read(changes, removed):
+    """Full layers at any time, others until their window has let go of a token; then again in pieces of any size."""
+    model = tiny(**changes)
+    shortest = min((layer.context.span or 40) for layer in OlmemCache(model.config).layers)
+    length = min(shortest, 9)
+    removed = min(removed, length)
+    ids, others = tokens(2, length), tokens(2, 3 * span(model) + 4, seed=1)
+    kept = ids[:, : length - removed]
+    for tokens_to_remove in (-removed, *([length - removed] if removed < length else [])):
+        for size in (1, 4, others.shape[1]):
+            cache = after(model, ids)
+            cache.crop(tokens_to_remove)
+            assert cache.get_seq_length() == length - removed
+            found = torch.cat([read(model, part, cache) for part in others.split(size, dim=1)], dim=1)
+            for row in range(2):
+                close(found[row], alone(model, kept[row], others[row]))
+
+
+@every_model
+def test_crop_counts_as_transformers_does(changes):
+    model = tiny(**changes)
+    length = 3
+    cache = after(model, tokens(1, length))
+    for nothing in (0, -0, length, length + 5):
+        cache.crop(nothing)
+        assert cache.get_seq_length() == length
+    with pytest.raises(ValueError, match=rf"`crop` cannot take back more than was read \(got 4 of {length}\)"):
+        cache.crop(-4)
+    cache.crop(-length)
+    assert cache.get_seq_length() == 0
+    close(read(model, tokens(1, 9, seed=1), cache)[0], alone(model, tokens(9, seed=1)))
+
+
+@pytest.mark.parametrize("changes", STREAMS.values(), ids=STREAMS)
+@pytest.mark.parametrize("tokens_to_remove", [-1, 1])
+def test_crop_gives_the_reason_once_a_window_has_let_go(changes, tokens_to_remove):
+    model = tiny(**changes)
+    cache = after(model, tokens(1, span(model) + 1))
+    with pytest.raises(ValueError, match="`crop` cannot take tokens back once a window has let go of some: layer"):
+        cache.crop(tokens_to_remove)
+    assert cache.get_seq_length() == span(model) + 1
+    assert not cache.is_croppable
+    assert OlmemCache(OlmemConfig(**TINY | {"layer_types": FULL})).is_croppable
+    close(read(model, tokens(1, 3, seed=1), cache)[0], alone(model, tokens(span(model) + 1), tokens(3, seed=1)))
+
+
+CROPPED = pytest.mark.parametrize("changes", [{"layer_types": FULL}, {"sliding_window": 20}], ids=str)
+
+
+@CROPPED
+@pytest.mark.parametrize("left", [1, 3, 5, 6])
+def test_crop_takes_back_columns_of_a_left_padded_batch(changes, left):
+    """Of padding too: a row whose every token is taken back was never read."""
+    model = tiny(**changes)
+    ids, cache = tokens(2, 6), OlmemCache(model.config)
+    mask = torch.stack((torch.arange(6) >= left, torch.arange(6) >= 0))
+    read(model, ids, cache, mask)
+    cache.crop(-3)
+    assert cache.seen.tolist() == [max(0, 3 - left), 3]
+    others = tokens(2, 4, seed=1)
+    found = read(model, others, cache)
+    for row in range(2):
+        close(found[row], alone(model, ids[row, :3][mask[row, :3]], others[row]))
+
+
+@CROPPED
+@pytest.mark.parametrize("padding", [[1, 1, 1, 1, 1, 0], [0, 1, 1, 0, 1, 1]], ids=str)
+def test_crop_refuses_to_guess_which_columns_were_padding(changes, padding):
+    """As many tokens as columns were forgotten, padding among them."""
+    model = tiny(**changes)
+    ids, cache = tokens(2, 6), OlmemCache(model.config)
+    mask = torch.tensor([padding, [1] * 6])
+    read(model, ids[:, :5], cache, mask[:, :5])
+    read(model, ids[:, 5:], cache, mask[:, 5:])
+    for each in (cache, copy.deepcopy(cache)):
+        with pytest.raises(ValueError, match="`crop` cannot tell tokens from padding"):
+            each.crop(-3)
+    found = read(model, tokens(2, 1, seed=1), cache)
+    for row in range(2):
+        close(found[row], alone(model, ids[row][mask[row].bool()], tokens(2, 1, seed=1)[row]))
+    cache.reset()
+    read(model, ids, cache)
+    cache.crop(-3)
+    assert cache.seen.tolist() == [3, 3]
+
+
+@every_model
+def test_lengths_count_columns(changes):
+    model = tiny(**changes)
+    cache, count = OlmemCache(model.config), 0
+    for length in (0, 1, 2, 4, 1, 7):
+        if length:
+            read(model, tokens(3, length), cache)
+        count += length
+        assert cache.get_seq_length() == cache.get_seq_length(1) == count
+        assert cache.batch_size == (3 if length else -1)
+        for query_length in (1, 5):
+            for index, layer in enumerate(cache.layers):
+                held = count if layer.context.span is None else min(count, layer.context.span - 1)
+                assert cache.get_mask_sizes(query_length, index) == (held + query_length, count - held)
+
+
+@every_model
+def test_a_layer_shows_the_keys_that_it_holds(changes):
+    """As caches of Transformers do, which tools read; also once some were forgotten."""
+    model = tiny(**changes)
+    cache = OlmemCache(model.config)
+    for length in (1, 1, 3 * span(model), -1, None, 2):
+        if length is None:
+            cache.reset()
+        elif length > 0:
+            read(model, tokens(2, length), cache)
+        elif cache.is_croppable:
+            cache.crop(length)
+        for layer in cache.layers:
+            held = min(cache.get_seq_length(), layer.context.span or cache.get_seq_length())
+            assert layer.keys.shape == layer.values.shape == (2, 2, held, 8)
+
+
+def test_mask_sizes_are_those_of_a_dynamic_cache():
+    model = tiny()
+    for length in range(1, 3 * WINDOW):
+        dynamic, cache = DynamicCache(config=model.config), OlmemCache(model.config)
+        for each in (dynamic, cache):
+            read(model, tokens(1, length), each)
+        for index in range(2):
+            for query_length in (1, 3):
+                expected = dynamic.get_mask_sizes(query_length, index)
+                assert cache.get_mask_sizes(query_length, index) == tuple(expected)
+
+
+# Rows
+
+
+@every_model
+@pytest.mark.parametrize(
+    "choose",
+    [
+        pytest.param((lambda cache: cache.batch_repeat_interleave(3), [0, 0, 0, 1, 1, 1, 2, 2, 2]), id="repeat"),
+        pytest.param((lambda cache: cache.batch_select_indices(torch.tensor([2, 0])), [2, 0]), id="fewer"),
+        pytest.param((lambda cache: cache.batch_select_indices(torch.tensor([1, 1, 2, 0])), [1, 1, 2, 0]), id="more"),
+        pytest.param((lambda cache: cache.batch_select_indices(torch.tensor([True, False, True])), [0, 2]), id="mask"),
+        pytest.param((lambda cache: cache.reorder_cache(torch.tensor([1, 2, 1])), [1, 2, 1]), id="reorder"),
+    ],
+)
+def test_rows_are_chosen_with_all_that_they_hold(changes, choose):
+    function, chosen = choose
+    model = tiny(**changes)
+    rows = [tokens(length, seed=length) for length in (4 * span(model), span(model) + 1, 2)]
+    batch = left_padded(*rows)
+    cache = OlmemCache(model.config)
+    read(model, batch["input_ids"], cache, batch["attention_mask"])
+    places = pointers(cache)
+    function(cache)
+    assert cache.batch_size == len(chosen)
+    assert (pointers(cache) == places) == (len(chosen) == 3)
+    others = tokens(len(chosen), 2 * span(model) + 2, seed=9)
+    found = torch.cat([read(model, part, cache) for part in others.split([1, 1, 2 * span(model)], dim=1)], dim=1)
+    for row, other, logits in zip(chosen, others, found, strict=True):
+        close(logits, alone(model, rows[row], other))
+
+
+def test_an_empty_cache_has_no_rows_to_choose():
+    cache = OlmemCache(OlmemConfig(**TINY))
+    cache.batch_repeat_interleave(3)
+    cache.batch_select_indices(torch.tensor([0]))
+    cache.reorder_cache(torch.tensor([0, 0]))
+    cache.reset()
+    assert (cache.batch_size, cache.get_seq_length(), cache.is_initialized) == (-1, 0, False)
+
+
+@every_model
+@pytest.mark.parametrize("max_length", [None, 100])
+def test_a_copy_is_a_branch(changes, max_length):
+    model = tiny(**changes)
+    ids = tokens(3 * span(model))
+    cache = after(model, ids[None], max_length=max_length)
+    branch = copy.deepcopy(cache)
+    for seed, each in ((1, cache), (2, branch)):
+        found = [read(model, part, each) for part in tokens(1, 4, seed=seed).split(1, dim=1)]
+        close(torch.cat(found, dim=1)[0], alone(model, ids, tokens(4, seed=seed)))
+    close(read(model, ids[None], copy.deepcopy(branch))[0], alone(model, ids, tokens(4, seed=2), ids))
+
+
+@every_model
+def test_a_cache_goes_from_inference_mode_to_training(changes):
+    """A tensor made in inference mode cannot be written outside of it."""
+    model = tiny(**changes)
+    parts = [tokens(2 * span(model)), tokens(1, seed=1), tokens(3, seed=2), tokens(1, seed=3)]
+    cache = OlmemCache(model.config)
+    with torch.inference_mode():
+        model(parts[0][None], past_key_values=cache)
+        model(parts[1][None], past_key_values=cache)
+    close(read(model, parts[2][None], cache)[0], alone(model, *parts[:3]))
+    logits = model(parts[3][None], past_key_values=cache).logits[0]
+    logits.sum().backward()
+    close(logits.detach(), alone(model, *parts))
+    with torch.inference_mode():
+        close(model(parts[0][None], past_key_values=cache).logits[0], alone(model, *parts, parts[0]))
+
+
+# On disk
+
+
+def test_another_process_goes_on_from_a_file(tmp_path):
+    """A hundred greedy tokens, then some drawn ones, as the process that saved writes them itself: after prompts with
+    and without left padding, in float32 and bfloat16."""
+    cases = {name: EVERY[name] for name in ("sinks", "chunks", "mixed", "plain")} | {"mixed-half": MIXED}
+    expected = {}
+    for name, changes in cases.items():
+        folder, dtype = tmp_path / name, torch.bfloat16 if name.endswith("-half") else torch.float32
+        tiny(**changes).save_pretrained(folder)
+        model = OlmemForCausalLM.from_pretrained(folder, dtype=dtype)
+        rows = [tokens(length, seed=length) for length in (4 * span(model), span(model) + 1)]
+        batch = left_padded(*rows)
+        cache = OlmemCache(model.config)
+        batch = dict(zip(batch, goes_on(model, cache, *batch.values(), 2), strict=True))
+        cache.save(folder / "cache.safetensors")
+        save_file(batch, folder / "batch.safetensors")
+        expected[name] = written_after(model, cache, batch)
+        assert len(expected[name][0].unique()) > 5
+    child = subprocess.run(
+        [sys.executable, "-c", GOES_ON, str(tmp_path), json.dumps(list(cases))],
+        env=os.environ | {"PYTHONPATH": str(Path(olmem.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert child.returncode == 0, child.stderr
+    found = load_file(tmp_path / "found.safetensors")
+    assert [name for name in cases if not torch.equal(found[name], expected[name])] == []
+
+
+def goes_on(model, cache: OlmemCache, ids: torch.Tensor, mask: torch.Tensor, count: int, **kwargs):
+    """Ids and mask with that many more tokens."""
+    kwargs = {"do_sample": False, "pad_token_id": 0} | kwargs
+    ids = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=count, **kwargs)
+    return ids, torch.cat((mask, torch.ones_like(ids[:, mask.shape[1] :])), dim=1)
+
+
+def written_after(model, cache: OlmemCache, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    ids, mask = goes_on(model, cache, batch["input_ids"], batch["attention_mask"], 100)
+    torch.manual_seed(5)
+    return goes_on(model, cache, ids, mask, 20, do_sample=True)[0].clone()
+
+
+# argv: the folder that has a folder for each case, and their names.
+GOES_ON = """
+import json, sys
+import torch
+from olmem import OlmemCache, OlmemForCausalLM
+from safetensors.torch import load_file, save_file
+
+root, found = sys.argv[1], {}
+for name in json.loads(sys.argv[2]):
+    dtype = torch.bfloat16 if name.endswith("-half") else torch.float32
+    model = OlmemForCausalLM.from_pretrained(f"{root}/{name}", dtype=dtype)
+    cache = OlmemCache.load(f"{root}/{name}/cache.safetensors", model.config)
+    batch = load_file(f"{root}/{name}/batch.safetensors")
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    for count, options in ((100, {"do_sample": False}), (20, {"do_sample": True})):
+        if options["do_sample"]:
+            torch.manual_seed(5)
+        ids = model.generate(
+            ids, attention_mask=mask, past_key_values=cache, max_new_tokens=count, pad_token_id=0, **options
+        )
+        mask = torch.cat((mask, torch.ones_like(ids[:, mask.shape[1] :])), dim=1)
+    found[name] = ids.clone()
+save_file(found, f"{root}/found.safetensors")
+"""
+
+
+@every_model
+@pytest.mark.parametrize("max_length", [None, 200])
+@pytest.mark.parametrize("length", [1, 5, 40])
+def test_a_file_holds_all_that_the_cache_does_and_no_more(changes, max_length, length, tmp_path):
+    model = tiny(**changes)
+    ids = tokens(2, length)
+    cache = after(model, ids, max_length=max_length)
+    cache.save(tmp_path / "cache")
+    assert os.listdir(tmp_path) == ["cache"]
+    loaded = OlmemCache.load(tmp_path / "cache", model.config)
+    assert (loaded.max_length, loaded.get_seq_length()) == (max_length, length)
+    assert loaded.seen.tolist() == [length, length]
+    parts = [ids[0], tokens(3, seed=1), tokens(1, seed=2)]
+    for each in (cache, loaded):
+        for number in (1, 2):
+            found = read(model, parts[number].expand(2, -1), each)[0]
+            close(found, alone(model, *parts[: number + 1]))
+    assert sum(tensor.nbytes for tensor in load_file(tmp_path / "cache").values()) <= cache.nbytes
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    model = tiny()
+    after(model, tokens(1, 9)).save(tmp_path / "cache")
+    before = (tmp_path / "cache").read_bytes()
+
+    def fail(tensors, path, metadata=None):
+        Path(path).write_bytes(b"half of it")
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", fail)
+        with pytest.raises(OSError, match="No space left"):
+            after(model, tokens(1, 3)).save(tmp_path / "cache")
+    assert (tmp_path / "cache").read_bytes() == before
+    assert os.listdir(tmp_path) == ["cache"]
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError):
+        after(model, tokens(1, 3)).save(tmp_path / "folder")
+    assert sorted(os.listdir(tmp_path)) == ["cache", "folder"]
+    after(model, tokens(1, 3)).save(str(tmp_path / "cache"))
+    assert OlmemCache.load(str(tmp_path / "cache"), model.config).get_seq_length() == 3
+
+
+def test_a_cache_that_has_read_nothing_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="needs a cache that has read something"):
+        OlmemCache(OlmemConfig(**TINY)).save(tmp_path / "cache")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("saved") / "cache.safetensors"
+    after(tiny(**MIXED), tokens(2, 20)).save(path)
+    return path
+
+
+@pytest.mark.parametrize("part", [0.0, 0.0001, 0.01, 0.2, 0.5, 0.9, 0.9999])
+def test_a_file_cut_short_is_refused(part, saved, tmp_path):
+    whole = saved.read_bytes()
+    (tmp_path / "short").write_bytes(whole[: int(part * len(whole))])
+    with pytest.raises(ValueError, match=r"`path` must be a whole file of `OlmemCache.save` \(got .*short"):
+        OlmemCache.load(tmp_path / "short", tiny(**MIXED).config)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.binary(max_size=64), start=st.floats(0, 1))
+def test_bytes_that_are_no_cache_are_refused(data, start, tmp_path_factory, saved):
+    """Alone, or written over a part of a file's header."""
+    whole, config = saved.read_bytes(), tiny(**MIXED).config
+    at = int(start * int.from_bytes(whole[:8], "little"))
+    path = tmp_path_factory.mktemp("bytes") / "cache"
+    for content in (data, whole[:at] + data + whole[at + len(data) :]):
+        path.write_bytes(content)
+        try:
+            loaded = OlmemCache.load(path, config)
+        except ValueError as error:
+            assert str(error).startswith("`pa")  # `path` or `past_key_values`, with what is wrong
+        else:
+            assert loaded.seen.tolist() == [20, 20]
+
+
+def test_a_file_that_is_not_there_is_not_found(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        OlmemCache.load(tmp_path / "nothing", OlmemConfig(**TINY))
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"format": "pt"}, {"format": "olmem-cache-0"}], ids=str)
+def test_a_file_of_something_else_is_refused(metadata, tmp_path):
+    save_file({"weight": torch.ones(3)}, tmp_path / "weights", metadata)
+    with pytest.raises(ValueError, match=r"`path` must be a file of `OlmemCache.save` \(got .*weights, of format"):
+        OlmemCache.load(tmp_path / "weights", OlmemConfig(**TINY))
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("num_sink_tokens", 2),
+        ("sliding_window", 4),
+        ("attention_chunk_size", 4),
+        ("attention_chunk_lookback", 0),
+        ("layer_types", [SLIDING, CHUNKED, CHUNKED]),
+        ("num_hidden_layers", 4),
+        ("num_key_value_heads", 4),
+        ("head_dim", 6),
+        ("hidden_size", 32),
+        ("norm_placement", "pre"),
+        ("rope_parameters", {SLIDING: {"rope_theta": 51.0}}),
+    ],
+)
+def test_a_cache_of_another_model_is_refused_with_the_field_that_differs(name, value, saved):
+    changes = MIXED | {name: value}
+    if name == "num_hidden_layers":
+        changes |= {"layer_types": None}
+    model, cache = tiny(**changes), after(tiny(**MIXED), tokens(2, 3))
+    differ = r"`past_key_values` is of another model: `\w+` was .* \(got .*\); use it with its own model"
+    with pytest.raises(ValueError, match=differ) as in_use:
+        read(model, tokens(2, 1), cache)
+    with pytest.raises(ValueError, match=differ) as from_file:
+        OlmemCache.load(saved, model.config)
+    if name != "num_hidden_layers":
+        assert f"`{name}`" in str(in_use.value)
+        assert f"`{name}`" in str(from_file.value)
+
+
+def test_what_changes_nothing_of_a_cache_may_differ(saved):
+    config = tiny(**MIXED, attention_dropout=0.5, use_cache=False, pad_token_id=1, logits_scaling=2.0).config
+    assert OlmemCache.load(saved, config).get_seq_length() == 20
+
+
+TAMPERED = {
+    "a row that has read less than nothing": ("seen", lambda seen: seen - 21),
+    "a row that has read more than there was": ("seen", lambda seen: seen + 1),
+    "a table of counters": ("seen", lambda seen: seen[None]),
+    "one counter": ("seen", lambda seen: seen[0]),
+    "no rows": ("seen", lambda seen: seen[:0]),
+    "another row": ("seen", lambda seen: seen.repeat(2)),
+    "half a token": ("seen", lambda seen: seen - 0.5),
+    "columns below nothing": ("columns", lambda columns: columns - 40),
+    "fewer columns": ("columns", lambda columns: columns - 17),
+    "more columns": ("columns", lambda columns: columns + 1),
+    "columns by row": ("columns", lambda columns: columns.repeat(2)),
+    "half a column": ("columns", lambda columns: columns + 0.5),
+    "gaps by row": ("gaps", lambda gaps: gaps.repeat(2)),
+    "another number of heads": ("layers.0.keys", lambda keys: keys[:, :1].contiguous()),
+    "another number of slots": ("layers.1.values", lambda values: values[:, :, 1:].contiguous()),
+    "sinks of another size": ("layers.0.sinks", lambda sinks: sinks[..., :4].contiguous()),
+    "whole numbers": ("layers.2.keys", lambda keys: keys.long()),
+}
+
+
+def rewrite(path: Path, saved: Path, **changes: torch.Tensor | None) -> None:
+    """A saved file with other tensors, or without those that are None."""
+    with safe_open(saved, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(saved) | changes
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path, metadata)
+
+
+DAMAGED = r"`path` must be a whole file of `OlmemCache\.save` \(got .*\); save it anew"
+
+
+@pytest.mark.parametrize("name, change", TAMPERED.values(), ids=TAMPERED)
+def test_a_file_whose_parts_do_not_fit_is_refused(name, change, saved, tmp_path):
+    rewrite(tmp_path / "cache", saved, **{name: change(load_file(saved)[name])})
+    with pytest.raises(ValueError, match=DAMAGED):
+        OlmemCache.load(tmp_path / "cache", tiny(**MIXED).config)
+
+
+@pytest.mark.parametrize("name", ["seen", "columns", "gaps", "layers.0.keys", "layers.1.sinks", "layers.2.values"])
+def test_a_file_without_a_part_is_refused(name, saved, tmp_path):
+    rewrite(tmp_path / "cache", saved, **{name: None})
+    with pytest.raises(ValueError, match=DAMAGED):
+        OlmemCache.load(tmp_path / "cache", tiny(**MIXED).config)
+
+
+@pytest.mark.parametrize("key", ["architecture", "max_length"])
+@pytest.mark.parametrize("value", [None, "", "{", "[]", '"x"', "-3"], ids=str)
+def test_a_file_whose_metadata_is_broken_is_refused(key, value, saved, tmp_path):
+    with safe_open(saved, framework="pt") as file:
+        metadata = file.metadata()
+    metadata = {name: text for name, text in metadata.items() if name != key} | ({key: value} if value else {})
+    save_file(load_file(saved), tmp_path / "cache", metadata)
+    with pytest.raises(ValueError, match="`"):
+        OlmemCache.load(tmp_path / "cache", tiny(**MIXED).config)
+
+
+# What does not fit
+
+
+def test_another_batch_size_is_refused():
+    model = tiny()
+    cache = after(model, tokens(2, 3))
+    with pytest.raises(ValueError, match=r"`past_key_values` holds a batch of 2 \(got an input of 3 rows\)"):
+        read(model, tokens(3, 1), cache)
+    assert cache.seen.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_another_model_is_told_what_the_cache_is(length):
+    config = {key: value for key, value in TINY.items() if key not in ("initializer_range", "rope_parameters")}
+    other = Olmo3ForCausalLM(Olmo3Config(**config, pad_token_id=None, eos_token_id=None))
+    with pytest.raises(ValueError, match="`past_key_values` is an OlmemCache, which serves Olmem models only"):
+        read(other, tokens(1, length), OlmemCache(tiny().config))
+
+
+NEW_KINDS = [(SINKS, "num_sink_tokens"), (CHUNKS, "layer_types"), (MIXED, "num_sink_tokens")]
+
+
+@pytest.mark.parametrize("changes, name", NEW_KINDS, ids=["sinks", "chunks", "mixed"])
+def test_what_a_cache_of_transformers_cannot_hold_is_refused(changes, name):
+    model = tiny(**changes)
+    ids = tokens(1, 3)
+    for cache in (DynamicCache(config=model.config), DynamicCache(), StaticCache(model.config, max_cache_len=20)):
+        with pytest.raises(ValueError, match=rf"`{name}` must .* with a {type(cache).__name__}; leave"):
+            read(model, ids, cache)
+        with pytest.raises(ValueError, match=rf"`{name}` must .* with a {type(cache).__name__}; leave"):
+            model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=2)
+    for kind in ("static", "dynamic"):
+        with pytest.raises(
+            ValueError, match=rf"`{name}` must .*leave `past_key_values` and `cache_implementation` out"
+        ):
+            model.generate(ids, attention_mask=torch.ones_like(ids), cache_implementation=kind, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("changes, name", NEW_KINDS, ids=["sinks", "chunks", "mixed"])
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_what_another_backend_cannot_see_is_refused(changes, name, use_cache):
+    model = tiny(**changes)
+    for backend in ("flex_attention", "flash_attention_2"):
+        model.config._attn_implementation = backend  # as `set_attn_implementation` does, where it is installed
+        with pytest.raises(ValueError, match=rf"`{name}` must .* with `attn_implementation` '{backend}'; set 'sdpa'"):
+            model(tokens(1, 3), use_cache=use_cache)
+
+
+@pytest.mark.parametrize("changes, name", NEW_KINDS, ids=["sinks", "chunks", "mixed"])
+def test_a_mask_of_the_callers_own_is_refused(changes, name):
+    model = tiny(**changes)
+    mask = torch.ones(1, 1, 3, 3).tril().bool()
+    with pytest.raises(ValueError, match=rf"`{name}` must .* with an `attention_mask` that is not \(B, T\)"):
+        model(tokens(1, 3), attention_mask=mask)
+
+
+@every_model
+def test_an_olmem_cache_takes_padding_masks_only(changes):
+    model = tiny(**changes)
+    cache = after(model, tokens(1, 3))
+    with pytest.raises(ValueError, match="`past_key_values` is an OlmemCache, which does not work with an `attention_"):
+        read(model, tokens(1, 2), cache, torch.ones(1, 1, 2, 5, dtype=torch.bool))
+    for shape in ((1, 1), (2, 2)):
+        with pytest.raises(ValueError, match=r"`attention_mask` must cover the input's 1 rows of 2 tokens"):
+            read(model, tokens(1, 2), cache, torch.ones(shape))
+    assert cache.get_seq_length() == 3
+
+
+def test_an_olmem_cache_serves_no_other_backend():
+    model = tiny()
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match="is an OlmemCache, which does not work with `attn_implementation` 'flex_att"):
+        read(model, tokens(1, 2), OlmemCache(model.config))
+
+
+# Weights
+
+
+@pytest.mark.parametrize("changes", EVERY.values(), ids=EVERY)
+def test_attention_weights_are_those_of_the_oracle(changes):
+    model = tiny(**changes)
+    model.set_attn_implementation("eager")
+    length = 3 * span(model) + 1
+    ids, expected = tokens(length), []
+    oracle(model, ids, attentions=expected)
+    with torch.no_grad():
+        found = model(ids[None], output_attentions=True, use_cache=False).attentions
+    assert [weights.shape for weights in found] == [(1, 4, length, length)] * len(expected)
+    for weights, exact in zip(found, expected, strict=True):
+        assert_close(weights.sum(-1), torch.ones(1, 4, length))
+        assert_close(weights[0].double(), exact, rtol=0, atol=1e-5)
+        assert torch.equal(weights[0] > 0, exact > 0)
+
+
+@pytest.mark.parametrize("changes", EVERY.values(), ids=EVERY)
+@pytest.mark.parametrize("size", [1, 3])
+def test_attention_weights_with_a_cache_are_of_the_sinks_and_the_keys_held(changes, size):
+    """Columns: the sinks, once a window may have left them, then the keys that were held, oldest first."""
+    model = tiny(**changes)
+    model.set_attn_implementation("eager")
+    ids, expected = tokens(4 * span(model)), []
+    oracle(model, ids, attentions=expected)
+    cache, start = OlmemCache(model.config), 0
+    for piece in ids.split(size):
+        stop = start + len(piece)
+        with torch.no_grad():
+            attentions = model(piece[None], past_key_values=cache, output_attentions=True).attentions
+        for layer, weights, exact in zip(cache.layers, attentions, expected, strict=True):
+            assert_close(weights.sum(-1), torch.ones(1, 4, len(piece)))
+            context, rows = layer.context, exact[:, start:stop]
+            sinks = context.num_sinks if stop > (context.span or stop) else 0
+            first = stop - (weights.shape[-1] - sinks)
+            assert first <= int(context.start(start))
+            by_token = torch.zeros(4, len(piece), stop).double()
+            by_token[:, :, max(first, 0) :] = weights[0, :, :, sinks + max(-first, 0) :].double()
+            by_token[:, :, :sinks] += weights[0, :, :, :sinks].double()
+            assert_close(by_token, rows[:, :, :stop], rtol=0, atol=1e-5)
+        start = stop

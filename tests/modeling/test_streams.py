@@ -1,0 +1,366 @@
+"""Streams: how a text was cut into forward calls, and what it shares a batch with, changes nothing."""
+
+import math
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from modeling.helpers import (
+    CHUNKED,
+    FULL,
+    MIXED,
+    ROPE,
+    SLIDING,
+    STREAMS,
+    TINY,
+    left_padded,
+    oracle,
+    shake,
+    span,
+    tiny,
+    tokens,
+)
+from olmem import OlmemCache, OlmemForCausalLM, attention_olmem
+from olmem.attention_olmem import attend, attend_reference
+from torch.testing import assert_close
+from transformers import DynamicCache, Olmo3Config, Olmo3ForCausalLM
+
+
+@st.composite
+def choices(draw) -> dict[str, Any]:
+    """Changes of the tiny configuration: each layer of its own type, windows from one token on."""
+    layer_types = draw(st.lists(st.sampled_from([SLIDING, CHUNKED, FULL]), min_size=1, max_size=3))
+    heads, kv_heads = draw(st.sampled_from([(4, 2), (4, 4), (4, 1), (6, 3)]))
+    return {
+        "num_hidden_layers": len(layer_types),
+        "layer_types": layer_types,
+        "rope_parameters": ROPE,
+        "sliding_window": draw(st.integers(1, 6)),
+        "attention_chunk_size": draw(st.integers(1, 4)),
+        "attention_chunk_lookback": draw(st.integers(0, 2)),
+        "num_sink_tokens": draw(st.integers(0, 5)),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "norm_placement": draw(st.sampled_from(["post", "pre", "peri", "parallel"])),
+        "qk_norm": draw(st.sampled_from(["full", "head", "none"])),
+        "attn_implementation": draw(st.sampled_from(["sdpa", "eager"])),
+    }
+
+
+def make(changes: dict[str, Any]) -> OlmemForCausalLM:
+    changes = dict(changes)
+    backend = changes.pop("attn_implementation", "sdpa")
+    model = tiny(**changes)
+    model.set_attn_implementation(backend)
+    return model
+
+
+@st.composite
+def cuts(draw, length: int) -> list[int]:
+    """Lengths of the pieces of a stream, many of them of one token."""
+    pieces = []
+    while length:
+        pieces.append(min(length, draw(st.sampled_from([1, 1, 2, 3, 4, 7, 11, 16, 30]))))
+        length -= pieces[-1]
+    return pieces
+
+
+def read(model: OlmemForCausalLM, pieces, masks=None, cache: OlmemCache | None = None) -> torch.Tensor:
+    """Logits of ids (B, T) read in pieces with one cache."""
+    cache = OlmemCache(model.config) if cache is None else cache
+    masks = [None] * len(pieces) if masks is None else masks
+    with torch.no_grad():
+        read_in = [
+            model(piece, attention_mask=mask, past_key_values=cache).logits
+            for piece, mask in zip(pieces, masks, strict=True)
+        ]
+    return torch.cat(read_in, dim=1)
+
+
+def alone(model: OlmemForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    """Logits (T, vocab_size) of one row in one forward without a cache."""
+    with torch.no_grad():
+        return model(ids[None], use_cache=False).logits[0]
+
+
+def write(model: Any, ids: torch.Tensor, **kwargs) -> Any:
+    """What `generate` returns of ids without padding, with the logits of every step."""
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **kwargs,
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(changes=choices(), data=st.data())
+def test_logits_do_not_depend_on_how_a_stream_was_cut(changes, data):
+    """Over six windows, and all at once they are those of the design's loops."""
+    model = make(changes)
+    ids = tokens(6 * span(model))
+    whole = alone(model, ids)
+    pieces = ids[None].split(data.draw(cuts(len(ids))), dim=1)
+    room = data.draw(st.sampled_from([None, len(ids)]))
+    assert_close(read(model, pieces, cache=OlmemCache(model.config, room))[0], whole, rtol=0, atol=1e-4)
+    assert_close(whole.double(), oracle(model, ids), rtol=1e-4, atol=2e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(changes=choices(), data=st.data())
+def test_a_row_is_what_it_is_alone_whatever_it_is_padded_with(changes, data):
+    """Padding at the left of any piece, at its right, in holes, or a whole piece of it."""
+    model = make(changes)
+    rows = data.draw(st.integers(2, 3))
+    pieces = data.draw(cuts(data.draw(st.integers(1, 4 * span(model)))))
+    ids = tokens(rows, sum(pieces))
+    masks = []
+    for length in pieces:
+        column = torch.arange(length)
+        mask = torch.ones(rows, length, dtype=torch.bool)
+        for row in range(rows):
+            padding = data.draw(st.sampled_from(["none", "left", "right", "holes", "all"]))
+            if padding in ("left", "right"):
+                edge = data.draw(st.integers(0, length))
+                mask[row] = column >= edge if padding == "left" else column < edge
+            if padding == "holes":
+                mask[row] = torch.tensor(data.draw(st.lists(st.booleans(), min_size=length, max_size=length)))
+            if padding == "all":
+                mask[row] = False
+        masks.append(mask)
+    mask = torch.cat(masks, dim=1)
+    in_full = data.draw(st.booleans())  # or of the new columns only
+    ends = torch.tensor(pieces).cumsum(0).tolist()
+    given_masks = [mask[:, :end].long() for end in ends] if in_full else masks
+    found = read(model, ids.split(pieces, dim=1), given_masks)
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask.long(), use_cache=False).logits
+    for row in range(rows):
+        if mask[row].any():
+            expected = alone(model, ids[row][mask[row]])
+            assert_close(found[row][mask[row]], expected, rtol=0, atol=1e-4)
+            assert_close(whole[row][mask[row]], expected, rtol=0, atol=1e-4)
+    assert found.isfinite().all() and whole.isfinite().all()
+
+
+@pytest.mark.parametrize("changes", STREAMS.values(), ids=STREAMS)
+@pytest.mark.parametrize("size", [1, 4, 60])
+def test_a_left_padded_row_is_read_as_it_is_alone(changes, size):
+    """Stepwise, in chunks, and at once; the mask is of all columns so far, as `generate` gives it."""
+    model = make(changes)
+    rows = [tokens(length, seed=length) for length in (6 * span(model), 2 * span(model) + 1, 1)]
+    batch = left_padded(*rows)
+    pieces, mask = batch["input_ids"].split(size, dim=1), batch["attention_mask"]
+    ends = torch.tensor([piece.shape[1] for piece in pieces]).cumsum(0).tolist()
+    found = read(model, pieces, [mask[:, :end] for end in ends])
+    for row, (ids, logits) in enumerate(zip(rows, found, strict=True)):
+        assert_close(logits[mask[row].bool()], alone(model, ids), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", STREAMS.values(), ids=STREAMS)
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.5}],
+    ids=str,
+)
+def test_beams_of_a_left_padded_row_are_those_it_has_alone(changes, options):
+    model = make(changes)
+    rows = [tokens(length, seed=length) for length in (3 * span(model), span(model) + 1, 2)]
+    batch = left_padded(*rows)
+    options = options | {"max_new_tokens": 2 * span(model)}
+    width, returned = batch["input_ids"].shape[1], options.get("num_return_sequences", 1)
+    written = model.generate(**batch, **options, do_sample=False, pad_token_id=0)[:, width:].split(returned)
+    for ids, found in zip(rows, written, strict=True):
+        assert torch.equal(write(model, ids[None], **options, use_cache=False).sequences[:, len(ids) :], found)
+        assert len({tuple(each) for each in found.tolist()}) == returned
+
+
+@pytest.mark.parametrize("window", [2, 3, 5, 8])
+def test_a_window_without_sinks_is_olmo3(window, tmp_path):
+    """Prompts shorter and longer than the window, and three windows of greedy tokens, each with its own cache."""
+    config = {key: value for key, value in TINY.items() if key != "initializer_range"}
+    layer_types = [SLIDING, FULL, SLIDING]
+    rope = {key: {"rope_type": "default", "rope_theta": 30.0} for key in (SLIDING, FULL)}
+    config |= {"num_hidden_layers": 3, "layer_types": layer_types, "sliding_window": window, "rope_parameters": rope}
+    reference = shake(Olmo3ForCausalLM(Olmo3Config(**config, pad_token_id=None, eos_token_id=None)))
+    reference.save_pretrained(tmp_path)
+    model = OlmemForCausalLM.from_olmo(tmp_path).eval()
+    for length in (1, window - 1, window, window + 1, 4 * window):
+        ids = tokens(2, length)
+        with torch.no_grad():
+            prefill = model(ids, past_key_values=OlmemCache(model.config)).logits
+            expected = reference(ids, past_key_values=DynamicCache(config=reference.config)).logits
+        assert_close(prefill, expected, rtol=0, atol=1e-4)
+        found, expected = (write(each, ids, max_new_tokens=3 * window) for each in (model, reference))
+        assert isinstance(found.past_key_values, OlmemCache)
+        assert isinstance(expected.past_key_values, DynamicCache)
+        assert torch.equal(found.sequences, expected.sequences)
+        assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=0, atol=1e-4)
+        assert len(found.sequences[0, length:].unique()) > 1
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("layer_types", [SLIDING, CHUNKED, [SLIDING, FULL, CHUNKED]], ids=str)
+@pytest.mark.parametrize("sinks", [1, 4])
+def test_sinks_are_those_of_streaming_llm(sinks, layer_types, backend):
+    """A prompt and three windows of written tokens against loops that gather each query's keys, number them by their
+    places, and only then rotate them."""
+    changes = MIXED | {"layer_types": layer_types, "num_sink_tokens": sinks, "attn_implementation": backend}
+    model = make(changes)
+    for length in (1, sinks, span(model) + sinks, 3 * span(model)):
+        ids = tokens(1, length)
+        written = write(model, ids, max_new_tokens=3 * span(model))
+        expected = oracle(model, written.sequences[0])
+        steps = torch.cat(written.logits).double()
+        assert_close(steps, expected[length - 1 : -1], rtol=0, atol=1e-4)
+        assert torch.equal(expected[length - 1 : -1].argmax(-1), written.sequences[0, length:])
+        assert_close(read(model, [ids])[0].double(), expected[:length], rtol=0, atol=1e-4)
+
+
+@st.composite
+def attention_inputs(draw) -> dict[str, Any]:
+    """One layer and random queries, keys and values of any size for it, a gradient of its output."""
+    changes = draw(choices()) | {"num_hidden_layers": 1, "layer_types": draw(st.sampled_from([SLIDING, CHUNKED, FULL]))}
+    changes |= {"head_dim": draw(st.sampled_from([2, 6, 8]))}
+    batch, length = draw(st.integers(1, 2)), draw(st.integers(1, 40))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+
+    def states(heads: int) -> torch.Tensor:
+        return torch.randn(batch, heads, length, changes["head_dim"], generator=generator)
+
+    query, gradient = (states(changes["num_attention_heads"]) for _ in range(2))
+    key, value = (states(changes["num_key_value_heads"]) for _ in range(2))
+    return {"changes": changes, "states": (query, key, value), "gradient": gradient.transpose(1, 2)}
+
+
+def attend_in(model: OlmemForCausalLM, states, cache: OlmemCache | None = None) -> torch.Tensor:
+    """What the first layer's attention makes of queries, keys and values without positions."""
+    query = states[0]
+    hidden = query.new_zeros(len(query), query.shape[2], 1).requires_grad_(query.requires_grad)
+    told = model.model.look(hidden, None, None, cache)[model.config.layer_types[0]]
+    past = None if cache is None else cache.layers[0]
+    output, _ = attend(
+        model.model.layers[0].self_attn, *states, told["position_embeddings"], told["sight"], past, dropout=0.0
+    )
+    if cache is not None:
+        cache.advance(told["sight"])
+    return output
+
+
+def with_gradients(function, states, gradient: torch.Tensor) -> list[torch.Tensor]:
+    states = [each.clone().requires_grad_() for each in states]
+    output = function(*states)
+    output.backward(gradient)
+    return [output.detach(), *(each.grad for each in states)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(inputs=attention_inputs(), block=st.sampled_from([1, 3, 5, 128]), data=st.data())
+def test_attention_is_the_reference_with_its_gradients(inputs, block, data):
+    """Whole and in many blocks; outputs also in pieces with a cache."""
+    model = make(inputs["changes"])
+    layer_type = model.config.layer_types[0]
+    numbers = torch.arange(inputs["states"][0].shape[2])
+
+    def meaning(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return attend_reference(
+            query,
+            key,
+            value,
+            numbers,
+            numbers,
+            model.model.contexts[layer_type],
+            lambda positions: model.model.rotary_emb(query, positions, layer_type),
+            model.model.layers[0].self_attn.scaling,
+        )
+
+    expected = with_gradients(meaning, inputs["states"], inputs["gradient"])
+    whole = with_gradients(lambda *states: attend_in(model, states), inputs["states"], inputs["gradient"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_olmem, "BLOCK", {"cpu": block})
+        patch.setattr(attention_olmem, "WHOLE", 1)
+        found = with_gradients(lambda *states: attend_in(model, states), inputs["states"], inputs["gradient"])
+        cache, pieces = OlmemCache(model.config), data.draw(cuts(len(numbers)))
+        split = zip(*(each.split(pieces, dim=2) for each in inputs["states"]), strict=True)
+        with torch.no_grad():
+            in_pieces = torch.cat([attend_in(model, states, cache) for states in split], dim=1)
+    for name, *results in zip(("output", "query", "key", "value"), expected, whole, found, strict=True):
+        for result in results[1:]:
+            assert_close(result, results[0], rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+    assert_close(in_pieces, expected[0], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("changes", STREAMS.values(), ids=STREAMS)
+def test_every_gradient_of_a_model_is_that_of_its_parts_in_one_block(changes, monkeypatch):
+    """Of the loss of a left-padded batch, by way of blocks and without them, without a cache and with one."""
+    model = make(changes)
+    batch = left_padded(tokens(7 * span(model)), tokens(5 * span(model) + 1, seed=1))
+    real = batch["attention_mask"].bool()
+    labels = batch["input_ids"].where(real & real.roll(1, dims=1), -100)  # nothing that padding predicts
+
+    def gradients(**kwargs) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(**batch, labels=labels, **kwargs).loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    expected = gradients(use_cache=False)
+    assert all(gradient.abs().max() > 0 for gradient in expected.values())
+    monkeypatch.setattr(attention_olmem, "BLOCK", {"cpu": 3})
+    monkeypatch.setattr(attention_olmem, "WHOLE", 1)
+    for kwargs in ({"use_cache": False}, {"past_key_values": OlmemCache(model.config)}):
+        found = gradients(**kwargs)
+        for name, gradient in expected.items():
+            assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def read_from(model: OlmemForCausalLM, first: int) -> torch.Tensor:
+    """Logits of a stream whose counters jumped to `first` after a prompt, once all layers' windows have been read
+    anew: its sinks are the prompt's, its other keys lie rotated at numbers beyond `first`."""
+    cache = OlmemCache(model.config)
+    read(model, [tokens(1, 7)], cache=cache)
+    cache.seen.fill_(first)
+    cache.columns.fill_(first)
+    renewed = tokens(1, model.config.num_hidden_layers * span(model), seed=1)
+    rest = tokens(1, 3 * span(model), seed=2)
+    read(model, renewed.split(4, dim=1), cache=cache)
+    return read(model, [rest[:, :1], rest[:, 1:2], *rest[:, 2:].split(5, dim=1)], cache=cache)
+
+
+@pytest.mark.parametrize("sinks", [0, 3])
+@pytest.mark.parametrize("layer_types", [SLIDING, CHUNKED, [SLIDING, CHUNKED, SLIDING]], ids=str)
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_a_stream_is_as_exact_after_a_hundred_million_tokens(backend, layer_types, sinks):
+    """A float32 cannot count there: products with it are off by up to four radians."""
+    changes = STREAMS["mixed"] | {"layer_types": layer_types, "num_sink_tokens": sinks, "attention_chunk_size": 4}
+    model = make(changes | {"attn_implementation": backend})
+    expected = read_from(model, 1000)
+    assert_close(read_from(model, 100_000_000), expected, rtol=0, atol=1e-4)
+    assert expected.std() > 0.1
+
+
+PI = Fraction("3.14159265358979323846264338327950288419716939937510")
+
+
+@pytest.mark.parametrize("theta", [50.0, 10000.0, 500000.0])
+def test_angles_are_exact_however_large_the_position(theta):
+    """Against rational numbers, to 1e-6; below the trained length they are the float32 products of Transformers."""
+    model = tiny(rope_parameters={kind: {"rope_theta": theta} for kind in (SLIDING, FULL)})
+    rotary = model.model.rotary_emb
+    trained = rotary.trained_length
+    frequencies = rotary.sliding_attention_inv_freq
+    positions = torch.arange(trained)[None]
+    product = positions[..., None].float() * frequencies
+    for found, function in zip(rotary(torch.ones(1), positions, SLIDING), (torch.cos, torch.sin), strict=True):
+        assert torch.equal(found, function(torch.cat((product, product), dim=-1)))
+    far = [trained, trained + 1, 10**6 + 7, 10**8 - 1, 10**8, 10**8 + 12345]
+    cos, sin = rotary(torch.ones(1), torch.tensor([far]), SLIDING)
+    for row, position in enumerate(far):
+        angles = [float(position * Fraction(frequency) % (2 * PI)) for frequency in frequencies.tolist()] * 2
+        for found, function in ((cos, math.cos), (sin, math.sin)):
+            assert_close(found[0, row], torch.tensor([function(angle) for angle in angles]), rtol=0, atol=1e-6)

@@ -60,7 +60,7 @@ def save_weights(folder: Path, arguments: argparse.Namespace) -> None:
     Olmo3ForCausalLM(config).save_pretrained(folder)
 
 
-def load(peer: str, folder: Path, window: int) -> tuple[torch.nn.Module, Callable[[], Any]]:
+def load(peer: str, folder: Path, window: int) -> tuple[Any, Callable[[], Any]]:
     """A model and what makes its cache."""
     options: dict[str, Any] = {"sliding_window": window, "attn_implementation": "sdpa", "dtype": torch.float32}
     if peer == "Olmo3":

@@ -260,13 +260,13 @@ def attend_whole(module, query, key, value, sight: Sight, dropout: float) -> tup
 
 def attend_sdpa(query, key, value, mask: torch.Tensor | None, scaling: float, dropout: float) -> torch.Tensor:
     """One block, mask (R, T, S). The query heads of one key head stand as more queries, so that no key is copied."""
-    groups, length = query.shape[1] // key.shape[1], query.shape[2]
+    groups = query.shape[1] // key.shape[1]
     if mask is not None:
         mask = mask[:, None] if groups == 1 else mask[:, None].repeat(1, 1, groups, 1)
     output = nn.functional.scaled_dot_product_attention(
         query.reshape(*key.shape[:2], -1, key.shape[-1]), key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
     )
-    return output.view(len(query), -1, length, query.shape[-1]).transpose(1, 2)
+    return output.reshape(query.shape).transpose(1, 2)
 
 
 def attend_parts(
@@ -289,7 +289,7 @@ def attend_parts(
     else:
         sinks = prefix.key.shape[2]
         output = shares[..., :sinks] @ prefix.value + shares[..., sinks:] @ value
-    return output.view(query.shape).transpose(1, 2), weights
+    return output.reshape(query.shape).transpose(1, 2), weights
 
 
 def weights_in_order(weights: torch.Tensor, sight: Sight) -> torch.Tensor:

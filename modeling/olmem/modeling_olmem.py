@@ -556,11 +556,34 @@ class OlmemForCausalLM(OlmemPreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
+    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+        """As in Transformers, but what goes on from an OlmemCache is read in pieces too, where some releases read the
+        whole text again."""
+        cache, size = model_kwargs.get("past_key_values"), generation_config.prefill_chunk_size
+        read = cache.get_seq_length() if getattr(cache, "serves_olmem", False) else 0
+        if size is None or not read or model_kwargs.get("inputs_embeds") is not None:
+            return super()._prefill(  # pyright: ignore[reportAttributeAccessIssue]  a mixin's `self`
+                input_ids, generation_config, model_kwargs, is_first_iteration=is_first_iteration
+            )
+        mask = model_kwargs.get("attention_mask")
+        columns = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+        is_whole_text = input_ids.shape[1] > read and columns == input_ids.shape[1]
+        new_ids = input_ids[:, read:] if is_whole_text else input_ids
+        rest = {name: value for name, value in model_kwargs.items() if name not in ("attention_mask", "position_ids")}
+        outputs = None
+        for start in range(0, new_ids.shape[1], size):
+            piece = new_ids[:, start : start + size]
+            columns = None if mask is None else mask[:, mask.shape[1] - new_ids.shape[1] :][:, start : start + size]
+            outputs = self(piece, attention_mask=columns, return_dict=True, **rest)
+        return outputs
+
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
         """With an OlmemCache no mask is made ahead: of the columns, those of the new tokens are all it needs."""
         if getattr(past_key_values, "serves_olmem", False):
             return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
+        if "chunked_attention" in config.layer_types:  # the forward refuses the cache, in our words
+            return attention_mask
         return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
 
     @can_return_tuple

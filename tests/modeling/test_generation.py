@@ -137,7 +137,8 @@ def test_a_standard_cache_stays_standard(changes):
 
 @pytest.mark.parametrize("changes", MODELS, ids=named)
 @pytest.mark.parametrize("length", [WINDOW - 1, 3 * WINDOW])
-def test_a_returned_cache_goes_on(length, changes):
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 2}], ids=str)
+def test_a_returned_cache_goes_on(options, length, changes):
     """Two more turns, given the whole text, or the new part of it, with a mask of all columns or of these."""
     model = tiny(**changes)
     rows = left_padded(tokens(length), tokens(length - 2, seed=1))
@@ -146,9 +147,9 @@ def test_a_returned_cache_goes_on(length, changes):
     mask = torch.cat((rows["attention_mask"], torch.ones(2, whole.shape[1] - length, dtype=torch.long)), dim=1)
     expected = write(model, whole, attention_mask=mask, use_cache=False)
     seen = first.past_key_values.get_seq_length()
-    for ids, given in ((whole, mask), (whole[:, seen:], mask)):
+    for ids, given in ((whole, mask), (whole[:, seen:], mask), (whole[:, seen:], mask[:, seen:])):
         cache = copy.deepcopy(first.past_key_values)
-        assert torch.equal(write(model, ids, attention_mask=given, past_key_values=cache), expected)
+        assert torch.equal(write(model, ids, attention_mask=given, past_key_values=cache, **options), expected)
         assert cache.get_seq_length() == whole.shape[1] + NEW - 1
         again = torch.cat((whole, expected, tokens(2, 2, seed=3)), dim=1)
         longer = torch.cat((mask, torch.ones(2, NEW + 2, dtype=torch.long)), dim=1)
@@ -158,7 +159,7 @@ def test_a_returned_cache_goes_on(length, changes):
 
 @pytest.mark.parametrize("changes", MODELS, ids=named)
 def test_new_ids_may_be_more_than_were_read(changes):
-    """The mask tells that they are not the whole text: they were taken for it, and the first ones left out."""
+    """The mask tells that they are not the whole text."""
     model = tiny(**changes)
     cache, ids = OlmemCache(model.config), tokens(2, 3 * WINDOW)
     with torch.no_grad():

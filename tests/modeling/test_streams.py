@@ -1,6 +1,7 @@
 """Streams: how a text was cut into forward calls, and what it shares a batch with, changes nothing."""
 
 import math
+from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any
 
@@ -68,6 +69,18 @@ def cuts(draw, length: int) -> list[int]:
     return pieces
 
 
+@contextmanager
+def blocks_of(queries: int):
+    """Attention in blocks of that many queries, for short texts to have many."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_olmem, "BLOCK", {"cpu": queries})
+        patch.setattr(attention_olmem, "WHOLE", 1)
+        yield
+
+
+BLOCKS = st.sampled_from([1, 3, 5, 128])
+
+
 def read(model: OlmemForCausalLM, pieces, masks=None, cache: OlmemCache | None = None) -> torch.Tensor:
     """Logits of ids (B, T) read in pieces with one cache."""
     cache = OlmemCache(model.config) if cache is None else cache
@@ -100,21 +113,23 @@ def write(model: Any, ids: torch.Tensor, **kwargs) -> Any:
 
 
 @settings(max_examples=40, deadline=None)
-@given(changes=choices(), data=st.data())
-def test_logits_do_not_depend_on_how_a_stream_was_cut(changes, data):
+@given(changes=choices(), block=BLOCKS, data=st.data())
+def test_logits_do_not_depend_on_how_a_stream_was_cut(changes, block, data):
     """Over six windows, and all at once they are those of the design's loops."""
     model = make(changes)
     ids = tokens(6 * span(model))
     whole = alone(model, ids)
     pieces = ids[None].split(data.draw(cuts(len(ids))), dim=1)
     room = data.draw(st.sampled_from([None, len(ids)]))
-    assert_close(read(model, pieces, cache=OlmemCache(model.config, room))[0], whole, rtol=0, atol=1e-4)
+    with blocks_of(block):
+        assert_close(read(model, pieces, cache=OlmemCache(model.config, room))[0], whole, rtol=0, atol=1e-4)
+        assert_close(alone(model, ids), whole, rtol=0, atol=1e-4)
     assert_close(whole.double(), oracle(model, ids), rtol=1e-4, atol=2e-5)
 
 
 @settings(max_examples=40, deadline=None)
-@given(changes=choices(), data=st.data())
-def test_a_row_is_what_it_is_alone_whatever_it_is_padded_with(changes, data):
+@given(changes=choices(), block=BLOCKS, data=st.data())
+def test_a_row_is_what_it_is_alone_whatever_it_is_padded_with(changes, block, data):
     """Padding at the left of any piece, at its right, in holes, or a whole piece of it."""
     model = make(changes)
     rows = data.draw(st.integers(2, 3))
@@ -138,8 +153,8 @@ def test_a_row_is_what_it_is_alone_whatever_it_is_padded_with(changes, data):
     in_full = data.draw(st.booleans())  # or of the new columns only
     ends = torch.tensor(pieces).cumsum(0).tolist()
     given_masks = [mask[:, :end].long() for end in ends] if in_full else masks
-    found = read(model, ids.split(pieces, dim=1), given_masks)
-    with torch.no_grad():
+    with torch.no_grad(), blocks_of(block):
+        found = read(model, ids.split(pieces, dim=1), given_masks)
         whole = model(ids, attention_mask=mask.long(), use_cache=False).logits
     for row in range(rows):
         if mask[row].any():
@@ -147,6 +162,22 @@ def test_a_row_is_what_it_is_alone_whatever_it_is_padded_with(changes, data):
             assert_close(found[row][mask[row]], expected, rtol=0, atol=1e-4)
             assert_close(whole[row][mask[row]], expected, rtol=0, atol=1e-4)
     assert found.isfinite().all() and whole.isfinite().all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(changes=choices(), block=BLOCKS, data=st.data())
+def test_a_packed_document_is_what_it_is_alone(changes, block, data):
+    model = make(changes)
+    length = 4 * span(model)
+    rows = [data.draw(cuts(length)) for _ in range(2)]
+    positions = torch.stack([torch.cat([torch.arange(size) for size in row]) for row in rows])
+    ids = tokens(2, length)
+    with torch.no_grad(), blocks_of(block):
+        found = model(ids, position_ids=positions, use_cache=False).logits
+    for row, sizes in enumerate(rows):
+        documents = zip(ids[row].split(sizes), found[row].split(sizes), strict=True)
+        for document, logits in documents:
+            assert_close(logits, alone(model, document), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("changes", STREAMS.values(), ids=STREAMS)
@@ -261,7 +292,7 @@ def with_gradients(function, states, gradient: torch.Tensor) -> list[torch.Tenso
 
 
 @settings(max_examples=60, deadline=None)
-@given(inputs=attention_inputs(), block=st.sampled_from([1, 3, 5, 128]), data=st.data())
+@given(inputs=attention_inputs(), block=BLOCKS, data=st.data())
 def test_attention_is_the_reference_with_its_gradients(inputs, block, data):
     """Whole and in many blocks; outputs also in pieces with a cache."""
     model = make(inputs["changes"])
@@ -282,9 +313,7 @@ def test_attention_is_the_reference_with_its_gradients(inputs, block, data):
 
     expected = with_gradients(meaning, inputs["states"], inputs["gradient"])
     whole = with_gradients(lambda *states: attend_in(model, states), inputs["states"], inputs["gradient"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_olmem, "BLOCK", {"cpu": block})
-        patch.setattr(attention_olmem, "WHOLE", 1)
+    with blocks_of(block):
         found = with_gradients(lambda *states: attend_in(model, states), inputs["states"], inputs["gradient"])
         cache, pieces = OlmemCache(model.config), data.draw(cuts(len(numbers)))
         split = zip(*(each.split(pieces, dim=2) for each in inputs["states"]), strict=True)
@@ -297,7 +326,7 @@ def test_attention_is_the_reference_with_its_gradients(inputs, block, data):
 
 
 @pytest.mark.parametrize("changes", STREAMS.values(), ids=STREAMS)
-def test_every_gradient_of_a_model_is_that_of_its_parts_in_one_block(changes, monkeypatch):
+def test_every_gradient_of_a_model_is_that_of_its_parts_in_one_block(changes):
     """Of the loss of a left-padded batch, by way of blocks and without them, without a cache and with one."""
     model = make(changes)
     batch = left_padded(tokens(7 * span(model)), tokens(5 * span(model) + 1, seed=1))
@@ -311,10 +340,9 @@ def test_every_gradient_of_a_model_is_that_of_its_parts_in_one_block(changes, mo
 
     expected = gradients(use_cache=False)
     assert all(gradient.abs().max() > 0 for gradient in expected.values())
-    monkeypatch.setattr(attention_olmem, "BLOCK", {"cpu": 3})
-    monkeypatch.setattr(attention_olmem, "WHOLE", 1)
     for kwargs in ({"use_cache": False}, {"past_key_values": OlmemCache(model.config)}):
-        found = gradients(**kwargs)
+        with blocks_of(3):
+            found = gradients(**kwargs)
         for name, gradient in expected.items():
             assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 

@@ -213,11 +213,9 @@ def attend_window(
     length = query.shape[2]
     eager = module.config._attn_implementation != "sdpa"
     if sight.in_place and length == 1:  # a generated token: all keys in one part, sinks first
-        mask = sight.mask(slice(None), slice(None), with_sinks=sight.context.num_sinks > 0)
         if eager:
-            return attend_parts(query, key, value, mask, None, module.scaling, dropout)
-        everything = mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())
-        return attend_sdpa(query, key, value, None if everything else mask, module.scaling, dropout), None
+            return attend_parts(query, key, value, sight.step_mask, None, module.scaling, dropout)
+        return attend_sdpa(query, key, value, sight.step_mask, module.scaling, dropout), None
 
     block = BLOCK.get(query.device.type, BLOCK_ELSEWHERE)
     fresh = key.shape[2] == length
@@ -270,7 +268,7 @@ def attend_sdpa(query, key, value, mask: torch.Tensor | None, scaling: float, dr
 
 
 def attend_parts(
-    query, key, value, mask: torch.Tensor, prefix: Prefix | None, scaling: float, dropout: float
+    query, key, value, mask: torch.Tensor | None, prefix: Prefix | None, scaling: float, dropout: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One block in plain operations, mask (R, T, [Z +] S): the scores of both parts side by side, one softmax."""
 
@@ -280,7 +278,9 @@ def attend_parts(
     scores = grouped(query) @ key.transpose(2, 3)
     if prefix is not None:
         scores = torch.cat((grouped(prefix.query) @ prefix.key.transpose(2, 3), scores), dim=-1)
-    scores = scores.view(*query.shape[:3], -1).masked_fill(~mask[:, None], -torch.inf)
+    scores = scores.view(*query.shape[:3], -1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None], -torch.inf)
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=dropout > 0)
     shares = weights.view(*key.shape[:2], -1, weights.shape[-1])

@@ -11,7 +11,7 @@ order in the ring matters. The distance of a sink stops growing, so sinks are al
 
 import json
 import os
-import tempfile
+import uuid
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self
@@ -383,13 +383,12 @@ class OlmemCache(Cache):
             "max_length": json.dumps(self.max_length),
         }
         path = Path(path)
-        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
+        scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         try:
             save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, scratch, metadata)
             os.replace(scratch, path)
         except BaseException:
-            os.unlink(scratch)
+            scratch.unlink(missing_ok=True)
             raise
 
     @classmethod

@@ -7,6 +7,7 @@ bounded however far the stream has come. Every function takes integers or intege
 """
 
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Self
 
@@ -243,6 +244,14 @@ class Sight:
         if with_sinks:
             mask = torch.cat((self.context.sees_sink(query, self.sinks), mask), dim=-1)
         return mask | ~mask.any(-1, keepdim=True) if self.padded else mask
+
+    @cached_property
+    def step_mask(self) -> torch.Tensor | None:
+        """`mask` of one token, for all layers alike; None where it sees every key, as far as the host may look."""
+        mask = self.mask(slice(None), slice(None), with_sinks=self.context.num_sinks > 0)
+        if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all()):
+            return None
+        return mask
 
     def reach(self, queries: slice) -> slice:
         """The columns of keys that hold all that these queries see."""

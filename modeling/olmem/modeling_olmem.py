@@ -560,7 +560,7 @@ class OlmemForCausalLM(OlmemPreTrainedModel, GenerationMixin):
         """As in Transformers, but what goes on from an OlmemCache is read in pieces too, where some releases read the
         whole text again."""
         cache, size = model_kwargs.get("past_key_values"), generation_config.prefill_chunk_size
-        read = cache.get_seq_length() if getattr(cache, "serves_olmem", False) else 0
+        read = cache.get_seq_length() if isinstance(cache, Cache) and hasattr(cache, "serves_olmem") else 0
         if size is None or not read or model_kwargs.get("inputs_embeds") is not None:
             return super()._prefill(  # pyright: ignore[reportAttributeAccessIssue]  a mixin's `self`
                 input_ids, generation_config, model_kwargs, is_first_iteration=is_first_iteration

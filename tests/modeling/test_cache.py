@@ -529,6 +529,14 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert OlmemCache.load(str(tmp_path / "cache"), model.config).get_seq_length() == 3
 
 
+def test_a_saved_cache_is_readable_like_any_other_file(tmp_path):
+    """It was for its owner alone, whatever the umask."""
+    (tmp_path / "other").touch()
+    after(tiny(), tokens(1, 3)).save(tmp_path / "cache")
+    assert (tmp_path / "cache").stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "other"]
+
+
 def test_a_cache_that_has_read_nothing_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="needs a cache that has read something"):
         OlmemCache(OlmemConfig(**TINY)).save(tmp_path / "cache")

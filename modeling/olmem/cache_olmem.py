@@ -385,7 +385,10 @@ class OlmemCache(Cache):
         path = Path(path)
         scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         try:
+            scratch.touch()
+            mode = scratch.stat().st_mode  # as the umask has it; safetensors writes for the owner alone
             save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, scratch, metadata)
+            scratch.chmod(mode)
             os.replace(scratch, path)
         except BaseException:
             scratch.unlink(missing_ok=True)

@@ -1,0 +1,23 @@
+"""The short form of benchmarks/stream.py: thirty thousand tokens, in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_stream_takes_no_more_memory_and_loses_nothing():
+    """What takes time depends on the machine: the benchmark measures it."""
+    command = [sys.executable, str(ROOT / "benchmarks/stream.py"), "--tokens", "30000", "--threads", "1", "--json"]
+    path = os.pathsep.join(str(ROOT / part) for part in ("modeling", "convert"))
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert [row["tokens"] for row in found["rows"]] == [10_000, 20_000, 30_000]
+    assert len({row["cache"] for row in found["rows"]}) == 1
+    assert found["verdict"]["memory_ratio"] < 1.01
+    losses = [row["loss"] for row in found["rows"]]
+    assert max(losses) - min(losses) < 1e-3 * min(losses)

@@ -120,10 +120,15 @@ def attend_reference(
 class Slices(torch.autograd.Function):
     """Overlapping slices of states (B, K, S, D), gradients added up in one tensor rather than one for each."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, states, *ranges):
-        ctx.shape, ctx.ranges = states.shape, ranges
+    def forward(states, *ranges):
         return tuple(states[:, :, part] for part in ranges)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.shape, ctx.ranges = inputs[0].shape, inputs[1:]
 
     @staticmethod
     def backward(ctx, *gradients):

@@ -54,7 +54,8 @@ def compare(made_for: dict[str, Any], used_for: dict[str, Any]) -> None:
 
 
 class OlmemCacheLayer(CacheLayerMixin):
-    """Keys and values of one layer. Which token goes where, and which are read, is the `Sight`'s to say."""
+    """Keys and values of one layer of an `OlmemCache`, and of no other cache: the counters are there, and which token
+    goes where, and which are read, is the `Sight`'s to say."""
 
     def __init__(self, context: Context, max_length: int | None):
         self.context = context
@@ -125,16 +126,20 @@ class OlmemCacheLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         if self.buffers["keys"].device != key_states.device:  # a cache from a file, a model on several devices
             self.buffers = {name: buffer.to(key_states.device) for name, buffer in self.buffers.items()}
+        if self.buffers["keys"].dtype != key_states.dtype:
+            raise ValueError(
+                f"`past_key_values` holds {self.buffers['keys'].dtype} (got {key_states.dtype}); go on with the dtype, "
+                "and the autocast, that it was begun with."
+            )
         self.reserve(sight.length)
         self.length = sight.length
         buffers = self.buffers["keys"], self.buffers["values"]
-        rows = torch.arange(len(key_states), device=key_states.device)[:, None]
         keys, values = key_states, value_states
         if sight.past_slots is not None and sight.past_slots.shape[1]:
-            past = (buffer[rows, :, sight.past_slots].transpose(1, 2) for buffer in buffers)
+            past = (buffer[sight.rows, :, sight.past_slots].transpose(1, 2) for buffer in buffers)
             keys, values = (torch.cat(both, dim=2) for both in zip(past, (keys, values), strict=True))
         for buffer, states in zip(buffers, (key_states, value_states), strict=True):
-            buffer[rows, :, sight.slots] = states.detach().transpose(1, 2)
+            buffer[sight.rows, :, sight.slots] = states.detach().transpose(1, 2)
         if sight.in_place:
             stop = self.context.num_sinks + sight.key_numbers.shape[1]
             return buffers[0][:, :, :stop], buffers[1][:, :, :stop]
@@ -147,10 +152,11 @@ class OlmemCacheLayer(CacheLayerMixin):
         sinks = self.context.num_sinks
         buffers = self.buffers["sinks"], self.buffers["values"]
         stored = (buffers[0][:, :, :sinks], buffers[1][:, :, :sinks])
+        if not sight.fills_sinks:
+            return stored
         if sight.in_place:
-            rows = torch.arange(len(key_states), device=key_states.device)[:, None]
             for buffer, states in zip(buffers, (key_states, value_states), strict=True):
-                buffer[rows, :, sight.sink_slots] = states.transpose(1, 2)
+                buffer[sight.rows, :, sight.sink_slots] = states.transpose(1, 2)
             return stored
         keys, values = gather_sinks(key_states, value_states, sight, stored)
         for place, states in zip(stored, (keys, values), strict=True):
@@ -214,23 +220,36 @@ class OlmemCache(Cache):
     def __init__(self, config: OlmemConfig, max_length: int | None = None):
         if max_length is not None and max_length < 1:
             raise ValueError(f"`max_length` must be positive (got {max_length!r}); leave it out for layers that grow.")
+        if config.model_type != OlmemConfig.model_type:
+            raise ValueError(
+                f"`config` must be of an Olmem model (got model_type {config.model_type!r}); load an OLMo model with "
+                "`OlmemForCausalLM.from_olmo`, and pass its config."
+            )
         self.config = config
         self.max_length = max_length
         contexts = [Context.of(config, layer_type) for layer_type in config.layer_types]
         super().__init__(layers=[OlmemCacheLayer(context, max_length) for context in contexts])
         self.seen = allocate(0, dtype=torch.long, device="cpu")  # (B,) real tokens of each row, once there is a batch
         self.columns = allocate(dtype=torch.long, device="cpu")  # () tokens and padding
+        self.fresh = True  # nothing was read yet, as far as the host knows
+        self.half_read = False  # a forward call has begun and not ended
         self.gaps = allocate(dtype=torch.bool, device="cpu")  # () whether a row had padding after its first token
 
     def begin(self, batch_size: int, device: torch.device) -> None:
         """Makes the counters, or checks that they are of that batch, on that device."""
         if not self.is_initialized:
+            self.fresh = True
             self.seen = allocate(batch_size, dtype=torch.long, device=device)
             self.columns = allocate(dtype=torch.long, device=device)
             self.gaps = allocate(dtype=torch.bool, device=device)
             if not torch.compiler.is_compiling():
                 for counter in (self.seen, self.columns, self.gaps):
                     torch._dynamo.mark_static_address(counter)
+        if self.half_read:
+            raise ValueError(
+                "`past_key_values` is half written: a forward call with it was broken off; `reset()` it, or go on from "
+                "a copy or a file made before."
+            )
         if self.seen.device != device:
             raise ValueError(
                 f"`past_key_values` is on {self.seen.device}, the input on {device}; load it with "
@@ -250,10 +269,15 @@ class OlmemCache(Cache):
         """How many columns were read before, for `length` more. None for a step that need not know: one token, where
         every layer is bounded, and asking would make the host wait for the device, or break a compiled graph."""
         on_host = self.seen.device.type == "cpu" and not torch.compiler.is_compiling()
+        room = None if all(self.is_sliding) else self.max_length
+        self.half_read = True
         if length == 1 and self.is_compileable and not differentiable and not on_host:
+            if room is not None:
+                torch._assert_async(self.columns < room, "`max_length` of the OlmemCache is used up")
             return None
-        before = self.get_seq_length()
-        if self.max_length is not None and before + length > self.max_length and not all(self.is_sliding):
+        before = 0 if self.fresh else self.get_seq_length()
+        if room is not None and before + length > room:
+            self.half_read = False
             raise ValueError(
                 f"`max_length` must be at least {before + length} to go on (got {self.max_length}): this cache's "
                 "full-attention layers have room for no more; make an `OlmemCache(config)` without it, which grows."
@@ -262,17 +286,24 @@ class OlmemCache(Cache):
 
     def advance(self, sight: Sight) -> None:
         """Counts the tokens of a forward call, once every layer has seen them."""
+        self.fresh = self.half_read = False
         real = sight.numbers >= 0
         self.seen.add_(real.sum(-1))
         self.columns.add_(real.shape[1])
         if sight.padded:
             self.gaps.logical_or_((~real & (sight.queries >= 0)).any())
 
-    def check(self, config: OlmemConfig) -> None:
+    def check(self, config: OlmemConfig, contexts: dict[str, Context]) -> None:
         """An error that names the field in which the model differs from the one this cache was made for."""
         if config is not self.config:
             compare(architecture(self.config), architecture(config))
             self.config = config
+        for layer, layer_type in zip(self.layers, config.layer_types, strict=True):
+            if layer.context != contexts[layer_type]:
+                raise ValueError(
+                    f"`past_key_values` was made for {layer.context} before the configuration was changed (got "
+                    f"{contexts[layer_type]}); make an `OlmemCache(model.config)`."
+                )
 
     # Lengths
 
@@ -308,11 +339,14 @@ class OlmemCache(Cache):
     # The batch
 
     def reset(self) -> None:
-        """Forgets everything and keeps the room."""
+        """Forgets everything and keeps the room, for a batch of as many rows."""
         for counter in (self.seen, self.columns, self.gaps):
             counter.zero_()
+        self.half_read = False
         for layer in self.layers:
             layer.length = 0
+            for buffer in layer.buffers.values():
+                buffer.zero_()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -438,6 +472,7 @@ class OlmemCache(Cache):
         cache.begin(batch, tensors["seen"].to(device).device)
         for name in kinds:
             getattr(cache, name).copy_(tensors[name])
+        cache.fresh = False
         for index, layer in enumerate(cache.layers):
             names = ("keys", "values", "sinks") if layer.context.num_sinks else ("keys", "values")
             for name in names:

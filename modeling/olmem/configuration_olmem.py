@@ -100,7 +100,7 @@ class OlmemConfig(PreTrainedConfig):
         attention_chunk_lookback (`int`): earlier chunks L that it sees too: c·(⌊i/c⌋−L) ≤ j ≤ i.
         num_sink_tokens (`int`): first tokens S of the stream that queries of sliding and chunked layers go on seeing
             once their window has left them, beside the window. Positions are then places in what a query sees
-            (StreamingLLM, arXiv 2309.17453), so they never exceed S + W − 1.
+            (StreamingLLM, arXiv 2309.17453), in a sliding layer S + W − 1 at most.
         attention_bias (`bool`): biases in the four attention projections.
         attention_dropout, residual_dropout (`float`): dropout, in training, of attention weights, and of each
             sublayer's output before it joins the residual stream.

@@ -7,7 +7,6 @@ bounded however far the stream has come. Every function takes integers or intege
 """
 
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
 from itertools import pairwise
 from typing import Any, Self
 
@@ -126,7 +125,10 @@ class Sight:
     slack: int = 0  # columns of padding between two real tokens of a row, at most
     # With a cache:
     seen: torch.Tensor | None = None  # (R,) real tokens read before
+    fills_sinks: bool = False  # a new token may be a sink
     length: int | None = None  # columns that a row has read with these, padding included; None where it is not known
+    rows: torch.Tensor = field(init=False)  # (R, 1) to index a batch with `slots`
+    step_mask: torch.Tensor | None = field(init=False)  # (R, 1, Z + S) for one token in place; None where all is seen
     queries: torch.Tensor = field(init=False)  # (R, T) `numbers`, but padding looks out from the real token before it
     in_place: bool = False  # the keys are read where the cache has them, the new ones written before
     slots: torch.Tensor | None = None  # (R, T) where the new keys go; −1 is nowhere
@@ -171,6 +173,9 @@ class Sight:
             kept &= numbers >= after[:, None] - limit
         slots = torch.where(kept, context.num_sinks + ring_slot(numbers, limit), -1)
         prefix = context.num_sinks > 0 and (after_all is None or context.lets_go(after_all))
+        fills_sinks = context.num_sinks > 0
+        if seen.device.type == "cpu" and not torch.compiler.is_compiling():
+            fills_sinks = fills_sinks and bool((seen < context.num_sinks).any())
         if in_place:
             filled = min(number for number in (limit, after_all) if number is not None)
             slot = torch.arange(filled, device=numbers.device)
@@ -186,6 +191,7 @@ class Sight:
                 prefix=prefix,
                 padded=padded,
                 seen=seen,
+                fills_sinks=fills_sinks,
                 length=after_all,
                 in_place=True,
                 slots=slots,
@@ -202,6 +208,7 @@ class Sight:
             padded=padded,
             slack=inner_padding(numbers, past > 0) if padded else 0,
             seen=seen,
+            fills_sinks=fills_sinks,
             length=after_all,
             slots=slots,
             past_slots=context.num_sinks + ring_slot(past_numbers.clamp(min=0), limit),
@@ -213,6 +220,12 @@ class Sight:
             self.queries = self.numbers.cummax(-1).values
             if self.seen is not None:
                 self.queries = self.queries.maximum(self.seen[:, None] - 1)
+        self.rows = torch.arange(len(self.numbers), device=self.numbers.device)[:, None]
+        self.step_mask = None
+        if self.in_place and self.numbers.shape[1] == 1:
+            mask = self.mask(slice(None), slice(None), with_sinks=self.context.num_sinks > 0)
+            on_host = mask.device.type == "cpu" and not torch.compiler.is_compiling()
+            self.step_mask = None if on_host and bool(mask.all()) else mask
 
     @property
     def sinks(self) -> torch.Tensor:
@@ -244,14 +257,6 @@ class Sight:
         if with_sinks:
             mask = torch.cat((self.context.sees_sink(query, self.sinks), mask), dim=-1)
         return mask | ~mask.any(-1, keepdim=True) if self.padded else mask
-
-    @cached_property
-    def step_mask(self) -> torch.Tensor | None:
-        """`mask` of one token, for all layers alike; None where it sees every key, as far as the host may look."""
-        mask = self.mask(slice(None), slice(None), with_sinks=self.context.num_sinks > 0)
-        if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all()):
-            return None
-        return mask
 
     def reach(self, queries: slice) -> slice:
         """The columns of keys that hold all that these queries see."""

@@ -61,7 +61,13 @@ MASK_FUNCTIONS = {
 CONTEXT_BACKENDS = ("sdpa", "eager")
 
 
+def is_olmem_cache(cache: Any) -> bool:
+    """By a mark: the code of a Hub repository has another class of that name."""
+    return getattr(cache, "serves_olmem", False)
+
+
 def is_padding_mask(attention_mask) -> bool:
+    """Whether it is (B, T), or no mask, which pads nothing."""
     return attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2)
 
 
@@ -323,7 +329,6 @@ class OlmemModel(OlmemPreTrainedModel):
         self.layers = nn.ModuleList([OlmemDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = make_norm(config, config.hidden_size)
         self.rotary_emb = OlmemRotaryEmbedding(config)
-        self.contexts = {layer_type: Context.of(config, layer_type) for layer_type in sorted(set(config.layer_types))}
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -355,6 +360,11 @@ class OlmemModel(OlmemPreTrainedModel):
             past_key_values.advance(sight)  # pyright: ignore[reportAttributeAccessIssue]  an OlmemCache
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
+    @property
+    def contexts(self) -> dict[str, Context]:
+        """What the layers of each type see."""
+        return {layer_type: Context.of(self.config, layer_type) for layer_type in sorted(set(self.config.layer_types))}
+
     def make_cache(self, attention_mask: torch.Tensor | dict | None = None) -> Cache:
         """An OlmemCache, or where another backend or a mask of the caller's own attends, Transformers' cache."""
         own = self.config._attn_implementation in CONTEXT_BACKENDS and is_padding_mask(attention_mask)
@@ -364,7 +374,7 @@ class OlmemModel(OlmemPreTrainedModel):
         """Whether attention goes by what a `Sight` says is seen. If not, the model is Olmo3: keys of absolute
         positions, masks and backends of Transformers, and what that cannot do is an error."""
         implementation = self.config._attn_implementation
-        own_cache = getattr(past_key_values, "serves_olmem", False)
+        own_cache = is_olmem_cache(past_key_values)
         reasons = {
             f"`attn_implementation` {implementation!r}; set 'sdpa' or 'eager'": implementation not in CONTEXT_BACKENDS,
             "an `attention_mask` that is not (B, T); pass one, zeros for padding": (
@@ -398,7 +408,10 @@ class OlmemModel(OlmemPreTrainedModel):
     def look(self, hidden_states, attention_mask, position_ids, past_key_values) -> dict[str, dict]:
         """What the layers of each type are told: the `Sight` and the rotations that go with it."""
         batch, length = hidden_states.shape[:2]
+        if not length:
+            raise ValueError("`input_ids` must hold a token at least (got none); leave a call without any out.")
         device = hidden_states.device
+        contexts = self.contexts
         column = torch.arange(length, device=device)
         mask = None
         if attention_mask is not None:
@@ -423,15 +436,28 @@ class OlmemModel(OlmemPreTrainedModel):
                 numbers = torch.where(mask, numbers, -1)
             sights = {
                 layer_type: Sight.without_cache(context, numbers, mask is not None, documents)
-                for layer_type, context in self.contexts.items()
+                for layer_type, context in contexts.items()
             }
         else:
-            past_key_values.check(self.config)
+            if self.gradient_checkpointing and self.training and not past_key_values.fresh:
+                raise ValueError(
+                    "`past_key_values` cannot be gone on from in training with gradient checkpointing, which computes "
+                    "a layer twice; turn it off, or leave the cache out."
+                )
+            past_key_values.check(self.config, contexts)
             past_key_values.begin(batch, device)
-            differentiable = torch.is_grad_enabled() and hidden_states.requires_grad
+            differentiable = torch.is_grad_enabled()  # of any layer's weights, whatever the input
             before = past_key_values.room_for(length, differentiable)
             numbers = numbers + past_key_values.seen[:, None]
             numbers = numbers if mask is None else torch.where(mask, numbers, -1)
+            if position_ids is not None and length > 1 and not is_tracing(position_ids):
+                shift = (position_ids - numbers).masked_fill(numbers < 0, 0)
+                one = shift.amax(-1) == torch.where(numbers < 0, shift.amax(-1, keepdim=True), shift).amin(-1)
+                if not one.all():
+                    raise ValueError(
+                        "`position_ids` must count a row's tokens one by one with an OlmemCache (got others); for "
+                        "packed documents or positions of your own pass use_cache=False."
+                    )
             position_ids = None  # the cache has counted
             sights = {
                 layer_type: Sight.with_cache(
@@ -443,7 +469,7 @@ class OlmemModel(OlmemPreTrainedModel):
                     limit=past_key_values.limit(context),
                     in_place=not differentiable and (length == 1 or context.span is None),
                 )
-                for layer_type, context in self.contexts.items()
+                for layer_type, context in contexts.items()
             }
 
         arguments = {}
@@ -527,60 +553,56 @@ class OlmemForCausalLM(OlmemPreTrainedModel, GenerationMixin):
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
         """An OlmemCache, unless the caller has one or asks for a kind of Transformers'. Assisted decoding takes tokens
-        back, which a bounded cache cannot once a window has let go: it keeps the one of Transformers."""
-        if (
-            model_kwargs.get("past_key_values") is None
-            and generation_config.cache_implementation is None
-            and generation_config.use_cache
-            and generation_mode != GenerationMode.ASSISTED_GENERATION
-        ):
-            model_kwargs["past_key_values"] = self.model.make_cache()
-            return None
+        back, which a bounded cache cannot once a window has let go: it keeps the one of Transformers, on both sides."""
+        rolls_back = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
+        wants_own = generation_config.use_cache and generation_config.cache_implementation is None
+        if model_kwargs.get("past_key_values") is None and wants_own:
+            if not rolls_back:
+                model_kwargs["past_key_values"] = self.model.make_cache()
+                return None
+            if any(context.num_sinks or context.chunk_size for context in self.model.contexts.values()):
+                raise ValueError(
+                    f"`num_sink_tokens` must be 0 (got {self.config.num_sink_tokens}) and no layer chunked to assist "
+                    "or be assisted, which takes tokens back; generate without an assistant and `prompt_lookup_num_tokens`."
+                )
         return super()._prepare_cache_for_generation(  # pyright: ignore[reportAttributeAccessIssue]  a mixin's `self`
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
 
-    def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]  the rest is in `kwargs`
-        self, input_ids, next_sequence_length=None, past_key_values=None, inputs_embeds=None, **kwargs
-    ):
-        """As in Transformers, where the ids are the whole text, what is cached included. Nobody keeps the whole of a
-        stream: ids that are no more than an OlmemCache has read are new ones."""
-        only_new = next_sequence_length is not None and next_sequence_length <= 0
-        if only_new and getattr(past_key_values, "serves_olmem", False):
-            next_sequence_length = None
-        return super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]  a mixin's `self`
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
-        """As in Transformers, but what goes on from an OlmemCache is read in pieces too, where some releases read the
-        whole text again."""
-        cache, size = model_kwargs.get("past_key_values"), generation_config.prefill_chunk_size
-        read = cache.get_seq_length() if isinstance(cache, Cache) and hasattr(cache, "serves_olmem") else 0
-        if size is None or not read or model_kwargs.get("inputs_embeds") is not None:
+        """As in Transformers, where `input_ids` are the whole text, what the cache has read included, unless the mask
+        covers more columns than they are. One id alone is a new one, as nobody keeps the whole of a stream. What goes
+        on from an OlmemCache is read in pieces too, where some releases read the whole text again."""
+        cache, embeddings = model_kwargs.get("past_key_values"), model_kwargs.get("inputs_embeds")
+        read = cache.get_seq_length() if cache is not None and is_olmem_cache(cache) else 0
+        given = (input_ids if embeddings is None else embeddings).shape[1]
+        mask = model_kwargs.get("attention_mask")
+        columns = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+        are_new = embeddings is None and (columns != given or given == 1)
+        if read and not are_new and given <= read:
+            raise ValueError(
+                f"`input_ids` must be the whole text, of more than the {read} columns that `past_key_values` has read "
+                f"(got {given}); where they are new ones, read all but the last by `model(input_ids[:, :-1], "
+                "past_key_values=past_key_values)`, then generate from the last."
+            )
+        if not read or embeddings is not None:
             return super()._prefill(  # pyright: ignore[reportAttributeAccessIssue]  a mixin's `self`
                 input_ids, generation_config, model_kwargs, is_first_iteration=is_first_iteration
             )
-        mask = model_kwargs.get("attention_mask")
-        columns = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
-        is_whole_text = input_ids.shape[1] > read and columns == input_ids.shape[1]
-        new_ids = input_ids[:, read:] if is_whole_text else input_ids
+        new_ids = input_ids if are_new else input_ids[:, read:]
+        size = generation_config.prefill_chunk_size or new_ids.shape[1]
         rest = {name: value for name, value in model_kwargs.items() if name not in ("attention_mask", "position_ids")}
         outputs = None
         for start in range(0, new_ids.shape[1], size):
-            piece = new_ids[:, start : start + size]
-            columns = None if mask is None else mask[:, mask.shape[1] - new_ids.shape[1] :][:, start : start + size]
-            outputs = self(piece, attention_mask=columns, return_dict=True, **rest)
+            piece = slice(start, start + size)
+            new_mask = None if mask is None else mask[:, mask.shape[1] - new_ids.shape[1] :][:, piece]
+            outputs = self(new_ids[:, piece], attention_mask=new_mask, return_dict=True, **rest)
         return outputs
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
         """With an OlmemCache no mask is made ahead: of the columns, those of the new tokens are all it needs."""
-        if getattr(past_key_values, "serves_olmem", False):
+        if is_olmem_cache(past_key_values):
             return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
         if "chunked_attention" in config.layer_types:  # the forward refuses the cache, in our words
             return attention_mask

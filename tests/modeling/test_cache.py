@@ -798,3 +798,143 @@ def test_attention_weights_with_a_cache_are_of_the_sinks_and_the_keys_held(chang
             by_token[:, :, :sinks] += weights[0, :, :, :sinks].double()
             assert_close(by_token, rows[:, :, :stop], rtol=0, atol=1e-5)
         start = stop
+
+
+# What a strict reader found
+
+
+def gradients(model: OlmemForCausalLM, ids: torch.Tensor, **kwargs) -> dict[str, torch.Tensor | None]:
+    model.zero_grad()
+    model(ids, labels=ids, **kwargs).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@every_model
+def test_frozen_embeddings_change_no_other_gradient(changes):
+    """As in training with LoRA: keys and values of full layers, read where the cache has them, had no gradient."""
+    model = tiny(**changes)
+    model.get_input_embeddings().requires_grad_(False)
+    ids = tokens(2, 20)
+    found, expected = gradients(model, ids), gradients(model, ids, use_cache=False)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient is not None
+        assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+@every_model
+def test_no_buffer_ever_carries_a_graph(changes):
+    """One-token steps of embeddings without `no_grad` kept the graph of the whole stream."""
+    model, ids = tiny(**changes), tokens(1, 12)
+    embedded, cache = model.get_input_embeddings()(ids).detach(), OlmemCache(model.config)
+    for index in range(12):
+        logits = model(inputs_embeds=embedded[:, index : index + 1], past_key_values=cache).logits
+        assert logits.requires_grad
+        logits.sum().backward()
+        assert not any(buffer.requires_grad for layer in cache.layers for buffer in layer.buffers.values())
+    close(logits[0].detach(), alone(model, ids[0, :-1], ids[0, -1:]))
+
+
+@every_model
+def test_a_forward_broken_off_leaves_a_cache_that_says_so(changes):
+    """Read again, the same call gave other logits: some layers had written, and none had counted."""
+    model, cache = tiny(**changes), OlmemCache(tiny(**changes).config)
+    read(model, tokens(1, 9), cache)
+
+    def fail(*_):
+        raise MemoryError
+
+    handle = model.model.layers[-1].register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        read(model, tokens(1, 3), cache)
+    handle.remove()
+    with pytest.raises(ValueError, match="`past_key_values` is half written"):
+        read(model, tokens(1, 3), cache)
+    cache.reset()
+    close(read(model, tokens(1, 3), cache)[0], alone(model, tokens(3)))
+
+
+def test_positions_of_the_callers_own_are_refused_by_a_cache():
+    """They were ignored, and packed documents saw each other."""
+    model, ids = tiny(), tokens(2, 8)
+    plain = torch.arange(8)[None]
+    close(model(ids, position_ids=plain + 5).logits, model(ids, use_cache=False).logits)
+    for positions in (3 * plain, torch.cat((plain[:, :5], plain[:, :3]), dim=1)):
+        with pytest.raises(ValueError, match=r"`position_ids` must count .* pass use_cache=False"):
+            model(ids, position_ids=positions)
+        model(ids, position_ids=positions, use_cache=False)
+
+
+def test_another_dtype_is_refused(tmp_path):
+    model = tiny(**SINKS)
+    after(model, tokens(1, 5)).save(tmp_path / "cache")
+    cache = OlmemCache.load(tmp_path / "cache", model.config)
+    with pytest.raises(ValueError, match=r"`past_key_values` holds torch.float32 \(got torch.float64\)"):
+        read(tiny(**SINKS).double(), tokens(1, 1), cache)
+
+
+def test_a_configuration_that_was_changed_is_refused():
+    model = tiny()
+    cache = after(model, tokens(1, 9))
+    model.config.sliding_window = 2
+    with pytest.raises(
+        ValueError, match=r"before the configuration was changed .* make an `OlmemCache\(model.config\)`"
+    ):
+        read(model, tokens(1, 1), cache)
+    fresh = tiny(sliding_window=2)
+    close(read(model, tokens(1, 9), OlmemCache(model.config))[0], alone(fresh, tokens(9)))
+
+
+def test_a_cache_is_not_gone_on_from_with_checkpointed_gradients():
+    model = tiny()
+    cache = after(model, tokens(1, 5))
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="`past_key_values` cannot be gone on from in training with gradient"):
+        model.train()(tokens(1, 3), past_key_values=cache)
+
+
+def test_nothing_of_before_comes_through_a_reset():
+    """0 times what is not a number is not a number, masked or not."""
+    model = tiny(**SINKS)
+    cache = OlmemCache(model.config)
+    model(inputs_embeds=torch.full((2, 9, 24), torch.nan), past_key_values=cache)
+    cache.reset()
+    rows = left_padded(tokens(5), tokens(2, seed=1))
+    assert read(model, rows["input_ids"], cache, rows["attention_mask"])[rows["attention_mask"].bool()].isfinite().all()
+    assert read(model, tokens(2, 1), cache).isfinite().all()
+
+
+def test_a_call_without_a_token_and_a_config_of_another_model_are_refused():
+    with pytest.raises(ValueError, match="`input_ids` must hold a token at least"):
+        tiny()(torch.zeros(1, 0, dtype=torch.long))
+    with pytest.raises(ValueError, match="`config` must be of an Olmem model"):
+        OlmemCache(Olmo3Config())
+
+
+@bounded_models
+@torch.no_grad()
+def test_a_step_is_one_graph(changes):
+    """Also on the Python that has a lock in `cached_property`; and a whole forward with the cache of its own making."""
+    torch._dynamo.reset()
+    model, ids = tiny(**changes), tokens(1, 20)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    expected = model(ids, use_cache=False).logits
+    cache = OlmemCache(model.config, max_length=20)
+    close(read(model, ids[:, :6], cache), expected[:, :6])
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for index in range(6, 20):
+        close(compiled(ids[:, index : index + 1], past_key_values=cache).logits, expected[:, index : index + 1])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs <= 2
+    close(compiled(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_max_length_holds_in_a_compiled_step():
+    torch._dynamo.reset()
+    model = tiny(layer_types=FULL)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    cache = after(model, tokens(1, 6), max_length=8)
+    for _ in range(2):
+        compiled(tokens(1, 1), past_key_values=cache)
+    with pytest.raises(RuntimeError, match="`max_length` of the OlmemCache is used up"):
+        compiled(tokens(1, 1), past_key_values=cache)

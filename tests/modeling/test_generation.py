@@ -139,7 +139,8 @@ def test_a_standard_cache_stays_standard(changes):
 @pytest.mark.parametrize("length", [WINDOW - 1, 3 * WINDOW])
 @pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 2}], ids=str)
 def test_a_returned_cache_goes_on(options, length, changes):
-    """Two more turns, given the whole text, or the new part of it, with a mask of all columns or of these."""
+    """Two more turns, given the whole text, or the new part of it with a mask of all columns, or the last token of it
+    where the others were read before."""
     model = tiny(**changes)
     rows = left_padded(tokens(length), tokens(length - 2, seed=1))
     first = model.generate(**rows, **GREEDY, return_dict_in_generate=True)
@@ -147,8 +148,11 @@ def test_a_returned_cache_goes_on(options, length, changes):
     mask = torch.cat((rows["attention_mask"], torch.ones(2, whole.shape[1] - length, dtype=torch.long)), dim=1)
     expected = write(model, whole, attention_mask=mask, use_cache=False)
     seen = first.past_key_values.get_seq_length()
-    for ids, given in ((whole, mask), (whole[:, seen:], mask), (whole[:, seen:], mask[:, seen:])):
+    for ids, given in ((whole, mask), (whole[:, seen:], mask), (whole[:, -1:], mask[:, -1:])):
         cache = copy.deepcopy(first.past_key_values)
+        if ids.shape[1] == 1:
+            with torch.no_grad():
+                model(whole[:, seen:-1], past_key_values=cache)
         assert torch.equal(write(model, ids, attention_mask=given, past_key_values=cache, **options), expected)
         assert cache.get_seq_length() == whole.shape[1] + NEW - 1
         again = torch.cat((whole, expected, tokens(2, 2, seed=3)), dim=1)
@@ -262,3 +266,33 @@ def test_every_backend_writes_the_same(backend):
     model.set_attn_implementation(backend)
     with torch.compiler.set_stance("force_eager"):  # flex without a compiler
         assert torch.equal(write(model, ids, **batch), expected)
+
+
+@pytest.mark.parametrize("more", [2, 7, 10], ids=str)
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 2}], ids=str)
+def test_new_ids_are_not_taken_for_the_whole_text(more, options):
+    """Ids of which nothing says that they are new were cut by what the cache had read, or read twice."""
+    model = tiny(**SINKS)
+    cache = OlmemCache(model.config)
+    with torch.no_grad():
+        model(tokens(1, 10), past_key_values=cache)
+    embedded = model.get_input_embeddings()(tokens(1, more))
+    for given in ({"input_ids": tokens(1, more)}, {"inputs_embeds": embedded}):
+        with pytest.raises(ValueError, match=rf"more than the 10 columns .* \(got {more}\); where they are new"):
+            model.generate(**given, **GREEDY, **options, past_key_values=cache)
+    assert cache.get_seq_length() == 10
+
+
+def test_a_model_assists_another_beyond_its_window():
+    """Its own `generate` made a cache that takes no token back."""
+    model, assistant = tiny(layer_types="full_attention"), tiny(layer_types="sliding_attention")
+    ids = tokens(1, 3 * WINDOW)
+    expected = write(model, ids, use_cache=False)
+    assert torch.equal(write(model, ids, assistant_model=assistant), expected)
+    assert torch.equal(write(model, ids, prompt_lookup_num_tokens=2), expected)
+
+
+@pytest.mark.parametrize("changes", [SINKS, CHUNKS], ids=named)
+def test_what_cannot_be_taken_back_is_not_assisted(changes):
+    with pytest.raises(ValueError, match=r"`num_sink_tokens` must be 0 .* assisted, which takes tokens back"):
+        write(tiny(**changes), tokens(1, 5), prompt_lookup_num_tokens=2)

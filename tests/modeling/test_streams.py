@@ -392,3 +392,20 @@ def test_angles_are_exact_however_large_the_position(theta):
         angles = [float(position * Fraction(frequency) % (2 * PI)) for frequency in frequencies.tolist()] * 2
         for found, function in ((cos, math.cos), (sin, math.sin)):
             assert_close(found[0, row], torch.tensor([function(angle) for angle in angles]), rtol=0, atol=1e-6)
+
+
+def test_blocks_work_under_function_transforms():
+    """The slices of a block's keys had no `setup_context`."""
+    model, ids = tiny(**SINKS), tokens(1, 300)
+    names = [name for name, _ in model.named_parameters()]
+
+    def loss(*weights):
+        parameters = dict(zip(names, weights, strict=True))
+        outputs = torch.func.functional_call(model, parameters, (ids,), {"use_cache": False})
+        return outputs.logits.square().mean()
+
+    weights = [parameter.detach() for parameter in model.parameters()]
+    found = torch.func.grad(loss, argnums=tuple(range(len(names))))(*weights)
+    model(ids, use_cache=False).logits.square().mean().backward()
+    for name, gradient in zip(names, found, strict=True):
+        assert_close(gradient, dict(model.named_parameters())[name].grad, rtol=1e-4, atol=1e-5)

@@ -563,7 +563,7 @@ class OlmemForCausalLM(OlmemPreTrainedModel, GenerationMixin):
             if any(context.num_sinks or context.chunk_size for context in self.model.contexts.values()):
                 raise ValueError(
                     f"`num_sink_tokens` must be 0 (got {self.config.num_sink_tokens}) and no layer chunked to assist "
-                    "or be assisted, which takes tokens back; generate without an assistant and `prompt_lookup_num_tokens`."
+                    "or be assisted, which takes tokens back; use no assistant and no `prompt_lookup_num_tokens`."
                 )
         return super()._prepare_cache_for_generation(  # pyright: ignore[reportAttributeAccessIssue]  a mixin's `self`
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

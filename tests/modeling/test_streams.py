@@ -396,7 +396,7 @@ def test_angles_are_exact_however_large_the_position(theta):
 
 def test_blocks_work_under_function_transforms():
     """The slices of a block's keys had no `setup_context`."""
-    model, ids = tiny(**SINKS), tokens(1, 300)
+    model, ids = tiny(**STREAMS["sinks"]), tokens(1, 300)
     names = [name for name, _ in model.named_parameters()]
 
     def loss(*weights):

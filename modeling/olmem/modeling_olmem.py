@@ -159,6 +159,8 @@ class OlmemAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
+        self.qk_norm = config.qk_norm
+        self.clip_qkv, self.clip_qkv_stage = config.clip_qkv, config.clip_qkv_stage
         self.layer_type = config.layer_types[layer_idx]
         self.sliding_window = config.sliding_window if self.layer_type == "sliding_attention" else None
 
@@ -184,14 +186,12 @@ class OlmemAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """With a `sight`, attention over what it says is seen; without, the attention of Transformers' models."""
         heads_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        qk_norm = self.config.qk_norm
-
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         query, key, value = self.clip("projection", query, key, value)
-        if qk_norm == "full":
+        if self.qk_norm == "full":
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = query.view(heads_shape), key.view(heads_shape), value.view(heads_shape)
-        if qk_norm == "head":
+        if self.qk_norm == "head":
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, H or K, T, D)
 
@@ -228,8 +228,8 @@ class OlmemAttention(nn.Module):
         return self.clip("rotary", rotate(query, cos, sin), rotate(key, cos, sin), value)
 
     def clip(self, stage: str, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        limit = self.config.clip_qkv
-        if limit is None or self.config.clip_qkv_stage != stage:
+        limit = self.clip_qkv
+        if limit is None or self.clip_qkv_stage != stage:
             return states
         return tuple(state.clamp(-limit, limit) for state in states)
 

@@ -346,6 +346,13 @@ class OlmemModel(OlmemPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        home = self.embed_tokens.weight.device
+        dispatched = home.type == "meta" or hasattr(self.embed_tokens, "_hf_hook")  # accelerate moves what it is given
+        if input_ids is not None and input_ids.device != home and not dispatched:
+            raise ValueError(
+                f"`input_ids` must be on the model's device, {home} (got {input_ids.device}); pass "
+                "`input_ids.to(model.device)`."
+            )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
         if use_cache and past_key_values is None:

@@ -938,3 +938,8 @@ def test_max_length_holds_in_a_compiled_step():
         compiled(tokens(1, 1), past_key_values=cache)
     with pytest.raises(RuntimeError, match="`max_length` of the OlmemCache is used up"):
         compiled(tokens(1, 1), past_key_values=cache)
+
+
+def test_ids_on_another_device_are_refused():
+    with pytest.raises(ValueError, match=r"`input_ids` must be on the model's device, cpu \(got meta\)"):
+        tiny()(tokens(1, 3).to("meta"))

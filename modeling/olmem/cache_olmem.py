@@ -27,8 +27,16 @@ GROWTH = 256  # tokens at a time
 FORMAT = "olmem-cache-1"
 # Fields of a configuration that change nothing of what is cached.
 NO_MATTER = {
-    *("attention_dropout", "residual_dropout", "initializer_range", "use_cache", "logits_scaling"),
-    *("tie_word_embeddings", "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"),
+    "attention_dropout",
+    "residual_dropout",
+    "initializer_range",
+    "use_cache",
+    "logits_scaling",
+    "tie_word_embeddings",
+    "vocab_size",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
 }
 
 
@@ -478,8 +486,8 @@ class OlmemCache(Cache):
             for name in names:
                 slots = layer.context.num_sinks + (0 if name == "sinks" else min(length, layer.limit or length))
                 shape = (batch, config.num_key_value_heads, slots, config.head_dim)
-                found = tensors.get(f"layers.{index}.{name}", tensors["seen"])
-                fits = found.shape == shape and found.is_floating_point()
+                found = tensors.get(f"layers.{index}.{name}")
+                fits = found is not None and found.shape == shape and found.is_floating_point()
                 require(fits, f"`layers.{index}.{name}` is damaged or missing")
             stored = {name: tensors[f"layers.{index}.{name}"] for name in names}
             layer.lazy_initialization(*(stored[name][:, :, :0].to(device) for name in ("keys", "values")))

@@ -800,7 +800,7 @@ def test_attention_weights_with_a_cache_are_of_the_sinks_and_the_keys_held(chang
         start = stop
 
 
-# What a strict reader found
+# What must not happen unseen
 
 
 def gradients(model: OlmemForCausalLM, ids: torch.Tensor, **kwargs) -> dict[str, torch.Tensor | None]:

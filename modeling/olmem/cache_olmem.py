@@ -134,11 +134,6 @@ class OlmemCacheLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         if self.buffers["keys"].device != key_states.device:  # a cache from a file, a model on several devices
             self.buffers = {name: buffer.to(key_states.device) for name, buffer in self.buffers.items()}
-        if self.buffers["keys"].dtype != key_states.dtype:
-            raise ValueError(
-                f"`past_key_values` holds {self.buffers['keys'].dtype} (got {key_states.dtype}); go on with the dtype, "
-                "and the autocast, that it was begun with."
-            )
         self.reserve(sight.length)
         self.length = sight.length
         buffers = self.buffers["keys"], self.buffers["values"]
@@ -278,19 +273,29 @@ class OlmemCache(Cache):
         every layer is bounded, and asking would make the host wait for the device, or break a compiled graph."""
         on_host = self.seen.device.type == "cpu" and not torch.compiler.is_compiling()
         room = None if all(self.is_sliding) else self.max_length
-        self.half_read = True
         if length == 1 and self.is_compileable and not differentiable and not on_host:
             if room is not None:
                 torch._assert_async(self.columns < room, "`max_length` of the OlmemCache is used up")
             return None
         before = 0 if self.fresh else self.get_seq_length()
         if room is not None and before + length > room:
-            self.half_read = False
             raise ValueError(
                 f"`max_length` must be at least {before + length} to go on (got {self.max_length}): this cache's "
                 "full-attention layers have room for no more; make an `OlmemCache(config)` without it, which grows."
             )
         return before
+
+    def open(self, layer_idx: int, dtype: torch.dtype) -> OlmemCacheLayer:
+        """A layer to be written. From the first of them to `advance` the cache is half written; a refusal before that
+        leaves it as it was."""
+        layer = self.layers[layer_idx]
+        if layer.is_initialized and layer.buffers["keys"].dtype != dtype:
+            raise ValueError(
+                f"`past_key_values` holds {layer.buffers['keys'].dtype} (got {dtype}); go on with the dtype, and the "
+                "autocast, that it was begun with."
+            )
+        self.half_read = True
+        return layer
 
     def advance(self, sight: Sight) -> None:
         """Counts the tokens of a forward call, once every layer has seen them."""

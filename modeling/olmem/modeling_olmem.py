@@ -197,7 +197,7 @@ class OlmemAttention(nn.Module):
 
         dropout = self.attention_dropout if self.training else 0.0
         if sight is not None:
-            past = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+            past = None if past_key_values is None else past_key_values.open(self.layer_idx, key.dtype)
             output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
             output, weights = attend(
                 self, query, key, value, position_embeddings, sight, past, dropout, output_attentions

@@ -943,3 +943,15 @@ def test_max_length_holds_in_a_compiled_step():
 def test_ids_on_another_device_are_refused():
     with pytest.raises(ValueError, match=r"`input_ids` must be on the model's device, cpu \(got meta\)"):
         tiny()(tokens(1, 3).to("meta"))
+
+
+@every_model
+def test_a_refused_call_leaves_the_cache_as_it_was(changes):
+    """It was taken for half written, and nothing could go on from it."""
+    model = tiny(**changes)
+    cache, ids = after(model, tokens(1, 5)), tokens(1, 3, seed=1)
+    with pytest.raises(ValueError, match="`position_ids` must count"):
+        model(ids, position_ids=torch.tensor([[0, 2, 4]]), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"`past_key_values` holds torch.float32"):
+        read(tiny(**changes).double(), ids, cache)
+    close(read(model, ids, cache)[0], alone(model, tokens(5), ids[0]))

@@ -18,7 +18,7 @@ CLIP_STAGES = ("projection", "rotary")
 LAYER_TYPES = ("sliding_attention", "chunked_attention", "full_attention")
 # Kinds of RoPE as Transformers defines them, with the numbers that each cannot do without, and those it can.
 ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "default": ((), ()),
+    "default": ((), ("inverse_frequencies",)),
     "linear": (("factor",), ()),
     "dynamic": (("factor",), ("original_max_position_embeddings",)),
     "yarn": (
@@ -90,7 +90,8 @@ class OlmemConfig(PreTrainedConfig):
         rope_parameters (`dict`, *optional*): RoPE by layer type, `{"full_attention": {"rope_type": "yarn",
             "rope_theta": 500000.0, "factor": 8.0, …}, "sliding_attention": {…}}`, in Transformers' terms. A flat
             dictionary gives its `rope_theta` to every layer and its scaling to full-attention layers, the only
-            ones that may scale. Entries of layer types that no layer has are dropped.
+            ones that may scale. Entries of layer types that no layer has are dropped. With `rope_type` `"default"`,
+            `inverse_frequencies` (D/2 numbers) stand in for those of the theta, where a checkpoint stores its own.
         layer_types (`list[str]` or `str`, *optional*): `"sliding_attention"`, `"chunked_attention"` or
             `"full_attention"` for each layer, or one value for all. Defaults to three sliding layers, then a full one,
             repeated.
@@ -421,6 +422,13 @@ class OlmemConfig(PreTrainedConfig):
                         f"{where}[{name!r}]` must be a positive number with rope_type {rope_type!r} (got "
                         f"{entry.get(name)!r}); give what the model was trained with."
                     )
+            if (stored := entry.get("inverse_frequencies")) is not None and not (
+                isinstance(stored, list) and len(stored) == self.head_dim // 2 and all(map(is_positive, stored))
+            ):
+                raise ValueError(
+                    f"{where}['inverse_frequencies']` must be `head_dim` / 2 = {self.head_dim // 2} positive "
+                    f"numbers (got {stored!r}); leave them out to have those of `rope_theta`."
+                )
             known = {"rope_type", "rope_theta", "partial_rotary_factor", *needed, *allowed}
             for name in entry.keys() - known:
                 guess = difflib.get_close_matches(name, known, n=1)

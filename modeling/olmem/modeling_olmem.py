@@ -122,6 +122,8 @@ class OlmemRotaryEmbedding(nn.Module):
 
     @staticmethod
     def compute_default_rope_parameters(config, device=None, seq_len=None, layer_type=None):
+        if stored := config.rope_parameters[layer_type].get("inverse_frequencies"):
+            return torch.tensor(stored, dtype=torch.float, device=device), 1.0
         theta = config.rope_parameters[layer_type]["rope_theta"]
         exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
         return (1.0 / theta**exponent).to(device), 1.0

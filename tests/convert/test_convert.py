@@ -17,7 +17,9 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 DEMO_STEP = DEMO / "step1872"
-CODE = tuple(f"{name}_olmem.py" for name in ("attention", "cache", "configuration", "context", "modeling"))
+CODE = tuple(
+    f"{name}_olmem.py" for name in ("attention", "cache", "configuration", "context", "generation", "modeling")
+)
 
 
 @torch.no_grad()

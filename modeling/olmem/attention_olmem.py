@@ -9,6 +9,9 @@ where its query's slot does. So a window's keys are rotated at their own numbers
 number; sinks are rotated at their slots and met by the query rotated at its slot. One query alone (a generated token)
 has one distance to each sink: the sinks are rotated to suit it, beside the window's keys in the cache.
 
+Keys that are values too are kept as they are, one tensor for both, and rotated whenever they are read; a rotation lies
+in them with its two numbers side by side, for it to be one complex product.
+
 Shapes: B batch, H query heads, K key/value heads, T queries, S keys, D head dim, Z sinks.
 """
 
@@ -27,6 +30,10 @@ from .context_olmem import Context, Sight
 BLOCK = {"cpu": 128}
 BLOCK_ELSEWHERE = 1024
 WHOLE = 8
+# Bytes of rotated keys at a time, on a CPU, for them not to leave its cache before they are read.
+SCRATCH = 2**21
+XPOS_GAMMA, XPOS_BASE = 0.4, 512
+LINSPACE_REACH = 0.1  # what is added to the keys goes from nothing to so many `linspace_scale`
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 
@@ -34,15 +41,17 @@ Rotation = tuple[torch.Tensor, torch.Tensor]
 class Rotations(NamedTuple):
     """Cosines and sines (R, …, D) for the layers of one type."""
 
-    token: Rotation  # of the new tokens at their numbers, (R, T, D)
+    token: Rotation | None = None  # of the new tokens at their numbers, (R, T, D); None where nothing is rotated
     query: Rotation | None = None  # of the queries at their slots, (R, T, D)
     sink: Rotation | None = None  # of the sinks, (R, Z, D)
+    key: Rotation | None = None  # of all keys of a cache, (R, S, D); for one query (R, Z + S, D), sinks included
 
     def upto(self, length: int) -> "Rotations":
         """Those of the first tokens."""
-        cos, sin = self.token
-        query = self.query and (self.query[0][:, :length], self.query[1][:, :length])
-        return Rotations((cos[:, :length], sin[:, :length]), query, self.sink)
+        token, query = (
+            rotation and (rotation[0][:, :length], rotation[1][:, :length]) for rotation in (self.token, self.query)
+        )
+        return Rotations(token, query, self.sink)
 
 
 class Prefix(NamedTuple):
@@ -62,6 +71,37 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     straight = states * cos[:, None]
     turned = torch.cat((-states[..., half:], states[..., :half]), dim=-1)
     return (straight + turned * sin[:, None]).to(states.dtype)
+
+
+def side_by_side(states: torch.Tensor) -> torch.Tensor:
+    """States (…, D) with the two numbers of each rotation, d and d + D/2, as neighbours."""
+    return states.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+
+
+def in_halves(states: torch.Tensor) -> torch.Tensor:
+    """The inverse."""
+    return states.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
+def rotate_side_by_side(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`rotate` for states (B, H, T, D) that are `side_by_side`; cosines and sines as there."""
+    half = states.shape[-1] // 2
+    cos, sin = cos[:, None, :, :half], sin[:, None, :, :half]
+    pairs = states.unflatten(-1, (-1, 2))
+    if states.dtype == torch.float32 and states.device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(-2)
+    first, second = pairs.unbind(-1)
+    return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2).to(states.dtype)
+
+
+def xpos_scale(like: torch.Tensor, distance: torch.Tensor, turn: Callable) -> torch.Tensor:
+    """ζ^(distance/512) (R, 1, T, D), by which xpos multiplies queries, and keys by its inverse, distances (R, T) being
+    positions from any one base (Sun et al., arXiv 2212.10554); in the order of dimensions that `turn` has."""
+    size = like.shape[-1]
+    zeta = (torch.arange(0, size, 2, device=like.device) / size + XPOS_GAMMA) / (1 + XPOS_GAMMA)
+    scale = zeta.log().mul(distance[..., None] / XPOS_BASE).exp()
+    scale = scale.repeat_interleave(2, dim=-1) if turn is rotate_side_by_side else torch.cat((scale, scale), dim=-1)
+    return scale[:, None].to(like.dtype)
 
 
 def eager_attention_forward(
@@ -146,38 +186,53 @@ def attend(
     rotations: Rotations,
     sight: Sight,
     past: OlmemCacheLayer | None,
-    dropout: float,
     output_attentions: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The door: query (B, H, T, D), key and value (B, K, T, D) of the new tokens, not rotated -> (B, T, H, D), and if
     asked for and `eager`, the weights (see `weights_in_order`). `past` keeps what is new."""
     if sight.documents is not None:
-        return attend_documents(module, query, key, value, rotations, sight, dropout, output_attentions)
-    unplaced_query, unplaced_key = query, key
-    query, key, value = module.place(query, key, value, *rotations.token)
-    sinks = None
-    if past is not None:
-        new_value = value
-        key, value = past.update(key, new_value, sight)
-        if sight.context.num_sinks:
-            sinks = past.update_sinks(unplaced_key, new_value, sight)
+        return attend_documents(module, query, key, value, rotations, sight, output_attentions)
+    one_tensor = past is not None and module.caches_one_tensor
+    turn = rotate
+    if one_tensor and module.rotates:
+        turn, query, key = rotate_side_by_side, side_by_side(query), side_by_side(key)
+    value = key if one_tensor else module.clip("rotary", value)
+    rotates_all = sight.is_step and turn is rotate_side_by_side
+
+    keys, values, sinks = key, value, None
+    if one_tensor:
+        keys = values = past.update(key, key, sight)[0]
+        if not rotates_all:
+            keys = module.place(keys, rotations.key, turn)
+    else:
+        keys = module.place(key, rotations.token)
+        if past is not None:
+            keys, values = past.update(keys, value, sight)
+    if past is not None and sight.context.num_sinks:
+        sinks = past.update_sinks(key, value, sight)
     elif sight.prefix:
-        sinks = gather_sinks(unplaced_key, value, sight)
+        sinks = gather_sinks(key, value, sight)
 
     prefix = None
-    if sinks and rotations.sink:
-        sink_key = rotate(sinks[0], *rotations.sink)
-        if rotations.query:
-            prefix = Prefix(rotate(unplaced_query, *rotations.query), sink_key, sinks[1])
-        else:  # one query: its sinks stand before the window's keys in the cache
-            key[:, :, : sink_key.shape[2]] = sink_key
-    output, weights = attend_window(module, query, key, value, sight, prefix, dropout, output_attentions)
+    if sinks and sight.prefix and not rotates_all:
+        sink_key = module.place(sinks[0], rotations.sink, turn)
+        if sight.is_step:  # one query: its sinks stand before the window's keys in the cache
+            keys[:, :, : sink_key.shape[2]] = sink_key
+        else:
+            prefix = Prefix(module.place(query, rotations.query, turn), sink_key, sinks[1])
+    query = module.place(query, rotations.token, turn)
+    if rotates_all:
+        output, weights = attend_rotating(module, query, values, rotations.key, sight)
+    else:
+        output, weights = attend_window(module, query, keys, values, sight, prefix, output_attentions, turn)
+    if turn is rotate_side_by_side:
+        output = in_halves(output)
     if weights is None or not output_attentions:
         return output, None
     return output, weights_in_order(weights, sight)
 
 
-def attend_documents(module, query, key, value, rotations, sight, dropout, output_attentions):
+def attend_documents(module, query, key, value, rotations, sight, output_attentions):
     """Documents packed into rows (B, H, T, D), each as if it were alone."""
     length = query.shape[2]
     outputs, weights = [], query.new_zeros(*query.shape[:3], length) if output_attentions else None
@@ -193,7 +248,6 @@ def attend_documents(module, query, key, value, rotations, sight, dropout, outpu
                 rotations.upto(size),
                 sight.upto(size),
                 None,
-                dropout,
                 output_attentions,
             )
             outputs.append(output)
@@ -210,22 +264,29 @@ def attend_window(
     value: torch.Tensor,
     sight: Sight,
     prefix: Prefix | None,
-    dropout: float,
     output_attentions: bool,
+    turn: Callable,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """query (B, H, T, D); key and value (B, K, S, D), those that `sight` numbers; with `sight.in_place` and sinks,
-    (B, K, Z + S, D), the sinks rotated for the one query. Returns (B, T, H, D), weights (B, H, T, [Z +] S) or None."""
+    """query (B, H, T, D); key and value (B, K, S, D), those that `sight` numbers; of a step (B, K, Z + S, D), the sinks
+    rotated for the one query. Returns (B, T, H, D), weights (B, H, T, [Z +] S) or None."""
     length = query.shape[2]
     eager = module.config._attn_implementation != "sdpa"
-    if sight.in_place and length == 1:  # a generated token: all keys in one part, sinks first
-        if eager:
-            return attend_parts(query, key, value, sight.step_mask, None, module.scaling, dropout)
-        return attend_sdpa(query, key, value, sight.step_mask, module.scaling, dropout), None
+    fades = module.position_embedding == "xpos"
+    lift = linspace_lift(module, query, sight) if module.position_embedding == "linspace" else None
+    in_parts = eager or prefix is not None or lift is not None
+    if sight.is_step:  # a generated token: all keys in one part, sinks first
+        if fades:
+            number = sight.queries
+            key = key * xpos_scale(key, number - torch.cat((sight.sink_positions, sight.key_numbers), -1), turn)
+        if in_parts:
+            bias = None if lift is None else lift * sight.step_slots[:, None, None]
+            return attend_parts(module, query, key, value, sight.step_mask, bias=bias)
+        return attend_sdpa(module, query, key, value, sight.step_mask), None
 
     block = BLOCK.get(query.device.type, BLOCK_ELSEWHERE)
-    fresh = key.shape[2] == length
+    fresh = key.shape[2] == length and not fades and lift is None
     if prefix is None and fresh and (length <= WHOLE * block or (sight.causal and not eager)):
-        return attend_whole(module, query, key, value, sight, dropout)
+        return attend_whole(module, query, key, value, sight)
     if output_attentions and eager:
         block = length
 
@@ -238,18 +299,72 @@ def attend_window(
     outputs, weights = [], None
     for part, reach, block_key, block_value in zip(queries, reaches, keys, values, strict=True):
         mask = sight.mask(part, reach, prefix is not None)
-        if eager or prefix is not None:
-            block_prefix = prefix and Prefix(prefix.query[:, :, part], prefix.key, prefix.value)
-            output, weights = attend_parts(
-                query[:, :, part], block_key, block_value, mask, block_prefix, module.scaling, dropout
-            )
+        block_query = query[:, :, part]
+        block_prefix = prefix and Prefix(prefix.query[:, :, part], prefix.key, prefix.value)
+        if fades:
+            block_query, block_key, block_prefix = fade(block_query, block_key, block_prefix, sight, part, reach, turn)
+        if in_parts:
+            bias = None
+            if lift is not None:
+                bias = lift[:, :, part] * sight.slots_seen(part, reach, prefix is not None)[:, None]
+            output, weights = attend_parts(module, block_query, block_key, block_value, mask, block_prefix, bias)
         else:
-            output = attend_sdpa(query[:, :, part], block_key, block_value, mask, module.scaling, dropout)
+            output = attend_sdpa(module, block_query, block_key, block_value, mask)
         outputs.append(output)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), weights
 
 
-def attend_whole(module, query, key, value, sight: Sight, dropout: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+def attend_rotating(
+    module: Any, query: torch.Tensor, stored: torch.Tensor, rotation: Rotation, sight: Sight
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A step where keys are values, stored (B, K, Z + S, D): rotated a few at a time on their way to the scores."""
+    cos, sin = rotation
+    if module.position_embedding == "xpos":
+        slots = sight.step_slots
+        scale = xpos_scale(cos, sight.context.slot(sight.queries) - slots, rotate)[:, 0]
+        cos, sin = cos * scale, sin * scale
+    batch, kv_heads, length, size = stored.shape
+    few = length
+    if stored.device.type == "cpu" and not torch.compiler.is_compiling():
+        few = max(SCRATCH // (batch * kv_heads * size * stored.element_size()), 1)
+    grouped = (query * module.scaling).reshape(batch, kv_heads, -1, size)
+    scores = []
+    for start in range(0, length, few):
+        part = slice(start, start + few)
+        key = rotate_side_by_side(stored[:, :, part], cos[:, part], sin[:, part])
+        scores.append(grouped @ key.transpose(2, 3))
+    scores = torch.cat(scores, dim=-1).view(*query.shape[:3], -1)
+    weights = weigh(module, scores, sight.step_mask)
+    output = weights.view(*grouped.shape[:3], -1) @ stored
+    return output.reshape(query.shape).transpose(1, 2), weights
+
+
+def fade(query, key, prefix: Prefix | None, sight: Sight, part: slice, reach: slice, turn: Callable):
+    """xpos of one block. Scales are from its first query on, for no power to grow with the stream."""
+    number = sight.queries[:, part]
+    first = number[:, :1]
+    query = query * xpos_scale(query, number - first, turn)
+    key = key * xpos_scale(key, first - sight.key_numbers[:, reach], turn)
+    if prefix is not None:
+        slot = sight.context.slot(number.clamp(min=0))
+        least = slot.amin(-1, keepdim=True)
+        prefix = Prefix(
+            prefix.query * xpos_scale(query, slot - least, turn),
+            prefix.key * xpos_scale(key, least - sight.sinks, turn),
+            prefix.value,
+        )
+    return query, key, prefix
+
+
+def linspace_lift(module: Any, query: torch.Tensor, sight: Sight) -> torch.Tensor:
+    """(B, H, T, 1) in float32: by how much a score grows with each slot of its key. A key with `slot · step · scale`
+    added to it has the score `query · key + slot · step · (query · scale)`."""
+    span = sight.context.span or module.config.max_position_embeddings
+    step = LINSPACE_REACH / max(span - 1, 1) * module.scaling
+    return (query @ module.linspace_scale.to(query.dtype))[..., None].float() * step
+
+
+def attend_whole(module, query, key, value, sight: Sight) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As Transformers' models do it: one call, and one mask if causality alone will not do."""
     implementation = module.config._attn_implementation
     mask = None
@@ -258,36 +373,39 @@ def attend_whole(module, query, key, value, sight: Sight, dropout: float) -> tup
         if implementation != "sdpa":
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
     interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-    return interface(module, query, key, value, mask, dropout=dropout, scaling=module.scaling)
+    return interface(module, query, key, value, mask, dropout=module.dropout, scaling=module.scaling)
 
 
-def attend_sdpa(query, key, value, mask: torch.Tensor | None, scaling: float, dropout: float) -> torch.Tensor:
+def attend_sdpa(module, query, key, value, mask: torch.Tensor | None) -> torch.Tensor:
     """One block, mask (R, T, S). The query heads of one key head stand as more queries, so that no key is copied."""
     groups = query.shape[1] // key.shape[1]
     if mask is not None:
         mask = mask[:, None] if groups == 1 else mask[:, None].repeat(1, 1, groups, 1)
     output = nn.functional.scaled_dot_product_attention(
-        query.reshape(*key.shape[:2], -1, key.shape[-1]), key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
+        query.reshape(*key.shape[:2], -1, key.shape[-1]),
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=module.dropout,
+        scale=module.scaling,
     )
     return output.reshape(query.shape).transpose(1, 2)
 
 
 def attend_parts(
-    query, key, value, mask: torch.Tensor | None, prefix: Prefix | None, scaling: float, dropout: float
+    module, query, key, value, mask: torch.Tensor | None, prefix: Prefix | None = None, bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One block in plain operations, mask (R, T, [Z +] S): the scores of both parts side by side, one softmax."""
+    """One block in plain operations, mask (R, T, [Z +] S): the scores of both parts side by side, one softmax. `bias`
+    (B, H, T, [Z +] S) is added to them."""
 
     def grouped(states: torch.Tensor) -> torch.Tensor:
-        return (states * scaling).reshape(*key.shape[:2], -1, key.shape[-1])
+        return (states * module.scaling).reshape(*key.shape[:2], -1, key.shape[-1])
 
     scores = grouped(query) @ key.transpose(2, 3)
     if prefix is not None:
         scores = torch.cat((grouped(prefix.query) @ prefix.key.transpose(2, 3), scores), dim=-1)
     scores = scores.view(*query.shape[:3], -1)
-    if mask is not None:
-        scores = scores.masked_fill(~mask[:, None], -torch.inf)
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=dropout > 0)
+    weights = weigh(module, scores if bias is None else scores + bias, mask).to(query.dtype)
     shares = weights.view(*key.shape[:2], -1, weights.shape[-1])
     if prefix is None:
         output = shares @ value
@@ -295,6 +413,14 @@ def attend_parts(
         sinks = prefix.key.shape[2]
         output = shares[..., :sinks] @ prefix.value + shares[..., sinks:] @ value
     return output.reshape(query.shape).transpose(1, 2), weights
+
+
+def weigh(module, scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Weights of scores (B, H, T, S) where the mask (R, T, S) lets them be, softmax in float32."""
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None], -torch.inf)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
+    return nn.functional.dropout(weights, p=module.dropout, training=module.training)
 
 
 def weights_in_order(weights: torch.Tensor, sight: Sight) -> torch.Tensor:

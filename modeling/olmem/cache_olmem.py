@@ -5,6 +5,8 @@ Shapes: B batch, K key/value heads, T new tokens, S keys, D head dim, Z sinks. A
 
     | Z slots for sinks | a ring of a window's span, or a row that grows | one slot for what is not kept |
 
+Where values are the keys (`shared_projections`), one buffer holds both, never rotated, sinks as any other.
+
 A window's key lies rotated at its own number: RoPE knows differences only, so neither the size of the number nor the
 order in the ring matters. The distance of a sink stops growing, so sinks are also kept as they were before rotation.
 """
@@ -65,16 +67,23 @@ class OlmemCacheLayer(CacheLayerMixin):
     """Keys and values of one layer of an `OlmemCache`, and of no other cache: the counters are there, and which token
     goes where, and which are read, is the `Sight`'s to say."""
 
-    def __init__(self, context: Context, max_length: int | None):
+    def __init__(self, context: Context, max_length: int | None, one_tensor: bool = False):
         self.context = context
+        self.one_tensor = one_tensor  # values are the keys
         self.is_sliding = context.span is not None
         self.limit = context.span or max_length  # tokens held at most; None grows
         self.at_once = max_length is not None
         self.is_compileable = self.limit is not None
         self.is_initialized = False
-        self.buffers: dict[str, torch.Tensor] = {}  # "keys", "values", and "sinks" if there are: keys, not rotated
+        # "keys", "values", and "sinks" if there are: keys, not rotated; of one tensor, "keys" alone.
+        self.buffers: dict[str, torch.Tensor] = {}
         self.capacity = 0
         self.length: int | None = 0  # columns read; None where only the device knows
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The buffers of keys and values."""
+        return "keys", "keys" if self.one_tensor else "values"
 
     def held(self, name: str) -> torch.Tensor:
         """(B, K, S, D): what a buffer holds of the window; without padding, all that is read of it."""
@@ -83,17 +92,20 @@ class OlmemCacheLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> torch.Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Keys of the window, rotated at their numbers; once it is full, the newest over the oldest."""
+        """Keys of the window, rotated at their numbers, or as they are if they are values too; once it is full, the
+        newest over the oldest."""
         return self.held("keys") if self.is_initialized else None
 
     @property
     def values(self) -> torch.Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Values of the window, in the order of `keys`."""
-        return self.held("values") if self.is_initialized else None
+        return self.held(self.names[1]) if self.is_initialized else None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         sinks = self.context.num_sinks
-        states = {"keys": key_states, "values": value_states} | ({"sinks": key_states} if sinks else {})
+        states = {"keys": key_states}
+        if not self.one_tensor:
+            states |= {"values": value_states} | ({"sinks": key_states} if sinks else {})
         for name, like in states.items():
             shape = (*like.shape[:2], sinks + 1, like.shape[3])
             self.buffers[name] = allocate(*shape, dtype=like.dtype, device=like.device)
@@ -110,7 +122,7 @@ class OlmemCacheLayer(CacheLayerMixin):
             return
         length = min(-(-length // GROWTH) * GROWTH, self.limit or length + GROWTH)
         used = self.context.num_sinks + self.capacity
-        for name in ("keys", "values"):
+        for name in set(self.names):
             old = self.buffers[name]
             shape = (*old.shape[:2], self.context.num_sinks + length + 1, old.shape[3])
             new = allocate(*shape, dtype=old.dtype, device=old.device)
@@ -123,8 +135,8 @@ class OlmemCacheLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, sight: Sight | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keeps new keys (B, K, T, D), rotated, and values, and returns those that `sight` numbers, (B, K, [Z +] S, D):
-        with `sight.in_place` a part of the buffers, sinks included."""
+        """Keeps new keys (B, K, T, D), rotated unless they are the values, and values, and returns those that `sight`
+        numbers, (B, K, [Z +] S, D): with `sight.in_place` a part of the buffers, sinks included."""
         if sight is None:
             raise ValueError(
                 "`past_key_values` is an OlmemCache, which serves Olmem models only (got an update of another model); "
@@ -136,35 +148,34 @@ class OlmemCacheLayer(CacheLayerMixin):
             self.buffers = {name: buffer.to(key_states.device) for name, buffer in self.buffers.items()}
         self.reserve(sight.length)
         self.length = sight.length
-        buffers = self.buffers["keys"], self.buffers["values"]
-        keys, values = key_states, value_states
-        if sight.past_slots is not None and sight.past_slots.shape[1]:
-            past = (buffer[sight.rows, :, sight.past_slots].transpose(1, 2) for buffer in buffers)
-            keys, values = (torch.cat(both, dim=2) for both in zip(past, (keys, values), strict=True))
-        for buffer, states in zip(buffers, (key_states, value_states), strict=True):
-            buffer[sight.rows, :, sight.slots] = states.detach().transpose(1, 2)
-        if sight.in_place:
-            stop = self.context.num_sinks + sight.key_numbers.shape[1]
-            return buffers[0][:, :, :stop], buffers[1][:, :, :stop]
+        states = {"keys": key_states} if self.one_tensor else {"keys": key_states, "values": value_states}
+        found = {}
+        for name, new in states.items():
+            buffer = self.buffers[name]
+            if sight.past_slots is not None and sight.past_slots.shape[1]:
+                past = buffer[sight.rows, :, sight.past_slots].transpose(1, 2)
+                found[name] = torch.cat((past, new), dim=2)
+            buffer[sight.rows, :, sight.slots] = new.detach().transpose(1, 2)
+            if sight.in_place:
+                found[name] = buffer[:, :, : self.context.num_sinks + sight.key_numbers.shape[1]]
+        keys, values = (found.get(name, states[name]) for name in self.names)
         return keys, values
 
     def update_sinks(
         self, key_states: torch.Tensor, value_states: torch.Tensor, sight: Sight
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keeps those of new keys, not rotated, and values that are sinks, and returns all sinks' (B, K, Z, D)."""
-        sinks = self.context.num_sinks
-        buffers = self.buffers["sinks"], self.buffers["values"]
-        stored = (buffers[0][:, :, :sinks], buffers[1][:, :, :sinks])
-        if not sight.fills_sinks:
-            return stored
-        if sight.in_place:
-            for buffer, states in zip(buffers, (key_states, value_states), strict=True):
-                buffer[sight.rows, :, sight.sink_slots] = states.transpose(1, 2)
-            return stored
-        keys, values = gather_sinks(key_states, value_states, sight, stored)
-        for place, states in zip(stored, (keys, values), strict=True):
-            place.copy_(states.detach())
-        return keys, values
+        names = ("keys",) if self.one_tensor else ("sinks", "values")
+        stored = [self.buffers[name][:, :, : self.context.num_sinks] for name in names]
+        if sight.fills_sinks and sight.in_place:
+            for name, states in zip(names, (key_states, value_states), strict=False):
+                self.buffers[name][sight.rows, :, sight.sink_slots] = states.transpose(1, 2)
+        elif sight.fills_sinks:
+            new = gather_sinks(key_states, value_states, sight, (stored[0], stored[-1]))
+            for place, states in zip(stored, new, strict=False):
+                place.copy_(states.detach())
+            return new
+        return stored[0], stored[-1]
 
     def used(self, length: int) -> dict[str, torch.Tensor]:
         """What the buffers hold after `length` columns: keys and values (B, K, Z + S, D), and sinks (B, K, Z, D)."""
@@ -231,7 +242,9 @@ class OlmemCache(Cache):
         self.config = config
         self.max_length = max_length
         contexts = [Context.of(config, layer_type) for layer_type in config.layer_types]
-        super().__init__(layers=[OlmemCacheLayer(context, max_length) for context in contexts])
+        super().__init__(
+            layers=[OlmemCacheLayer(context, max_length, config.caches_one_tensor) for context in contexts]
+        )
         self.seen = allocate(0, dtype=torch.long, device="cpu")  # (B,) real tokens of each row, once there is a batch
         self.columns = allocate(dtype=torch.long, device="cpu")  # () tokens and padding
         self.fresh = True  # nothing was read yet, as far as the host knows
@@ -345,9 +358,8 @@ class OlmemCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every buffer, counters included."""
-        tensors = [buffer for layer in self.layers for buffer in layer.buffers.values()]
-        return sum(tensor.nbytes for tensor in (*tensors, self.seen, self.columns, self.gaps))
+        """Bytes of all keys and values, with the room that is kept for more; nine and eight a row count them."""
+        return sum(buffer.nbytes for layer in self.layers for buffer in layer.buffers.values())
 
     # The batch
 
@@ -487,7 +499,9 @@ class OlmemCache(Cache):
             getattr(cache, name).copy_(tensors[name])
         cache.fresh = False
         for index, layer in enumerate(cache.layers):
-            names = ("keys", "values", "sinks") if layer.context.num_sinks else ("keys", "values")
+            names = ["keys"] if layer.one_tensor else ["keys", "values"]
+            if layer.context.num_sinks and not layer.one_tensor:
+                names.append("sinks")
             for name in names:
                 slots = layer.context.num_sinks + (0 if name == "sinks" else min(length, layer.limit or length))
                 shape = (batch, config.num_key_value_heads, slots, config.head_dim)
@@ -495,7 +509,7 @@ class OlmemCache(Cache):
                 fits = found is not None and found.shape == shape and found.is_floating_point()
                 require(fits, f"`layers.{index}.{name}` is damaged or missing")
             stored = {name: tensors[f"layers.{index}.{name}"] for name in names}
-            layer.lazy_initialization(*(stored[name][:, :, :0].to(device) for name in ("keys", "values")))
+            layer.lazy_initialization(*(stored[name][:, :, :0].to(device) for name in layer.names))
             layer.length = length
             layer.reserve(length)
             for name, place in layer.used(length).items():

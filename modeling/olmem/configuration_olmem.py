@@ -15,6 +15,8 @@ NORM_PLACEMENTS = ("post", "pre", "peri", "parallel")
 NORM_TYPES = ("rms", "layer", "layer_plain")
 QK_NORMS = ("full", "head", "none")
 CLIP_STAGES = ("projection", "rotary")
+POSITION_EMBEDDINGS = ("rope", "xpos", "linspace", "none")
+SHARED_PROJECTIONS = ("none", "key_value", "query_key", "query_key_value", "value_difference")
 LAYER_TYPES = ("sliding_attention", "chunked_attention", "full_attention")
 # Kinds of RoPE as Transformers defines them, with the numbers that each cannot do without, and those it can.
 ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -33,13 +35,11 @@ NOT_YET = {
     "memory_bptt_segments": None,
     "memory_segment_length": None,
     "num_memory_tokens": 0,
-    "position_embedding": "rope",
     "partial_rotary_factor": 1.0,
     "retrieval_capacity": 65536,
     "retrieval_gate_init": -4.0,
     "retrieval_layers": [],
     "retrieval_top_k": 32,
-    "shared_projections": "none",
 }
 
 # What Transformers' own OLMo models are, in Olmem's terms; their other fields have the same names here.
@@ -87,6 +87,10 @@ class OlmemConfig(PreTrainedConfig):
         clip_qkv (`float`, *optional*): queries, keys and values are clamped to ± this value.
         clip_qkv_stage (`str`): when: `"projection"`, before QK-norm, as OLMo's code does; or `"rotary"`, after
             QK-norm and RoPE.
+        position_embedding (`str` or `list[str]`): how queries and keys are told their positions, one value or one a
+            layer: `"rope"` (arXiv 2104.09864); `"xpos"`, RoPE whose scores decay with the distance (arXiv 2212.10554,
+            γ 0.4, base 512); `"linspace"`, 0.1 · position / (span − 1) · `linspace_scale` added to the keys, span
+            being the layer's window or `max_position_embeddings`; `"none"`.
         rope_parameters (`dict`, *optional*): RoPE by layer type, `{"full_attention": {"rope_type": "yarn",
             "rope_theta": 500000.0, "factor": 8.0, …}, "sliding_attention": {…}}`, in Transformers' terms. A flat
             dictionary gives its `rope_theta` to every layer and its scaling to full-attention layers, the only
@@ -102,6 +106,10 @@ class OlmemConfig(PreTrainedConfig):
         num_sink_tokens (`int`): first tokens S of the stream that queries of sliding and chunked layers go on seeing
             once their window has left them, beside the window. Positions are then places in what a query sees
             (StreamingLLM, arXiv 2309.17453), in a sliding layer S + W − 1 at most.
+        shared_projections (`str`): which of queries, keys and values are one, each after its norm and before its
+            position (arXiv 2606.04032). `"none"`; `"key_value"`: values are the keys; `"query_key"`: queries are the
+            keys; `"query_key_value"`: both are; `"value_difference"`: values are queries minus keys. Where values are
+            the keys, a cache holds one tensor, half of the bytes. Sharing queries needs as many key/value heads.
         attention_bias (`bool`): biases in the four attention projections.
         attention_dropout, residual_dropout (`float`): dropout, in training, of attention weights, and of each
             sublayer's output before it joins the residual stream.
@@ -144,6 +152,8 @@ class OlmemConfig(PreTrainedConfig):
     qk_norm: str = "full"
     clip_qkv: float | int | None = None
     clip_qkv_stage: str = "projection"
+    position_embedding: str | list[str] = "rope"
+    shared_projections: str = "none"
     sliding_window: int | None = 4096
     attention_chunk_size: int | None = None
     attention_chunk_lookback: int = 0
@@ -297,6 +307,17 @@ class OlmemConfig(PreTrainedConfig):
                 )
 
     @property
+    def position_embeddings(self) -> list[str]:
+        """`position_embedding` of each layer."""
+        given = self.position_embedding
+        return [given] * self.num_hidden_layers if isinstance(given, str) else given
+
+    @property
+    def caches_one_tensor(self) -> bool:
+        """Whether values are the keys, so that one tensor of both is kept."""
+        return self.shared_projections in ("key_value", "query_key_value")
+
+    @property
     def logit_scale(self) -> float:
         """`logits_scaling` as a factor, the name by which serving engines look for it."""
         return 1.0 / self.logits_scaling
@@ -311,6 +332,7 @@ class OlmemConfig(PreTrainedConfig):
             ("norm_type", NORM_TYPES),
             ("qk_norm", QK_NORMS),
             ("clip_qkv_stage", CLIP_STAGES),
+            ("shared_projections", SHARED_PROJECTIONS),
         ):
             self._require(getattr(self, name) in choices, name, f"must be one of {', '.join(choices)}", "choose one")
         self._require(
@@ -319,6 +341,45 @@ class OlmemConfig(PreTrainedConfig):
             "must be an activation of Transformers or 'elephant'",
             "see `transformers.activations.ACT2FN` for the names",
         )
+
+    def validate_positions(self) -> None:
+        unknown = sorted(set(self.position_embeddings) - set(POSITION_EMBEDDINGS))
+        if unknown:
+            raise ValueError(
+                f"`position_embedding` must be made of {', '.join(POSITION_EMBEDDINGS)} (got {unknown}); choose one, "
+                "or one a layer."
+            )
+        self._require(
+            len(self.position_embeddings) == self.num_hidden_layers,
+            "position_embedding",
+            f"must be one value or `num_hidden_layers` = {self.num_hidden_layers} of them",
+            "give one string for all, or one a layer",
+        )
+
+    def validate_shared_projections(self) -> None:
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        self._require(
+            self.shared_projections in ("none", "key_value") or heads == kv_heads,
+            "shared_projections",
+            f"must be 'none' or 'key_value' with `num_key_value_heads` = {kv_heads} of {heads} heads",
+            "queries that keys share, or are subtracted from, need a key each: leave `num_key_value_heads` out",
+        )
+
+    def validate_rotary_clip(self) -> None:
+        """Clipped after their rotation are vectors rotated at their own index, which not every choice has."""
+        if self.clip_qkv is None or self.clip_qkv_stage != "rotary":
+            return
+        for name, holds, rule in (
+            ("num_sink_tokens", not self.num_sink_tokens, "be 0"),
+            ("shared_projections", not self.caches_one_tensor, "keep keys and values apart"),
+            ("position_embedding", set(self.position_embeddings) <= {"rope", "none"}, "be made of rope and none"),
+        ):
+            self._require(
+                holds,
+                name,
+                f"must {rule} with `clip_qkv_stage` 'rotary', which clips what is rotated at its own index",
+                "clip at the 'projection'",
+            )
 
     def validate_sizes(self) -> None:
         for name in (
@@ -387,12 +448,6 @@ class OlmemConfig(PreTrainedConfig):
             ("num_sink_tokens", "keeps no sinks"),
         ):
             self._require(getattr(self, name) >= 0, name, "must not be negative", f"0 {none}")
-        self._require(
-            not self.num_sink_tokens or self.clip_qkv is None or self.clip_qkv_stage != "rotary",
-            "num_sink_tokens",
-            "must be 0 with `clip_qkv_stage` 'rotary'",
-            "a sink has no rotation of its own to clip at; clip at the 'projection', or keep no sinks",
-        )
 
     def validate_rope(self) -> None:
         """Beside Transformers' own rules: scaling belongs to full-attention layers."""

@@ -222,10 +222,21 @@ class Sight:
                 self.queries = self.queries.maximum(self.seen[:, None] - 1)
         self.rows = torch.arange(len(self.numbers), device=self.numbers.device)[:, None]
         self.step_mask = None
-        if self.in_place and self.numbers.shape[1] == 1:
+        if self.is_step:
             mask = self.mask(slice(None), slice(None), with_sinks=self.context.num_sinks > 0)
             on_host = mask.device.type == "cpu" and not torch.compiler.is_compiling()
             self.step_mask = None if on_host and bool(mask.all()) else mask
+
+    @property
+    def is_step(self) -> bool:
+        """Whether it is of one token whose keys are read where the cache has them, sinks first."""
+        return self.in_place and self.numbers.shape[1] == 1
+
+    @property
+    def step_slots(self) -> torch.Tensor:
+        """(R, Z + S) of the sinks and keys of a step."""
+        keys = self.context.key_slot(self.queries, self.key_numbers)
+        return torch.cat((self.sinks.expand(len(keys), -1), keys), dim=-1)
 
     @property
     def sinks(self) -> torch.Tensor:
@@ -257,6 +268,14 @@ class Sight:
         if with_sinks:
             mask = torch.cat((self.context.sees_sink(query, self.sinks), mask), dim=-1)
         return mask | ~mask.any(-1, keepdim=True) if self.padded else mask
+
+    def slots_seen(self, queries: slice, keys: slice, with_sinks: bool = False) -> torch.Tensor:
+        """(R, T, S), or (R, T, Z + S): the slot of each key for each query that sees it."""
+        query = self.queries[:, queries, None]
+        slots = self.context.key_slot(query, self.key_numbers[:, None, keys])
+        if with_sinks:
+            slots = torch.cat((self.sinks.expand(*slots.shape[:2], -1), slots), dim=-1)
+        return slots
 
     def reach(self, queries: slice) -> slice:
         """The columns of keys that hold all that these queries see."""

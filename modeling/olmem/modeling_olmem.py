@@ -35,14 +35,14 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_olmem import Rotations, attend, eager_attention_forward, rotate
+from .attention_olmem import Rotation, Rotations, attend, eager_attention_forward, rotate
 from .cache_olmem import OlmemCache
 from .configuration_olmem import HUB_ARGUMENTS, NOT_YET, OlmemConfig
 from .context_olmem import Context, Sight, find_documents
@@ -55,6 +55,7 @@ MASK_FUNCTIONS = {
 
 
 CONTEXT_BACKENDS = ("sdpa", "eager")
+ROTATING = ("rope", "xpos")
 
 
 def is_padding_mask(attention_mask) -> bool:
@@ -95,20 +96,17 @@ class Elephant(nn.Module):
 
 
 class OlmemRotaryEmbedding(nn.Module):
-    """Cosines and sines (B, T, D) in float32 of absolute positions, by layer type."""
+    """Cosines and sines (B, T, D) in float32 of positions, by layer type."""
 
     def __init__(self, config: OlmemConfig, device: torch.device | None = None):
         super().__init__()
         self.config = config
-        self.max_seq_len_cached = config.max_position_embeddings
-        self.original_max_seq_len = config.max_position_embeddings
         self.trained_length = max(config.max_position_embeddings, 1024)
         self.layer_types = sorted(set(config.layer_types))
         self.rope_type = {name: config.rope_parameters[name]["rope_type"] for name in self.layer_types}
         for layer_type in self.layer_types:
             inverse_frequency, attention_scaling = self.frequencies(layer_type, device)
             self.register_buffer(f"{layer_type}_inv_freq", inverse_frequency, persistent=False)
-            self.register_buffer(f"{layer_type}_original_inv_freq", inverse_frequency.clone(), persistent=False)
             setattr(self, f"{layer_type}_attention_scaling", attention_scaling)
 
     @staticmethod
@@ -124,24 +122,46 @@ class OlmemRotaryEmbedding(nn.Module):
         rope_functions = {**ROPE_INIT_FUNCTIONS, "default": self.compute_default_rope_parameters}
         return rope_functions[self.rope_type[layer_type]](self.config, device, layer_type=layer_type)
 
+    def dynamic_frequencies(self, position: torch.Tensor, layer_type: str) -> torch.Tensor:
+        """Inverse frequencies (…, D/2) of `rope_type` "dynamic" at positions (…, 1): those of a text that ends there.
+
+        Transformers gives all tokens of a call those of its last one, so that they depend on how a text is cut; read
+        token by token, its are these.
+        """
+        rope, size = self.config.rope_parameters[layer_type], self.config.head_dim
+        trained = self.config.max_position_embeddings
+        length = (position + 1).clamp(min=trained)
+        stretch = rope["factor"] * length / trained - (rope["factor"] - 1)
+        theta = rope["rope_theta"] * stretch ** (size / (size - 2))
+        return 1.0 / theta ** (torch.arange(0, size, 2, device=position.device).float() / size)
+
     @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, hidden_states, position_ids, layer_type):
-        inverse_frequency = getattr(self, f"{layer_type}_inv_freq").to(hidden_states.device, torch.float)
+    def forward(
+        self, hidden_states: torch.Tensor, position_ids: torch.Tensor, layer_type: str, below: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """position_ids (B, T); `below` is a bound of them that the caller knows."""
         position = position_ids[..., None]
+        inverse_frequency = getattr(self, f"{layer_type}_inv_freq").to(hidden_states.device, torch.float)
+        if self.rope_type[layer_type] == "dynamic":
+            stretched = self.dynamic_frequencies(position, layer_type)
+            inverse_frequency = torch.where(
+                position < self.config.max_position_embeddings, inverse_frequency, stretched
+            )
         # Where the model was trained, the very angles that it was trained with. Beyond, where a float32 product would
         # round them more and more, from the exact integer.
         angles = position.float() * inverse_frequency
-        wide = "cpu" if position.device.type == "mps" else position.device  # mps has no float64
-        exact = (position.to(wide).double() * inverse_frequency.to(wide).double()).remainder(2 * math.pi)
-        angles = torch.where(position < self.trained_length, angles, exact.to(angles))
-        angles = torch.cat((angles, angles), dim=-1)
+        if below is None or below > self.trained_length:
+            wide = "cpu" if position.device.type == "mps" else position.device  # mps has no float64
+            exact = (position.to(wide).double() * inverse_frequency.to(wide).double()).remainder(2 * math.pi)
+            angles = torch.where(position < self.trained_length, angles, exact.to(angles))
         scaling = getattr(self, f"{layer_type}_attention_scaling")
-        return angles.cos() * scaling, angles.sin() * scaling
+        cos, sin = angles.cos() * scaling, angles.sin() * scaling
+        return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
 
 
 class OlmemAttention(nn.Module):
-    """Olmo3Attention, with the kind of its QK-norm and a clip at one of two stages as choices."""
+    """Olmo3Attention, with choices: which projections are one, the kind of QK-norm, a clip at one of two stages, and
+    how positions are told. What a choice does not use does not exist."""
 
     def __init__(self, config: OlmemConfig, layer_idx: int):
         super().__init__()
@@ -154,19 +174,29 @@ class OlmemAttention(nn.Module):
         self.is_causal = True
         self.qk_norm = config.qk_norm
         self.clip_qkv, self.clip_qkv_stage = config.clip_qkv, config.clip_qkv_stage
+        self.shared_projections = config.shared_projections
+        self.caches_one_tensor = config.caches_one_tensor
+        self.position_embedding = config.position_embeddings[layer_idx]
+        self.rotates = self.position_embedding in ROTATING
         self.layer_type = config.layer_types[layer_idx]
         self.sliding_window = config.sliding_window if self.layer_type == "sliding_attention" else None
 
         query_size = config.num_attention_heads * self.head_dim
         key_size = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        has_query = self.shared_projections not in ("query_key", "query_key_value")
+        if has_query:
+            self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        if self.shared_projections in ("none", "query_key"):
+            self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
         if config.qk_norm != "none":
             whole = config.qk_norm == "full"
-            self.q_norm = make_norm(config, query_size if whole else self.head_dim)
+            if has_query:
+                self.q_norm = make_norm(config, query_size if whole else self.head_dim)
             self.k_norm = make_norm(config, key_size if whole else self.head_dim)
+        if self.position_embedding == "linspace":
+            self.linspace_scale = nn.Parameter(torch.ones(self.head_dim))
 
     def forward(
         self,
@@ -178,26 +208,16 @@ class OlmemAttention(nn.Module):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """With a `sight`, attention over what it says is seen; without, the attention of Transformers' models."""
-        heads_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        query, key, value = self.clip("projection", query, key, value)
-        if self.qk_norm == "full":
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key, value = query.view(heads_shape), key.view(heads_shape), value.view(heads_shape)
-        if self.qk_norm == "head":
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, H or K, T, D)
-
-        dropout = self.attention_dropout if self.training else 0.0
+        query, key, value = self.project(hidden_states)
+        rotations = position_embeddings if self.rotates else Rotations()
         if sight is not None:
             past = None if past_key_values is None else past_key_values.open(self.layer_idx, key.dtype)
             output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
-            output, weights = attend(
-                self, query, key, value, position_embeddings, sight, past, dropout, output_attentions
-            )
+            output, weights = attend(self, query, key, value, rotations, sight, past, output_attentions)
             return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
-        query, key, value = self.place(query, key, value, *position_embeddings.token)
+        query, key = self.place(query, rotations.token), self.place(key, rotations.token)
+        value = self.clip("rotary", value)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -209,22 +229,52 @@ class OlmemAttention(nn.Module):
             key,
             value,
             attention_mask,
-            dropout=dropout,
+            dropout=self.dropout,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
             **kwargs,
         )
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
-    def place(self, query, key, value, cos, sin) -> tuple[torch.Tensor, ...]:
-        """Gives queries and keys their positions."""
-        return self.clip("rotary", rotate(query, cos, sin), rotate(key, cos, sin), value)
+    @property
+    def dropout(self) -> float:
+        return self.attention_dropout if self.training else 0.0
 
-    def clip(self, stage: str, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries (B, H, T, D), keys and values (B, K, T, D), without positions; some may be the same tensor."""
+
+        def heads(name: str) -> torch.Tensor:
+            states = self.clip("projection", getattr(self, f"{name}_proj")(hidden_states))
+            qk_norm = "none" if name == "v" else self.qk_norm
+            if qk_norm == "full":
+                states = getattr(self, f"{name}_norm")(states)
+            states = states.view(*hidden_states.shape[:-1], -1, self.head_dim)
+            if qk_norm == "head":
+                states = getattr(self, f"{name}_norm")(states)
+            return states.transpose(1, 2)
+
+        if self.shared_projections == "none":
+            return heads("q"), heads("k"), heads("v")
+        if self.shared_projections == "query_key":
+            key = heads("k")
+            return key, key, heads("v")
+        if self.shared_projections == "query_key_value":
+            key = heads("k")
+            return key, key, key
+        query, key = heads("q"), heads("k")
+        return query, key, key if self.shared_projections == "key_value" else query - key
+
+    def place(self, states: torch.Tensor, rotation: Rotation | None, turn: Callable = rotate) -> torch.Tensor:
+        """Gives queries or keys their positions, where these are rotations."""
+        if rotation is not None:
+            states = turn(states, *rotation)
+        return self.clip("rotary", states)
+
+    def clip(self, stage: str, states: torch.Tensor) -> torch.Tensor:
         limit = self.clip_qkv
         if limit is None or self.clip_qkv_stage != stage:
             return states
-        return tuple(state.clamp(-limit, limit) for state in states)
+        return states.clamp(-limit, limit)
 
 
 class OlmemMLP(nn.Module):
@@ -296,7 +346,8 @@ class OlmemPreTrainedModel(PreTrainedModel):
             for layer_type in module.layer_types:
                 inverse_frequency, _ = module.frequencies(layer_type)
                 init.copy_(getattr(module, f"{layer_type}_inv_freq"), inverse_frequency)
-                init.copy_(getattr(module, f"{layer_type}_original_inv_freq"), inverse_frequency)
+        if isinstance(module, OlmemAttention) and module.position_embedding == "linspace":
+            init.ones_(module.linspace_scale)
 
     @staticmethod
     def auto_map() -> dict[str, str]:
@@ -396,6 +447,12 @@ class OlmemModel(OlmemPreTrainedModel):
         types = set(self.config.layer_types)
         if self.config.num_sink_tokens and types != {"full_attention"}:
             raise ValueError(f"`num_sink_tokens` must be 0 (got {self.config.num_sink_tokens}) with {reason}.")
+        by_distance = {"xpos", "linspace"} & set(self.config.position_embeddings)
+        if by_distance:
+            raise ValueError(
+                f"`position_embedding` must be made of rope and none (got {min(by_distance)!r}, which goes by what a "
+                f"query sees) with {reason}."
+            )
         if "chunked_attention" in types:
             raise ValueError(f"`layer_types` must not have 'chunked_attention' with {reason}.")
         if past_key_values is not None and "sliding_attention" in types and self.config.sliding_window == 1:
@@ -472,17 +529,33 @@ class OlmemModel(OlmemPreTrainedModel):
                 for layer_type, context in contexts.items()
             }
 
-        arguments = {}
-        for layer_type, sight in sights.items():
-            positions = sight.queries.clamp(min=0) if position_ids is None else position_ids
-            rotations = Rotations(self.rotary_emb(hidden_states, positions, layer_type))
-            if sight.prefix:
-                sink = self.rotary_emb(hidden_states, sight.sink_positions.clamp(min=0), layer_type)
-                slots = sight.context.slot(sight.queries.clamp(min=0))
-                query = None if sight.in_place else self.rotary_emb(hidden_states, slots, layer_type)
-                rotations = Rotations(rotations.token, query, sink)
-            arguments[layer_type] = {"sight": sight, "position_embeddings": rotations}
-        return arguments
+        return {
+            layer_type: {
+                "sight": sight,
+                "position_embeddings": self.rotations(hidden_states, layer_type, sight, position_ids),
+            }
+            for layer_type, sight in sights.items()
+        }
+
+    def rotations(self, hidden_states, layer_type: str, sight: Sight, position_ids: torch.Tensor | None) -> Rotations:
+        """Those that the layers of one type need for what they see; `position_ids` may stand in for numbers."""
+
+        def at(positions: torch.Tensor, below: int | None = None) -> Rotation:
+            return self.rotary_emb(hidden_states, positions, layer_type, below)
+
+        context = sight.context
+        slots = context.slot(sight.queries.clamp(min=0))  # of padding too, which has a number below 0
+        slots_below = None if context.span is None else context.span + context.num_sinks
+        if self.config.caches_one_tensor and sight.is_step:  # all keys are rotated now, by slots, which stay small
+            return Rotations(at(slots, slots_below), key=at(sight.step_slots.clamp(min=0), slots_below))
+        token = at(sight.queries.clamp(min=0) if position_ids is None else position_ids)
+        key = sink = query = None
+        if self.config.caches_one_tensor and sight.seen is not None:
+            key = at(sight.key_numbers.clamp(min=0))
+        if sight.prefix:
+            sink = at(sight.sink_positions.clamp(min=0))
+            query = None if sight.is_step else at(slots, slots_below)
+        return Rotations(token, query, sink, key)
 
     def look_as_transformers(self, hidden_states, attention_mask, position_ids, past_key_values) -> dict[str, dict]:
         """What the layers of each type are told: masks as `attn_implementation` wants them, absolute positions."""

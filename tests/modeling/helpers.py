@@ -133,16 +133,32 @@ def oracle(
 
     def rotate(x: torch.Tensor, position: int, layer_type: str) -> torch.Tensor:
         rope, half = config.rope_parameters[layer_type], size // 2
+        theta, factor = rope["rope_theta"], rope.get("factor", 1.0)
+        if rope["rope_type"] == "dynamic":  # of a text that ends there
+            length, trained = max(position + 1, config.max_position_embeddings), config.max_position_embeddings
+            theta, factor = theta * (factor * length / trained - (factor - 1)) ** (size / (size - 2)), 1.0
         turned = x.clone()
         for k in range(half):
-            angle = position / rope.get("factor", 1.0) * rope["rope_theta"] ** (-2 * k / size)
+            angle = position / factor * theta ** (-2 * k / size)
             turned[k] = x[k] * math.cos(angle) - x[k + half] * math.sin(angle)
             turned[k + half] = x[k + half] * math.cos(angle) + x[k] * math.sin(angle)
         return turned
 
-    def project(name: str, x: torch.Tensor) -> list[torch.Tensor]:
+    def scaled(x: torch.Tensor, distance: float) -> torch.Tensor:
+        """xpos: each pair of dimensions by its ζ to the power of distance / 512."""
+        zeta = [(2 * k / size + 0.4) / 1.4 for k in range(size // 2)] * 2
+        return x * torch.tensor([base ** (distance / 512) for base in zeta], dtype=x.dtype)
+
+    def project(prefix: str, letter: str, x: torch.Tensor) -> list[torch.Tensor]:
         """Queries, keys or values of one token, one for each head, without a position."""
-        letter = name[-6]
+        shared = config.shared_projections
+        if letter == "q" and shared in ("query_key", "query_key_value"):
+            return project(prefix, "k", x)
+        if letter == "v" and shared in ("key_value", "query_key_value"):
+            return project(prefix, "k", x)
+        if letter == "v" and shared == "value_difference":
+            return [q - k for q, k in zip(project(prefix, "q", x), project(prefix, "k", x), strict=True)]
+        name = f"{prefix}.{letter}_proj"
         x = clip("projection", linear(name, x))
         qk_norm = "none" if letter == "v" else config.qk_norm
         norm_name = name.replace("_proj", "_norm")
@@ -152,8 +168,13 @@ def oracle(
 
     clips_rotated = config.clip_qkv is not None and config.clip_qkv_stage == "rotary"
 
-    def attention(prefix: str, layer_type: str, stream: list[torch.Tensor]) -> list[torch.Tensor]:
-        queries, keys, values = ([project(f"{prefix}.{letter}_proj", x) for x in stream] for letter in "qkv")
+    def attention(prefix: str, layer_type: str, scheme: str, stream: list[torch.Tensor]) -> list[torch.Tensor]:
+        queries, keys, values = ([project(prefix, letter, x) for x in stream] for letter in "qkv")
+        span = {
+            FULL: config.max_position_embeddings,
+            SLIDING: config.sliding_window,
+            CHUNKED: (config.attention_chunk_size or 0) * (config.attention_chunk_lookback + 1),
+        }[layer_type]
         weights_seen = torch.zeros(heads, len(stream), len(stream), dtype=torch.float64)
         rotated = {}
 
@@ -161,7 +182,14 @@ def oracle(
             slot = token if clips_rotated else slot  # a clip is of vectors rotated at their own index
             at = (name, token, head, slot)
             if at not in rotated:
-                rotated[at] = clip("rotary", rotate(states[token][head], slot, layer_type))
+                x = states[token][head]
+                if scheme in ("rope", "xpos"):
+                    x = rotate(x, slot, layer_type)
+                if scheme == "xpos":
+                    x = scaled(x, slot if name == "query" else -slot)
+                if scheme == "linspace" and name == "key":
+                    x = x + 0.1 * slot / max(span - 1, 1) * weights[f"{prefix}.linspace_scale"]
+                rotated[at] = clip("rotary", x)
             return rotated[at]
 
         outputs = []
@@ -202,13 +230,14 @@ def oracle(
         ]
 
     stream = [weights["model.embed_tokens.weight"][token] for token in ids]
-    for index, layer_type in enumerate(config.layer_types):
+    schemes = config.position_embedding
+    schemes = [schemes] * config.num_hidden_layers if isinstance(schemes, str) else schemes
+    for index, (layer_type, scheme) in enumerate(zip(config.layer_types, schemes, strict=True)):
         layer = f"model.layers.{index}"
         if config.norm_placement == "parallel":
             normed = [norm(f"{layer}.input_layernorm", x) for x in stream]
-            sublayers = zip(
-                stream, attention(f"{layer}.self_attn", layer_type, normed), mlp(f"{layer}.mlp", normed), strict=True
-            )
+            attended = attention(f"{layer}.self_attn", layer_type, scheme, normed)
+            sublayers = zip(stream, attended, mlp(f"{layer}.mlp", normed), strict=True)
             stream = [x + kept * attended + kept * transformed for x, attended, transformed in sublayers]
             continue
         for sublayer in ("attention", "feedforward"):
@@ -216,7 +245,7 @@ def oracle(
             if config.norm_placement in ("pre", "peri"):
                 inner = [norm(f"{layer}.pre_{sublayer}_layernorm", x) for x in stream]
             is_mlp = sublayer == "feedforward"
-            inner = mlp(f"{layer}.mlp", inner) if is_mlp else attention(f"{layer}.self_attn", layer_type, inner)
+            inner = mlp(f"{layer}.mlp", inner) if is_mlp else attention(f"{layer}.self_attn", layer_type, scheme, inner)
             if config.norm_placement in ("post", "peri"):
                 inner = [norm(f"{layer}.post_{sublayer}_layernorm", x) for x in inner]
             stream = [x + kept * added for x, added in zip(stream, inner, strict=True)]

@@ -158,8 +158,6 @@ def test_generation_parameters_are_never_refused():
         ("num_memory_tokens", 8, 0),
         ("memory_segment_length", 16, None),
         ("memory_bptt_segments", 2, None),
-        ("position_embedding", "none", "rope"),
-        ("shared_projections", "key_value", "none"),
         ("retrieval_layers", [1], []),
     ],
 )

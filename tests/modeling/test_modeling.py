@@ -185,6 +185,8 @@ def olmo_options(draw, model_type: str) -> dict[str, Any]:
     rope_type = draw(st.sampled_from(sorted(SCALINGS)))
     rope = {"rope_theta": draw(thetas), "rope_type": rope_type, **SCALINGS[rope_type]}
     options["rope_parameters"] = rope
+    if rope_type == "dynamic":  # beyond it, Transformers gives a whole call the frequencies of its last token
+        options["max_position_embeddings"] = 32
     if model_type == "olmo3":
         options["sliding_window"] = draw(st.integers(2, 6))
         layer_types = st.lists(st.sampled_from([SLIDING, FULL]), min_size=layers, max_size=layers)
@@ -552,7 +554,7 @@ def test_only_a_missing_weight_is_initialised_anew(missing, tmp_path):
     assert (fresh == 1).all() if fresh.ndim == 1 else abs(fresh.std() - 0.1) < 0.02
     buffers = dict(loaded.named_buffers())
     assert different(buffers, dict(model.named_buffers())) == []
-    assert len(buffers) == 4
+    assert len(buffers) == 2
 
 
 def test_tied_weights_are_one_tensor_and_stored_once(tmp_path):

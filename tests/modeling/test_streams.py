@@ -26,6 +26,7 @@ from modeling.helpers import (
 )
 from olmem import OlmemCache, OlmemForCausalLM, attention_olmem
 from olmem.attention_olmem import attend, attend_reference
+from olmem.configuration_olmem import POSITION_EMBEDDINGS, SHARED_PROJECTIONS
 from torch.testing import assert_close
 from transformers import DynamicCache, Olmo3Config, Olmo3ForCausalLM
 
@@ -35,7 +36,11 @@ def choices(draw) -> dict[str, Any]:
     """Changes of the tiny configuration: each layer of its own type, windows from one token on."""
     layer_types = draw(st.lists(st.sampled_from([SLIDING, CHUNKED, FULL]), min_size=1, max_size=3))
     heads, kv_heads = draw(st.sampled_from([(4, 2), (4, 4), (4, 1), (6, 3)]))
+    shared = SHARED_PROJECTIONS if heads == kv_heads else SHARED_PROJECTIONS[:2]
+    schemes = st.sampled_from(POSITION_EMBEDDINGS)
     return {
+        "shared_projections": draw(st.sampled_from(shared)),
+        "position_embedding": draw(schemes | st.lists(schemes, min_size=len(layer_types), max_size=len(layer_types))),
         "num_hidden_layers": len(layer_types),
         "layer_types": layer_types,
         "rope_parameters": ROPE,
@@ -259,6 +264,7 @@ def attention_inputs(draw) -> dict[str, Any]:
     """One layer and random queries, keys and values of any size for it, a gradient of its output."""
     changes = draw(choices()) | {"num_hidden_layers": 1, "layer_types": draw(st.sampled_from([SLIDING, CHUNKED, FULL]))}
     changes |= {"head_dim": draw(st.sampled_from([2, 6, 8]))}
+    changes |= {"shared_projections": "none", "position_embedding": "rope"}  # as the reference
     batch, length = draw(st.integers(1, 2)), draw(st.integers(1, 40))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
 
@@ -276,9 +282,7 @@ def attend_in(model: OlmemForCausalLM, states, cache: OlmemCache | None = None) 
     hidden = query.new_zeros(len(query), query.shape[2], 1).requires_grad_(query.requires_grad)
     told = model.model.look(hidden, None, None, cache)[model.config.layer_types[0]]
     past = None if cache is None else cache.layers[0]
-    output, _ = attend(
-        model.model.layers[0].self_attn, *states, told["position_embeddings"], told["sight"], past, dropout=0.0
-    )
+    output, _ = attend(model.model.layers[0].self_attn, *states, told["position_embeddings"], told["sight"], past)
     if cache is not None:
         cache.advance(told["sight"])
     return output

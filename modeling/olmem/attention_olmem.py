@@ -15,7 +15,7 @@ in them with its two numbers side by side, for it to be one complex product.
 Shapes: B batch, H query heads, K key/value heads, T queries, S keys, D head dim, Z sinks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -44,7 +44,8 @@ class Rotations(NamedTuple):
     token: Rotation | None = None  # of the new tokens at their numbers, (R, T, D); None where nothing is rotated
     query: Rotation | None = None  # of the queries at their slots, (R, T, D)
     sink: Rotation | None = None  # of the sinks, (R, Z, D)
-    key: Rotation | None = None  # of all keys of a cache, (R, S, D); for one query (R, Z + S, D), sinks included
+    key: Rotation | None = None  # of all keys of a cache, (R, S, D), where these are values too
+    step: torch.Tensor | None = None  # of them and the sinks for one query, complex (R, Z + S, D/2)
 
     def upto(self, length: int) -> "Rotations":
         """Those of the first tokens."""
@@ -83,23 +84,41 @@ def in_halves(states: torch.Tensor) -> torch.Tensor:
     return states.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
-def rotate_side_by_side(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`rotate` for states (B, H, T, D) that are `side_by_side`; cosines and sines as there."""
-    half = states.shape[-1] // 2
-    cos, sin = cos[:, None, :, :half], sin[:, None, :, :half]
-    pairs = states.unflatten(-1, (-1, 2))
-    if states.dtype == torch.float32 and states.device.type == "cpu" and not torch.compiler.is_compiling():
-        return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(-2)
-    first, second = pairs.unbind(-1)
+def are_complex(states: torch.Tensor) -> bool:
+    """Whether complex products are there for them, and fast."""
+    return states.dtype == torch.float32 and states.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def as_phases(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Cosines and sines (R, T, D) as complex numbers (R, T, D/2)."""
+    half = cos.shape[-1] // 2
+    return torch.complex(cos[..., :half], sin[..., :half])
+
+
+def rotate_pairs(states: torch.Tensor, phases: torch.Tensor) -> torch.Tensor:
+    """`rotate` for states (B, H, T, D) that are `side_by_side`, by phases (R, T, D/2)."""
+    pairs, phases = states.unflatten(-1, (-1, 2)), phases[:, None]
+    if are_complex(states):
+        return torch.view_as_real(torch.view_as_complex(pairs) * phases).flatten(-2)
+    (first, second), cos, sin = pairs.unbind(-1), phases.real, phases.imag
     return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2).to(states.dtype)
 
 
-def xpos_scale(like: torch.Tensor, distance: torch.Tensor, turn: Callable) -> torch.Tensor:
-    """ζ^(distance/512) (R, 1, T, D), by which xpos multiplies queries, and keys by its inverse, distances (R, T) being
-    positions from any one base (Sun et al., arXiv 2212.10554); in the order of dimensions that `turn` has."""
+def rotate_side_by_side(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`rotate` for states (B, H, T, D) that are `side_by_side`."""
+    return rotate_pairs(states, as_phases(cos, sin))
+
+
+def xpos_zeta(like: torch.Tensor) -> torch.Tensor:
+    """ζ (D/2,) of xpos: queries are multiplied by ζ^(position/512), keys by its inverse (Sun et al., arXiv
+    2212.10554)."""
     size = like.shape[-1]
-    zeta = (torch.arange(0, size, 2, device=like.device) / size + XPOS_GAMMA) / (1 + XPOS_GAMMA)
-    scale = zeta.log().mul(distance[..., None] / XPOS_BASE).exp()
+    return (torch.arange(0, size, 2, device=like.device) / size + XPOS_GAMMA) / (1 + XPOS_GAMMA)
+
+
+def xpos_scale(like: torch.Tensor, distance: torch.Tensor, turn: Callable) -> torch.Tensor:
+    """ζ^(distance/512) (R, 1, T, D) of distances (R, T), in the order of dimensions of `turn`."""
+    scale = xpos_zeta(like) ** (distance[..., None] / XPOS_BASE)
     scale = scale.repeat_interleave(2, dim=-1) if turn is rotate_side_by_side else torch.cat((scale, scale), dim=-1)
     return scale[:, None].to(like.dtype)
 
@@ -222,7 +241,7 @@ def attend(
             prefix = Prefix(module.place(query, rotations.query, turn), sink_key, sinks[1])
     query = module.place(query, rotations.token, turn)
     if rotates_all:
-        output, weights = attend_rotating(module, query, values, rotations.key, sight)
+        output, weights = attend_rotating(module, query, values, rotations.step, sight)
     else:
         output, weights = attend_window(module, query, keys, values, sight, prefix, output_attentions, turn)
     if turn is rotate_side_by_side:
@@ -315,28 +334,35 @@ def attend_window(
 
 
 def attend_rotating(
-    module: Any, query: torch.Tensor, stored: torch.Tensor, rotation: Rotation, sight: Sight
+    module: Any, query: torch.Tensor, stored: torch.Tensor, phases: torch.Tensor, sight: Sight
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A step where keys are values, stored (B, K, Z + S, D): rotated a few at a time on their way to the scores."""
-    cos, sin = rotation
+    """A step where keys are values, stored (B, K, Z + S, D): rotated by phases (R, Z + S, D/2) on their way to the
+    scores. Returns (B, 1, H, D), weights (B, H, 1, Z + S)."""
     if module.position_embedding == "xpos":
-        slots = sight.step_slots
-        scale = xpos_scale(cos, sight.context.slot(sight.queries) - slots, rotate)[:, 0]
-        cos, sin = cos * scale, sin * scale
-    batch, kv_heads, length, size = stored.shape
-    few = length
-    if stored.device.type == "cpu" and not torch.compiler.is_compiling():
-        few = max(SCRATCH // (batch * kv_heads * size * stored.element_size()), 1)
-    grouped = (query * module.scaling).reshape(batch, kv_heads, -1, size)
-    scores = []
-    for start in range(0, length, few):
-        part = slice(start, start + few)
-        key = rotate_side_by_side(stored[:, :, part], cos[:, part], sin[:, part])
-        scores.append(grouped @ key.transpose(2, 3))
-    scores = torch.cat(scores, dim=-1).view(*query.shape[:3], -1)
-    weights = weigh(module, scores, sight.step_mask)
+        phases = phases * xpos_zeta(query) ** (
+            (sight.step_slots - sight.context.slot(sight.queries))[..., None] / -XPOS_BASE
+        )
+    grouped = (query * module.scaling).reshape(*stored.shape[:2], -1, stored.shape[-1])
+    scores = [grouped @ key.transpose(2, 3) for key in rotated_pieces(stored, phases)]
+    weights = weigh(module, torch.cat(scores, dim=-1).view(*query.shape[:3], -1), sight.step_mask)
     output = weights.view(*grouped.shape[:3], -1) @ stored
     return output.reshape(query.shape).transpose(1, 2), weights
+
+
+def rotated_pieces(states: torch.Tensor, phases: torch.Tensor) -> Iterator[torch.Tensor]:
+    """`rotate_pairs` of states (B, K, S, D) in pieces along S, each to be used before the next one is asked for."""
+    if not are_complex(states):
+        yield rotate_pairs(states, phases)
+        return
+    pairs = torch.view_as_complex(states.unflatten(-1, (-1, 2)))
+    batch, kv_heads, length, half = pairs.shape
+    size = min(max(SCRATCH // (batch * kv_heads * half * pairs.element_size()), 1), length)
+    scratch = torch.empty(batch, kv_heads, size, half, dtype=pairs.dtype)
+    for start in range(0, length, size):
+        part = slice(start, min(start + size, length))
+        piece = scratch[:, :, : part.stop - start]
+        torch.mul(pairs[:, :, part], phases[:, None, part], out=piece)
+        yield torch.view_as_real(piece).flatten(-2)
 
 
 def fade(query, key, prefix: Prefix | None, sight: Sight, part: slice, reach: slice, turn: Callable):

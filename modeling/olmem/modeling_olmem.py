@@ -42,7 +42,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_olmem import Rotation, Rotations, attend, eager_attention_forward, rotate
+from .attention_olmem import Rotation, Rotations, as_phases, attend, eager_attention_forward, rotate
 from .cache_olmem import OlmemCache
 from .configuration_olmem import HUB_ARGUMENTS, NOT_YET, OlmemConfig
 from .context_olmem import Context, Sight, find_documents
@@ -547,7 +547,7 @@ class OlmemModel(OlmemPreTrainedModel):
         slots = context.slot(sight.queries.clamp(min=0))  # of padding too, which has a number below 0
         slots_below = None if context.span is None else context.span + context.num_sinks
         if self.config.caches_one_tensor and sight.is_step:  # all keys are rotated now, by slots, which stay small
-            return Rotations(at(slots, slots_below), key=at(sight.step_slots.clamp(min=0), slots_below))
+            return Rotations(at(slots, slots_below), step=as_phases(*at(sight.step_slots.clamp(min=0), slots_below)))
         token = at(sight.queries.clamp(min=0) if position_ids is None else position_ids)
         key = sink = query = None
         if self.config.caches_one_tensor and sight.seen is not None:

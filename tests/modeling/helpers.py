@@ -39,7 +39,17 @@ MIXED: dict[str, Any] = CHUNKS | {
     "num_sink_tokens": 3,
     "sliding_window": 3,
 }
-STREAMS = {"window": {"layer_types": SLIDING}, "sinks": SINKS, "chunks": CHUNKS, "mixed": MIXED}
+# Values that are the keys, in one cached tensor; and positions that are no rotations, or not only.
+ONE_TENSOR: dict[str, Any] = MIXED | {"shared_projections": "key_value"}
+SCHEMES: dict[str, Any] = MIXED | {"position_embedding": ["xpos", "linspace", "none"]}
+STREAMS = {
+    "window": {"layer_types": SLIDING},
+    "sinks": SINKS,
+    "chunks": CHUNKS,
+    "mixed": MIXED,
+    "one tensor": ONE_TENSOR,
+    "schemes": SCHEMES,
+}
 
 
 def named(value: Any) -> str:

@@ -86,7 +86,7 @@ def test_a_step_writes_one_slot_of_each_row_in_place(changes):
         assert pointers(cache) == places
         for layer, old in zip(cache.layers, before, strict=True):
             sinks, size = layer.context.num_sinks, layer.capacity
-            for name in ("keys", "values"):
+            for name in set(layer.names):
                 changed = (layer.buffers[name] != old[name]).any(-1).any(1)[:, sinks : sinks + size]
                 assert changed.sum(-1).tolist() == [1, 1]
                 assert changed.int().argmax(-1).tolist() == [number % size for number in seen]

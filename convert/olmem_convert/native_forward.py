@@ -276,7 +276,8 @@ SLIDING_WINDOW = dict(
     pattern=REQUIRED, force_full_attention_on_first_layer=True, force_full_attention_on_last_layer=True
 )
 ROPE = dict(
-    name=("default",), theta=500_000, scaling=None, partial_rotary_factor=(1.0,), full_precision=IGNORED
+    name=("default",), theta=500_000, scaling=None, no_global_rope=False, partial_rotary_factor=(1.0,),
+    full_precision=IGNORED,
 )
 SCALING = dict(
     ABFRoPEScalingConfig=dict(attention_rescale_factor=1.0, new_theta=8_000_000),
@@ -333,6 +334,8 @@ def read_block(where: str, given: Any, layer: int, config: dict[str, Any]) -> di
     attention["qk_norm"] = read_norm(f"{mixer}.qk_norm", attention["qk_norm"])
     attention["rope"] = read_rope(f"{mixer}.rope", attention["rope"])
     attention["window"] = read_window(f"{mixer}.sliding_window", attention["sliding_window"], layer, config["n_layers"])
+    if attention["window"] is None and attention["rope"] is not None and attention["rope"]["no_global_rope"]:
+        attention["rope"] = None
     block["attention"] = attention
     block["layer_norm"] = read_norm(f"{where}.layer_norm", block["layer_norm"])
     block["feed_forward"] = read_fields(f"{where}.feed_forward", block["feed_forward"], FEED_FORWARD)

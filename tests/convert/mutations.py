@@ -132,6 +132,23 @@ def stored_frequencies_dropped(config, tensors):
 
 
 @mutation
+def positions_everywhere(config, tensors):
+    config["position_embedding"] = "rope"
+
+
+@mutation
+def positions_rotated(config, tensors):
+    given = config["position_embedding"]
+    config["position_embedding"] = given[1:] + given[:1]
+    return isinstance(given, list)
+
+
+@mutation
+def positions_dropped(config, tensors):
+    config["position_embedding"] = "none"
+
+
+@mutation
 def layer_types_rotated(config, tensors):
     config["layer_types"] = config["layer_types"][1:] + config["layer_types"][:1]
 

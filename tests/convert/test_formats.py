@@ -306,11 +306,9 @@ ONE_LAYER_SLIDES = {
         ("block.sequence_mixer.scalable_softmax", True, "scalable_softmax"),
         ("block.sequence_mixer.attention_sinks", True, "attention_sinks"),
         ("block.sequence_mixer.qk_norm_per_head_gains", True, "qk_norm_per_head_gains"),
-        ("block.sequence_mixer.rope", ..., "rope"),
-        ("block.sequence_mixer.rope", None, "rope"),
         ("block.sequence_mixer.rope.name", "complex", "rope.name"),
         ("block.sequence_mixer.rope.name", "fused", "rope.name"),
-        ("block.sequence_mixer.rope.no_global_rope", True, "no_global_rope"),
+        ("block.sequence_mixer.rope.no_global_rope", "x", "no_global_rope"),
         ("block.sequence_mixer.rope.partial_rotary_factor", 0.5, "partial_rotary_factor"),
         ("block.sequence_mixer.rope.scaling", {"unknown": 1}, "scaling"),
         ("block.sequence_mixer.rope.scaling", 8.0, "scaling"),
@@ -439,6 +437,12 @@ def test_olmo_core_defaults_are_those_of_its_classes():
         ("block.sequence_mixer.use_head_qk_norm", True, {"qk_norm": "head"}),
         ("block.sequence_mixer.qk_norm", None, {"qk_norm": "none"}),
         ("block.feed_forward.activation", "gelu_tanh", {"hidden_act": "gelu_pytorch_tanh"}),
+        ("block.sequence_mixer.rope.theta", 10000, {"position_embedding": "rope"}),
+        ("block.sequence_mixer.rope", ..., {"position_embedding": "none", "rope_parameters": {}}),
+        ("block.sequence_mixer.rope", None, {"position_embedding": "none", "rope_parameters": {}}),
+        ("block.sequence_mixer.rope", {}, {"position_embedding": "rope"}),
+        ("block.sequence_mixer.rope.no_global_rope", True, {"position_embedding": "none", "rope_parameters": {}}),
+        ("block.sequence_mixer.rope.no_global_rope", None, {"position_embedding": "rope"}),
         ("tie_word_embeddings", True, {"tie_word_embeddings": True}),
         ("embed_scale", None, {}),
         ("block.sequence_mixer.backend", "flash_2", {}),
@@ -523,6 +527,45 @@ def test_layer_types_of_a_pattern(pattern, first, last, wanted):
     config = opened(with_layers(8, **sliding)).olmem_config
     assert config["layer_types"] == wanted
     assert config.get("sliding_window") == (4 if S in wanted else None)
+
+
+WITHOUT_ROPE = changed("sequence_mixer.rope", ..., BLOCK)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "no_global_rope", "wanted"),
+    [
+        ({}, False, "rope"),
+        ({"1": BLOCK}, False, "rope"),
+        ({"2": WITHOUT_ROPE}, False, ["rope", "rope", "none", "rope"]),
+        ({"0": WITHOUT_ROPE, "3": WITHOUT_ROPE}, False, ["none", "rope", "rope", "none"]),
+        ({str(layer): WITHOUT_ROPE for layer in range(4)}, False, "none"),
+        ({}, True, ["rope", "rope", "rope", "none"]),
+        ({"1": WITHOUT_ROPE}, True, ["rope", "none", "rope", "none"]),
+    ],
+)
+def test_layers_without_positions(overrides, no_global_rope, wanted):
+    """Three that slide, and one that sees all."""
+    sliding = {"pattern": [4, 4, 4, -1], "force_full_attention_on_first_layer": False}
+    model = changed("block.sequence_mixer.rope.no_global_rope", no_global_rope, with_layers(4, **sliding))
+    overrides = {layer: changed("sequence_mixer.sliding_window", sliding, block) for layer, block in overrides.items()}
+    config = opened(model | {"block_overrides": overrides}).olmem_config
+    assert config["position_embedding"] == wanted and config["layer_types"] == [S, S, S, F]
+    assert OlmemConfig(**config).position_embeddings == ([wanted] * 4 if isinstance(wanted, str) else wanted)
+
+
+def test_rope_of_layers_without_it_is_no_contradiction():
+    """Scaling on one full layer, a second one without positions."""
+    model = changed("block.sequence_mixer.rope.scaling", YARN, with_layers(2))
+    config = opened(model | {"block_overrides": {"1": WITHOUT_ROPE}}).olmem_config
+    assert config["rope_parameters"]["full_attention"]["rope_type"] == "yarn"
+    assert config["position_embedding"] == ["rope", "none"]
+
+
+def test_model_without_any_position(tmp_path):
+    folder = write_olmo_core(tmp_path / "source", block=WITHOUT_ROPE)
+    assert convert(folder, tmp_path / "out")["verification"]["passed"]
+    assert read_config(tmp_path / "out")["position_embedding"] == "none"
 
 
 # The rest of config.json

@@ -136,7 +136,6 @@ def test_olmo_field_it_does_not_compute_is_refused(field, value):
         ("block.sequence_mixer.attention_sinks", True),
         ("block.sequence_mixer.name", "fused"),
         ("block.sequence_mixer.rope.name", "complex"),
-        ("block.sequence_mixer.rope.no_global_rope", True),
         ("block.sequence_mixer.rope.partial_rotary_factor", 0.5),
         ("block.sequence_mixer.rope.scaling", {"factor": 2.0}),
         ("block.sequence_mixer.sliding_window", {"pattern": [0], "force_full_attention_on_first_layer": False}),

@@ -32,6 +32,7 @@ EPSILON = (
     "demo",
 )
 SCALED = ("olmo_core_swa_yarn", "core180_llama3_scaling", "core300_pi")
+WITHOUT_POSITIONS = ("core300_nope", "core300_no_global_rope")
 CHUNKED = ("baka_pristine", "baka_elephant", "baka_bfloat16")
 CLIPPED = ("olmo_clip_scale", "legacy_clip_gqa", "core300_clip")
 # Where a mutation applies; to ALL unless it is named here.
@@ -59,6 +60,9 @@ FOLDERS = {
     "chunk_one_shorter": CHUNKED,
     "chunks_that_see_the_one_before": CHUNKED,
     "stored_frequencies_dropped": ("baka_bfloat16",),
+    "positions_everywhere": WITHOUT_POSITIONS,
+    "positions_rotated": WITHOUT_POSITIONS,
+    "positions_dropped": ("olmo", "olmo_core_swa", "baka_pristine", *WITHOUT_POSITIONS),
     "rope_scaling_dropped": SCALED,
     "yarn_attention_factor_dropped": ("olmo_core_swa_yarn",),
     "tied_flag_flipped": (*ALL, "olmo_core_tied", "olmo1"),
@@ -186,6 +190,9 @@ MISTAKES = [
     (olmo_core, "read_windows", "olmo_core_swa", lambda made: (made[0], made[1] + 1)),
     (olmo_core, "read_windows", "olmo_core_swa", lambda made: (made[0], made[1] - 1)),
     (olmo_core, "read_windows", "core300_swa_first_full", lambda made: (made[0][1:] + made[0][:1], made[1])),
+    (olmo_core, "read_positions", "core300_nope", lambda made: [*made[:3], "rope"]),
+    (olmo_core, "read_positions", "core300_nope", lambda made: made[::-1]),
+    (olmo_core, "read_positions", "core300_no_global_rope", lambda made: ["rope"] * len(made)),
     (olmo_core, "read_scaling", "olmo_core_swa_yarn", lambda made: {}),
     (olmo_core, "read_scaling", "olmo_core_swa_yarn", lambda made: made | {"attention_factor": 1.0}),
     (olmo_core, "read_scaling", "olmo_core_swa_yarn", lambda made: made | {"factor": made["factor"] * 1.01}),

@@ -27,7 +27,9 @@ def differences(folder: Path, out: Path) -> dict[str, float]:
     """Of sdpa and eager from the stored native logits, and of sdpa from the forward pass that verification runs."""
     expected = load_file(folder / "expected.safetensors")
     source = next(iter(sorted(folder.glob("step*"))), folder)
-    verification = convert(source, out)["verification"]
+    said = folder / "options.json"
+    options = json.loads(said.read_text()) if said.is_file() else {}
+    verification = convert(source, out, **options)["verification"]
     result = {}
     for implementation in IMPLEMENTATIONS:
         model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, attn_implementation=implementation)

@@ -1,4 +1,4 @@
-"""From a native OLMo or OLMo-core checkpoint to a verified model for Hugging Face Transformers."""
+"""From a native OLMo, OLMo-core or BakaLLM checkpoint to a verified model for Hugging Face Transformers."""
 
 from .convert import convert
 from .errors import CheckpointError

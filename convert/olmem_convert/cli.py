@@ -13,18 +13,27 @@ from .errors import CheckpointError
 
 app = typer.Typer(
     name="olmem",
-    help="From a native OLMo or OLMo-core checkpoint to a verified model for Hugging Face Transformers.",
+    help="From a native OLMo, OLMo-core or BakaLLM checkpoint to a verified model for Hugging Face Transformers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
+NativeConfig = Annotated[
+    Path | None, typer.Option(help="Config file of a BakaLLM state dict; config.json beside it by default.")
+]
+Window = Annotated[
+    int | None, typer.Option("--n-ctx", min=1, help="Window of a BakaLLM state dict without a config, in tokens.")
+]
+Activation = Annotated[
+    str | None, typer.Option("--act-fn", help="Its activation: silu (001_pristine) or elephant (002_baka_elephant).")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output, and nothing else.")]
 
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of the native checkpoint.")],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of the native checkpoint, or a `.bin`.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it appears whole or not at all.")],
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default.")
@@ -36,6 +45,9 @@ def convert(
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Trained length in tokens, in place of SRC's own.")
     ] = None,
+    native_config: NativeConfig = None,
+    n_ctx: Window = None,
+    act_fn: Activation = None,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare logits, weights and config with the native ones.")
     ] = True,
@@ -50,6 +62,9 @@ def convert(
         "max_shard_size": max_shard_size,
         "tokenizer": tokenizer,
         "max_length": max_length,
+        "native_config": native_config,
+        "n_ctx": n_ctx,
+        "act_fn": act_fn,
         "verify": verify,
         "overwrite": overwrite,
     }
@@ -60,12 +75,16 @@ def convert(
 def verify(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A converted folder.")],
     against: Annotated[Path, typer.Option(metavar="SRC", help="The native checkpoint it was converted from.")],
+    native_config: NativeConfig = None,
+    n_ctx: Window = None,
+    act_fn: Activation = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare the logits of a converted folder with the native checkpoint's, and write verification.json."""
     from .verify import verify as run
 
-    finish(lambda say: run(out, against, say=say), as_json)
+    options = {"native_config": native_config, "n_ctx": n_ctx, "act_fn": act_fn}
+    finish(lambda say: run(out, against, say=say, **options), as_json)
 
 
 def finish(run: Callable[[Callable[[str], None]], dict[str, Any]], as_json: bool) -> None:

@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 
 from .errors import CheckpointError
-from .formats import Checkpoint
+from .formats import Checkpoint, Given
 from .formats.detect import open_checkpoint
 from .plan import TOKEN_IDS, check_copies, make_config, make_tensors
 from .shards import check_size, write_shards
@@ -36,16 +36,20 @@ def convert(
     max_shard_size: int | str = "5GB",
     tokenizer: str | Path | None = None,
     max_length: int | None = None,
+    native_config: str | Path | None = None,
+    n_ctx: int | None = None,
+    act_fn: str | None = None,
     verify: bool = True,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Converts the native checkpoint in `source` to the folder `out` and verifies its logits.
+    """Converts the native checkpoint `source`, mostly a folder, to the folder `out` and verifies its logits.
 
     dtype: "float32", "bfloat16" or "float16"; the checkpoint's own by default. max_shard_size: of a weight file.
     tokenizer: a `tokenizer.json` or a folder with one; looked for in and beside `source` by default. max_length: the
-    trained length in tokens, when it is not the config's. overwrite: replace `out`, if it is an Olmem folder.
-    say: is told, line by line, what was found and done.
+    trained length in tokens, when it is not the config's. native_config, n_ctx, act_fn: a config file, or the window
+    and the activation, of a BakaLLM state dict that has no config.json beside it. overwrite: replace `out`, if it is an
+    Olmem folder. say: is told, line by line, what was found and done.
 
     Returns what was written. Raises CheckpointError, leaving nothing behind, when anything is amiss.
     """
@@ -55,7 +59,8 @@ def convert(
     if tokenizer is not None and not Path(tokenizer).exists():
         raise CheckpointError(f"`tokenizer` must be a tokenizer.json or its folder ({tokenizer} does not exist).")
     check_out(source, out, overwrite)
-    checkpoint = open_checkpoint(source, max_length)
+    given = Given(Path(native_config) if native_config else None, n_ctx, act_fn)
+    checkpoint = open_checkpoint(source, max_length, given)
     stored = choose_dtype(checkpoint, dtype)
     config = make_config(checkpoint, stored)
     tensors = make_tensors(checkpoint, config)
@@ -90,7 +95,7 @@ def convert(
             "verification": verify_checkpoint(folder, checkpoint, say) if verify else None,
         }
         if not verify:
-            say(f"not verified: `olmem verify {out} --against {source}` does it")
+            say(f"not verified: `olmem verify {out} --against {source}{given.options}` does it")
     say(f"wrote {out}")
     return report
 
@@ -98,6 +103,7 @@ def convert(
 def describe(checkpoint: Checkpoint, config: OlmemConfig, parameters: int) -> Iterator[str]:
     sliding = config.layer_types.count("sliding_attention")
     window = f", {sliding} of them with a window of {config.sliding_window}" if sliding else ""
+    window += f", in chunks of {checkpoint.chunk}" if checkpoint.chunk else ""
     yield (
         f"found {checkpoint.description}: {parameters:,} parameters, {config.num_hidden_layers} layers{window}, "
         f"{config.num_attention_heads} heads, trained length {config.max_position_embeddings}"

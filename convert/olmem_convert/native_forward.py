@@ -1,8 +1,10 @@
-"""The forward passes of OLMo and OLMo-core, read anew in plain torch: the oracle of the converter's verification.
+"""The forward passes of OLMo, OLMo-core and BakaLLM, read anew in plain torch: the oracle of the converter's
+verification.
 
-Sources: allenai/OLMo (`olmo/model.py`, package ai2-olmo 0.6.0) and allenai/OLMo-core (`olmo_core/nn`, package
-ai2-olmo-core 1.8.0 to 3.0.0). Nothing is shared with the converter, so that a mistake on either side shows. Every
-config field is computed, known to leave the logits alone, or refused: none is skipped.
+Sources: allenai/OLMo (`olmo/model.py`, package ai2-olmo 0.6.0), allenai/OLMo-core (`olmo_core/nn`, package
+ai2-olmo-core 1.8.0 to 3.0.0) and Maykeye/BakaLLM (`baka3.py`, branches 001_pristine and 002_baka_elephant). Nothing
+is shared with the converter, so that a mistake on either side shows. Every config field is computed, known to leave the
+logits alone, or refused: none is skipped.
 
 Shapes: B batch, T queries, E model width, H query heads, K key-value heads, D head width, V vocabulary rows.
 """
@@ -30,19 +32,24 @@ def native_forward(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields ('embeddings', [B, T, E]), ('block 0', [B, T, E]), ..., ('final norm', [B, T, E]), ('logits', [B, T, V]).
 
-    `config` is the `model` dict of config.yaml (family 'olmo') or config.json ('olmo_core'), checked at once, before
-    any weight is read. `tensors` is indexed by native name, one tensor at a time, each once: only tied embeddings are
-    read again for the head, since holding them would cost more than a block.
+    `config` is the `model` dict of config.yaml (family 'olmo') or config.json ('olmo_core'), or all fields of
+    `BakaConfig` ('baka'), checked at once, before any weight is read. `tensors` is indexed by native name, one tensor
+    at a time, each once: only tied embeddings are read again for the head, since holding them would cost more than a
+    block.
     """
     weights = Weights(tensors, input_ids.device, dtype)
     if family == "olmo":
         return olmo(read_olmo(config), weights, input_ids)
     if family == "olmo_core":
         return olmo_core(read_olmo_core(config), weights, input_ids)
-    raise CheckpointError(f"`family` must be 'olmo' or 'olmo_core' (got {family!r}); pass the family that was detected")
+    if family == "baka":
+        return baka(read_fields("config", config, BAKA), weights, input_ids)
+    raise CheckpointError(
+        f"`family` must be 'olmo', 'olmo_core' or 'baka' (got {family!r}); pass the family that was detected"
+    )
 
 
-# ---- Layers of both families ---------------------------------------------------------------------------------------
+# ---- Layers of several families ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -269,7 +276,8 @@ SLIDING_WINDOW = dict(
     pattern=REQUIRED, force_full_attention_on_first_layer=True, force_full_attention_on_last_layer=True
 )
 ROPE = dict(
-    name=("default",), theta=500_000, scaling=None, partial_rotary_factor=(1.0,), full_precision=IGNORED
+    name=("default",), theta=500_000, scaling=None, no_global_rope=False, partial_rotary_factor=(1.0,),
+    full_precision=IGNORED,
 )
 SCALING = dict(
     ABFRoPEScalingConfig=dict(attention_rescale_factor=1.0, new_theta=8_000_000),
@@ -326,6 +334,8 @@ def read_block(where: str, given: Any, layer: int, config: dict[str, Any]) -> di
     attention["qk_norm"] = read_norm(f"{mixer}.qk_norm", attention["qk_norm"])
     attention["rope"] = read_rope(f"{mixer}.rope", attention["rope"])
     attention["window"] = read_window(f"{mixer}.sliding_window", attention["sliding_window"], layer, config["n_layers"])
+    if attention["window"] is None and attention["rope"] is not None and attention["rope"]["no_global_rope"]:
+        attention["rope"] = None
     block["attention"] = attention
     block["layer_norm"] = read_norm(f"{where}.layer_norm", block["layer_norm"])
     block["feed_forward"] = read_fields(f"{where}.feed_forward", block["feed_forward"], FEED_FORWARD)
@@ -467,3 +477,66 @@ def stepwise(frequencies: Tensor, fields: dict[str, Any], low: float, high: floa
     between = (1 - blend) * frequencies / factor + blend * frequencies
     scaled = torch.where(wavelengths > old_length / low, frequencies / factor, between)
     return torch.where(wavelengths < old_length / high, frequencies, scaled)
+
+
+# ---- BakaLLM -------------------------------------------------------------------------------------------------------
+
+BAKA_ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "elephant": lambda x: 1 / (1 + x.abs() ** 8),  # arXiv 2310.01365 with a = 1, d = 8
+    "BakaElephant": lambda x: 1 / (1 + x.abs() ** 8),
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+BAKA = dict(
+    **dict.fromkeys(("dim_model", "dim_ff", "dim_attn", "n_layers", "n_heads", "n_vocab", "n_ctx"), REQUIRED),
+    act_fn=tuple(BAKA_ACTIVATION),
+    model_type=(None, "baka", "baka_pristine", "baka_elephant", "001_pristine", "002_baka_elephant"),
+)
+
+
+@torch.no_grad()
+def baka(config: dict[str, Any], weights: Weights, ids: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """`BakaNetCausalLM.forward`: ids [B, T] to named hidden states [B, T, E] and logits [B, T, V].
+
+    Native code runs one window of `n_ctx` tokens after the other through all layers. As windows do not see each other,
+    each layer may as well run all of them.
+    """
+    rows, width, hidden = config["n_vocab"], config["dim_model"], config["dim_ff"]
+    norm = Norm(rms=False, eps=1e-5, weight=True, bias=True)
+    h = F.embedding(ids, weights.read("vocab_in.weight", rows, width))
+    yield "embeddings", h
+    for layer in range(config["n_layers"]):
+        name = f"model.layers.{layer}"
+        x = weights.norm(f"{name}.norm_in", h, norm)
+        gate = BAKA_ACTIVATION[config["act_fn"]](weights.linear(f"{name}.mlp.fc_gate", x, hidden, bias=False))
+        up = weights.linear(f"{name}.mlp.fc_up", x, hidden, bias=False)
+        h = h + baka_attention(config, weights, f"{name}.attn", x)
+        h = h + weights.linear(f"{name}.mlp.fc_down", up * gate, width, bias=False)
+        yield f"block {layer}", h
+    h = weights.norm("norm_out", h, norm)
+    yield "final norm", h
+    yield "logits", weights.linear("vocab_out", h, rows, bias=False)
+
+
+def baka_attention(config: dict[str, Any], weights: Weights, name: str, x: Tensor) -> Tensor:
+    """`BakaAttention.forward` of every window, x [B, T, E] to [B, T, E]: positions start from 0 in each."""
+    heads, width = config["n_heads"], config["dim_attn"]
+    frequencies = weights.read(f"{name}.rot.freqs", width // heads // 2)
+    q = weights.linear(f"{name}.q", x, width, bias=False).unflatten(-1, (heads, -1))
+    k = weights.linear(f"{name}.k", x, width, bias=False).unflatten(-1, (heads, -1))
+    v = weights.linear(f"{name}.v", x, x.shape[-1], bias=False).unflatten(-1, (heads, -1))
+    windows = zip(*(part.split(config["n_ctx"], dim=1) for part in (q, k, v)), strict=True)
+    seen = [causal_attention(rotate_pairs(q, frequencies), rotate_pairs(k, frequencies), v) for q, k, v in windows]
+    return weights.linear(f"{name}.o", torch.cat(seen, dim=1), x.shape[-1], bias=False)
+
+
+def rotate_pairs(x: Tensor, frequencies: Tensor) -> Tensor:
+    """RoPE on x [B, T, H, D] as rotary-embedding-torch has it: dimension 2j turns with 2j + 1."""
+    positions = torch.arange(x.shape[1], device=x.device, dtype=x.dtype)
+    angles = torch.outer(positions, frequencies)[:, None, :]
+    even, odd = x[..., 0::2], x[..., 1::2]
+    turned = even * angles.cos() - odd * angles.sin(), odd * angles.cos() + even * angles.sin()
+    return torch.stack(turned, dim=-1).flatten(-2)

@@ -12,7 +12,7 @@ import json
 import math
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,16 +40,26 @@ class LazyTensor:
         """Rows start … stop−1 of the first dimension."""
         return LazyTensor((stop - start, *self.shape[1:]), self.dtype, lambda: self.load()[start:stop])
 
+    def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "LazyTensor":
+        """What `change`, which keeps shape and dtype, makes of it."""
+        return LazyTensor(self.shape, self.dtype, lambda: change(self.load()))
+
 
 class LoadedOnDemand(Mapping[str, torch.Tensor]):
-    """Lazy tensors as a mapping of plain ones: each look-up reads one tensor, optionally rounded to `dtype`."""
+    """Lazy tensors as a mapping of plain ones: each look-up reads one tensor, optionally rounded to `dtype`, but for
+    the names in `as_stored`."""
 
-    def __init__(self, tensors: Mapping[str, LazyTensor], dtype: torch.dtype | None = None):
-        self.tensors, self.dtype = tensors, dtype
+    def __init__(
+        self,
+        tensors: Mapping[str, LazyTensor],
+        dtype: torch.dtype | None = None,
+        as_stored: Container[str | None] = (),
+    ):
+        self.tensors, self.dtype, self.as_stored = tensors, dtype, as_stored
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self.tensors[name].load()
-        return tensor if self.dtype is None else tensor.to(self.dtype)
+        return tensor if self.dtype is None or name in self.as_stored else tensor.to(self.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
@@ -113,6 +123,21 @@ def read_pickle(path: Path) -> dict[str, LazyTensor]:
             )
         tensors[name] = LazyTensor(tuple(value.shape), value.dtype, lambda value=value: value)
     return tensors
+
+
+LARGEST_PICKLE = 2**26  # bytes that are looked at, of the names and shapes of a state dict
+
+
+def pickle_mentions(path: Path, *names: str) -> bool:
+    """Whether a file of `torch.save` has one of these strings among its names; nothing is unpickled for it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickled = next(record for record in archive.namelist() if record.endswith("/data.pkl"))
+            with archive.open(pickled) as file:
+                text = file.read(LARGEST_PICKLE)
+    except Exception:  # of the many that a damaged or foreign file raises, each means the same
+        return False
+    return any(name.encode() in text for name in names)
 
 
 SAFETENSORS_DTYPES = {

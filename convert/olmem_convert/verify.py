@@ -23,7 +23,7 @@ from olmem import OlmemConfig, OlmemForCausalLM
 from tqdm import tqdm
 
 from .errors import CheckpointError
-from .formats import Checkpoint
+from .formats import Checkpoint, Given
 from .formats.detect import open_checkpoint
 from .native_forward import native_forward
 from .plan import TOKEN_IDS, make_config, make_tensors
@@ -43,15 +43,25 @@ NOT_OF_THE_LOGITS = {
 SEED = 20
 
 
-def verify(out: str | Path, source: str | Path, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """Compares the converted folder `out` with the native checkpoint in `source`, writes `verification.json`.
+def verify(
+    out: str | Path,
+    source: str | Path,
+    say: Callable[[str], None] = lambda line: None,
+    *,
+    native_config: str | Path | None = None,
+    n_ctx: int | None = None,
+    act_fn: str | None = None,
+) -> dict[str, Any]:
+    """Compares the converted folder `out` with the native checkpoint `source`, writes `verification.json`.
 
-    Returns the report. Raises CheckpointError, after writing a report that says so, when the logits differ.
+    native_config, n_ctx, act_fn: as `convert` was given them. Returns the report. Raises CheckpointError, after writing
+    a report that says so, when the logits differ.
     """
     out = Path(out)
     if not (out / "config.json").is_file():
         raise CheckpointError(f"`OUT` must be a converted folder ({out} has no config.json); convert SRC first.")
-    checkpoint = open_checkpoint(Path(source), trained_length(out))
+    given = Given(Path(native_config) if native_config else None, n_ctx, act_fn)
+    checkpoint = open_checkpoint(Path(source), trained_length(out), given)
     (out / REPORT_NAME).unlink(missing_ok=True)  # an old report must not vouch for what is being checked
     return verify_checkpoint(out, checkpoint, say)
 
@@ -74,7 +84,12 @@ def verify_checkpoint(out: Path, checkpoint: Checkpoint, say: Callable[[str], No
     report: dict[str, Any] = {
         "passed": all(stage["equal"] for stage in stages) and not config_differences and not weight_differences,
         "source": checkpoint.description,
-        "prompt": {"tokens": input_ids.shape[1], "seed": SEED, "sliding_window": checkpoint.window or None},
+        "prompt": {
+            "tokens": input_ids.shape[1],
+            "seed": SEED,
+            "sliding_window": checkpoint.window or None,
+            "attention_chunk_size": checkpoint.chunk or None,
+        },
         "dtype": str(stored).removeprefix("torch."),
         "compared_in": "float32 with sdpa, native weights rounded to dtype",
         "max_difference": logits["max_difference"],
@@ -132,8 +147,10 @@ def stored_dtype(out: Path) -> torch.dtype:
 
 
 def prompt(checkpoint: Checkpoint) -> torch.Tensor:
-    """Random token ids (1, T), T past the window, the same for every run."""
-    length = max(checkpoint.window, PROMPT_BEYOND_WINDOW) + PROMPT_BEYOND_WINDOW
+    """Random token ids (1, T), T past the window or in the middle of a later chunk, the same for every run."""
+    length = max(checkpoint.window, checkpoint.chunk, PROMPT_BEYOND_WINDOW) + PROMPT_BEYOND_WINDOW
+    if checkpoint.chunk:
+        length = length // checkpoint.chunk * checkpoint.chunk + max(checkpoint.chunk // 2, 1)
     highest = min(checkpoint.tokenizer_size, checkpoint.olmem_config["vocab_size"])
     return torch.randint(highest, (1, length), generator=torch.Generator().manual_seed(SEED))
 
@@ -146,7 +163,7 @@ def compare_stages(
 
     Olmem's stages call for the native ones as they are reached, so neither model's activations pile up.
     """
-    tensors = LoadedOnDemand(checkpoint.tensors, stored)
+    tensors = LoadedOnDemand(checkpoint.tensors, stored, checkpoint.in_config)
     native = native_forward(checkpoint.family, checkpoint.native_config, tensors, input_ids, dtype=torch.float32)
     rows: list[dict[str, Any]] = []
     modules = [model.model.embed_tokens, *model.model.layers, model.model.norm]

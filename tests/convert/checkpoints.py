@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 import yaml
+from olmem_convert.formats import Checkpoint, Given
+from olmem_convert.formats.detect import open_checkpoint
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[2]
@@ -20,9 +22,21 @@ EXACT = [name for name in FOLDERS if name.startswith("olmo") and name not in ("o
 
 
 def source(name: str) -> Path:
-    """The native checkpoint in a golden folder: the folder itself, or the step in it."""
+    """The native checkpoint in a golden folder: the folder itself, or the step in it; or that of the demo."""
+    if name == "demo":
+        return DEMO / "step1872"
     steps = sorted((GOLDEN / name).glob("step*"))
     return steps[0] if steps else GOLDEN / name
+
+
+def options(name: str) -> dict[str, Any]:
+    """What `convert` and `verify` are told of a golden checkpoint that does not say it."""
+    path = GOLDEN / name / "options.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def golden(name: str) -> Checkpoint:
+    return open_checkpoint(source(name), given=Given(**options(name)))
 
 
 def expected(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,7 +47,9 @@ def expected(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 def copy_source(name: str, target: Path) -> Path:
     """A copy of a golden checkpoint, to be damaged."""
-    shutil.copytree(source(name), target, ignore=shutil.ignore_patterns("expected.safetensors", "train"))
+    shutil.copytree(
+        source(name), target, ignore=shutil.ignore_patterns("expected.safetensors", "options.json", "train")
+    )
     return target
 
 

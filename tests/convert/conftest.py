@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from convert.checkpoints import DEMO, source
+from convert.checkpoints import options, source
 from hypothesis import settings
 from olmem_convert import convert
 
@@ -39,7 +39,7 @@ def converted(tmp_path_factory) -> Callable[..., Path]:
     @cache
     def make(name: str, dtype: str | None = None) -> Path:
         out = tmp_path_factory.mktemp("converted") / name
-        convert(DEMO / "step1872" if name == "demo" else source(name), out, dtype=dtype)
+        convert(source(name), out, dtype=dtype, **options(name))
         return out
 
     return make

@@ -111,6 +111,44 @@ def window_one_shorter(config, tensors):
 
 
 @mutation
+def chunk_one_longer(config, tensors):
+    config["attention_chunk_size"] += 1
+
+
+@mutation
+def chunk_one_shorter(config, tensors):
+    config["attention_chunk_size"] -= 1
+
+
+@mutation
+def chunks_that_see_the_one_before(config, tensors):
+    config["attention_chunk_lookback"] = 1
+
+
+@mutation
+def stored_frequencies_dropped(config, tensors):
+    """Those of the theta instead, which a checkpoint in bfloat16 has rounded."""
+    return any(rope.pop("inverse_frequencies", False) for rope in each_rope(config))
+
+
+@mutation
+def positions_everywhere(config, tensors):
+    config["position_embedding"] = "rope"
+
+
+@mutation
+def positions_rotated(config, tensors):
+    given = config["position_embedding"]
+    config["position_embedding"] = given[1:] + given[:1]
+    return isinstance(given, list)
+
+
+@mutation
+def positions_dropped(config, tensors):
+    config["position_embedding"] = "none"
+
+
+@mutation
 def layer_types_rotated(config, tensors):
     config["layer_types"] = config["layer_types"][1:] + config["layer_types"][:1]
 
@@ -197,7 +235,7 @@ def logits_scaling_dropped(config, tensors):
 
 @mutation
 def activation_of_another_kind(config, tensors):
-    config["hidden_act"] = {"silu": "gelu", "gelu_pytorch_tanh": "gelu"}[config["hidden_act"]]
+    config["hidden_act"] = {"silu": "gelu", "gelu_pytorch_tanh": "gelu", "elephant": "silu"}[config["hidden_act"]]
 
 
 @mutation

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from convert.checkpoints import DEMO, copy_source, edit_json, edit_model, snapshot, source
-from convert.writers import olmo_core_state, olmo_state, write_olmo, write_olmo_core
+from convert.refusal import refuse
+from convert.writers import olmo_core_state, olmo_state, write_baka, write_olmo, write_olmo_core
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from olmem_convert import CheckpointError, convert
@@ -21,25 +22,6 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 LAYOUTS = ("model.pt", "model.safetensors", "model/metadata.json", "model_and_optim/.metadata")
-
-
-def refuse(src: Path, *words: str, out: Path | None = None, options: tuple[str, ...] = ()) -> str:
-    """Runs `olmem convert` on something wrong, and returns its error, having checked all that an error promises."""
-    out = out or src.parent / "out"
-    before = {folder: snapshot(folder) for folder in (src.parent, out.parent) if folder.is_dir()}
-    names = {folder: sorted(os.listdir(folder)) for folder in before}
-    result = CliRunner().invoke(app, ["convert", str(src), str(out), *options])
-    assert isinstance(result.exception, SystemExit), repr(result.exception)
-    assert result.exit_code == 1, result.output
-    assert "Traceback" not in result.output
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    for word in words:
-        assert word in result.stderr
-    for folder, files in before.items():
-        assert sorted(os.listdir(folder)) == names[folder]
-        assert snapshot(folder) == files
-    return result.stderr
 
 
 @pytest.fixture
@@ -85,10 +67,10 @@ def test_folder_that_was_converted(converted, src):
     refuse(src, "converted already")
 
 
-def test_bare_state_dict(src):
+def test_bare_state_dict_of_transformers(src):
     src.mkdir()
     (src / "pytorch_model.bin").write_bytes(b"")
-    refuse(src, "not supported yet")
+    refuse(src, "holds pytorch_model.bin")
 
 
 @pytest.mark.parametrize(("kind", "file"), [("torch_legacy", "rank0.pt"), ("local", "model/rank0.pt")])
@@ -136,6 +118,8 @@ FILES = [
     ("core300_fsdp2_4rank_empty", "model_and_optim/.metadata"),
     ("core300_fsdp2_4rank_empty", "config.json"),
     ("core300_save_state_dict", ".metadata"),
+    ("baka_pristine", "baka_tiny.bin"),
+    ("baka_pristine", "config.json"),
 ]
 # Where what is missing would be read: not the optimizer's part of a chunk file, nor a last newline.
 READ = {"model_and_optim/__1_0.distcp": 0.4, "config.yaml": 0.9}
@@ -241,6 +225,7 @@ def test_shards_of_two_checkpoints(one, other, file, src):
         ("core300_12layers", "core300_peri_norm", "config.json"),
         ("olmo_core_swa_yarn", "olmo_core_swa", "config.json"),
         ("core300_pi", "core300_prenorm_headqk", "config.json"),
+        ("baka_bfloat16", "baka_pristine", "config.json"),
     ],
 )
 def test_config_of_another_checkpoint(one, other, config, src):
@@ -555,7 +540,10 @@ def test_contradiction_in_the_config_is_named(src):
 
 
 def write_any(folder: Path, layout: str) -> None:
-    write_olmo_core(folder) if layout == "OLMo-core" else write_olmo(folder, layout)
+    if layout == "BakaLLM":
+        write_baka(folder)
+    else:
+        write_olmo_core(folder) if layout == "OLMo-core" else write_olmo(folder, layout)
 
 
 CONTAINERS = [
@@ -567,6 +555,8 @@ CONTAINERS = [
     ("model_and_optim/.metadata", "model_and_optim/.metadata"),
     ("model_and_optim/.metadata", "model_and_optim/__0_0.distcp"),
     ("OLMo-core", "config.json"),
+    ("BakaLLM", "baka_x_1_2.bin"),
+    ("BakaLLM", "config.json"),
 ]
 DAMAGE = st.lists(
     st.tuples(st.sampled_from(["set", "cut", "insert", "drop"]), st.floats(0, 1), st.integers(0, 255)),

@@ -91,6 +91,8 @@ def test_overwrite(tmp_path):
         ["convert", "a", "b", "--max-length", "0"],
         ["convert", "a", "b", "--max-length", "x"],
         ["convert", "a", "b", "--fast"],
+        ["convert", "a", "b", "--n-ctx", "0"],
+        ["verify", "a", "--against", "b", "--n-ctx", "x"],
         ["verify", "a"],
         ["verify", "--against", "a"],
     ],

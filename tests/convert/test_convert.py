@@ -68,6 +68,14 @@ def test_verification_looks_past_the_window(name, converted):
     assert prompt["tokens"] > prompt["sliding_window"] == read_config(converted(name))["sliding_window"]
 
 
+@pytest.mark.parametrize("name", ["baka_pristine", "baka_elephant", "baka_bfloat16"])
+def test_verification_ends_in_the_middle_of_a_later_chunk(name, converted):
+    prompt = json.loads((converted(name) / "verification.json").read_text())["prompt"]
+    chunk = prompt["attention_chunk_size"]
+    assert chunk == read_config(converted(name))["attention_chunk_size"]
+    assert prompt["tokens"] > chunk and 0 < prompt["tokens"] % chunk < chunk - 1
+
+
 def test_cached_steps_give_the_logits_of_one_forward(converted):
     input_ids, native = expected(GOLDEN / "olmo_core_swa_yarn")
     model = AutoModelForCausalLM.from_pretrained(converted("olmo_core_swa_yarn"))
@@ -207,7 +215,10 @@ def test_shards_respect_their_size(size, tmp_path):
     assert torch.equal(logits_of(out, input_ids), native)
 
 
-@pytest.mark.parametrize("name", ["olmo_core_swa_yarn", "olmo_gqa_tied", "legacy_norm_noaffine", "core300_layernorm"])
+ROUNDED = ["olmo_core_swa_yarn", "olmo_gqa_tied", "legacy_norm_noaffine", "core300_layernorm", "baka_pristine"]
+
+
+@pytest.mark.parametrize("name", ROUNDED)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_weights_are_rounded_once(name, dtype, converted, tmp_path):
     out = tmp_path / "out"

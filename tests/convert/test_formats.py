@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from convert.checkpoints import FOLDERS, copy_source, edit_json, edit_model, read_config, source
+from convert.checkpoints import FOLDERS, copy_source, edit_json, edit_model, golden, read_config
 from convert.writers import (
     NORM,
     OLMO_CORE_MODEL,
@@ -43,7 +43,7 @@ def target_shapes(checkpoint) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_keys_go_there_and_back_without_a_bit_changed(name):
-    checkpoint = open_checkpoint(source(name))
+    checkpoint = golden(name)
     shapes = target_shapes(checkpoint)
     made = {target: tensor.load() for target, tensor in to_olmem(checkpoint.keys, checkpoint.tensors, shapes).items()}
     assert {target: tuple(tensor.shape) for target, tensor in made.items()} == shapes
@@ -55,19 +55,21 @@ def test_keys_go_there_and_back_without_a_bit_changed(name):
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_keys_are_a_bijection(name):
-    checkpoint = open_checkpoint(source(name))
+    checkpoint = golden(name)
     natives = Counter(key.native for key in checkpoint.keys if key.native)
     targets = Counter(target for key in checkpoint.keys for target in key.targets)
     assert set(natives.values()) == set(targets.values()) == {1}
     assert set(natives) == set(checkpoint.tensors)
     assert set(targets) == set(target_shapes(checkpoint))
-    assert all(len(key.targets) == 1 or key.rows or key.same_as for key in checkpoint.keys)
+    assert all(len(key.targets) == 1 or key.rows or key.same_as or key.numbers for key in checkpoint.keys)
 
 
-@pytest.mark.parametrize("name", ["olmo", "olmo1", "olmo_sharded_core", "core300_12layers", "olmo_core_tied"])
+@pytest.mark.parametrize(
+    "name", ["olmo", "olmo1", "olmo_sharded_core", "core300_12layers", "olmo_core_tied", "baka_pristine"]
+)
 class TestCoverage:
     def opened(self, name):
-        checkpoint = open_checkpoint(source(name))
+        checkpoint = golden(name)
         return checkpoint, dict(checkpoint.tensors), target_shapes(checkpoint)
 
     def test_missing_tensor_is_named(self, name):
@@ -105,7 +107,7 @@ class TestCoverage:
 
 def test_layers_are_numbered_not_sorted(converted):
     """Layer 10 comes after layer 9, though "10" sorts before "2"."""
-    checkpoint = open_checkpoint(source("core300_12layers"))
+    checkpoint = golden("core300_12layers")
     table = {key.native: key.targets for key in checkpoint.keys}
     for layer in range(12):
         assert table[f"blocks.{layer}.feed_forward.w1.weight"] == (f"model.layers.{layer}.mlp.gate_proj.weight",)
@@ -304,11 +306,9 @@ ONE_LAYER_SLIDES = {
         ("block.sequence_mixer.scalable_softmax", True, "scalable_softmax"),
         ("block.sequence_mixer.attention_sinks", True, "attention_sinks"),
         ("block.sequence_mixer.qk_norm_per_head_gains", True, "qk_norm_per_head_gains"),
-        ("block.sequence_mixer.rope", ..., "rope"),
-        ("block.sequence_mixer.rope", None, "rope"),
         ("block.sequence_mixer.rope.name", "complex", "rope.name"),
         ("block.sequence_mixer.rope.name", "fused", "rope.name"),
-        ("block.sequence_mixer.rope.no_global_rope", True, "no_global_rope"),
+        ("block.sequence_mixer.rope.no_global_rope", "x", "no_global_rope"),
         ("block.sequence_mixer.rope.partial_rotary_factor", 0.5, "partial_rotary_factor"),
         ("block.sequence_mixer.rope.scaling", {"unknown": 1}, "scaling"),
         ("block.sequence_mixer.rope.scaling", 8.0, "scaling"),
@@ -437,6 +437,12 @@ def test_olmo_core_defaults_are_those_of_its_classes():
         ("block.sequence_mixer.use_head_qk_norm", True, {"qk_norm": "head"}),
         ("block.sequence_mixer.qk_norm", None, {"qk_norm": "none"}),
         ("block.feed_forward.activation", "gelu_tanh", {"hidden_act": "gelu_pytorch_tanh"}),
+        ("block.sequence_mixer.rope.theta", 10000, {"position_embedding": "rope"}),
+        ("block.sequence_mixer.rope", ..., {"position_embedding": "none", "rope_parameters": {}}),
+        ("block.sequence_mixer.rope", None, {"position_embedding": "none", "rope_parameters": {}}),
+        ("block.sequence_mixer.rope", {}, {"position_embedding": "rope"}),
+        ("block.sequence_mixer.rope.no_global_rope", True, {"position_embedding": "none", "rope_parameters": {}}),
+        ("block.sequence_mixer.rope.no_global_rope", None, {"position_embedding": "rope"}),
         ("tie_word_embeddings", True, {"tie_word_embeddings": True}),
         ("embed_scale", None, {}),
         ("block.sequence_mixer.backend", "flash_2", {}),
@@ -521,6 +527,45 @@ def test_layer_types_of_a_pattern(pattern, first, last, wanted):
     config = opened(with_layers(8, **sliding)).olmem_config
     assert config["layer_types"] == wanted
     assert config.get("sliding_window") == (4 if S in wanted else None)
+
+
+WITHOUT_ROPE = changed("sequence_mixer.rope", ..., BLOCK)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "no_global_rope", "wanted"),
+    [
+        ({}, False, "rope"),
+        ({"1": BLOCK}, False, "rope"),
+        ({"2": WITHOUT_ROPE}, False, ["rope", "rope", "none", "rope"]),
+        ({"0": WITHOUT_ROPE, "3": WITHOUT_ROPE}, False, ["none", "rope", "rope", "none"]),
+        ({str(layer): WITHOUT_ROPE for layer in range(4)}, False, "none"),
+        ({}, True, ["rope", "rope", "rope", "none"]),
+        ({"1": WITHOUT_ROPE}, True, ["rope", "none", "rope", "none"]),
+    ],
+)
+def test_layers_without_positions(overrides, no_global_rope, wanted):
+    """Three that slide, and one that sees all."""
+    sliding = {"pattern": [4, 4, 4, -1], "force_full_attention_on_first_layer": False}
+    model = changed("block.sequence_mixer.rope.no_global_rope", no_global_rope, with_layers(4, **sliding))
+    overrides = {layer: changed("sequence_mixer.sliding_window", sliding, block) for layer, block in overrides.items()}
+    config = opened(model | {"block_overrides": overrides}).olmem_config
+    assert config["position_embedding"] == wanted and config["layer_types"] == [S, S, S, F]
+    assert OlmemConfig(**config).position_embeddings == ([wanted] * 4 if isinstance(wanted, str) else wanted)
+
+
+def test_rope_of_layers_without_it_is_no_contradiction():
+    """Scaling on one full layer, a second one without positions."""
+    model = changed("block.sequence_mixer.rope.scaling", YARN, with_layers(2))
+    config = opened(model | {"block_overrides": {"1": WITHOUT_ROPE}}).olmem_config
+    assert config["rope_parameters"]["full_attention"]["rope_type"] == "yarn"
+    assert config["position_embedding"] == ["rope", "none"]
+
+
+def test_model_without_any_position(tmp_path):
+    folder = write_olmo_core(tmp_path / "source", block=WITHOUT_ROPE)
+    assert convert(folder, tmp_path / "out")["verification"]["passed"]
+    assert read_config(tmp_path / "out")["position_embedding"] == "none"
 
 
 # The rest of config.json
@@ -753,7 +798,7 @@ def test_version_file_is_read_or_refused(text, tmp_path):
 def test_every_field_of_the_golden_configs_is_known():
     """Of all versions of the native packages that wrote them."""
     for name in FOLDERS:
-        checkpoint = open_checkpoint(source(name))
+        checkpoint = golden(name)
         assert checkpoint.native_config and checkpoint.olmem_config["vocab_size"] >= checkpoint.tokenizer_size
 
 

@@ -5,9 +5,8 @@ from collections import Counter
 
 import pytest
 import torch
-from convert.checkpoints import DEMO, EXACT, FOLDERS, GOLDEN, expected, source
+from convert.checkpoints import DEMO, EXACT, FOLDERS, GOLDEN, expected, golden
 from olmem_convert import CheckpointError
-from olmem_convert.formats.detect import open_checkpoint
 from olmem_convert.native_forward import native_forward
 from olmem_convert.tensors import LoadedOnDemand
 
@@ -24,10 +23,6 @@ class Counted(LoadedOnDemand):
         return super().__getitem__(name)
 
 
-def opened(name: str):
-    return open_checkpoint(DEMO / "step1872" if name == "demo" else source(name))
-
-
 def stages(checkpoint, input_ids, dtype=torch.float32, tensors=None, **changes):
     config = copy.deepcopy(checkpoint.native_config) | changes
     tensors = LoadedOnDemand(checkpoint.tensors) if tensors is None else tensors
@@ -37,7 +32,7 @@ def stages(checkpoint, input_ids, dtype=torch.float32, tensors=None, **changes):
 @pytest.mark.parametrize("name", FOLDERS)
 def test_float32_is_the_native_code(name):
     input_ids, native = expected(GOLDEN / name)
-    *_, (last, logits) = stages(opened(name), input_ids)
+    *_, (last, logits) = stages(golden(name), input_ids)
     assert last == "logits"
     assert (logits - native).abs().max() <= 1e-5 * max(1.0, native.std())
     assert torch.equal(logits, native) or name not in EXACT
@@ -46,20 +41,22 @@ def test_float32_is_the_native_code(name):
 @pytest.mark.parametrize("name", FOLDERS)
 def test_float64_is_near_the_native_float32(name):
     input_ids, native = expected(GOLDEN / name)
-    *_, (_, logits) = stages(opened(name), input_ids, torch.float64)
+    *_, (_, logits) = stages(golden(name), input_ids, torch.float64)
     assert logits.dtype == torch.float64
     assert 0 < (logits - native).abs().max() <= 2e-6 * max(native.abs().max(), 4)
 
 
 def test_demo_within_its_tolerance():
     input_ids, native = expected(DEMO)
-    *_, (_, logits) = stages(opened("demo"), input_ids)
+    *_, (_, logits) = stages(golden("demo"), input_ids)
     assert (logits[:, -native.shape[1] :] - native).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("name", ["olmo", "olmo_gqa_tied", "olmo_core_swa", "olmo_core_tied", "core300_peri_norm"])
+@pytest.mark.parametrize(
+    "name", ["olmo", "olmo_gqa_tied", "olmo_core_swa", "olmo_core_tied", "core300_peri_norm", "baka_pristine"]
+)
 def test_each_tensor_is_read_once_and_none_is_left_out(name):
-    checkpoint = opened(name)
+    checkpoint = golden(name)
     tensors = Counted(checkpoint.tensors)
     names = [stage for stage, _ in stages(checkpoint, torch.zeros(1, 3, dtype=torch.long), tensors=tensors)]
     layers = len(checkpoint.olmem_config["layer_types"])
@@ -70,16 +67,16 @@ def test_each_tensor_is_read_once_and_none_is_left_out(name):
     assert tensors.reads == {name: 1 + (tied and name == embedding) for name in set(checkpoint.tensors) - unused}
 
 
-@pytest.mark.parametrize("name", ["olmo", "olmo_core_swa"])
+@pytest.mark.parametrize("name", ["olmo", "olmo_core_swa", "baka_pristine"])
 def test_later_tokens_change_nothing_before_them(name):
     ids = torch.arange(24)[None]
-    *_, (_, whole) = stages(opened(name), ids, torch.float64)
-    *_, (_, part) = stages(opened(name), ids[:, :15], torch.float64)
+    *_, (_, whole) = stages(golden(name), ids, torch.float64)
+    *_, (_, part) = stages(golden(name), ids[:, :15], torch.float64)
     torch.testing.assert_close(whole[:, :15], part, rtol=0, atol=1e-12)
 
 
 def test_tokens_before_the_window_of_every_layer_change_nothing():
-    checkpoint = opened("olmo_core_swa")
+    checkpoint = golden("olmo_core_swa")
     config = copy.deepcopy(checkpoint.native_config)
     mixer = config["block"]["sequence_mixer"]
     mixer["sliding_window"] |= {"pattern": [4], "force_full_attention_on_last_layer": False}
@@ -98,6 +95,17 @@ def test_tokens_before_the_window_of_every_layer_change_nothing():
     assert (one - other[:, -1]).abs().max() > 1e-6
 
 
+def test_tokens_before_a_window_of_bakallm_change_nothing():
+    checkpoint, ids = golden("baka_pristine"), torch.arange(40)[None]
+    changed = ids.clone()
+    changed[:, :32] = 7
+    one, other = (list(stages(checkpoint, value, torch.float64))[-1][1] for value in (ids, changed))
+    torch.testing.assert_close(one[:, 32:], other[:, 32:], rtol=0, atol=1e-12)
+    changed[:, 32] = 7
+    (_, other) = list(stages(checkpoint, changed, torch.float64))[-1]
+    assert (one[:, 39] - other[:, 39]).abs().max() > 1e-6
+
+
 OLMO_REFUSED = {
     "block_type": "llama",
     "activation_type": "gelu",
@@ -112,7 +120,7 @@ OLMO_REFUSED = {
 @pytest.mark.parametrize(("field", "value"), OLMO_REFUSED.items(), ids=str)
 def test_olmo_field_it_does_not_compute_is_refused(field, value):
     with pytest.raises(CheckpointError, match=field):
-        stages(opened("olmo"), torch.zeros(1, 2, dtype=torch.long), **{field: value})
+        stages(golden("olmo"), torch.zeros(1, 2, dtype=torch.long), **{field: value})
 
 
 @pytest.mark.parametrize(
@@ -128,7 +136,6 @@ def test_olmo_field_it_does_not_compute_is_refused(field, value):
         ("block.sequence_mixer.attention_sinks", True),
         ("block.sequence_mixer.name", "fused"),
         ("block.sequence_mixer.rope.name", "complex"),
-        ("block.sequence_mixer.rope.no_global_rope", True),
         ("block.sequence_mixer.rope.partial_rotary_factor", 0.5),
         ("block.sequence_mixer.rope.scaling", {"factor": 2.0}),
         ("block.sequence_mixer.sliding_window", {"pattern": [0], "force_full_attention_on_first_layer": False}),
@@ -140,7 +147,7 @@ def test_olmo_field_it_does_not_compute_is_refused(field, value):
     ids=str,
 )
 def test_olmo_core_field_it_does_not_compute_is_refused(path, value):
-    checkpoint = opened("olmo_core")
+    checkpoint = golden("olmo_core")
     config = copy.deepcopy(checkpoint.native_config)
     *parents, leaf = path.split(".")
     fields = config
@@ -151,8 +158,23 @@ def test_olmo_core_field_it_does_not_compute_is_refused(path, value):
         native_forward("olmo_core", config, LoadedOnDemand(checkpoint.tensors), torch.zeros(1, 2, dtype=torch.long))
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("act_fn", "mish"), ("model_type", "baka_xl"), ("n_ctx", None), ("n_pauses", 8)], ids=str
+)
+def test_bakallm_field_it_does_not_compute_is_refused(field, value):
+    with pytest.raises(CheckpointError, match=field):
+        stages(golden("baka_pristine"), torch.zeros(1, 2, dtype=torch.long), **{field: value})
+
+
+@pytest.mark.parametrize(("act_fn", "same"), [("swish", "silu"), ("BakaElephant", "elephant")])
+def test_activation_under_another_name(act_fn, same):
+    ids = torch.arange(8)[None]
+    one, other = (list(stages(golden("baka_pristine"), ids, act_fn=name))[-1][1] for name in (act_fn, same))
+    assert torch.equal(one, other)
+
+
 def test_missing_and_misshapen_tensors_are_named():
-    checkpoint = opened("olmo")
+    checkpoint = golden("olmo")
     ids = torch.zeros(1, 2, dtype=torch.long)
     tensors = dict(LoadedOnDemand(checkpoint.tensors))
     with pytest.raises(CheckpointError, match=r"blocks\.1\.attn_out\.weight"):

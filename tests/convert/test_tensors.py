@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from convert.checkpoints import FOLDERS, source
+from convert.checkpoints import FOLDERS, golden
 from convert.writers import encoded, olmo_state, write_distributed, write_flat_shards, write_olmo
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -157,7 +157,7 @@ def test_views_in_a_state_dict_are_read_as_they_are(tmp_path):
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_what_is_said_before_loading_is_what_is_loaded(name):
-    for tensor in open_checkpoint(source(name)).tensors.values():
+    for tensor in golden(name).tensors.values():
         loaded = tensor.load()
         assert (tuple(loaded.shape), loaded.dtype, loaded.nbytes) == (tensor.shape, tensor.dtype, tensor.nbytes)
 
@@ -558,5 +558,5 @@ def test_reading_metadata_imports_nothing(tmp_path):
     """A global of an absent package, as OLMo-core's, is not looked for."""
     before = set(sys.modules)
     for name in ("core300_fsdp2_4rank_empty", "olmo_core", "core180_gqa"):
-        open_checkpoint(source(name))
+        golden(name)
     assert not {name for name in set(sys.modules) - before if name.startswith(("olmo_core", "torch.distributed"))}

@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from convert.checkpoints import DEMO, edit_json, load_weights, read_config, save_weights, snapshot, source
+from convert.checkpoints import edit_json, load_weights, options, read_config, save_weights, snapshot, source
 from convert.mutations import MUTATIONS, mutate
 from olmem_convert import CheckpointError, convert, verify
 from olmem_convert.cli import app
-from olmem_convert.formats import olmo, olmo_core
+from olmem_convert.formats import baka, olmo, olmo_core
 from typer.testing import CliRunner
 
 ALL = (
@@ -32,34 +32,49 @@ EPSILON = (
     "demo",
 )
 SCALED = ("olmo_core_swa_yarn", "core180_llama3_scaling", "core300_pi")
+WITHOUT_POSITIONS = ("core300_nope", "core300_no_global_rope")
+CHUNKED = ("baka_pristine", "baka_elephant", "baka_bfloat16")
 CLIPPED = ("olmo_clip_scale", "legacy_clip_gqa", "core300_clip")
 # Where a mutation applies; to ALL unless it is named here.
 FOLDERS = {
-    "epsilon_of_another_generation": tuple(dict.fromkeys((*ALL, *SLIDING, *EPSILON))),
-    "theta_of_another_generation": (*ALL, "olmo1", "core180_llama3_scaling", "demo"),
-    "theta_off_by_a_hundredth": (*ALL, "olmo1", "core180_llama3_scaling", "core300_abf_swa", "demo"),
+    "epsilon_of_another_generation": tuple(dict.fromkeys((*ALL, *SLIDING, *EPSILON, *CHUNKED))),
+    "theta_of_another_generation": (*ALL, "baka_pristine", "baka_elephant", "olmo1", "core180_llama3_scaling", "demo"),
+    "theta_off_by_a_hundredth": (
+        *ALL,
+        "baka_pristine",
+        "baka_elephant",
+        "olmo1",
+        "core180_llama3_scaling",
+        "core300_abf_swa",
+        "demo",
+    ),
     "query_and_key_norm_swapped": ("olmo", "olmo_clip_scale", "olmo_core_swa", "core300_prenorm_headqk", "demo"),
-    "query_and_key_swapped": ("olmo", "olmo_clip_scale", "olmo_core_swa", "olmo1", "demo"),
+    "query_and_key_swapped": ("olmo", "olmo_clip_scale", "olmo_core_swa", "olmo1", *CHUNKED, "demo"),
     "attention_and_feedforward_norm_swapped": (*ALL, "core300_peri_norm", "core300_layernorm", "demo"),
     "window_one_longer": (*SLIDING, "demo"),
     "window_one_shorter": (*SLIDING, "demo"),
     "layer_types_rotated": (*SLIDING, "demo"),
+    "rope_interleaved": (*ALL, *CHUNKED),
+    "gate_and_up_swapped": (*ALL, *CHUNKED),
+    "chunk_one_longer": CHUNKED,
+    "chunk_one_shorter": CHUNKED,
+    "chunks_that_see_the_one_before": CHUNKED,
+    "stored_frequencies_dropped": ("baka_bfloat16",),
+    "positions_everywhere": WITHOUT_POSITIONS,
+    "positions_rotated": WITHOUT_POSITIONS,
+    "positions_dropped": ("olmo", "olmo_core_swa", "baka_pristine", *WITHOUT_POSITIONS),
     "rope_scaling_dropped": SCALED,
     "yarn_attention_factor_dropped": ("olmo_core_swa_yarn",),
     "tied_flag_flipped": (*ALL, "olmo_core_tied", "olmo1"),
     "clip_dropped": CLIPPED,
     "clip_after_rope": CLIPPED,
     "logits_scaling_dropped": ("olmo_clip_scale",),
-    "activation_of_another_kind": ("olmo", "core300_gelu"),
+    "activation_of_another_kind": ("olmo", "core300_gelu", *CHUNKED),
     "one_norm_scaled": (*ALL, "core300_layernorm", "legacy_qk_noaffine"),
 }
 # What no logits can show: a factor that a norm takes out, a row that no prompt need hold, a flag that the loader mends.
 UNSEEN = ("normalised_tensor_scaled", "embedding_row_changed", "tied_flag_flipped")
 PAIRS = [(mutation, name) for mutation in MUTATIONS for name in FOLDERS.get(mutation, ALL)]
-
-
-def native(name: str) -> Path:
-    return DEMO / "step1872" if name == "demo" else source(name)
 
 
 def report_of(out: Path) -> dict | None:
@@ -73,7 +88,7 @@ def test_every_mutation_is_caught(mutation, name, converted, changeable):
     out, before = changeable(name), read_config(converted(name))
     assert mutate(out, mutation), "the mutation changes nothing here"
     with pytest.raises(CheckpointError):
-        verify(out, native(name))
+        verify(out, source(name), **options(name))
     if (report := report_of(out)) is None:  # it did not even load
         assert mutation == "tied_flag_flipped"
         return
@@ -90,7 +105,7 @@ def test_what_the_mutations_start_from_passes(name, changeable):
     out = changeable(name)
     (out / "config.json").write_text(json.dumps(read_config(out)))
     save_weights(out, load_weights(out))
-    assert verify(out, native(name))["passed"]
+    assert verify(out, source(name), **options(name))["passed"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -152,6 +167,11 @@ def retargeted(one: str, other: str):
     return lambda table: [replace(key, targets=tuple(map(swap, key.targets))) for key in table]
 
 
+def without_order(table):
+    """A mistaken `key_table` that leaves the rows of queries and keys where they are."""
+    return [replace(key, order=None) for key in table]
+
+
 # Mistakes in the conversion's own tables, of which it would write a folder that agrees with itself.
 MISTAKES = [
     (olmo, "key_table", "olmo", retargeted("gate_proj", "up_proj")),
@@ -170,10 +190,24 @@ MISTAKES = [
     (olmo_core, "read_windows", "olmo_core_swa", lambda made: (made[0], made[1] + 1)),
     (olmo_core, "read_windows", "olmo_core_swa", lambda made: (made[0], made[1] - 1)),
     (olmo_core, "read_windows", "core300_swa_first_full", lambda made: (made[0][1:] + made[0][:1], made[1])),
+    (olmo_core, "read_positions", "core300_nope", lambda made: [*made[:3], "rope"]),
+    (olmo_core, "read_positions", "core300_nope", lambda made: made[::-1]),
+    (olmo_core, "read_positions", "core300_no_global_rope", lambda made: ["rope"] * len(made)),
     (olmo_core, "read_scaling", "olmo_core_swa_yarn", lambda made: {}),
     (olmo_core, "read_scaling", "olmo_core_swa_yarn", lambda made: made | {"attention_factor": 1.0}),
     (olmo_core, "read_scaling", "olmo_core_swa_yarn", lambda made: made | {"factor": made["factor"] * 1.01}),
     (olmo_core, "read_scaling", "core180_llama3_scaling", lambda made: made | {"low_freq_factor": 2.0}),
+    (baka, "key_table", "baka_pristine", without_order),
+    (baka, "key_table", "baka_pristine", retargeted("gate_proj", "up_proj")),
+    (baka, "key_table", "baka_pristine", retargeted("q_proj", "k_proj")),
+    (baka, "olmem_config", "baka_pristine", with_fields(attention_chunk_size=15)),
+    (baka, "olmem_config", "baka_pristine", with_fields(attention_chunk_size=17)),
+    (baka, "olmem_config", "baka_pristine", with_fields(attention_chunk_lookback=1)),
+    (baka, "olmem_config", "baka_pristine", with_fields(rms_norm_eps=1e-6)),
+    (baka, "olmem_config", "baka_pristine", with_fields(hidden_act="gelu")),
+    (baka, "olmem_config", "baka_elephant", with_fields(hidden_act="silu")),
+    (baka, "rope_parameters", "baka_pristine", lambda made: made | {"rope_theta": 10100.0}),
+    (baka, "rope_parameters", "baka_bfloat16", lambda made: {"rope_type": "default", "rope_theta": 10000.0}),
     (olmo_core, "read_scaling", "core300_pi", lambda made: made | {"factor": made["factor"] * 1.01}),
 ]
 
@@ -182,7 +216,7 @@ MISTAKES = [
 def test_mistake_of_the_conversion_itself_is_caught(module, function, name, change, monkeypatch, tmp_path):
     monkeypatch.setattr(module, function, changed(getattr(module, function), change))
     with pytest.raises(CheckpointError, match="native logits"):
-        convert(source(name), tmp_path / "out")
+        convert(source(name), tmp_path / "out", **options(name))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -52,6 +52,18 @@ OLMO_CORE_MODEL = {
     },
     "lm_head": {"layer_norm": {**NORM}, "bias": False},
 }
+BAKA_CONFIG = {
+    "dim_model": 8,
+    "dim_ff": 12,
+    "dim_attn": 8,
+    "n_layers": 2,
+    "n_heads": 2,
+    "n_vocab": 14,
+    "n_ctx": 5,
+    "act_fn": "silu",
+    "model_type": "baka_pristine",
+}
+PARTS = ("weight", "bias")
 
 
 def random(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
@@ -119,6 +131,33 @@ def write_olmo_core(folder: Path, state: Mapping[str, torch.Tensor] | None = Non
     state = olmo_core_state() if state is None else state
     write_distributed(folder / "model_and_optim", {f"model.{name}": value for name, value in state.items()})
     config = {"model": OLMO_CORE_MODEL | changes, "train_module": {"max_sequence_length": 32}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def baka_state(layers: int = 2) -> dict[str, torch.Tensor]:
+    """Of 001 and 002 alike: two heads of four dimensions."""
+    frequencies = torch.tensor([1.0, 0.01])
+    blocks = [f"model.layers.{layer}." for layer in range(layers)]
+    squares = {f"{block}attn.{name}.weight": (8, 8) for block in blocks for name in "qkvo"}
+    wide = {f"{block}mlp.fc_{name}.weight": (12, 8) for block in blocks for name in ("gate", "up")}
+    narrow = {f"{block}mlp.fc_down.weight": (8, 12) for block in blocks}
+    norms = {
+        f"{name}.{part}": (8,) for name in ("norm_out", *(f"{block}norm_in" for block in blocks)) for part in PARTS
+    }
+    ends = {"vocab_in.weight": (14, 8), "vocab_out.weight": (14, 8)}
+    return random(squares | wide | narrow | norms | ends) | {
+        f"{block}attn.rot.freqs": frequencies.clone() for block in blocks
+    }
+
+
+def write_baka(
+    folder: Path, state: Mapping[str, torch.Tensor] | None = None, name: str = "baka_x_1_2.bin", **changes: Any
+) -> Path:
+    """The smallest BakaLLM checkpoint, with a config beside it; `...` leaves a field out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(dict(baka_state() if state is None else state), folder / name)
+    config = {field: value for field, value in (BAKA_CONFIG | changes).items() if value is not ...}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 

@@ -19,12 +19,27 @@ from ..tensors import LazyTensor
 
 
 @dataclass(frozen=True)
+class PairsToHalves:
+    """An order of the rows of a query or key projection, D = `head_dim` for each head: native RoPE turns dimension 2j
+    with 2j + 1, Olmem's turns j with j + D/2."""
+
+    head_dim: int
+
+    def to_olmem(self, native: torch.Tensor) -> torch.Tensor:
+        return native.unflatten(0, (-1, self.head_dim // 2, 2)).transpose(1, 2).reshape(native.shape)
+
+    def to_native(self, olmem: torch.Tensor) -> torch.Tensor:
+        return olmem.unflatten(0, (-1, 2, self.head_dim // 2)).transpose(1, 2).reshape(olmem.shape)
+
+
+@dataclass(frozen=True)
 class Key:
     """One row of a key table. `{layer}` stands for each block's number.
 
-    A native tensor becomes the target of the same values; or, with `rows`, several targets stacked along its first
-    dimension in that order. Without a native name, the target is filled with a constant that the native model leaves
-    out. Without a target, the native tensor must repeat another one, `same_as`, and is dropped.
+    A native tensor becomes the target of the same values; or, with `order`, of the same rows in that order; or, with
+    `rows`, several targets stacked along its first dimension in that order. Without a native name, the target is filled
+    with a constant that the native model leaves out. Without a target, the native tensor is dropped: it must repeat
+    another one, `same_as`, or its `numbers` are in the config.
     """
 
     native: str | None
@@ -32,6 +47,8 @@ class Key:
     rows: tuple[int, ...] = ()
     fill: float = 1.0
     same_as: str | None = None
+    order: PairsToHalves | None = None
+    numbers: tuple[float, ...] = ()
 
     def at(self, layer: int) -> "Key":
         def name(text: str | None) -> str | None:
@@ -79,7 +96,9 @@ def to_olmem(
         tensor = native[key.native]
         if not tensor.dtype.is_floating_point:
             raise CheckpointError(f"`{key.native}` must be floating-point (got {tensor.dtype}); export plain weights.")
-        if not key.rows:
+        if key.order is not None:
+            made |= dict.fromkeys(key.targets, tensor.changed(key.order.to_olmem))
+        elif not key.rows:
             made |= dict.fromkeys(key.targets, tensor)
         elif tensor.shape[:1] == (sum(key.rows),):
             start = 0
@@ -105,13 +124,20 @@ def to_olmem(
 
 def to_native(keys: Iterable[Key], olmem: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The inverse of the same table: native tensors by name."""
-    native = {
-        key.native: torch.cat([olmem[target] for target in key.targets]) if key.rows else olmem[key.targets[0]]
-        for key in keys
-        if key.native is not None and key.targets
-    }
-    copies = {key.native: native[key.same_as] for key in keys if key.native and key.same_as}
-    return native | copies
+    keys = list(keys)
+    native: dict[str, torch.Tensor] = {}
+    for key in keys:
+        if key.native is None or not key.targets:
+            continue
+        made = [olmem[target] for target in key.targets]
+        native[key.native] = key.order.to_native(made[0]) if key.order else torch.cat(made) if key.rows else made[0]
+    dtype = next(iter(olmem.values())).dtype
+    for key in keys:
+        if key.native and key.same_as:
+            native[key.native] = native[key.same_as]
+        elif key.native and key.numbers:
+            native[key.native] = torch.tensor(key.numbers, dtype=dtype)
+    return native
 
 
 def filled(shape: tuple[int, ...], dtype: torch.dtype, value: float) -> LazyTensor:
@@ -203,13 +229,28 @@ def required(value: Any, name: str, where: str) -> Any:
 
 
 @dataclass(frozen=True)
+class Given:
+    """What the caller says of a checkpoint whose own files may not: a config file, or single fields of it."""
+
+    native_config: Path | None = None
+    n_ctx: int | None = None
+    act_fn: str | None = None
+
+    @property
+    def options(self) -> str:
+        """As on the command line, a space before each; empty when nothing is given."""
+        given = {"--native-config": self.native_config, "--n-ctx": self.n_ctx, "--act-fn": self.act_fn}
+        return "".join(f" {option} {value}" for option, value in given.items() if value is not None)
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A native checkpoint, opened: what it is, its config in both languages, its tensors still on disk."""
 
-    family: str  # whose forward pass it is: "olmo" or "olmo_core"
+    family: str  # whose forward pass it is: "olmo", "olmo_core" or "baka"
     description: str
     path: Path
-    native_config: Mapping[str, Any]  # as written
+    native_config: Mapping[str, Any]  # as written, or what stands for it where nothing is
     olmem_config: dict[str, Any]  # fields of OlmemConfig
     tensors: dict[str, LazyTensor]  # by native name
     keys: list[Key]
@@ -221,3 +262,14 @@ class Checkpoint:
         """The longest sliding window, 0 without one."""
         sliding = "sliding_attention" in self.olmem_config["layer_types"]
         return self.olmem_config["sliding_window"] if sliding else 0
+
+    @property
+    def chunk(self) -> int:
+        """The tokens of a chunk, 0 without one."""
+        chunked = "chunked_attention" in self.olmem_config["layer_types"]
+        return self.olmem_config["attention_chunk_size"] if chunked else 0
+
+    @property
+    def in_config(self) -> set[str | None]:
+        """Native tensors that become no weight but numbers of the config, which keeps them as they are."""
+        return {key.native for key in self.keys if key.numbers}

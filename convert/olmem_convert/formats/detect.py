@@ -1,21 +1,22 @@
-"""Which format a folder is, and opening it."""
+"""Which format a checkpoint is, and opening it."""
 
 from pathlib import Path
 
 from ..errors import CheckpointError
-from . import Checkpoint, olmo, olmo_core
+from ..tensors import read_pickle
+from . import Checkpoint, Given, baka, olmo, olmo_core
 
-FORMATS = (olmo, olmo_core)
+FORMATS = (olmo, olmo_core, baka)
 
 
-def open_checkpoint(source: Path, max_length: int | None = None) -> Checkpoint:
-    """Opens the native checkpoint in the folder `source`; no weight is read yet.
+def open_checkpoint(source: Path, max_length: int | None = None, given: Given | None = None) -> Checkpoint:
+    """Opens the native checkpoint in the folder `source`, or the state dict that it is; no weight is read yet.
 
-    `max_length` replaces the trained length of the config, in tokens.
+    `max_length` replaces the trained length of the config, in tokens. `given` is what the checkpoint does not say.
     """
-    if not source.is_dir():
-        what = "is a file" if source.exists() else "does not exist"
-        raise CheckpointError(f"`SRC` must be a checkpoint's folder ({source} {what}); name the folder that holds it.")
+    given = given or Given()
+    if not source.exists():
+        raise CheckpointError(f"`SRC` must be a checkpoint ({source} does not exist); name the folder that holds it.")
     found = [(module, description) for module in FORMATS if (description := module.recognise(source))]
     if len(found) > 1:
         names = " and ".join(description for _, description in found)
@@ -24,8 +25,16 @@ def open_checkpoint(source: Path, max_length: int | None = None) -> Checkpoint:
         )
     if found:
         module, description = found[0]
+        if module is not baka and given.options:
+            raise CheckpointError(
+                f"`{given.options.strip()}` must be left out for {description}, whose files say it; only BakaLLM's "
+                "state dicts lack it."
+            )
         try:
-            checkpoint = module.open_checkpoint(source, max_length)
+            if module is baka:
+                checkpoint = baka.open_checkpoint(source, max_length, given)
+            else:
+                checkpoint = module.open_checkpoint(source, max_length)
             if checkpoint.tokenizer_size < 1:
                 raise ValueError(f"`vocab_size` is {checkpoint.tokenizer_size}")
             return checkpoint
@@ -34,11 +43,23 @@ def open_checkpoint(source: Path, max_length: int | None = None) -> Checkpoint:
                 f"the config of `{source}` must describe a model ({description}; got {type(error).__name__}: {error}); "
                 "copy it again."
             ) from error
-    raise CheckpointError(f"`{source}` must hold a native OLMo or OLMo-core checkpoint; {what_else(source)}.")
+    if not source.is_dir():
+        raise CheckpointError(f"`SRC` must be a checkpoint's folder or a BakaLLM `.bin` ({what_file(source)}).")
+    raise CheckpointError(f"`{source}` must hold a native OLMo, OLMo-core or BakaLLM checkpoint; {what_else(source)}.")
+
+
+def what_file(path: Path) -> str:
+    """What a file that is no checkpoint seems to be; of one that should be read but cannot, the reason is raised."""
+    if path.suffix != ".bin" or not path.is_file():
+        return f"{path} is a file of another kind: name the folder that holds it"
+    names = ", ".join(list(read_pickle(path))[:3])
+    return f"{path.name} holds other weights, {names or 'none at all'}: name the checkpoint that BakaLLM's code saved"
 
 
 def what_else(source: Path) -> str:
     """What the folder seems to be, and the way out."""
+    bins = [path for path in sorted(source.glob("*.bin")) if path.is_file()]
+    state_dicts = [path for path in bins if not path.name.startswith("pytorch_model")]
     steps = sorted(path.name for path in source.iterdir() if path.is_dir() and path.name.startswith("step"))
     if steps:
         return f"it holds {', '.join(steps[:4])}: name one of them, as in {source / steps[-1]}"
@@ -52,14 +73,15 @@ def what_else(source: Path) -> str:
                 "it looks like a Transformers folder: load it with `OlmemForCausalLM.from_olmo`, and write the model "
                 "and its tokenizer with `save_pretrained`"
             )
-        return "it has `config.json` but no `.metadata`, neither beside it nor in `model_and_optim`: copy that too"
+        if not state_dicts:
+            return "it has `config.json` but no `.metadata`, neither beside it nor in `model_and_optim`: copy that too"
     if (source / "config.yaml").is_file():
         return (
             "it has `config.yaml` but no weights (`model.pt`, `model.safetensors`, `model/metadata.json` or "
             "`model_and_optim/.metadata`): copy them too"
         )
-    if any(source.glob("*.bin")):
-        return "bare state dicts (BakaLLM's `.bin`) are not supported yet"
+    if state_dicts:
+        return what_file(state_dicts[0])
     names = sorted(path.name for path in source.iterdir())
     listed = ", ".join(names[:6]) + (", …" if len(names) > 6 else "") if names else "nothing"
     return f"it holds {listed}, neither `config.yaml` (OLMo) nor `config.json` and `.metadata` (OLMo-core)"

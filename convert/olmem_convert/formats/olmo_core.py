@@ -96,7 +96,7 @@ BLOCK: dict[str, Field] = {
     "sequence_mixer.rope.name": Field("default", only=("default",)),
     "sequence_mixer.rope.theta": Field(500000.0),
     "sequence_mixer.rope.full_precision": NO_EFFECT,
-    "sequence_mixer.rope.no_global_rope": Field(False, only=(None, False)),
+    "sequence_mixer.rope.no_global_rope": Field(False),
     "sequence_mixer.rope.partial_rotary_factor": Field(1.0, only=(None, 1.0)),
     "sequence_mixer.rope.scaling": Field(),
     "sequence_mixer.sliding_window.pattern": Field(),
@@ -236,11 +236,7 @@ def read_block(block: Any, where: str) -> dict[str, Any]:
             )
     read = read_fields(flatten(block, BLOCK), BLOCK, f"`{where}` of config.json")
     read["has_qk_norm"] = block["sequence_mixer"].get("qk_norm") is not None
-    if block["sequence_mixer"].get("rope") is None:
-        raise CheckpointError(
-            f"`rope` of `{where}.sequence_mixer` must be given (it is absent, which is no position at all); layers "
-            "without positions are not supported yet."
-        )
+    read["has_rope"] = block["sequence_mixer"].get("rope") is not None
     return read
 
 
@@ -269,6 +265,7 @@ def olmem_config(native: Mapping[str, Any]) -> tuple[dict[str, Any], list[Key]]:
     require_uniform(blocks)
     block = blocks[0]
     layer_types, window = read_windows(blocks)
+    positions = read_positions(blocks, layer_types)
     norm_type, eps = read_norms(model, block)
     config = carried(model, MODEL) | carried(block, BLOCK)
     config |= {
@@ -282,7 +279,8 @@ def olmem_config(native: Mapping[str, Any]) -> tuple[dict[str, Any], list[Key]]:
         if block["sequence_mixer.use_head_qk_norm"]
         else "full",
         "layer_types": layer_types,
-        "rope_parameters": read_rope(config, blocks, layer_types),
+        "position_embedding": positions if len(set(positions)) > 1 else positions[0],
+        "rope_parameters": read_rope(config, blocks, layer_types, positions),
     }
     if window is not None:
         config["sliding_window"] = window
@@ -293,7 +291,7 @@ def require_uniform(blocks: list[dict[str, Any]]) -> None:
     """Layers may differ in their window and their RoPE, and in nothing else."""
     for layer, block in enumerate(blocks):
         for name, value in block.items():
-            per_layer = name.startswith(("sequence_mixer.rope.", "sequence_mixer.sliding_window."))
+            per_layer = name.startswith(("has_rope", "sequence_mixer.rope.", "sequence_mixer.sliding_window."))
             if value != blocks[0][name] and not per_layer and BLOCK.get(name) is not NO_EFFECT:
                 raise CheckpointError(
                     f"`{name}` must be one value for all layers (got {value!r} in layer {layer}, {blocks[0][name]!r} "
@@ -350,10 +348,25 @@ def read_norms(model: Mapping[str, Any], block: Mapping[str, Any]) -> tuple[str,
     return norm_type, eps
 
 
-def read_rope(config: Mapping[str, Any], blocks: list[dict[str, Any]], layer_types: list[str]) -> dict[str, Any]:
+def read_positions(blocks: list[dict[str, Any]], layer_types: list[str]) -> list[str]:
+    """A block without `rope` has no positions, nor has one without a window whose `rope` is not for such."""
+    return [
+        "none"
+        if not block["has_rope"] or (block["sequence_mixer.rope.no_global_rope"] and layer_type == "full_attention")
+        else "rope"
+        for block, layer_type in zip(blocks, layer_types, strict=True)
+    ]
+
+
+def read_rope(
+    config: Mapping[str, Any], blocks: list[dict[str, Any]], layer_types: list[str], positions: list[str]
+) -> dict[str, Any]:
+    """RoPE by layer type, of the layers that have it."""
     parameters: dict[str, Any] = {}
     head_dim = config.get("head_dim") or config["hidden_size"] // max(config["num_attention_heads"], 1)
     for layer, (block, layer_type) in enumerate(zip(blocks, layer_types, strict=True)):
+        if positions[layer] == "none":
+            continue
         theta, scaling = block["sequence_mixer.rope.theta"], block["sequence_mixer.rope.scaling"]
         entry = {"rope_type": "default", "rope_theta": float(theta)}
         if scaling is not None:

@@ -211,36 +211,31 @@ def attend(
     asked for and `eager`, the weights (see `weights_in_order`). `past` keeps what is new."""
     if sight.documents is not None:
         return attend_documents(module, query, key, value, rotations, sight, output_attentions)
-    one_tensor = past is not None and module.caches_one_tensor
-    turn = rotate
+    turn, one_tensor = rotate, past is not None and module.caches_one_tensor
     if one_tensor and module.rotates:
         turn, query, key = rotate_side_by_side, side_by_side(query), side_by_side(key)
     value = key if one_tensor else module.clip("rotary", value)
-    rotates_all = sight.is_step and turn is rotate_side_by_side
 
-    keys, values, sinks = key, value, None
+    keys = key if one_tensor else module.place(key, rotations.token)
+    values, sinks = value, None
+    if past is not None:
+        keys, values = past.update(keys, values, sight)
     if one_tensor:
-        keys = values = past.update(key, key, sight)[0]
-        if not rotates_all:
-            keys = module.place(keys, rotations.key, turn)
-    else:
-        keys = module.place(key, rotations.token)
-        if past is not None:
-            keys, values = past.update(keys, value, sight)
+        keys = module.place(keys, rotations.key, turn)  # of a step none: it rotates them itself, piece by piece
     if past is not None and sight.context.num_sinks:
         sinks = past.update_sinks(key, value, sight)
     elif sight.prefix:
         sinks = gather_sinks(key, value, sight)
 
     prefix = None
-    if sinks and sight.prefix and not rotates_all:
+    if sinks and sight.prefix and rotations.step is None:
         sink_key = module.place(sinks[0], rotations.sink, turn)
         if sight.is_step:  # one query: its sinks stand before the window's keys in the cache
             keys[:, :, : sink_key.shape[2]] = sink_key
         else:
             prefix = Prefix(module.place(query, rotations.query, turn), sink_key, sinks[1])
     query = module.place(query, rotations.token, turn)
-    if rotates_all:
+    if rotations.step is not None:
         output, weights = attend_rotating(module, query, values, rotations.step, sight)
     else:
         output, weights = attend_window(module, query, keys, values, sight, prefix, output_attentions, turn)

@@ -1,7 +1,7 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
 """`generate()` with an `OlmemCache`: made unless the caller has another, gone on from, and never told of masks."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.generation import GenerationMixin, GenerationMode
 from transformers.masking_utils import create_masks_for_generate
@@ -14,6 +14,11 @@ def is_olmem_cache(cache: Any) -> bool:
 
 class OlmemGenerationMixin(GenerationMixin):
     """What of Transformers' `generate()` an OlmemCache needs otherwise."""
+
+    if TYPE_CHECKING:
+        config: Any
+        model: Any
+        __call__: Any
 
     def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]  nor does it return a bool
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

@@ -62,15 +62,16 @@ def test_a_sharing_is_that_of_the_design(shared, clip):
 
 @every_sharing
 @pytest.mark.parametrize("scheme", ["rope", "none"])
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "flex_attention"])
 def test_caches_of_transformers_serve_every_sharing(shared, scheme, backend):
     """They hold keys and values apart, at absolute positions."""
     model = tiny(**HEADS, shared_projections=shared, position_embedding=scheme, head_dim=16)
     ids = tokens(2, 11)
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # flex without a compiler
         expected = model(ids, use_cache=False).logits
         model.set_attn_implementation(backend)
-        for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=16)):
+        caches = [DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=16)]
+        for cache in caches[: 1 if backend == "flex_attention" else 2]:  # nor is Olmo3 right with flex and the other
             found = [model(part, past_key_values=cache).logits for part in ids.split([5, 1, 1, 4], dim=1)]
             assert_close(torch.cat(found, dim=1), expected, rtol=0, atol=1e-4)
 

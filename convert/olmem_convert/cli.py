@@ -39,20 +39,29 @@ def convert(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare logits, weights and config with the native ones.")
     ] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, if it is an Olmem folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, if Olmem wrote it.")] = False,
+    to: Annotated[
+        str | None, typer.Option(metavar="CLASS", help="Back to Transformers' olmo, olmo2 or olmo3; SRC is of Olmem.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Convert a native checkpoint and verify that its logits are the same."""
+    """Convert a checkpoint and verify that its logits are the same."""
     from .convert import convert as run
+    from .export import export
 
     options = {
         "dtype": dtype,
         "max_shard_size": max_shard_size,
         "tokenizer": tokenizer,
-        "max_length": max_length,
         "verify": verify,
         "overwrite": overwrite,
     }
+    if to is not None:
+        if max_length is not None:
+            raise typer.BadParameter("--max-length has no meaning with --to")
+        finish(lambda say: export(source, out, to, say=say, **options), as_json)
+        return
+    options["max_length"] = max_length
     finish(lambda say: run(source, out, say=say, **options), as_json)
 
 

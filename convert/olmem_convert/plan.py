@@ -3,8 +3,9 @@
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from olmem import OlmemConfig, OlmemForCausalLM
+from transformers import PreTrainedConfig
 
-from .errors import CheckpointError
+from .errors import CheckpointError, reason
 from .formats import Checkpoint, to_olmem
 from .tensors import LazyTensor
 
@@ -15,15 +16,21 @@ def make_config(checkpoint: Checkpoint, dtype: torch.dtype) -> OlmemConfig:
     try:
         config = OlmemConfig(**checkpoint.olmem_config, dtype=dtype, architectures=["OlmemForCausalLM"])
     except (StrictDataclassError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[-1].strip().removeprefix("ValueError: ").removeprefix("TypeError: ")
-        raise CheckpointError(f"the checkpoint's config gives no valid model: {reason}") from error
+        raise CheckpointError(f"the checkpoint's config gives no valid model: {reason(error)}") from error
     for name in TOKEN_IDS:
-        token = getattr(config, name)
-        if token is not None and not 0 <= token < config.vocab_size:
-            raise CheckpointError(
-                f"`{name}` of the config must be in the vocabulary of {config.vocab_size} (got {token}); correct it."
-            )
+        for token in tokens_of(config, name):
+            if not 0 <= token < config.vocab_size:
+                raise CheckpointError(
+                    f"`{name}` of the config must be in the vocabulary of {config.vocab_size} (got {token}); correct "
+                    "it."
+                )
     return config
+
+
+def tokens_of(config: PreTrainedConfig, name: str) -> list[int]:
+    """The ids of a field, of which the end of a text may have several."""
+    value = getattr(config, name)
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def make_tensors(checkpoint: Checkpoint, config: OlmemConfig) -> dict[str, LazyTensor]:
@@ -32,9 +39,8 @@ def make_tensors(checkpoint: Checkpoint, config: OlmemConfig) -> dict[str, LazyT
         with torch.device("meta"):
             model = OlmemForCausalLM(config)
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
         raise CheckpointError(
-            f"the checkpoint's config must give a model of a possible size (got: {reason})."
+            f"the checkpoint's config must give a model of a possible size (got: {str(error).splitlines()[0]})."
         ) from error
     tied = model.all_tied_weights_keys
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}

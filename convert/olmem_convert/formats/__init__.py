@@ -206,7 +206,7 @@ def required(value: Any, name: str, where: str) -> Any:
 class Checkpoint:
     """A native checkpoint, opened: what it is, its config in both languages, its tensors still on disk."""
 
-    family: str  # whose forward pass it is: "olmo" or "olmo_core"
+    family: str  # whose forward pass it is: "olmo", "olmo_core", "transformers" or "olmem"
     description: str
     path: Path
     native_config: Mapping[str, Any]  # as written

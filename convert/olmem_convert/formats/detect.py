@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
-from ..errors import CheckpointError
-from . import Checkpoint, olmo, olmo_core
+from olmem.configuration_olmem import OLMO_BLOCKS
 
-FORMATS = (olmo, olmo_core)
+from ..errors import CheckpointError
+from ..tensors import WEIGHTS, find_weights, read_json
+from . import Checkpoint, olmo, olmo_core, transformers_olmo
+
+FORMATS = (olmo, olmo_core, transformers_olmo)
 
 
 def open_checkpoint(source: Path, max_length: int | None = None) -> Checkpoint:
@@ -34,7 +37,7 @@ def open_checkpoint(source: Path, max_length: int | None = None) -> Checkpoint:
                 f"the config of `{source}` must describe a model ({description}; got {type(error).__name__}: {error}); "
                 "copy it again."
             ) from error
-    raise CheckpointError(f"`{source}` must hold a native OLMo or OLMo-core checkpoint; {what_else(source)}.")
+    raise CheckpointError(f"`{source}` must hold an OLMo, OLMo-core or Transformers checkpoint; {what_else(source)}.")
 
 
 def what_else(source: Path) -> str:
@@ -45,12 +48,17 @@ def what_else(source: Path) -> str:
     if (source / ".metadata").is_file() and (source.parent / "config.json").is_file():
         return f"it is the part of one that holds the weights: name its parent, {source.parent}"
     if (source / "config.json").is_file():
-        if '"model_type": "olmem"' in (source / "config.json").read_text(encoding="utf-8", errors="replace"):
-            return "it is converted already: load it with `AutoModelForCausalLM.from_pretrained`"
-        if any(source.glob("*.safetensors")) or any(source.glob("pytorch_model*.bin")):
+        model_type = read_json(source / "config.json").get("model_type")
+        if model_type == "olmem":
             return (
-                "it looks like a Transformers folder: load it with `OlmemForCausalLM.from_olmo`, and write the model "
-                "and its tokenizer with `save_pretrained`"
+                "it is converted already: load it with `AutoModelForCausalLM.from_pretrained`, or convert it back to a "
+                f"class of Transformers' own with --to {', '.join(OLMO_BLOCKS)}"
+            )
+        if model_type in list(OLMO_BLOCKS):
+            return f"it has the `config.json` of {model_type} but no weights ({', '.join(WEIGHTS)}): copy them too"
+        if find_weights(source):
+            return (
+                f"it is a Transformers folder of `model_type` {model_type!r}, of which {', '.join(OLMO_BLOCKS)} convert"
             )
         return "it has `config.json` but no `.metadata`, neither beside it nor in `model_and_optim`: copy that too"
     if (source / "config.yaml").is_file():

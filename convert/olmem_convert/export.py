@@ -33,7 +33,7 @@ from .convert import (
     written_whole,
 )
 from .errors import CheckpointError, reason
-from .formats import Checkpoint, expand, to_olmem
+from .formats import Checkpoint, check_layers, expand, to_olmem, typed
 from .formats.transformers_olmo import key_table
 from .plan import TOKEN_IDS, check_copies
 from .shards import write_shards
@@ -69,13 +69,13 @@ def export(
     if target not in OLMO_BLOCKS:
         raise CheckpointError(f"`to` must be one of {', '.join(OLMO_BLOCKS)} (got {target!r}); choose one.")
     check_out(source, out, overwrite)
-    config = read_config(source)
+    config, weights = read_olmem(source)
     check_nothing_lost(config, target)
-    checkpoint = open_olmem(source, config, target)
+    checkpoint = as_checkpoint(source, config, weights, target)
     stored = choose_dtype(checkpoint.tensors, dtype)
     exported = config_of(config, target)
     exported.dtype = stored
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(exported)]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(exported)]
     exported.architectures = [model_class.__name__]
     tensors = make_tensors(checkpoint, model_class, exported)
     parameters = sum(torch.Size(tensor.shape).numel() for tensor in tensors.values())
@@ -109,17 +109,18 @@ def export(
     return report
 
 
-def read_config(source: Path) -> OlmemConfig:
+def read_olmem(source: Path) -> tuple[OlmemConfig, dict[str, LazyTensor]]:
+    """The config of an Olmem folder and its tensors, still on disk."""
     if not source.is_dir():
         what = "is a file" if source.exists() else "does not exist"
         raise CheckpointError(f"`SRC` must be an Olmem folder ({source} {what}); name the folder that holds it.")
-    model_type = read_json(source / "config.json").get("model_type") if (source / "config.json").is_file() else None
-    if model_type != "olmem":
+    path = source / "config.json"
+    raw = read_json(path) if path.is_file() else {}
+    if raw.get("model_type") != "olmem":
         raise CheckpointError(
-            f"`SRC` must be an Olmem folder with --to (got `model_type` {model_type!r} in {source}); convert it to one "
-            "without --to first."
+            f"`SRC` must be an Olmem folder with --to (got `model_type` {raw.get('model_type')!r} in {source}); "
+            "convert it to one without --to first."
         )
-    raw = read_json(source / "config.json")
     if raw.get("architectures") not in (None, ["OlmemForCausalLM"]):
         raise CheckpointError(
             f"`architectures` of config.json must be ['OlmemForCausalLM'] (got {raw['architectures']}); only causal "
@@ -131,11 +132,16 @@ def read_config(source: Path) -> OlmemConfig:
             "was quantized."
         )
     if not isinstance(raw.get("olmo_config", {}), dict):
-        raise CheckpointError(f"`olmo_config` of config.json must be an object (got {raw['olmo_config']!r}); remove it.")
+        raise CheckpointError(
+            f"`olmo_config` of config.json must be an object (got {raw['olmo_config']!r}); remove it."
+        )
+    weights = read_weights(source)
+    num_layers = typed(raw.get("num_hidden_layers", 1), int, "num_hidden_layers", "config.json")
+    check_layers(num_layers, weights, "num_hidden_layers")
     try:
-        return OlmemConfig.from_dict(raw)
+        return OlmemConfig.from_dict(raw), weights
     except CONFIG_ERRORS as error:
-        raise CheckpointError(f"`{source / 'config.json'}` must describe a model: {reason(error)}") from error
+        raise CheckpointError(f"`{path}` must describe a model: {reason(error)}") from error
 
 
 def check_nothing_lost(config: OlmemConfig, target: str) -> None:
@@ -219,8 +225,8 @@ def means(make: Callable[[dict[str, Any]], PreTrainedConfig], values: dict[str, 
     return all(getattr(other, field.name) == getattr(meaning, field.name) for field in fields(meaning))
 
 
-def open_olmem(source: Path, config: OlmemConfig, target: str) -> Checkpoint:
-    tensors = read_weights(source)
+def as_checkpoint(source: Path, config: OlmemConfig, tensors: dict[str, LazyTensor], target: str) -> Checkpoint:
+    """What is converted, in the terms of the other direction."""
     notes = []
     if config.residual_dropout:
         notes.append(f"residual_dropout {config.residual_dropout} was of training only and is not carried over")

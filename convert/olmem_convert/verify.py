@@ -1,9 +1,10 @@
 """Proof that a converted folder computes what the native model computes.
 
 The checkpoint's forward pass is recomputed by `native_forward`, which knows neither Transformers nor the conversion's
-tables (or, where the checkpoint is of Transformers' own class, by that class), and compared with what `from_pretrained` loads, block by block, on a prompt longer than the window. Both run in
-float32, on the weights as stored: a conversion to bfloat16 is compared with native weights rounded to bfloat16, so
-that equality stays exact; what the rounding itself costs is measured beside it, against float64.
+tables, or, where the checkpoint is of a class of Transformers' own, by that class. It is compared with what
+`from_pretrained` loads, block by block, on a prompt longer than the window. Both run in float32, on the weights as
+stored: a conversion to bfloat16 is compared with native weights rounded to bfloat16, so that equality stays exact;
+what the rounding itself costs is measured beside it, against float64.
 
 A prompt meets few rows of an embedding. So every weight is compared too, bit for bit, and every field of the config.
 """

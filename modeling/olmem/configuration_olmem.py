@@ -227,6 +227,11 @@ class OlmemConfig(PreTrainedConfig):
         if not getattr(source, "is_causal", True):
             raise ValueError("`is_causal` must be true (got False); Olmem's attention is causal.")
         carried = {field.name for field in fields(source)} - {"transformers_version", "architectures"}
+        if "layer_types" in carried and set(source.layer_types) - {"full_attention", "sliding_attention"}:
+            raise ValueError(
+                f"`layer_types` must be made of full_attention and sliding_attention in {source.model_type} (got "
+                f"{source.layer_types}); its code has no others."
+            )
         values = {name: getattr(source, name) for name in carried & {field.name for field in fields(cls)}}
         values |= {"head_dim": getattr(source, "head_dim", None)} | OLMO_BLOCKS[source.model_type]
         if raw.get("quantization_config"):
@@ -244,7 +249,9 @@ class OlmemConfig(PreTrainedConfig):
         theta and the scaling of the forms of older releases."""
         values = {name: value for name, value in copy.deepcopy(raw).items() if name not in ("auto_map", "model_type")}
         thetas = [(values.get("rope_parameters") or {}).get(kind) for kind in ("full_attention", "sliding_attention")]
-        if raw["model_type"] == "olmo3" and not all(isinstance(entry, dict) and "rope_theta" in entry for entry in thetas):
+        if raw["model_type"] == "olmo3" and not all(
+            isinstance(entry, dict) and "rope_theta" in entry for entry in thetas
+        ):
             rope = {name: values.pop(name, None) for name in ("rope_parameters", "rope_theta", "rope_scaling")}
             length = {name: raw[name] for name in ("max_position_embeddings",) if name in raw}
             both = ["full_attention", "sliding_attention"]

@@ -13,7 +13,7 @@ from olmem.configuration_olmem import OLMO_BLOCKS
 
 from ..errors import CheckpointError, reason
 from ..tensors import LazyTensor, find_weights, read_json, read_weights
-from . import Checkpoint, Key, check_layers, expand
+from . import Checkpoint, Key, check_layers, expand, typed
 
 # Of RoPE, in files of older releases, which computed it from the config all the same.
 OLD_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -42,6 +42,9 @@ def open_checkpoint(folder: Path, max_length: int | None) -> Checkpoint:
             "`quantization_config` of config.json must be absent (the weights are quantized, which no conversion can "
             "keep exactly); convert the model that was quantized."
         )
+    tensors = {name: tensor for name, tensor in read_weights(folder).items() if not OLD_BUFFER.fullmatch(name)}
+    num_layers = typed(raw.get("num_hidden_layers", 1), int, "num_hidden_layers", "config.json")
+    check_layers(num_layers, tensors, "num_hidden_layers")
     try:
         config = OlmemConfig.fields_of_olmo(raw)
     except (StrictDataclassError, ArithmeticError, LookupError, TypeError, ValueError) as error:
@@ -49,8 +52,6 @@ def open_checkpoint(folder: Path, max_length: int | None) -> Checkpoint:
     if max_length is not None:  # beside which the scaling of RoPE keeps its own
         config["rope_parameters"] = OlmemConfig(**config).rope_parameters
         config["max_position_embeddings"] = max_length
-    tensors = {name: tensor for name, tensor in read_weights(folder).items() if not OLD_BUFFER.fullmatch(name)}
-    check_layers(config["num_hidden_layers"], tensors)
     notes = []
     if raw.get("auto_map"):
         notes.append(f"config.json names code (`auto_map`), which is not run: what converts is {raw['model_type']}")

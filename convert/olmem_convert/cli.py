@@ -13,7 +13,7 @@ from .errors import CheckpointError
 
 app = typer.Typer(
     name="olmem",
-    help="From a native OLMo or OLMo-core checkpoint to a verified model for Hugging Face Transformers.",
+    help="From a checkpoint of OLMo, OLMo-core or Transformers to a verified Olmem model, and back to Transformers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -24,7 +24,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON o
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of the native checkpoint.")],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of the checkpoint.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it appears whole or not at all.")],
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default.")

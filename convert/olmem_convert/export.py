@@ -43,7 +43,7 @@ from .verify import compare_stages, load, make_report, prompt, weights_that_diff
 
 LAYER_TYPES = ("full_attention", "sliding_attention")  # of Olmo3; the others have full attention alone
 NOT_OF_THE_MODEL = {"architectures", "dtype", "residual_dropout", "transformers_version"}
-NOT_OF_THE_TARGET = {"_name_or_path", "auto_map", "model_type", "olmo_config"}
+NOT_OF_THE_TARGET = {"_name_or_path", "auto_map", "model_type", "olmo_config", "quantization_config"}
 CONFIG_ERRORS = (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
@@ -70,10 +70,13 @@ def export(
         raise CheckpointError(f"`to` must be one of {', '.join(OLMO_BLOCKS)} (got {target!r}); choose one.")
     check_out(source, out, overwrite)
     config, weights = read_olmem(source)
-    check_nothing_lost(config, target)
+    try:
+        check_nothing_lost(config, target)
+        exported = config_of(config, target)
+    except CONFIG_ERRORS as error:
+        raise CheckpointError(f"the config must be one that Transformers can read: {reason(error)}") from error
     checkpoint = as_checkpoint(source, config, weights, target)
     stored = choose_dtype(checkpoint.tensors, dtype)
-    exported = config_of(config, target)
     exported.dtype = stored
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(exported)]
     exported.architectures = [model_class.__name__]

@@ -21,6 +21,7 @@ import olmem
 import torch
 import transformers
 from olmem import OlmemConfig, OlmemForCausalLM
+from olmem.configuration_olmem import OLMO_BLOCKS
 from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -55,15 +56,27 @@ def verify(out: str | Path, source: str | Path, say: Callable[[str], None] = lam
     if not (out / "config.json").is_file():
         raise CheckpointError(f"`OUT` must be a converted folder ({out} has no config.json); convert SRC first.")
     checkpoint = open_checkpoint(Path(source), trained_length(out))
+    model_type = config_as_written(out).get("model_type")
+    if model_type in list(OLMO_BLOCKS):
+        raise CheckpointError(
+            f"`OUT` must be an Olmem folder (got `model_type` {model_type!r} in {out}); what --to writes is verified "
+            "when it is written."
+        )
     (out / REPORT_NAME).unlink(missing_ok=True)  # an old report must not vouch for what is being checked
     return verify_checkpoint(out, checkpoint, say)
 
 
 def trained_length(out: Path) -> int | None:
     """The length by the folder's config, in which --max-length may have replaced the checkpoint's."""
+    length = config_as_written(out).get("max_position_embeddings")
+    return length if isinstance(length, int) else None
+
+
+def config_as_written(out: Path) -> dict[str, Any]:
+    """The folder's config.json; empty when it is damaged, of which loading the folder tells."""
     with suppress(CheckpointError):
-        length = read_json(out / "config.json").get("max_position_embeddings")
-        return length if isinstance(length, int) else None
+        return read_json(out / "config.json")
+    return {}
 
 
 def verify_checkpoint(out: Path, checkpoint: Checkpoint, say: Callable[[str], None]) -> dict[str, Any]:
@@ -159,7 +172,7 @@ def native_stages(
     tensors = LoadedOnDemand(checkpoint.tensors, stored)
     if checkpoint.family == "transformers":
         config = OlmemConfig.olmo_of(dict(checkpoint.native_config))
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # never one that the folder names
         return transformers_forward(model_class, config, tensors, input_ids, dtype=dtype)
     return native_forward(checkpoint.family, checkpoint.native_config, tensors, input_ids, dtype=dtype)
 

@@ -236,10 +236,12 @@ class OlmemConfig(PreTrainedConfig):
         values |= {"head_dim": getattr(source, "head_dim", None)} | OLMO_BLOCKS[source.model_type]
         if raw.get("quantization_config"):
             values["quantization_config"] = raw["quantization_config"]
-        known = carried | {"architectures", "auto_map", "model_type", "quantization_config", "transformers_version"}
+        known = carried | {"architectures", "auto_map", "model_type", "transformers_version"}
+        known |= {"_name_or_path", "quantization_config"}
         rest = {name: value for name, value in source.to_dict().items() if name in raw and name not in known}
         rope = source.rope_parameters or {}
-        if cls(**values).rope_parameters != (rope if set(rope) & set(LAYER_TYPES) else {"full_attention": rope}):
+        entries = rope if set(rope) & set(LAYER_TYPES) else {"full_attention": rope}
+        if any(kind not in values["layer_types"] or "type" in entry for kind, entry in entries.items()):
             rest["rope_parameters"] = rope
         return values | ({"olmo_config": rest} if rest else {})
 
@@ -248,14 +250,12 @@ class OlmemConfig(PreTrainedConfig):
         """The same config.json as Transformers' own class reads it, with the RoPE that it means: Olmo3Config loses the
         theta and the scaling of the forms of older releases."""
         values = {name: value for name, value in copy.deepcopy(raw).items() if name not in ("auto_map", "model_type")}
-        thetas = [(values.get("rope_parameters") or {}).get(kind) for kind in ("full_attention", "sliding_attention")]
-        if raw["model_type"] == "olmo3" and not all(
-            isinstance(entry, dict) and "rope_theta" in entry for entry in thetas
-        ):
-            rope = {name: values.pop(name, None) for name in ("rope_parameters", "rope_theta", "rope_scaling")}
-            length = {name: raw[name] for name in ("max_position_embeddings",) if name in raw}
-            both = ["full_attention", "sliding_attention"]
-            values["rope_parameters"] = cls(num_hidden_layers=2, layer_types=both, **rope, **length).rope_parameters
+        if raw["model_type"] == "olmo3":
+            both, rope = ["full_attention", "sliding_attention"], values.get("rope_parameters") or {}
+            if not all(isinstance(rope.get(kind), dict) and "rope_theta" in rope[kind] for kind in both):
+                given = {name: values.pop(name, None) for name in ("rope_parameters", "rope_theta", "rope_scaling")}
+                given |= {name: raw[name] for name in ("max_position_embeddings",) if name in raw}
+                values["rope_parameters"] = cls(num_hidden_layers=2, layer_types=both, **given).rope_parameters
         return AutoConfig.for_model(raw["model_type"], **values)
 
     def convert_rope_params_to_dict(self, **kwargs) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Transformers' own Olmo, Olmo2 and Olmo3 become Olmem and come back: the same logits, and every bit of the folder."""
 
+import importlib
 import json
 import os
 import shutil
@@ -7,7 +8,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import olmem_convert.export
 import pytest
 import torch
 from convert.checkpoints import (
@@ -27,9 +27,8 @@ from convert.test_verify import changed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from olmem import OlmemConfig, OlmemForCausalLM
-from olmem_convert import CheckpointError, convert, verify
+from olmem_convert import CheckpointError, convert, export, verify
 from olmem_convert.cli import app
-from olmem_convert.export import export
 from olmem_convert.formats import transformers_olmo
 from transformers import (
     AutoConfig,
@@ -712,6 +711,7 @@ def test_a_model_without_windows_needs_none(tmp_path):
         ({"num_hidden_layers": 10**9, "layer_types": None}, "`num_hidden_layers` of the config must fit"),
         ({"norm_type": "none"}, "must describe a model: `norm_type` must be one of"),
         ({"num_hidden_layers": 3, "layer_types": FULL}, "lacks"),
+        ({"is_causal": False}, "`is_causal` must be true"),
         ({"model_type": "olmo2"}, "must be an Olmem folder with --to (got `model_type` 'olmo2'"),
     ],
     ids=str,
@@ -766,7 +766,7 @@ def test_mistake_on_the_way_in_is_caught(monkeypatch, tmp_path):
     ],
 )
 def test_mistake_on_the_way_out_is_caught(function, change, word, monkeypatch, converted, tmp_path):
-    module = olmem_convert.export
+    module = importlib.import_module("olmem_convert.export")
     monkeypatch.setattr(module, "check_nothing_lost", lambda *_: None)
     monkeypatch.setattr(module, function, changed(getattr(module, function), change))
     with pytest.raises(CheckpointError, match=r"(?s)the Olmem logits.*first to diverge") as caught:
@@ -782,6 +782,14 @@ def test_verify_against_a_transformers_folder(tmp_path):
     edit_json(tmp_path / "out" / "config.json", sliding_window=6)
     with pytest.raises(CheckpointError, match="`sliding_window` is 6, the checkpoint's is 5"):
         verify(tmp_path / "out", original)
+
+
+def test_what_was_exported_is_not_verified_again(converted, tmp_path):
+    export(converted("olmo"), tmp_path / "out", "olmo2")
+    before = snapshot(tmp_path)
+    with pytest.raises(CheckpointError, match=r"`OUT` must be an Olmem folder \(got `model_type` 'olmo2'"):
+        verify(tmp_path / "out", source("olmo"))
+    assert snapshot(tmp_path) == before
 
 
 # The command

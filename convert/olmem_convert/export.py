@@ -33,9 +33,9 @@ from .convert import (
     written_whole,
 )
 from .errors import CheckpointError, reason
-from .formats import Checkpoint, check_layers, expand, to_olmem, typed
+from .formats import Checkpoint, check_layers, expand, typed
 from .formats.transformers_olmo import key_table
-from .plan import TOKEN_IDS, check_copies
+from .plan import TOKEN_IDS, check_copies, make_tensors
 from .shards import write_shards
 from .tensors import LazyTensor, LoadedOnDemand, read_json, read_weights
 from .transformers_forward import transformers_forward
@@ -80,7 +80,7 @@ def export(
     exported.dtype = stored
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(exported)]
     exported.architectures = [model_class.__name__]
-    tensors = make_tensors(checkpoint, model_class, exported)
+    tensors = make_tensors(checkpoint, exported, model_class)
     parameters = sum(torch.Size(tensor.shape).numel() for tensor in tensors.values())
     for line in describe(checkpoint, config, parameters):
         say(line)
@@ -249,15 +249,6 @@ def as_checkpoint(source: Path, config: OlmemConfig, tensors: dict[str, LazyTens
         tokenizer_size=config.vocab_size,
         notes=tuple(notes),
     )
-
-
-def make_tensors(checkpoint: Checkpoint, model_class: Any, config: PreTrainedConfig) -> dict[str, LazyTensor]:
-    """By the name that `save_pretrained` of the class would give each, complete and of its shapes."""
-    with torch.device("meta"):
-        model = model_class(config)
-    tied = model.all_tied_weights_keys
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
-    return to_olmem(checkpoint.keys, checkpoint.tensors, shapes)
 
 
 def save_config(config: PreTrainedConfig, folder: Path) -> None:

@@ -1,5 +1,7 @@
 """What a native checkpoint becomes: the configuration and, still unread, the tensors of its Olmem model."""
 
+from typing import Any
+
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from olmem import OlmemConfig, OlmemForCausalLM
@@ -33,11 +35,13 @@ def tokens_of(config: PreTrainedConfig, name: str) -> list[int]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def make_tensors(checkpoint: Checkpoint, config: OlmemConfig) -> dict[str, LazyTensor]:
+def make_tensors(
+    checkpoint: Checkpoint, config: PreTrainedConfig, model_class: Any = OlmemForCausalLM
+) -> dict[str, LazyTensor]:
     """By the name that `save_pretrained` would give each, complete and of the model's shapes."""
     try:
         with torch.device("meta"):
-            model = OlmemForCausalLM(config)
+            model = model_class(config)
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"the checkpoint's config must give a model of a possible size (got: {str(error).splitlines()[0]})."

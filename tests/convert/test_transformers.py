@@ -474,6 +474,16 @@ def test_code_in_a_pickle_does_not_run(tmp_path):
     assert not canary.exists()
 
 
+def test_settings_of_generation_in_the_wrong_file_are_noted(tmp_path):
+    """Transformers too drops them when it writes the config, unless they are in a file of their own."""
+    original = save(tmp_path / "original", "olmo2")
+    edit_json(original / "config.json", temperature=0.5, do_sample=True)
+    assert convert(original, tmp_path / "own file")["notes"] == []
+    (original / "generation_config.json").unlink()
+    (note,) = convert(original, tmp_path / "no file")["notes"]
+    assert note.startswith("config.json has do_sample, temperature of generation")
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null"])
 def test_damaged_config(text, tmp_path):
     (tmp_path / "place").mkdir()

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from olmem import OlmemConfig
 from olmem.configuration_olmem import OLMO_BLOCKS
+from transformers import GenerationConfig
 
 from ..errors import CheckpointError, reason
 from ..tensors import LazyTensor, find_weights, read_json, read_weights
@@ -55,6 +56,9 @@ def open_checkpoint(folder: Path, max_length: int | None) -> Checkpoint:
     notes = []
     if raw.get("auto_map"):
         notes.append(f"config.json names code (`auto_map`), which is not run: what converts is {raw['model_type']}")
+    of_generation = sorted(set(raw) & set(GenerationConfig._get_default_generation_params()) - set(config))
+    if of_generation and not (folder / "generation_config.json").is_file():
+        notes.append(f"config.json has {', '.join(of_generation)} of generation, whose place is generation_config.json")
     return Checkpoint(
         family="transformers",
         description=str(recognise(folder)),

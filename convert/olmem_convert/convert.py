@@ -41,7 +41,7 @@ def convert(
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Converts the native checkpoint in `source` to the folder `out` and verifies its logits.
+    """Converts the checkpoint in `source` to the Olmem folder `out` and verifies its logits.
 
     dtype: "float32", "bfloat16" or "float16"; the checkpoint's own by default. max_shard_size: of a weight file.
     tokenizer: a `tokenizer.json` or a folder with one; looked for in and beside `source` by default. max_length: the

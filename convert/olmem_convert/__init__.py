@@ -1,7 +1,8 @@
-"""From a native OLMo, OLMo-core or BakaLLM checkpoint to a verified model for Hugging Face Transformers."""
+"""From a checkpoint of OLMo, OLMo-core, BakaLLM or Transformers to a verified Olmem model, and back to Transformers."""
 
 from .convert import convert
 from .errors import CheckpointError
+from .export import export
 from .verify import verify
 
-__all__ = ["CheckpointError", "convert", "verify"]
+__all__ = ["CheckpointError", "convert", "export", "verify"]

@@ -13,7 +13,7 @@ from .errors import CheckpointError
 
 app = typer.Typer(
     name="olmem",
-    help="From a native OLMo, OLMo-core or BakaLLM checkpoint to a verified model for Hugging Face Transformers.",
+    help="From a checkpoint of OLMo, OLMo-core, BakaLLM or Transformers to a verified Olmem model, and back.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -33,7 +33,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON o
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of the native checkpoint, or a `.bin`.")],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of the checkpoint, or a BakaLLM `.bin`.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it appears whole or not at all.")],
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default.")
@@ -51,23 +51,31 @@ def convert(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare logits, weights and config with the native ones.")
     ] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, if it is an Olmem folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, if Olmem wrote it.")] = False,
+    to: Annotated[
+        str | None, typer.Option(metavar="CLASS", help="Back to Transformers' olmo, olmo2 or olmo3; SRC is of Olmem.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Convert a native checkpoint and verify that its logits are the same."""
+    """Convert a checkpoint and verify that its logits are the same."""
     from .convert import convert as run
+    from .export import export
 
     options = {
         "dtype": dtype,
         "max_shard_size": max_shard_size,
         "tokenizer": tokenizer,
-        "max_length": max_length,
-        "native_config": native_config,
-        "n_ctx": n_ctx,
-        "act_fn": act_fn,
         "verify": verify,
         "overwrite": overwrite,
     }
+    of_native = {"max_length": max_length, "native_config": native_config, "n_ctx": n_ctx, "act_fn": act_fn}
+    if to is not None:
+        given = [name for name, value in of_native.items() if value is not None]
+        if given:
+            raise typer.BadParameter(f"--{given[0].replace('_', '-')} has no meaning with --to")
+        finish(lambda say: export(source, out, to, say=say, **options), as_json)
+        return
+    options |= of_native
     finish(lambda say: run(source, out, say=say, **options), as_json)
 
 

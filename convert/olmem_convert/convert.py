@@ -5,25 +5,26 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from olmem import OlmemConfig, OlmemForCausalLM
+from olmem.configuration_olmem import OLMO_BLOCKS
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
 from .errors import CheckpointError
 from .formats import Checkpoint, Given
 from .formats.detect import open_checkpoint
-from .plan import TOKEN_IDS, check_copies, make_config, make_tensors
+from .plan import TOKEN_IDS, check_copies, make_config, make_tensors, tokens_of
 from .shards import check_size, write_shards
-from .tensors import read_json
-from .tokenizer import find_tokenizer, write_tokenizer
-from .verify import verify_checkpoint
+from .tensors import LazyTensor, read_json, reading
+from .tokenizer import COMPANIONS, carry_tokenizer, find_tokenizer, write_tokenizer
+from .verify import REPORT_NAME, verify_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -43,7 +44,7 @@ def convert(
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Converts the native checkpoint `source`, mostly a folder, to the folder `out` and verifies its logits.
+    """Converts the checkpoint `source`, mostly a folder, to the Olmem folder `out` and verifies its logits.
 
     dtype: "float32", "bfloat16" or "float16"; the checkpoint's own by default. max_shard_size: of a weight file.
     tokenizer: a `tokenizer.json` or a folder with one; looked for in and beside `source` by default. max_length: the
@@ -54,14 +55,11 @@ def convert(
     Returns what was written. Raises CheckpointError, leaving nothing behind, when anything is amiss.
     """
     source, out = Path(source), Path(os.path.abspath(out))
-    check_size(max_shard_size)
-    check_dtype(dtype)
-    if tokenizer is not None and not Path(tokenizer).exists():
-        raise CheckpointError(f"`tokenizer` must be a tokenizer.json or its folder ({tokenizer} does not exist).")
+    check_options(dtype, max_shard_size, tokenizer)
     check_out(source, out, overwrite)
     given = Given(Path(native_config) if native_config else None, n_ctx, act_fn)
     checkpoint = open_checkpoint(source, max_length, given)
-    stored = choose_dtype(checkpoint, dtype)
+    stored = choose_dtype(checkpoint.tensors, dtype)
     config = make_config(checkpoint, stored)
     tensors = make_tensors(checkpoint, config)
     parameters = sum(torch.Size(tensor.shape).numel() for tensor in tensors.values())
@@ -71,17 +69,14 @@ def convert(
 
     with written_whole(out, overwrite) as folder:
         needed = parameters * stored.itemsize
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            raise CheckpointError(
-                f"`OUT` must be on a disk with room for {needed:,} bytes ({out} has {free:,} free); free some, or "
-                "choose another disk."
-            )
+        check_room(out, folder, needed)
         config.auto_map = OlmemForCausalLM.auto_map()
         with torch.device("meta"):
             custom_object_save(OlmemForCausalLM(config), folder)
         config.save_pretrained(folder)
         GenerationConfig(**{name: getattr(config, name) for name in TOKEN_IDS}).save_pretrained(folder)
+        if checkpoint.family == "transformers":
+            carry_generation_config(source, folder)
         tokenizer_report = copy_tokenizer(checkpoint, config, Path(tokenizer) if tokenizer else None, folder, say)
         with tqdm(total=needed, unit="B", unit_scale=True, desc="writing weights", disable=None) as bar:
             write_shards(folder, tensors, stored, max_shard_size, bar.update)
@@ -111,15 +106,27 @@ def describe(checkpoint: Checkpoint, config: OlmemConfig, parameters: int) -> It
     yield from (f"note: {note}" for note in checkpoint.notes)
 
 
-def check_dtype(name: str | None) -> None:
-    if name is not None and name not in DTYPES:
-        raise CheckpointError(f"`dtype` must be one of {', '.join(DTYPES)} (got {name!r}); choose one.")
+def check_options(dtype: str | None, max_shard_size: int | str, tokenizer: str | Path | None) -> None:
+    check_size(max_shard_size)
+    if dtype is not None and dtype not in DTYPES:
+        raise CheckpointError(f"`dtype` must be one of {', '.join(DTYPES)} (got {dtype!r}); choose one.")
+    if tokenizer is not None and not Path(tokenizer).exists():
+        raise CheckpointError(f"`tokenizer` must be a tokenizer.json or its folder ({tokenizer} does not exist).")
 
 
-def choose_dtype(checkpoint: Checkpoint, name: str | None) -> torch.dtype:
+def check_room(out: Path, folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"`OUT` must be on a disk with room for {needed:,} bytes ({out} has {free:,} free); free some, or choose "
+            "another disk."
+        )
+
+
+def choose_dtype(tensors: Mapping[str, LazyTensor], name: str | None) -> torch.dtype:
     if name is not None:
         return DTYPES[name]
-    found = {tensor.dtype for tensor in checkpoint.tensors.values()}
+    found = {tensor.dtype for tensor in tensors.values()}
     if len(found) != 1 or not found <= set(DTYPES.values()):
         raise CheckpointError(
             f"`dtype` must be given for this checkpoint (its weights are {sorted(map(str, found))}); add --dtype."
@@ -128,23 +135,39 @@ def choose_dtype(checkpoint: Checkpoint, name: str | None) -> torch.dtype:
 
 
 def copy_tokenizer(
-    checkpoint: Checkpoint, config: OlmemConfig, path: Path | None, folder: Path, say: Callable[[str], None]
+    checkpoint: Checkpoint, config: PreTrainedConfig, path: Path | None, folder: Path, say: Callable[[str], None]
 ) -> dict[str, Any] | None:
-    path = path or find_tokenizer(checkpoint.path)
-    if path is None:
-        say("no tokenizer found in or beside the checkpoint, so none is written: add one with --tokenizer PATH")
+    of_transformers = checkpoint.family in ("transformers", "olmem")
+    if path is None and of_transformers:
+        report = carry_tokenizer(checkpoint.path, folder, config.vocab_size, say)
+    elif path := path or find_tokenizer(checkpoint.path):
+        report = write_tokenizer(
+            path,
+            folder,
+            vocab_size=config.vocab_size,
+            **{name: next(iter(tokens_of(config, name)), None) for name in TOKEN_IDS},
+            max_length=config.max_position_embeddings,
+        )
+    else:
+        report = None
+    if report is None:
+        where = "in" if of_transformers else "in or beside"
+        say(f"no tokenizer found {where} the checkpoint, so none is written: add one with --tokenizer PATH")
         return None
-    report = write_tokenizer(
-        path,
-        folder,
-        vocab_size=config.vocab_size,
-        **{name: checkpoint.olmem_config.get(name) for name in TOKEN_IDS},
-        max_length=config.max_position_embeddings,
-    )
     say(f"tokenizer: {report['size']} tokens, the same ids on {report['probes']} probes after reloading")
-    if report["size"] != checkpoint.tokenizer_size:
+    if report["size"] != checkpoint.tokenizer_size and not of_transformers:
         say(f"note: the config says that {checkpoint.tokenizer_size} tokens were trained")
     return report
+
+
+def carry_generation_config(source: Path, folder: Path) -> None:
+    """The one of a Transformers folder, as it is, if it has one."""
+    path = source / "generation_config.json"
+    if path.is_file():
+        read_json(path)
+        with reading(path):
+            GenerationConfig.from_pretrained(source, local_files_only=True)
+        (folder / path.name).write_bytes(path.read_bytes())
 
 
 def check_out(source: Path, out: Path, overwrite: bool) -> None:
@@ -169,7 +192,7 @@ def check_out(source: Path, out: Path, overwrite: bool) -> None:
 
 WRITTEN = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|((generation|tokenizer)_)?config\.json"
-    r"|tokenizer\.json|verification\.json|\w+_olmem\.py"
+    r"|tokenizer\.json|verification\.json|\w+_olmem\.py|" + "|".join(map(re.escape, COMPANIONS))
 )
 
 
@@ -177,14 +200,16 @@ def strays_of(out: Path) -> list[str]:
     """What in an existing `out` a conversion did not write, which must not go with it."""
     names = sorted(path.name for path in out.iterdir())
     strays = [name for name in names if not WRITTEN.fullmatch(name) or not (out / name).is_file()]
-    if names and not strays and not is_olmem_folder(out):
+    if names and not strays and not is_of_olmem(out):
         return ["a model of another kind"]
     return strays
 
 
-def is_olmem_folder(folder: Path) -> bool:
+def is_of_olmem(folder: Path) -> bool:
+    """An Olmem folder, or one of Transformers' own classes that was verified against an Olmem folder."""
     with suppress(CheckpointError):
-        return read_json(folder / "config.json").get("model_type") == "olmem"
+        model_type = read_json(folder / "config.json").get("model_type")
+        return model_type == "olmem" or (model_type in list(OLMO_BLOCKS) and (folder / REPORT_NAME).is_file())
     return False
 
 

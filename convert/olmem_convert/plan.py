@@ -1,10 +1,13 @@
 """What a native checkpoint becomes: the configuration and, still unread, the tensors of its Olmem model."""
 
+from typing import Any
+
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from olmem import OlmemConfig, OlmemForCausalLM
+from transformers import PreTrainedConfig
 
-from .errors import CheckpointError
+from .errors import CheckpointError, reason
 from .formats import Checkpoint, to_olmem
 from .tensors import LazyTensor
 
@@ -15,26 +18,33 @@ def make_config(checkpoint: Checkpoint, dtype: torch.dtype) -> OlmemConfig:
     try:
         config = OlmemConfig(**checkpoint.olmem_config, dtype=dtype, architectures=["OlmemForCausalLM"])
     except (StrictDataclassError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[-1].strip().removeprefix("ValueError: ").removeprefix("TypeError: ")
-        raise CheckpointError(f"the checkpoint's config gives no valid model: {reason}") from error
+        raise CheckpointError(f"the checkpoint's config gives no valid model: {reason(error)}") from error
     for name in TOKEN_IDS:
-        token = getattr(config, name)
-        if token is not None and not 0 <= token < config.vocab_size:
-            raise CheckpointError(
-                f"`{name}` of the config must be in the vocabulary of {config.vocab_size} (got {token}); correct it."
-            )
+        for token in tokens_of(config, name):
+            if not 0 <= token < config.vocab_size:
+                raise CheckpointError(
+                    f"`{name}` of the config must be in the vocabulary of {config.vocab_size} (got {token}); correct "
+                    "it."
+                )
     return config
 
 
-def make_tensors(checkpoint: Checkpoint, config: OlmemConfig) -> dict[str, LazyTensor]:
+def tokens_of(config: PreTrainedConfig, name: str) -> list[int]:
+    """The ids of a field, of which the end of a text may have several."""
+    value = getattr(config, name)
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def make_tensors(
+    checkpoint: Checkpoint, config: PreTrainedConfig, model_class: Any = OlmemForCausalLM
+) -> dict[str, LazyTensor]:
     """By the name that `save_pretrained` would give each, complete and of the model's shapes."""
     try:
         with torch.device("meta"):
-            model = OlmemForCausalLM(config)
+            model = model_class(config)
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
         raise CheckpointError(
-            f"the checkpoint's config must give a model of a possible size (got: {reason})."
+            f"the checkpoint's config must give a model of a possible size (got: {str(error).splitlines()[0]})."
         ) from error
     tied = model.all_tied_weights_keys
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}

@@ -174,6 +174,50 @@ def read_safetensors(path: Path, decode: Callable[[str], str] = str) -> dict[str
     return tensors
 
 
+# As Transformers names them, in the order in which it looks for them.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def find_weights(folder: Path) -> Path | None:
+    """The weights of a Transformers folder, or their index; safetensors before pickles."""
+    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+
+
+def read_weights(folder: Path) -> dict[str, LazyTensor]:
+    """The weights of a Transformers folder, in one file or in the shards of an index."""
+    path = find_weights(folder)
+    if path is None:
+        raise CheckpointError(f"`{folder}` must hold weights ({', '.join(WEIGHTS)}); copy them too.")
+    index = path.with_name(f"{path.name}.index.json")
+    if index.is_file():
+        raise CheckpointError(f"`{folder}` must hold {path.name} or {index.name} (it holds both); move one set away.")
+    read = read_safetensors if path.name.startswith("model") else read_pickle
+    return read_indexed(path, read) if path.suffix == ".json" else read(path)
+
+
+def read_indexed(path: Path, read: Callable[[Path], dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
+    """The shards of an index `{"weight_map": {tensor: file}}`, each holding what the index says and no more."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"`weight_map` of {path} must list tensors (it lists none); copy it again.")
+    places = {name: member(path.parent, file_name) for name, file_name in weight_map.items()}
+    tensors: dict[str, LazyTensor] = {}
+    for shard in sorted(set(places.values())):
+        if not shard.is_file():
+            raise CheckpointError(f"`{shard}` must exist ({path.name} lists it); copy the folder again.")
+        held = read(shard)
+        astray = {name for name, place in places.items() if place == shard} ^ set(held)
+        if astray:
+            raise CheckpointError(
+                f"`{shard}` must hold the tensors that {path.name} lists in it ({len(astray)} differ, as "
+                f"{min(astray)!r}); files of two checkpoints are mixed: copy the folder again."
+            )
+        tensors |= held
+    stem, suffix = path.name.removesuffix(".index.json").rsplit(".", 1)
+    refuse_strays(path.parent, f"{stem}-*-of-*.{suffix}", {place.name for place in places.values()}, path.name)
+    return tensors
+
+
 class NoGlobals(pickle.Unpickler):
     """An unpickler for values that need no class: anything else in the stream is an error."""
 

@@ -7,7 +7,7 @@ takes tokenizer.json as it stands. What was written is loaded again and compared
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from .errors import CheckpointError
+from .tensors import read_json
 
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 WAY_OUT = "--tokenizer chooses another tokenizer"
@@ -81,16 +82,9 @@ def write_tokenizer(
     path = source / "tokenizer.json" if os.path.isdir(source) else source
     if not os.path.isfile(path):
         raise CheckpointError(f"the tokenizer must be a tokenizer.json or a folder with one (got {source}); {WAY_OUT}")
-    with _refusing(f"{path} must be a readable tokenizer.json", WAY_OUT):
-        content = path.read_bytes()
-        tokenizer = Tokenizer.from_buffer(content)
+    content, tokenizer, size = _read(path, vocab_size)
     tokens = {token_id: token for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items()}
-    size = max(tokens, default=-1) + 1
-    if not 0 < size <= vocab_size:
-        raise CheckpointError(f"`vocab_size` must cover the {size} tokens of {path} (got {vocab_size}); {WAY_OUT}")
-
-    added = tokenizer.get_added_tokens_decoder()
-    special = {token_id: token.content for token_id, token in added.items() if token.special}
+    special = _special(tokenizer)
     expected = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id, "bos_token_id": bos_token_id}
     config: dict[str, Any] = {"tokenizer_class": TOKENIZER_CLASS, "clean_up_tokenization_spaces": False}
     for field, token_id in expected.items():
@@ -113,12 +107,96 @@ def write_tokenizer(
     out.mkdir(parents=True, exist_ok=True)
     (out / "tokenizer.json").write_bytes(content)
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    probes = _prove(path, tokenizer, out, {**expected, "chat_template": template})
+    return {"size": size, "special_tokens": special, "probes": probes}
+
+
+# Of a Transformers tokenizer, beside tokenizer.json and tokenizer_config.json.
+COMPANIONS = (
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+# What tokenizers without a tokenizer.json are made of.
+SLOW = ("vocab.json", "merges.txt", "tokenizer.model")
+
+
+def carry_tokenizer(source: Path, out: Path, vocab_size: int, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """Copy the tokenizer of the Transformers folder `source`, its files as they are, into `out` and prove the copy.
+
+    Only tokenizer_config.json may change: its class, where a model's own would change the ids (see above), and code
+    that it names, which is never run. Returns what `write_tokenizer` does, or None where the folder has no tokenizer.
+    """
+    path, config_path = source / "tokenizer.json", source / "tokenizer_config.json"
+    if not os.path.isfile(path):
+        if slow := [name for name in SLOW if os.path.lexists(source / name)]:
+            raise CheckpointError(
+                f"the tokenizer of {source} must have a tokenizer.json (got {', '.join(slow)} alone); write one with "
+                f"`AutoTokenizer.from_pretrained(…).save_pretrained(…)`, or {WAY_OUT}"
+            )
+        return None
+    content, tokenizer, size = _read(path, vocab_size)
+    (out / path.name).write_bytes(content)
+    config = read_json(config_path) if os.path.lexists(config_path) else {}
+    wanted = config | {"tokenizer_class": TOKENIZER_CLASS}
+    if config.get("tokenizer_class") in ("TokenizersBackend", TOKENIZER_CLASS):
+        wanted = dict(config)
+    if wanted.pop("auto_map", None):
+        say("note: tokenizer_config.json names code (`auto_map`), which is not run: what goes along is tokenizer.json")
+    if wanted == config:
+        (out / config_path.name).write_bytes(config_path.read_bytes())
+    else:
+        (out / config_path.name).write_text(json.dumps(wanted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name in COMPANIONS:
+        if os.path.isfile(source / name):
+            if name.endswith(".json"):
+                read_json(source / name)
+            (out / name).write_bytes((source / name).read_bytes())
+    if os.path.isdir(source / "additional_chat_templates"):
+        say("note: additional_chat_templates does not go along: copy it by hand if the model needs it")
+    expected = {
+        name: token["content"] if isinstance(token, dict) and "content" in token else token
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+        if (token := config.get(name)) is not None
+    }
+    template = _given_template(source, config)
+    probes = _prove(path, tokenizer, out, expected | ({} if template is None else {"chat_template": template}))
+    return {"size": size, "special_tokens": _special(tokenizer), "probes": probes}
+
+
+def _given_template(source: Path, config: dict[str, Any]) -> Any:
+    """The chat template as transformers has it once loaded: a text, or several by name."""
+    if os.path.isfile(source / "chat_template.jinja"):
+        return _read_chat_template(source)
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        with _refusing(f"`chat_template` of {source} must be a text or a list of named ones", WAY_OUT):
+            return {entry["name"]: entry["template"] for entry in template}
+    return template
+
+
+def _read(path: Path, vocab_size: int) -> tuple[bytes, Tokenizer, int]:
+    """A tokenizer.json: its bytes, the tokenizer, and its size (highest id + 1), at most `vocab_size`."""
+    with _refusing(f"{path} must be a readable tokenizer.json", WAY_OUT):
+        content = path.read_bytes()
+        tokenizer = Tokenizer.from_buffer(content)
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if not 0 < size <= vocab_size:
+        raise CheckpointError(f"`vocab_size` must cover the {size} tokens of {path} (got {vocab_size}); {WAY_OUT}")
+    return content, tokenizer, size
+
+
+def _special(tokenizer: Tokenizer) -> dict[int, str]:
+    return {number: token.content for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+
+
+def _prove(path: Path, tokenizer: Tokenizer, out: Path, expected: dict[str, Any]) -> int:
+    """Compare what is in `out` with the tokenizer at `path` on every probe; returns how many there were."""
     texts = [*PROBES]
-    for token in added.values():
+    for token in tokenizer.get_added_tokens_decoder().values():
         texts += [token.content, token.content * 2, f"one {token.content} two{token.content}3\n{token.content}\n"]
     with _refusing(f"{path} must load and run in transformers", WAY_OUT):
-        _compare(tokenizer, out, texts, {**expected, "chat_template": template})
-    return {"size": size, "special_tokens": special, "probes": len(texts)}
+        _compare(tokenizer, out, texts, expected)
+    return len(texts)
 
 
 @contextmanager

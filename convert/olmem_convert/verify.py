@@ -1,16 +1,17 @@
 """Proof that a converted folder computes what the native model computes.
 
 The checkpoint's forward pass is recomputed by `native_forward`, which knows neither Transformers nor the conversion's
-tables, and compared with what `from_pretrained` loads, block by block, on a prompt longer than the window. Both run in
-float32, on the weights as stored: a conversion to bfloat16 is compared with native weights rounded to bfloat16, so
-that equality stays exact; what the rounding itself costs is measured beside it, against float64.
+tables, or, where the checkpoint is of a class of Transformers' own, by that class. It is compared with what
+`from_pretrained` loads, block by block, on a prompt longer than the window. Both run in float32, on the weights as
+stored: a conversion to bfloat16 is compared with native weights rounded to bfloat16, so that equality stays exact;
+what the rounding itself costs is measured beside it, against float64.
 
 A prompt meets few rows of an embedding. So every weight is compared too, bit for bit, and every field of the config.
 """
 
 import json
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -20,7 +21,9 @@ import olmem
 import torch
 import transformers
 from olmem import OlmemConfig, OlmemForCausalLM
+from olmem.configuration_olmem import OLMO_BLOCKS
 from tqdm import tqdm
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .errors import CheckpointError
 from .formats import Checkpoint, Given
@@ -29,6 +32,7 @@ from .native_forward import native_forward
 from .plan import TOKEN_IDS, make_config, make_tensors
 from .shards import sha256
 from .tensors import LazyTensor, LoadedOnDemand, read_json, read_safetensors, reading
+from .transformers_forward import transformers_forward
 
 REPORT_NAME = "verification.json"
 # Of the largest value, at least 1. Another order of float32 sums stays below 1.5e-6 in all checkpoints at hand; the
@@ -62,15 +66,27 @@ def verify(
         raise CheckpointError(f"`OUT` must be a converted folder ({out} has no config.json); convert SRC first.")
     given = Given(Path(native_config) if native_config else None, n_ctx, act_fn)
     checkpoint = open_checkpoint(Path(source), trained_length(out), given)
+    model_type = config_as_written(out).get("model_type")
+    if model_type in list(OLMO_BLOCKS):
+        raise CheckpointError(
+            f"`OUT` must be an Olmem folder (got `model_type` {model_type!r} in {out}); what --to writes is verified "
+            "when it is written."
+        )
     (out / REPORT_NAME).unlink(missing_ok=True)  # an old report must not vouch for what is being checked
     return verify_checkpoint(out, checkpoint, say)
 
 
 def trained_length(out: Path) -> int | None:
     """The length by the folder's config, in which --max-length may have replaced the checkpoint's."""
+    length = config_as_written(out).get("max_position_embeddings")
+    return length if isinstance(length, int) else None
+
+
+def config_as_written(out: Path) -> dict[str, Any]:
+    """The folder's config.json; empty when it is damaged, of which loading the folder tells."""
     with suppress(CheckpointError):
-        length = read_json(out / "config.json").get("max_position_embeddings")
-        return length if isinstance(length, int) else None
+        return read_json(out / "config.json")
+    return {}
 
 
 def verify_checkpoint(out: Path, checkpoint: Checkpoint, say: Callable[[str], None]) -> dict[str, Any]:
@@ -78,11 +94,35 @@ def verify_checkpoint(out: Path, checkpoint: Checkpoint, say: Callable[[str], No
     model = load(out, torch.float32)
     stored = stored_dtype(out)
     input_ids = prompt(checkpoint)
-    stages = compare_stages(model, checkpoint, stored, input_ids)
+    stages = compare_stages(model, native_stages(checkpoint, input_ids, torch.float32, stored), input_ids)
     config_differences, weight_differences = compare_files(model.config, out, checkpoint, stored)
+    report = make_report(out, checkpoint, input_ids, stored, stages)
+    report |= {"config_differences": config_differences, "weight_differences": weight_differences}
+    report["passed"] &= not config_differences and not weight_differences
+    del model
+    if stored != torch.float32:
+        report["rounding"] = rounding(load(out, stored), checkpoint, input_ids)
+    write_report(out, report, "native")
+    weights = "" if stored == torch.float32 else f" of the same weights rounded to {report['dtype']}"
+    say(
+        f"verified: logits differ by at most {report['max_difference']:.3g} from the native forward pass{weights}, "
+        f"{report['mean_difference']:.3g} on average ({input_ids.shape[1]} tokens, computed in float32)"
+    )
+    if stored != torch.float32:
+        rounded = report["rounding"]
+        say(
+            f"cost of {report['dtype']}: run in it, logits are at most {rounded['max_difference']:.3g} off those of "
+            f"unrounded weights in float64, {rounded['mean_difference']:.3g} on average"
+        )
+    return report
+
+
+def make_report(
+    out: Path, checkpoint: Checkpoint, input_ids: torch.Tensor, stored: torch.dtype, stages: list[dict[str, Any]]
+) -> dict[str, Any]:
     logits = stages[-1]
-    report: dict[str, Any] = {
-        "passed": all(stage["equal"] for stage in stages) and not config_differences and not weight_differences,
+    return {
+        "passed": all(stage["equal"] for stage in stages),
         "source": checkpoint.description,
         "prompt": {
             "tokens": input_ids.shape[1],
@@ -96,39 +136,26 @@ def verify_checkpoint(out: Path, checkpoint: Checkpoint, say: Callable[[str], No
         "mean_difference": logits["mean_difference"],
         "tolerance": logits["tolerance"],
         "stages": stages,
-        "config_differences": config_differences,
-        "weight_differences": weight_differences,
         "sha256": {path.name: sha256(path) for path in sorted([*out.glob("*.safetensors"), out / "config.json"])},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "olmem": olmem.__version__},
     }
-    del model
-    if stored != torch.float32:
-        report["rounding"] = rounding(load(out, stored), checkpoint, input_ids)
+
+
+def write_report(out: Path, report: dict[str, Any], whose: str) -> None:
+    """Writes verification.json; an error when it says that something differs."""
     written = json.loads(json.dumps(report), parse_constant=lambda _: None)  # NaN is no JSON
     (out / REPORT_NAME).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     if not report["passed"]:
         raise CheckpointError(
-            "the converted model must compute the native logits with the native weights (it does not); do not publish "
-            f"it, convert again.\n{explain(report)}"
+            f"the converted model must compute the {whose} logits with the {whose} weights (it does not); do not "
+            f"publish it, convert again.\n{explain(report)}"
         )
-    weights = "" if stored == torch.float32 else f" of the same weights rounded to {report['dtype']}"
-    say(
-        f"verified: logits differ by at most {logits['max_difference']:.3g} from the native forward pass{weights}, "
-        f"{logits['mean_difference']:.3g} on average ({input_ids.shape[1]} tokens, computed in float32)"
-    )
-    if stored != torch.float32:
-        rounded = report["rounding"]
-        say(
-            f"cost of {report['dtype']}: run in it, logits are at most {rounded['max_difference']:.3g} off those of "
-            f"unrounded weights in float64, {rounded['mean_difference']:.3g} on average"
-        )
-    return report
 
 
-def load(out: Path, dtype: torch.dtype) -> Any:
+def load(out: Path, dtype: torch.dtype, model_class: Any = OlmemForCausalLM) -> Any:
     with reading(out, "convert again"):
         # By its own class, so that no code that the folder names is ever asked for.
-        loaded: Any = OlmemForCausalLM.from_pretrained(
+        loaded: Any = model_class.from_pretrained(
             out, dtype=dtype, attn_implementation="sdpa", local_files_only=True, output_loading_info=True
         )
     model, info = loaded
@@ -155,16 +182,26 @@ def prompt(checkpoint: Checkpoint) -> torch.Tensor:
     return torch.randint(highest, (1, length), generator=torch.Generator().manual_seed(SEED))
 
 
+def native_stages(
+    checkpoint: Checkpoint, input_ids: torch.Tensor, dtype: torch.dtype, stored: torch.dtype | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The native forward pass in `dtype`, on weights rounded to `stored` if given."""
+    tensors = LoadedOnDemand(checkpoint.tensors, stored, checkpoint.in_config)
+    if checkpoint.family == "transformers":
+        config = OlmemConfig.olmo_of(dict(checkpoint.native_config))
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # never one that the folder names
+        return transformers_forward(model_class, config, tensors, input_ids, dtype=dtype)
+    return native_forward(checkpoint.family, checkpoint.native_config, tensors, input_ids, dtype=dtype)
+
+
 @torch.no_grad()
 def compare_stages(
-    model: Any, checkpoint: Checkpoint, stored: torch.dtype, input_ids: torch.Tensor
+    model: Any, native: Iterator[tuple[str, torch.Tensor]], input_ids: torch.Tensor
 ) -> list[dict[str, Any]]:
     """One row for embeddings, each block, the last norm and the logits, in the order of the forward pass.
 
-    Olmem's stages call for the native ones as they are reached, so neither model's activations pile up.
+    The model's stages call for the native ones as they are reached, so that its activations do not pile up.
     """
-    tensors = LoadedOnDemand(checkpoint.tensors, stored, checkpoint.in_config)
-    native = native_forward(checkpoint.family, checkpoint.native_config, tensors, input_ids, dtype=torch.float32)
     rows: list[dict[str, Any]] = []
     modules = [model.model.embed_tokens, *model.model.layers, model.model.norm]
     with tqdm(total=len(modules) + 1, desc="verifying", unit="stage", disable=None) as bar:
@@ -197,10 +234,14 @@ def compare_files(
         for name in names
         if getattr(config, name) != getattr(wanted, name)
     }
+    return config_differences, weights_that_differ(out, make_tensors(checkpoint, wanted), stored)
+
+
+def weights_that_differ(out: Path, made: Mapping[str, LazyTensor], stored: torch.dtype) -> list[str]:
+    """Names of tensors that the folder holds and `made`, rounded to `stored`, has otherwise, or only one of them."""
     written: dict[str, LazyTensor] = {}
     for path in sorted(out.glob("*.safetensors")):
         written |= read_safetensors(path)
-    made = make_tensors(checkpoint, wanted)
 
     def same(name: str) -> bool:
         if name not in written or name not in made or written[name].dtype != stored:
@@ -208,7 +249,7 @@ def compare_files(
         return torch.equal(written[name].load(), made[name].load().to(stored))
 
     names = tqdm(sorted(set(written) | set(made)), desc="comparing weights", unit="tensor", disable=None)
-    return config_differences, [name for name in names if not same(name)]
+    return [name for name in names if not same(name)]
 
 
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> dict[str, Any]:
@@ -231,8 +272,7 @@ def difference(actual: torch.Tensor, expected: torch.Tensor) -> dict[str, Any]:
 @torch.no_grad()
 def rounding(model: Any, checkpoint: Checkpoint, input_ids: torch.Tensor) -> dict[str, float]:
     """How far the logits in the stored dtype are from native float64 logits of unrounded weights."""
-    tensors = LoadedOnDemand(checkpoint.tensors)
-    stages = native_forward(checkpoint.family, checkpoint.native_config, tensors, input_ids, dtype=torch.float64)
+    stages = native_stages(checkpoint, input_ids, torch.float64)
     (_, reference) = deque(stages, maxlen=1).pop()
     gap = (model(input_ids, use_cache=False).logits.double() - reference).abs()
     return {"max_difference": float(gap.max()), "mean_difference": float(gap.mean())}

@@ -1,6 +1,7 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
 """What an Olmem model is: one strict dataclass, every rule across fields a `validate_*` method."""
 
+import copy
 import difflib
 import math
 from dataclasses import fields
@@ -225,17 +226,48 @@ class OlmemConfig(PreTrainedConfig):
                 f"{path_or_repo}); load an Olmem model with `from_pretrained`, convert a native checkpoint with "
                 "`olmem convert`."
             )
-        source = AutoConfig.for_model(model_type, **{k: v for k, v in raw.items() if k != "model_type"})
-        shared = {field.name for field in fields(cls)} - {"transformers_version", "architectures", "rope_parameters"}
-        values = {name: getattr(source, name) for name in shared if getattr(source, name, None) is not None}
-        # RoPE as the file has it: Olmo3Config loses the theta and the scaling of the forms of older releases.
-        rope = {name: raw[name] for name in ("rope_parameters", "rope_theta", "rope_scaling") if raw.get(name)}
-        if "rope_parameters" not in overrides:
-            values |= rope or {"rope_theta": source.default_theta}
+        return cls(**(cls.fields_of_olmo(raw) | overrides))
+
+    @classmethod
+    def fields_of_olmo(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """What the config.json of a Transformers `olmo`, `olmo2` or `olmo3` model says, as fields of this class.
+
+        What it says beside that, or in other words, is under `olmo_config`, for the way back.
+        """
+        source = cls.olmo_of(raw)
+        if not getattr(source, "is_causal", True):
+            raise ValueError("`is_causal` must be true (got False); Olmem's attention is causal.")
+        carried = {field.name for field in fields(source)} - {"transformers_version", "architectures"}
+        if "layer_types" in carried and set(source.layer_types) - {"full_attention", "sliding_attention"}:
+            raise ValueError(
+                f"`layer_types` must be made of full_attention and sliding_attention in {source.model_type} (got "
+                f"{source.layer_types}); its code has no others."
+            )
+        values = {name: getattr(source, name) for name in carried & {field.name for field in fields(cls)}}
+        values |= {"head_dim": getattr(source, "head_dim", None)} | OLMO_BLOCKS[source.model_type]
         if raw.get("quantization_config"):
             values["quantization_config"] = raw["quantization_config"]
-        values |= OLMO_BLOCKS[model_type]
-        return cls(**(values | overrides))
+        known = carried | {"architectures", "auto_map", "model_type", "transformers_version"}
+        known |= {"_name_or_path", "quantization_config"}
+        rest = {name: value for name, value in source.to_dict().items() if name in raw and name not in known}
+        rope = source.rope_parameters or {}
+        entries = rope if set(rope) & set(LAYER_TYPES) else {"full_attention": rope}
+        if any(kind not in values["layer_types"] or "type" in entry for kind, entry in entries.items()):
+            rest["rope_parameters"] = rope
+        return values | ({"olmo_config": rest} if rest else {})
+
+    @classmethod
+    def olmo_of(cls, raw: dict[str, Any]) -> PreTrainedConfig:
+        """The same config.json as Transformers' own class reads it, with the RoPE that it means: Olmo3Config loses the
+        theta and the scaling of the forms of older releases."""
+        values = {name: value for name, value in copy.deepcopy(raw).items() if name not in ("auto_map", "model_type")}
+        if raw["model_type"] == "olmo3":
+            both, rope = ["full_attention", "sliding_attention"], values.get("rope_parameters") or {}
+            if not all(isinstance(rope.get(kind), dict) and "rope_theta" in rope[kind] for kind in both):
+                given = {name: values.pop(name, None) for name in ("rope_parameters", "rope_theta", "rope_scaling")}
+                given |= {name: raw[name] for name in ("max_position_embeddings",) if name in raw}
+                values["rope_parameters"] = cls(num_hidden_layers=2, layer_types=both, **given).rope_parameters
+        return AutoConfig.for_model(raw["model_type"], **values)
 
     def convert_rope_params_to_dict(self, **kwargs) -> dict[str, Any]:
         """One entry for each layer type in use; see `rope_parameters`."""

@@ -54,17 +54,25 @@ def test_folder_of_steps(src):
     refuse(src, "step10, step20", str(src / "step20"))
 
 
-@pytest.mark.parametrize("weights", ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"])
-def test_transformers_folder(weights, src):
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ("model.safetensors", "cut short or damaged"),
+        ("pytorch_model.bin", "must be a zip archive"),
+        ("model-00001-of-00002.safetensors", "no weights (model.safetensors, model.safetensors.index.json"),
+    ],
+)
+def test_transformers_folder(weights, words, src):
+    """The rest is in test_transformers.py."""
     src.mkdir()
     (src / "config.json").write_text('{"model_type": "olmo2"}')
     (src / weights).write_bytes(b"")
-    refuse(src, "Transformers folder", "from_olmo")
+    refuse(src, words)
 
 
 def test_folder_that_was_converted(converted, src):
     shutil.copytree(converted("olmo"), src)
-    refuse(src, "converted already")
+    refuse(src, "converted already", "--to olmo, olmo2, olmo3")
 
 
 def test_bare_state_dict_of_transformers(src):

@@ -178,5 +178,5 @@ app()
 
 
 def test_library_names():
-    assert set(olmem_convert.__all__) == {"CheckpointError", "convert", "verify"}
-    assert callable(olmem_convert.convert) and callable(olmem_convert.verify)
+    assert set(olmem_convert.__all__) == {"CheckpointError", "convert", "export", "verify"}
+    assert all(callable(getattr(olmem_convert, name)) for name in olmem_convert.__all__)

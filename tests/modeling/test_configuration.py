@@ -405,6 +405,42 @@ def test_overrides_of_an_olmo_configuration(config_class, tmp_path):
     assert "`num_memory_tokens` is not supported yet" in refusal(OlmemConfig.from_olmo, tmp_path, num_memory_tokens=4)
 
 
+def test_fields_that_an_olmo_class_does_not_read_are_kept_but_not_followed(tmp_path):
+    """A `clip_qkv` in the config of an Olmo2 model was clipped at, which its own class does not."""
+    Olmo2Config(
+        **OLMO_SIZES, clip_qkv=3.0, logits_scaling=2.0, layer_types=[SLIDING] * 2, note={"by": "us"}
+    ).save_pretrained(tmp_path)
+    config = OlmemConfig.from_olmo(tmp_path)
+    assert (config.clip_qkv, config.logits_scaling, config.layer_types) == (None, 1.0, [FULL, FULL])
+    kept = {"clip_qkv": 3.0, "logits_scaling": 2.0, "layer_types": [SLIDING] * 2, "note": {"by": "us"}}
+    assert config.olmo_config == kept
+    config.save_pretrained(tmp_path / "olmem")
+    assert OlmemConfig.from_pretrained(tmp_path / "olmem").olmo_config == kept
+
+
+def test_what_an_olmo_configuration_cannot_have_may_be_overridden(tmp_path):
+    scaled = {"rope_type": "linear", "rope_theta": 50.0, "factor": 2.0}
+    rope = {"rope_parameters": {FULL: scaled, SLIDING: scaled}, "layer_types": [SLIDING, FULL]}
+    Olmo3Config(**OLMO_SIZES, **rope).save_pretrained(tmp_path)
+    assert "scaling belongs to full-attention layers" in refusal(OlmemConfig.from_olmo, tmp_path)
+    plain = {kind: {"rope_type": "default", "rope_theta": 50.0} for kind in (FULL, SLIDING)}
+    assert OlmemConfig.from_olmo(tmp_path, rope_parameters=plain).rope_parameters == plain
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"is_causal": False}, "`is_causal` must be true"),
+        ({"layer_types": [FULL, "chunked_attention"]}, "`layer_types` must be made of full_attention and sliding"),
+    ],
+)
+def test_what_an_olmo_class_cannot_do_here_is_refused(changes, words, tmp_path):
+    Olmo3Config(**OLMO_SIZES).save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | changes))
+    assert words in refusal(OlmemConfig.from_olmo, tmp_path)
+
+
 def test_a_misspelled_override_of_an_olmo_configuration_is_refused(tmp_path):
     """It went to the Hub's arguments, which ignore what they do not know."""
     Olmo2Config(**OLMO_SIZES).save_pretrained(tmp_path)

@@ -58,11 +58,11 @@ class Key:
         return replace(self, native=name(self.native), targets=targets, same_as=name(self.same_as))
 
 
-def check_layers(num_layers: int, tensors: Mapping[str, LazyTensor]) -> None:
+def check_layers(num_layers: int, tensors: Mapping[str, LazyTensor], name: str = "n_layers") -> None:
     """Before anything is made for each layer: no more of them than tensors."""
     if not 0 < num_layers <= len(tensors):
         raise CheckpointError(
-            f"`n_layers` of the config must fit the {len(tensors)} tensors of the checkpoint (got {num_layers}); "
+            f"`{name}` of the config must fit the {len(tensors)} tensors of the checkpoint (got {num_layers}); "
             "config and weights are of two checkpoints."
         )
 
@@ -247,7 +247,7 @@ class Given:
 class Checkpoint:
     """A native checkpoint, opened: what it is, its config in both languages, its tensors still on disk."""
 
-    family: str  # whose forward pass it is: "olmo", "olmo_core" or "baka"
+    family: str  # whose forward pass it is: "olmo", "olmo_core", "baka", "transformers" or "olmem"
     description: str
     path: Path
     native_config: Mapping[str, Any]  # as written, or what stands for it where nothing is

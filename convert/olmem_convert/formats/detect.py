@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
-from ..errors import CheckpointError
-from ..tensors import read_pickle
-from . import Checkpoint, Given, baka, olmo, olmo_core
+from olmem.configuration_olmem import OLMO_BLOCKS
 
-FORMATS = (olmo, olmo_core, baka)
+from ..errors import CheckpointError
+from ..tensors import WEIGHTS, find_weights, read_json, read_pickle
+from . import Checkpoint, Given, baka, olmo, olmo_core, transformers_olmo
+
+FORMATS = (olmo, olmo_core, baka, transformers_olmo)
 
 
 def open_checkpoint(source: Path, max_length: int | None = None, given: Given | None = None) -> Checkpoint:
@@ -45,7 +47,9 @@ def open_checkpoint(source: Path, max_length: int | None = None, given: Given | 
             ) from error
     if not source.is_dir():
         raise CheckpointError(f"`SRC` must be a checkpoint's folder or a BakaLLM `.bin` ({what_file(source)}).")
-    raise CheckpointError(f"`{source}` must hold a native OLMo, OLMo-core or BakaLLM checkpoint; {what_else(source)}.")
+    raise CheckpointError(
+        f"`{source}` must hold an OLMo, OLMo-core, BakaLLM or Transformers checkpoint; {what_else(source)}."
+    )
 
 
 def what_file(path: Path) -> str:
@@ -66,12 +70,17 @@ def what_else(source: Path) -> str:
     if (source / ".metadata").is_file() and (source.parent / "config.json").is_file():
         return f"it is the part of one that holds the weights: name its parent, {source.parent}"
     if (source / "config.json").is_file():
-        if '"model_type": "olmem"' in (source / "config.json").read_text(encoding="utf-8", errors="replace"):
-            return "it is converted already: load it with `AutoModelForCausalLM.from_pretrained`"
-        if any(source.glob("*.safetensors")) or any(source.glob("pytorch_model*.bin")):
+        model_type = read_json(source / "config.json").get("model_type")
+        if model_type == "olmem":
             return (
-                "it looks like a Transformers folder: load it with `OlmemForCausalLM.from_olmo`, and write the model "
-                "and its tokenizer with `save_pretrained`"
+                "it is converted already: load it with `AutoModelForCausalLM.from_pretrained`, or convert it back to a "
+                f"class of Transformers' own with --to {', '.join(OLMO_BLOCKS)}"
+            )
+        if model_type in list(OLMO_BLOCKS):
+            return f"it has the `config.json` of {model_type} but no weights ({', '.join(WEIGHTS)}): copy them too"
+        if find_weights(source):
+            return (
+                f"it is a Transformers folder of `model_type` {model_type!r}, of which {', '.join(OLMO_BLOCKS)} convert"
             )
         if not state_dicts:
             return "it has `config.json` but no `.metadata`, neither beside it nor in `model_and_optim`: copy that too"

@@ -1,0 +1,285 @@
+"""From an Olmem folder back to one of Transformers' own OLMo classes, with every bit of it or not at all.
+
+What the target's class cannot say is found by going there and back: the config is written in its terms and read again
+as an OLMo folder's is, and a field that did not return is an error that names it. So a field that Olmem gains is
+refused until its class can carry it.
+"""
+
+import copy
+import os
+import reprlib
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from olmem import OlmemConfig, OlmemForCausalLM
+from olmem.configuration_olmem import OLMO_BLOCKS
+from tqdm import tqdm
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from .convert import (
+    carry_generation_config,
+    check_options,
+    check_out,
+    check_room,
+    choose_dtype,
+    copy_tokenizer,
+    describe,
+    written_whole,
+)
+from .errors import CheckpointError, reason
+from .formats import Checkpoint, check_layers, expand, typed
+from .formats.transformers_olmo import key_table
+from .plan import TOKEN_IDS, check_copies, make_tensors
+from .shards import write_shards
+from .tensors import LazyTensor, LoadedOnDemand, read_json, read_weights
+from .transformers_forward import transformers_forward
+from .verify import compare_stages, load, make_report, prompt, weights_that_differ, write_report
+
+LAYER_TYPES = ("full_attention", "sliding_attention")  # of Olmo3; the others have full attention alone
+NOT_OF_THE_MODEL = {"architectures", "dtype", "residual_dropout", "transformers_version"}
+NOT_OF_THE_TARGET = {"_name_or_path", "auto_map", "model_type", "olmo_config", "quantization_config"}
+CONFIG_ERRORS = (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
+def export(
+    source: str | Path,
+    out: str | Path,
+    target: str,
+    *,
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    tokenizer: str | Path | None = None,
+    verify: bool = True,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Converts the Olmem folder `source` to the folder `out` of Transformers' own `target`: olmo, olmo2 or olmo3.
+
+    Options are those of `convert`. Returns what was written. Raises CheckpointError, leaving nothing behind, when the
+    target cannot carry all that the model is.
+    """
+    source, out = Path(source), Path(os.path.abspath(out))
+    check_options(dtype, max_shard_size, tokenizer)
+    if target not in OLMO_BLOCKS:
+        raise CheckpointError(f"`to` must be one of {', '.join(OLMO_BLOCKS)} (got {target!r}); choose one.")
+    check_out(source, out, overwrite)
+    config, weights = read_olmem(source)
+    try:
+        check_nothing_lost(config, target)
+        exported = config_of(config, target)
+    except CONFIG_ERRORS as error:
+        raise CheckpointError(f"the config must be one that Transformers can read: {reason(error)}") from error
+    checkpoint = as_checkpoint(source, config, weights, target)
+    stored = choose_dtype(checkpoint.tensors, dtype)
+    exported.dtype = stored
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(exported)]
+    exported.architectures = [model_class.__name__]
+    tensors = make_tensors(checkpoint, exported, model_class)
+    parameters = sum(torch.Size(tensor.shape).numel() for tensor in tensors.values())
+    for line in describe(checkpoint, config, parameters):
+        say(line)
+    check_copies(checkpoint)
+
+    with written_whole(out, overwrite) as folder:
+        needed = parameters * stored.itemsize
+        check_room(out, folder, needed)
+        save_config(exported, folder)
+        GenerationConfig(**{name: getattr(config, name) for name in TOKEN_IDS}).save_pretrained(folder)
+        carry_generation_config(source, folder)
+        tokenizer_report = copy_tokenizer(checkpoint, exported, Path(tokenizer) if tokenizer else None, folder, say)
+        with tqdm(total=needed, unit="B", unit_scale=True, desc="writing weights", disable=None) as bar:
+            write_shards(folder, tensors, stored, max_shard_size, bar.update)
+        report = {
+            "format": f"Transformers {target}",
+            "parameters": parameters,
+            "dtype": str(stored).removeprefix("torch."),
+            "bytes": needed,
+            "notes": list(checkpoint.notes),
+            "tokenizer": tokenizer_report,
+            "verification": None,
+        }
+        if verify:
+            report["verification"] = verify_export(folder, model_class, config, checkpoint, tensors, stored, say)
+        else:
+            say("not verified: run it again without --no-verify for the proof")
+    say(f"wrote {out}")
+    return report
+
+
+def read_olmem(source: Path) -> tuple[OlmemConfig, dict[str, LazyTensor]]:
+    """The config of an Olmem folder and its tensors, still on disk."""
+    if not source.is_dir():
+        what = "is a file" if source.exists() else "does not exist"
+        raise CheckpointError(f"`SRC` must be an Olmem folder ({source} {what}); name the folder that holds it.")
+    path = source / "config.json"
+    raw = read_json(path) if path.is_file() else {}
+    if raw.get("model_type") != "olmem":
+        raise CheckpointError(
+            f"`SRC` must be an Olmem folder with --to (got `model_type` {raw.get('model_type')!r} in {source}); "
+            "convert it to one without --to first."
+        )
+    if raw.get("architectures") not in (None, ["OlmemForCausalLM"]):
+        raise CheckpointError(
+            f"`architectures` of config.json must be ['OlmemForCausalLM'] (got {raw['architectures']}); only causal "
+            "language models go back."
+        )
+    if raw.get("quantization_config"):
+        raise CheckpointError(
+            "`quantization_config` of config.json must be absent (the weights are quantized); convert the model that "
+            "was quantized."
+        )
+    if not isinstance(raw.get("olmo_config", {}), dict):
+        raise CheckpointError(
+            f"`olmo_config` of config.json must be an object (got {raw['olmo_config']!r}); remove it."
+        )
+    weights = read_weights(source)
+    num_layers = typed(raw.get("num_hidden_layers", 1), int, "num_hidden_layers", "config.json")
+    check_layers(num_layers, weights, "num_hidden_layers")
+    try:
+        return OlmemConfig.from_dict(raw), weights
+    except CONFIG_ERRORS as error:
+        raise CheckpointError(f"`{path}` must describe a model: {reason(error)}") from error
+
+
+def check_nothing_lost(config: OlmemConfig, target: str) -> None:
+    lost = losses(config, target)
+    if not lost:
+        return
+    rules = ", ".join(f"`{name}` must be {wanted} (got {reprlib.repr(got)})" for name, (got, wanted) in lost.items())
+    fitting = [other for other in OLMO_BLOCKS if not losses(config, other)]
+    way_out = f"use --to {' or '.join(fitting)}" if fitting else "no OLMo class can: use the Olmem folder as it is"
+    raise CheckpointError(f"{rules} for Transformers' {target} to compute the same; {way_out}.")
+
+
+def losses(config: OlmemConfig, target: str) -> dict[str, tuple[Any, str]]:
+    """The fields that the target's class cannot carry: what they are, and what they would have to be."""
+    if config.hidden_act not in ACT2FN:
+        return {"hidden_act": (config.hidden_act, "an activation of Transformers")}
+    if set(config.layer_types) - set(LAYER_TYPES):
+        return {"layer_types": (config.layer_types, f"made of {' and '.join(LAYER_TYPES)}")}
+    returned = in_olmems_terms(config_of(config, target))
+    unused = set(NOT_OF_THE_MODEL)
+    if "sliding_attention" not in config.layer_types:
+        unused.add("sliding_window")
+    if config.clip_qkv is None:
+        unused.add("clip_qkv_stage")
+    if returned.layer_types != config.layer_types:
+        unused.add("rope_parameters")  # which is by layer type
+    names = [field.name for field in fields(config) if field.name not in unused]
+    return {
+        name: (getattr(config, name), reprlib.repr(getattr(returned, name)))
+        for name in names
+        if getattr(config, name) != getattr(returned, name)
+    }
+
+
+def in_olmems_terms(config: PreTrainedConfig) -> OlmemConfig:
+    return OlmemConfig(**OlmemConfig.fields_of_olmo(config.to_dict()))
+
+
+def config_of(config: OlmemConfig, target: str) -> PreTrainedConfig:
+    """The config in the terms of the target's class, without what it has no terms for.
+
+    What `olmo_config` keeps of the config that the model once had goes back into it as long as it means the same.
+    """
+    target_class = CONFIG_MAPPING[target]
+    names = {field.name for field in fields(target_class)} - {"transformers_version"}
+    own = {field.name for field in fields(config)} | NOT_OF_THE_TARGET
+    values = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    values |= {name: value for name, value in config.to_dict().items() if name not in own}
+    rope = {
+        layer_type: {name: value for name, value in entry.items() if name != "inverse_frequencies"}
+        for layer_type, entry in config.rope_parameters.items()
+    }
+    first = next(iter(rope.values()))
+    if "layer_types" in names:
+        plain = {"rope_type": "default", "rope_theta": first["rope_theta"]}
+        values["rope_parameters"] = {layer_type: rope.get(layer_type, plain) for layer_type in LAYER_TYPES}
+    else:
+        values["rope_parameters"] = first
+    if config.head_dim != config.hidden_size // config.num_attention_heads:
+        values["head_dim"] = config.head_dim
+    if values.get("sliding_window", 0) is None:
+        del values["sliding_window"]  # Olmo3 wants one even where no layer slides
+
+    def made(values: dict[str, Any]) -> PreTrainedConfig:
+        return target_class(**copy.deepcopy(values))
+
+    meaning = in_olmems_terms(made(values))
+    for name, value in getattr(config, "olmo_config", {}).items():
+        trial = values | {name: value}
+        if name not in NOT_OF_THE_TARGET and means(made, trial, meaning):
+            values = trial
+    return made(values)
+
+
+def means(make: Callable[[dict[str, Any]], PreTrainedConfig], values: dict[str, Any], meaning: OlmemConfig) -> bool:
+    """Whether these fields make a config, and it is the same in Olmem's terms."""
+    try:
+        other = in_olmems_terms(make(values))
+    except CONFIG_ERRORS:
+        return False
+    return all(getattr(other, field.name) == getattr(meaning, field.name) for field in fields(meaning))
+
+
+def as_checkpoint(source: Path, config: OlmemConfig, tensors: dict[str, LazyTensor], target: str) -> Checkpoint:
+    """What is converted, in the terms of the other direction."""
+    notes = []
+    if config.residual_dropout:
+        notes.append(f"residual_dropout {config.residual_dropout} was of training only and is not carried over")
+    if config.head_dim != config.hidden_size // config.num_attention_heads:
+        notes.append(
+            f"head_dim {config.head_dim} is not hidden_size / num_attention_heads, which Transformers computes with "
+            "and others may not"
+        )
+    return Checkpoint(
+        family="olmem",
+        description="Olmem",
+        path=source,
+        native_config=config.to_dict(),
+        olmem_config=config.to_dict(),
+        tensors=tensors,
+        keys=expand(key_table(target, config.to_dict(), tensors), config.num_hidden_layers),
+        tokenizer_size=config.vocab_size,
+        notes=tuple(notes),
+    )
+
+
+def save_config(config: PreTrainedConfig, folder: Path) -> None:
+    try:
+        config.save_pretrained(folder)
+    except CONFIG_ERRORS as error:
+        raise CheckpointError(f"the config must be one that Transformers can write: {reason(error)}") from error
+
+
+def verify_export(
+    out: Path,
+    model_class: Any,
+    config: OlmemConfig,
+    checkpoint: Checkpoint,
+    tensors: dict[str, LazyTensor],
+    stored: torch.dtype,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Loads `out` with the target's own class and compares it, stage by stage and bit by bit, with the Olmem model."""
+    input_ids = prompt(checkpoint)
+    expected = transformers_forward(OlmemForCausalLM, config, LoadedOnDemand(checkpoint.tensors, stored), input_ids)
+    stages = compare_stages(load(out, torch.float32, model_class), expected, input_ids)
+    report = make_report(out, checkpoint, input_ids, stored, stages)
+    report |= {"config_differences": {}, "weight_differences": weights_that_differ(out, tensors, stored)}
+    report["passed"] &= not report["weight_differences"]
+    write_report(out, report, "Olmem")
+    as_stored = {tensor.dtype for tensor in tensors.values()} == {stored}
+    weights = "every weight is the same" if as_stored else f"every weight is that of SRC rounded to {report['dtype']}"
+    say(
+        f"verified: {weights}, and the logits of {model_class.__name__} differ by at most "
+        f"{report['max_difference']:.3g} from Olmem's, {report['mean_difference']:.3g} on average "
+        f"({input_ids.shape[1]} tokens, computed in float32)"
+    )
+    return report

@@ -1,0 +1,92 @@
+"""Folders that `save_pretrained` of Transformers' own OlmoForCausalLM, Olmo2ForCausalLM and Olmo3ForCausalLM wrote, in
+any release: weight names are Olmem's, and `OlmemConfig.fields_of_olmo` is the config table.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from olmem import OlmemConfig
+from olmem.configuration_olmem import OLMO_BLOCKS
+from transformers import GenerationConfig
+
+from ..errors import CheckpointError, reason
+from ..tensors import LazyTensor, find_weights, read_json, read_weights
+from . import Checkpoint, Key, check_layers, expand, typed
+
+# Of RoPE, in files of older releases, which computed it from the config all the same.
+OLD_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+def recognise(folder: Path) -> str | None:
+    weights = find_weights(folder)
+    if weights is None or not (folder / "config.json").is_file():
+        return None
+    model_type = read_json(folder / "config.json").get("model_type")
+    if model_type not in list(OLMO_BLOCKS):
+        return None
+    return f"Transformers {model_type}, {weights.name.removesuffix('.index.json')}"
+
+
+def open_checkpoint(folder: Path, max_length: int | None) -> Checkpoint:
+    raw = read_json(folder / "config.json")
+    architectures = raw.get("architectures")
+    if architectures and not all(str(name).endswith("ForCausalLM") for name in architectures):
+        raise CheckpointError(
+            f"`architectures` of config.json must be a causal language model's (got {architectures}); the bodies of "
+            "others load with `OlmemModel.from_pretrained` and the config of `OlmemConfig.from_olmo`."
+        )
+    if raw.get("quantization_config"):
+        raise CheckpointError(
+            "`quantization_config` of config.json must be absent (the weights are quantized, which no conversion can "
+            "keep exactly); convert the model that was quantized."
+        )
+    tensors = {name: tensor for name, tensor in read_weights(folder).items() if not OLD_BUFFER.fullmatch(name)}
+    num_layers = typed(raw.get("num_hidden_layers", 1), int, "num_hidden_layers", "config.json")
+    check_layers(num_layers, tensors, "num_hidden_layers")
+    try:
+        config = OlmemConfig.fields_of_olmo(raw)
+    except (StrictDataclassError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"`{folder / 'config.json'}` must describe a model: {reason(error)}") from error
+    if max_length is not None:  # beside which the scaling of RoPE keeps its own
+        config["rope_parameters"] = OlmemConfig(**config).rope_parameters
+        config["max_position_embeddings"] = max_length
+    notes = []
+    if raw.get("auto_map"):
+        notes.append(f"config.json names code (`auto_map`), which is not run: what converts is {raw['model_type']}")
+    of_generation = sorted(set(raw) & set(GenerationConfig._get_default_generation_params()) - set(config))
+    if of_generation and not (folder / "generation_config.json").is_file():
+        notes.append(f"config.json has {', '.join(of_generation)} of generation, whose place is generation_config.json")
+    return Checkpoint(
+        family="transformers",
+        description=str(recognise(folder)),
+        path=folder,
+        native_config=raw,
+        olmem_config={name: value for name, value in config.items() if name not in ("architectures", "dtype")},
+        tensors=tensors,
+        keys=expand(key_table(raw["model_type"], config, tensors), config["num_hidden_layers"]),
+        tokenizer_size=config["vocab_size"],
+        notes=tuple(notes),
+    )
+
+
+def key_table(model_type: str, config: Mapping[str, Any], tensors: Mapping[str, LazyTensor]) -> list[Key]:
+    """Every name is its own target. A tied head that is stored all the same must repeat the embedding."""
+    block = "model.layers.{layer}."
+    projections = [f"{block}self_attn.{name}_proj" for name in "qkvo"]
+    norms = [f"{block}{place}_layernorm" for place in ("post_attention", "post_feedforward")]
+    norms += [f"{block}self_attn.q_norm", f"{block}self_attn.k_norm", "model.norm"]
+    names = ["model.embed_tokens.weight", *(f"{name}.weight" for name in projections)]
+    names += [f"{block}mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+    if config["attention_bias"]:
+        names += [f"{name}.bias" for name in projections]
+    if model_type != "olmo":
+        names += [f"{name}.weight" for name in norms]
+    table = [Key(name, (name,)) for name in names]
+    if not config["tie_word_embeddings"]:
+        table.append(Key("lm_head.weight", ("lm_head.weight",)))
+    elif "lm_head.weight" in tensors:
+        table.append(Key("lm_head.weight", (), same_as="model.embed_tokens.weight"))
+    return table

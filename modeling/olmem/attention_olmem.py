@@ -31,7 +31,7 @@ BLOCK = {"cpu": 128}
 BLOCK_ELSEWHERE = 1024
 WHOLE = 8
 # Bytes of rotated keys at a time, on a CPU, for them not to leave its cache before they are read.
-SCRATCH = 2**21
+SCRATCH = 2**22
 XPOS_GAMMA, XPOS_BASE = 0.4, 512
 LINSPACE_REACH = 0.1  # what is added to the keys goes from nothing to so many `linspace_scale`
 

@@ -42,7 +42,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_olmem import Rotation, Rotations, as_phases, attend, eager_attention_forward, rotate
+from .attention_olmem import Rotation, Rotations, attend, eager_attention_forward, rotate
 from .cache_olmem import OlmemCache
 from .configuration_olmem import HUB_ARGUMENTS, NOT_YET, OlmemConfig
 from .context_olmem import Context, Sight, find_documents
@@ -103,6 +103,7 @@ class OlmemRotaryEmbedding(nn.Module):
         self.config = config
         self.trained_length = max(config.max_position_embeddings, 1024)
         self.layer_types = sorted(set(config.layer_types))
+        self.tables: dict[tuple[str, torch.device], torch.Tensor] = {}
         self.rope_type = {name: config.rope_parameters[name]["rope_type"] for name in self.layer_types}
         for layer_type in self.layer_types:
             inverse_frequency, attention_scaling = self.frequencies(layer_type, device)
@@ -135,13 +136,10 @@ class OlmemRotaryEmbedding(nn.Module):
         theta = rope["rope_theta"] * stretch ** (size / (size - 2))
         return 1.0 / theta ** (torch.arange(0, size, 2, device=position.device).float() / size)
 
-    @torch.no_grad()
-    def forward(
-        self, hidden_states: torch.Tensor, position_ids: torch.Tensor, layer_type: str, below: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """position_ids (B, T); `below` is a bound of them that the caller knows."""
+    def angles(self, position_ids: torch.Tensor, layer_type: str, below: int | None = None) -> torch.Tensor:
+        """(B, T, D/2) in float32 of positions (B, T), of which the caller may know that they are `below` something."""
         position = position_ids[..., None]
-        inverse_frequency = getattr(self, f"{layer_type}_inv_freq").to(hidden_states.device, torch.float)
+        inverse_frequency = getattr(self, f"{layer_type}_inv_freq").to(position.device, torch.float)
         if self.rope_type[layer_type] == "dynamic":
             stretched = self.dynamic_frequencies(position, layer_type)
             inverse_frequency = torch.where(
@@ -154,9 +152,29 @@ class OlmemRotaryEmbedding(nn.Module):
             wide = "cpu" if position.device.type == "mps" else position.device  # mps has no float64
             exact = (position.to(wide).double() * inverse_frequency.to(wide).double()).remainder(2 * math.pi)
             angles = torch.where(position < self.trained_length, angles, exact.to(angles))
+        return angles
+
+    @torch.no_grad()
+    def forward(
+        self, hidden_states: torch.Tensor, position_ids: torch.Tensor, layer_type: str, below: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = self.angles(position_ids.to(hidden_states.device), layer_type, below)
         scaling = getattr(self, f"{layer_type}_attention_scaling")
         cos, sin = angles.cos() * scaling, angles.sin() * scaling
         return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
+
+    @torch.no_grad()
+    def phases(self, position_ids: torch.Tensor, layer_type: str, below: int | None = None) -> torch.Tensor:
+        """The same as complex numbers (B, T, D/2), of bounded positions from a table."""
+        if below is not None and not torch.compiler.is_compiling():
+            place = (layer_type, position_ids.device)
+            if place not in self.tables:
+                every = torch.arange(below, device=position_ids.device)
+                self.tables[place] = self.phases(every, layer_type)
+            return self.tables[place][position_ids]
+        angles = self.angles(position_ids, layer_type, below)
+        scaling = getattr(self, f"{layer_type}_attention_scaling")
+        return torch.complex(angles.cos() * scaling, angles.sin() * scaling)
 
 
 class OlmemAttention(nn.Module):
@@ -547,7 +565,8 @@ class OlmemModel(OlmemPreTrainedModel):
         slots = context.slot(sight.queries.clamp(min=0))  # of padding too, which has a number below 0
         slots_below = None if context.span is None else context.span + context.num_sinks
         if self.config.caches_one_tensor and sight.is_step:  # all keys are rotated now, by slots, which stay small
-            return Rotations(at(slots, slots_below), step=as_phases(*at(sight.step_slots.clamp(min=0), slots_below)))
+            step = self.rotary_emb.phases(sight.step_slots.clamp(min=0), layer_type, slots_below)
+            return Rotations(at(slots, slots_below), step=step)
         token = at(sight.queries.clamp(min=0) if position_ids is None else position_ids)
         key = sink = query = None
         if self.config.caches_one_tensor and sight.seen is not None:

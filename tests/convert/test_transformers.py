@@ -641,6 +641,8 @@ CHANGES: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "attention_chunk_size": ({"attention_chunk_size": 4}, "olmo3", "None"),
     "attention_chunk_lookback": ({"attention_chunk_lookback": 1}, "olmo3", "0"),
     "num_sink_tokens": ({"num_sink_tokens": 2}, "olmo3", "0"),
+    "position_embedding": ({"position_embedding": "none"}, "olmo3", "'rope'"),
+    "shared_projections": ({"shared_projections": "key_value"}, "olmo3", "'none'"),
     "attention_bias": ({"attention_bias": True}, "olmo3", None),
     "attention_dropout": ({"attention_dropout": 0.5}, "olmo3", None),
     "residual_dropout": ({"residual_dropout": 0.5}, "olmo3", None),

@@ -31,8 +31,9 @@ BLOCK = {"cpu": 128}
 BLOCK_ELSEWHERE = 1024
 WHOLE = 8
 # Bytes of rotated keys at a time, on a CPU, for them not to leave its cache before they are read.
-SCRATCH = 2**22
+SCRATCH, LEAST_PIECE = 2**22, 64
 XPOS_GAMMA, XPOS_BASE = 0.4, 512
+BY_SLOT = ("xpos", "linspace")
 LINSPACE_REACH = 0.1  # what is added to the keys goes from nothing to so many `linspace_scale`
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
@@ -45,7 +46,7 @@ class Rotations(NamedTuple):
     query: Rotation | None = None  # of the queries at their slots, (R, T, D)
     sink: Rotation | None = None  # of the sinks, (R, Z, D)
     key: Rotation | None = None  # of all keys of a cache, (R, S, D), where these are values too
-    step: torch.Tensor | None = None  # of them and the sinks for one query, complex (R, Z + S, D/2)
+    step: torch.Tensor | None = None  # of them and the sinks for one query, side by side (R, Z + S, D/2, 2)
 
     def upto(self, length: int) -> "Rotations":
         """Those of the first tokens."""
@@ -89,18 +90,23 @@ def are_complex(states: torch.Tensor) -> bool:
     return states.dtype == torch.float32 and states.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def as_complex(states: torch.Tensor) -> torch.Tensor:
+    """States (…, D) that are `side_by_side` as (…, D/2), the same memory."""
+    return torch.view_as_complex(states.unflatten(-1, (-1, 2)))
+
+
 def as_phases(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Cosines and sines (R, T, D) as complex numbers (R, T, D/2)."""
+    """Cosines and sines (R, T, D) side by side, (R, T, D/2, 2): of each pair, the two numbers of its complex factor."""
     half = cos.shape[-1] // 2
-    return torch.complex(cos[..., :half], sin[..., :half])
+    return torch.stack((cos[..., :half], sin[..., :half]), dim=-1)
 
 
 def rotate_pairs(states: torch.Tensor, phases: torch.Tensor) -> torch.Tensor:
-    """`rotate` for states (B, H, T, D) that are `side_by_side`, by phases (R, T, D/2)."""
-    pairs, phases = states.unflatten(-1, (-1, 2)), phases[:, None]
+    """`rotate` for states (B, H, T, D) that are `side_by_side`, by phases (R, T, D/2, 2)."""
+    phases = phases[:, None]
     if are_complex(states):
-        return torch.view_as_real(torch.view_as_complex(pairs) * phases).flatten(-2)
-    (first, second), cos, sin = pairs.unbind(-1), phases.real, phases.imag
+        return torch.view_as_real(as_complex(states) * torch.view_as_complex(phases)).flatten(-2)
+    (first, second), (cos, sin) = states.unflatten(-1, (-1, 2)).unbind(-1), phases.unbind(-1)
     return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2).to(states.dtype)
 
 
@@ -211,7 +217,7 @@ def attend(
     asked for and `eager`, the weights (see `weights_in_order`). `past` keeps what is new."""
     if sight.documents is not None:
         return attend_documents(module, query, key, value, rotations, sight, output_attentions)
-    turn, one_tensor = rotate, past is not None and module.caches_one_tensor
+    turn, one_tensor = rotate, past is not None and module.config.caches_one_tensor
     if one_tensor and module.rotates:
         turn, query, key = rotate_side_by_side, side_by_side(query), side_by_side(key)
     value = key if one_tensor else module.clip("rotary", value)
@@ -241,7 +247,7 @@ def attend(
         output, weights = attend_window(module, query, keys, values, sight, prefix, output_attentions, turn)
     if turn is rotate_side_by_side:
         output = in_halves(output)
-    if weights is None or not output_attentions:
+    if weights is None or not output_attentions or module.config._attn_implementation == "sdpa":
         return output, None
     return output, weights_in_order(weights, sight)
 
@@ -282,61 +288,56 @@ def attend_window(
     turn: Callable,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """query (B, H, T, D); key and value (B, K, S, D), those that `sight` numbers; of a step (B, K, Z + S, D), the sinks
-    rotated for the one query. Returns (B, T, H, D), weights (B, H, T, [Z +] S) or None."""
+    rotated for the one query. Returns (B, T, H, D), and if asked for and `eager`, weights (B, H, T, [Z +] S)."""
     length = query.shape[2]
     eager = module.config._attn_implementation != "sdpa"
-    fades = module.position_embedding == "xpos"
-    lift = linspace_lift(module, query, sight) if module.position_embedding == "linspace" else None
-    in_parts = eager or prefix is not None or lift is not None
+    by_slot = module.position_embedding in BY_SLOT
     if sight.is_step:  # a generated token: all keys in one part, sinks first
-        if fades:
-            number = sight.queries
-            key = key * xpos_scale(key, number - torch.cat((sight.sink_positions, sight.key_numbers), -1), turn)
-        if in_parts:
-            bias = None if lift is None else lift * sight.step_slots[:, None, None]
-            return attend_parts(module, query, key, value, sight.step_mask, bias=bias)
+        if by_slot:
+            slot = sight.context.slot(sight.queries)
+            query, key = place_by_slot(module, query, key, slot - slot, sight.step_slots - slot, turn)
+        if eager:
+            return attend_parts(module, query, key, value, sight.step_mask)
         return attend_sdpa(module, query, key, value, sight.step_mask), None
 
     block = BLOCK.get(query.device.type, BLOCK_ELSEWHERE)
-    fresh = key.shape[2] == length and not fades and lift is None
-    if prefix is None and fresh and (length <= WHOLE * block or (sight.causal and not eager)):
+    alone = prefix is None and key.shape[2] == length and not by_slot
+    if alone and (length <= WHOLE * block or (sight.causal and not eager)):
         return attend_whole(module, query, key, value, sight)
-    if output_attentions and eager:
-        block = length
 
+    weights_too = output_attentions and eager
     queries = [slice(start, min(start + block, length)) for start in range(0, length, block)]
-    reaches = [sight.reach(part) for part in queries]
+    reaches = [slice(0, key.shape[2]) if weights_too else sight.reach(part) for part in queries]
     if len(queries) > 1 and torch.is_grad_enabled():
         keys, values = Slices.apply(key, *reaches), Slices.apply(value, *reaches)
     else:
         keys, values = ([states[:, :, part] for part in reaches] for states in (key, value))
-    outputs, weights = [], None
+    outputs, weights = [], []
     for part, reach, block_key, block_value in zip(queries, reaches, keys, values, strict=True):
-        mask = sight.mask(part, reach, prefix is not None)
-        block_query = query[:, :, part]
+        block_query, bias = query[:, :, part], None
         block_prefix = prefix and Prefix(prefix.query[:, :, part], prefix.key, prefix.value)
-        if fades:
-            block_query, block_key, block_prefix = fade(block_query, block_key, block_prefix, sight, part, reach, turn)
-        if in_parts:
-            bias = None
-            if lift is not None:
-                bias = lift[:, :, part] * sight.slots_seen(part, reach, prefix is not None)[:, None]
-            output, weights = attend_parts(module, block_query, block_key, block_value, mask, block_prefix, bias)
+        if by_slot:
+            block_query, block_key, block_prefix, bias = place_block(
+                module, block_query, block_key, block_prefix, sight, part, reach, turn
+            )
+        mask = sight.mask(part, reach, prefix is not None)
+        if eager or prefix is not None:
+            output, shares = attend_parts(module, block_query, block_key, block_value, mask, block_prefix, bias)
+            weights.append(shares)
         else:
             output = attend_sdpa(module, block_query, block_key, block_value, mask)
         outputs.append(output)
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), weights
+    return torch.cat(outputs, dim=1), torch.cat(weights, dim=2) if weights_too else None
 
 
 def attend_rotating(
     module: Any, query: torch.Tensor, stored: torch.Tensor, phases: torch.Tensor, sight: Sight
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A step where keys are values, stored (B, K, Z + S, D): rotated by phases (R, Z + S, D/2) on their way to the
+    """A step where keys are values, stored (B, K, Z + S, D): rotated by phases (R, Z + S, D/2, 2) on their way to the
     scores. Returns (B, 1, H, D), weights (B, H, 1, Z + S)."""
     if module.position_embedding == "xpos":
-        phases = phases * xpos_zeta(query) ** (
-            (sight.step_slots - sight.context.slot(sight.queries))[..., None] / -XPOS_BASE
-        )
+        distance = sight.context.slot(sight.queries) - sight.step_slots
+        phases = phases * (xpos_zeta(query) ** (distance.clamp(min=0)[..., None] / XPOS_BASE))[..., None]
     grouped = (query * module.scaling).reshape(*stored.shape[:2], -1, stored.shape[-1])
     scores = [grouped @ key.transpose(2, 3) for key in rotated_pieces(stored, phases)]
     weights = weigh(module, torch.cat(scores, dim=-1).view(*query.shape[:3], -1), sight.step_mask)
@@ -345,44 +346,54 @@ def attend_rotating(
 
 
 def rotated_pieces(states: torch.Tensor, phases: torch.Tensor) -> Iterator[torch.Tensor]:
-    """`rotate_pairs` of states (B, K, S, D) in pieces along S, each to be used before the next one is asked for."""
-    if not are_complex(states):
-        yield rotate_pairs(states, phases)
-        return
-    pairs = torch.view_as_complex(states.unflatten(-1, (-1, 2)))
-    batch, kv_heads, length, half = pairs.shape
-    size = min(max(SCRATCH // (batch * kv_heads * half * pairs.element_size()), 1), length)
-    scratch = torch.empty(batch, kv_heads, size, half, dtype=pairs.dtype)
+    """`rotate_pairs` of states (B, K, S, D), on a CPU in pieces along S, each to be used before the next one."""
+    batch, kv_heads, length, width = states.shape
+    size = length
+    if states.device.type == "cpu" and not torch.compiler.is_compiling():
+        size = min(max(SCRATCH // (batch * kv_heads * width * 4), LEAST_PIECE), length)
+    scratch = states.new_empty(batch, kv_heads, size, width) if are_complex(states) else None
     for start in range(0, length, size):
         part = slice(start, min(start + size, length))
+        if scratch is None:
+            yield rotate_pairs(states[:, :, part], phases[:, part])
+            continue
         piece = scratch[:, :, : part.stop - start]
-        torch.mul(pairs[:, :, part], phases[:, None, part], out=piece)
-        yield torch.view_as_real(piece).flatten(-2)
+        torch.mul(as_complex(states[:, :, part]), torch.view_as_complex(phases[:, None, part]), out=as_complex(piece))
+        yield piece
 
 
-def fade(query, key, prefix: Prefix | None, sight: Sight, part: slice, reach: slice, turn: Callable):
-    """xpos of one block. Scales are from its first query on, for no power to grow with the stream."""
-    number = sight.queries[:, part]
+def place_block(module, query, key, prefix: Prefix | None, sight: Sight, part: slice, reach: slice, turn: Callable):
+    """What xpos and linspace do to a block: its queries, keys and prefix, and a bias (B, H, T, 1) of the sinks' scores.
+    Positions count from its first query, for none to grow with the stream."""
+    number, bias = sight.queries[:, part], None
     first = number[:, :1]
-    query = query * xpos_scale(query, number - first, turn)
-    key = key * xpos_scale(key, first - sight.key_numbers[:, reach], turn)
     if prefix is not None:
-        slot = sight.context.slot(number.clamp(min=0))
+        start = number.clamp(min=0)
+        slot = sight.context.slot(start)
         least = slot.amin(-1, keepdim=True)
-        prefix = Prefix(
-            prefix.query * xpos_scale(query, slot - least, turn),
-            prefix.key * xpos_scale(key, least - sight.sinks, turn),
-            prefix.value,
-        )
-    return query, key, prefix
+        if module.position_embedding == "linspace":  # of one softmax with keys at other places
+            shift = start - slot - first + least
+            bias = (query @ linspace_step(module)[:, None]) * shift[:, None, :, None] * module.scaling
+        placed = place_by_slot(module, prefix.query, prefix.key, slot - least, sight.sinks - least, turn)
+        prefix = Prefix(*placed, prefix.value)
+    query, key = place_by_slot(module, query, key, number - first, sight.key_numbers[:, reach] - first, turn)
+    return query, key, prefix, bias
 
 
-def linspace_lift(module: Any, query: torch.Tensor, sight: Sight) -> torch.Tensor:
-    """(B, H, T, 1) in float32: by how much a score grows with each slot of its key. A key with `slot · step · scale`
-    added to it has the score `query · key + slot · step · (query · scale)`."""
-    span = sight.context.span or module.config.max_position_embeddings
-    step = LINSPACE_REACH / max(span - 1, 1) * module.scaling
-    return (query @ module.linspace_scale.to(query.dtype))[..., None].float() * step
+def place_by_slot(module, query, key, query_offset: torch.Tensor, key_offset: torch.Tensor, turn: Callable):
+    """query (B, H, T, D) and key (B, K, S, D) as xpos or linspace has them at positions (R, T) and (R, S) from any one
+    base: neither depends on more than their differences."""
+    if module.position_embedding == "xpos":
+        return query * xpos_scale(query, query_offset, turn), key * xpos_scale(key, -key_offset, turn)
+    return query, (key + key_offset[:, None, :, None] * linspace_step(module)).to(key.dtype)
+
+
+def linspace_step(module: Any) -> torch.Tensor:
+    """(D,) in float32 or better: what linspace adds to a key for each slot."""
+    context = Context.of(module.config, module.layer_type)
+    span = context.span or module.config.max_position_embeddings
+    scale = module.linspace_scale
+    return scale.to(torch.promote_types(scale.dtype, torch.float32)) * (LINSPACE_REACH / max(span - 1, 1))
 
 
 def attend_whole(module, query, key, value, sight: Sight) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -417,16 +428,18 @@ def attend_parts(
     module, query, key, value, mask: torch.Tensor | None, prefix: Prefix | None = None, bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One block in plain operations, mask (R, T, [Z +] S): the scores of both parts side by side, one softmax. `bias`
-    (B, H, T, [Z +] S) is added to them."""
+    (B, H, T, 1) is added to those of the prefix."""
 
     def grouped(states: torch.Tensor) -> torch.Tensor:
         return (states * module.scaling).reshape(*key.shape[:2], -1, key.shape[-1])
 
     scores = grouped(query) @ key.transpose(2, 3)
     if prefix is not None:
-        scores = torch.cat((grouped(prefix.query) @ prefix.key.transpose(2, 3), scores), dim=-1)
-    scores = scores.view(*query.shape[:3], -1)
-    weights = weigh(module, scores if bias is None else scores + bias, mask).to(query.dtype)
+        before = grouped(prefix.query) @ prefix.key.transpose(2, 3)
+        if bias is not None:
+            before = before + bias.reshape(*before.shape[:3], 1)
+        scores = torch.cat((before, scores), dim=-1)
+    weights = weigh(module, scores.view(*query.shape[:3], -1), mask).to(query.dtype)
     shares = weights.view(*key.shape[:2], -1, weights.shape[-1])
     if prefix is None:
         output = shares @ value

@@ -26,7 +26,7 @@ from .configuration_olmem import OlmemConfig
 from .context_olmem import Context, Sight
 
 GROWTH = 256  # tokens at a time
-FORMAT = "olmem-cache-1"
+FORMAT = "olmem-cache-2"
 # Fields of a configuration that change nothing of what is cached.
 NO_MATTER = {
     "attention_dropout",
@@ -175,6 +175,8 @@ class OlmemCacheLayer(CacheLayerMixin):
             for place, states in zip(stored, new, strict=False):
                 place.copy_(states.detach())
             return new
+        if torch.is_grad_enabled():  # what gradients go back through must not be written again
+            stored = [place.clone() for place in stored]
         return stored[0], stored[-1]
 
     def used(self, length: int) -> dict[str, torch.Tensor]:
@@ -358,7 +360,7 @@ class OlmemCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values, with the room that is kept for more; nine and eight a row count them."""
+        """Bytes of all keys and values, with the room that is kept for more; the counters' few are left out."""
         return sum(buffer.nbytes for layer in self.layers for buffer in layer.buffers.values())
 
     # The batch

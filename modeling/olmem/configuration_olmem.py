@@ -94,9 +94,10 @@ class OlmemConfig(PreTrainedConfig):
             being the layer's window or `max_position_embeddings`; `"none"`.
         rope_parameters (`dict`, *optional*): RoPE by layer type, `{"full_attention": {"rope_type": "yarn",
             "rope_theta": 500000.0, "factor": 8.0, …}, "sliding_attention": {…}}`, in Transformers' terms. A flat
-            dictionary gives its `rope_theta` to every layer and its scaling to full-attention layers, the only
-            ones that may scale. Entries of layer types that no layer has are dropped. With `rope_type` `"default"`,
-            `inverse_frequencies` (D/2 numbers) stand in for those of the theta, where a checkpoint stores its own.
+            dictionary gives its `rope_theta` (and `inverse_frequencies`) to every layer and its scaling to full-
+            attention layers, the only ones that may scale. Entries of layer types that no layer has are dropped. With
+            `rope_type` `"default"`, `inverse_frequencies` (D/2 numbers) stand in for those of the theta, where a
+            checkpoint stores its own.
         layer_types (`list[str]` or `str`, *optional*): `"sliding_attention"`, `"chunked_attention"` or
             `"full_attention"` for each layer, or one value for all. Defaults to three sliding layers, then a full one,
             repeated.
@@ -193,6 +194,9 @@ class OlmemConfig(PreTrainedConfig):
             ]
         elif isinstance(self.layer_types, str):
             self.layer_types = [self.layer_types] * self.num_hidden_layers
+        schemes = self.position_embedding
+        if isinstance(schemes, list) and len(schemes) == self.num_hidden_layers and len(set(schemes)) == 1:
+            self.position_embedding = schemes[0]
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -276,6 +280,7 @@ class OlmemConfig(PreTrainedConfig):
         if set(scaling) & set(LAYER_TYPES):  # the older name of the same
             given, scaling = scaling, {}
         flat = {key: value for key, value in given.items() if key not in LAYER_TYPES}
+        stored = flat.get("inverse_frequencies")
         nested = {key: value for key, value in given.items() if key in LAYER_TYPES}
         for key, value in flat.items():
             if isinstance(value, dict):
@@ -297,6 +302,8 @@ class OlmemConfig(PreTrainedConfig):
         for layer_type in sorted(set(self.layer_types or ())):
             full = layer_type == "full_attention"
             entry = {"rope_type": "default", "rope_theta": theta}
+            if stored is not None:
+                entry["inverse_frequencies"] = stored
             for part in (nested.get(layer_type) or (flat if full else {}), scaling if full else {}):
                 if "type" in part:  # the older name of `rope_type`
                     part = {"rope_type": part["type"]} | {key: part[key] for key in part if key != "type"}
@@ -340,7 +347,7 @@ class OlmemConfig(PreTrainedConfig):
                 )
 
     @property
-    def position_embeddings(self) -> list[str]:
+    def layer_position_embeddings(self) -> list[str]:
         """`position_embedding` of each layer."""
         given = self.position_embedding
         return [given] * self.num_hidden_layers if isinstance(given, str) else given
@@ -376,14 +383,14 @@ class OlmemConfig(PreTrainedConfig):
         )
 
     def validate_positions(self) -> None:
-        unknown = sorted(set(self.position_embeddings) - set(POSITION_EMBEDDINGS))
+        unknown = sorted(set(self.layer_position_embeddings) - set(POSITION_EMBEDDINGS))
         if unknown:
             raise ValueError(
                 f"`position_embedding` must be made of {', '.join(POSITION_EMBEDDINGS)} (got {unknown}); choose one, "
                 "or one a layer."
             )
         self._require(
-            len(self.position_embeddings) == self.num_hidden_layers,
+            len(self.layer_position_embeddings) == self.num_hidden_layers,
             "position_embedding",
             f"must be one value or `num_hidden_layers` = {self.num_hidden_layers} of them",
             "give one string for all, or one a layer",
@@ -405,7 +412,7 @@ class OlmemConfig(PreTrainedConfig):
         for name, holds, rule in (
             ("num_sink_tokens", not self.num_sink_tokens, "be 0"),
             ("shared_projections", not self.caches_one_tensor, "keep keys and values apart"),
-            ("position_embedding", set(self.position_embeddings) <= {"rope", "none"}, "be made of rope and none"),
+            ("position_embedding", set(self.layer_position_embeddings) <= {"rope", "none"}, "be made of rope and none"),
         ):
             self._require(
                 holds,
@@ -502,6 +509,11 @@ class OlmemConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{where}['partial_rotary_factor']` must be 1 (got {entry['partial_rotary_factor']!r}); Olmem "
                     "rotates whole heads."
+                )
+            if rope_type == "dynamic" and self.head_dim == 2:
+                raise ValueError(
+                    f"`head_dim` must be at least 4 with rope_type 'dynamic' in {where}` (got 2); use another "
+                    "rope_type."
                 )
             needed, allowed = ROPE_TYPES[rope_type]
             for name in needed:

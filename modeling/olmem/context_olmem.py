@@ -234,8 +234,9 @@ class Sight:
 
     @property
     def step_slots(self) -> torch.Tensor:
-        """(R, Z + S) of the sinks and keys of a step."""
-        keys = self.context.key_slot(self.queries, self.key_numbers)
+        """(R, Z + S) of the sinks and keys of a step; 0 of those that are not seen."""
+        seen = self.context.sees(self.queries, self.key_numbers)
+        keys = torch.where(seen, self.context.key_slot(self.queries, self.key_numbers), 0)
         return torch.cat((self.sinks.expand(len(keys), -1), keys), dim=-1)
 
     @property
@@ -268,14 +269,6 @@ class Sight:
         if with_sinks:
             mask = torch.cat((self.context.sees_sink(query, self.sinks), mask), dim=-1)
         return mask | ~mask.any(-1, keepdim=True) if self.padded else mask
-
-    def slots_seen(self, queries: slice, keys: slice, with_sinks: bool = False) -> torch.Tensor:
-        """(R, T, S), or (R, T, Z + S): the slot of each key for each query that sees it."""
-        query = self.queries[:, queries, None]
-        slots = self.context.key_slot(query, self.key_numbers[:, None, keys])
-        if with_sinks:
-            slots = torch.cat((self.sinks.expand(*slots.shape[:2], -1), slots), dim=-1)
-        return slots
 
     def reach(self, queries: slice) -> slice:
         """The columns of keys that hold all that these queries see."""

@@ -31,6 +31,12 @@ class OlmemGenerationMixin(GenerationMixin):
             if not rolls_back:
                 model_kwargs["past_key_values"] = self.model.make_cache()
                 return None
+            by_slot = {"xpos", "linspace"} & set(self.config.layer_position_embeddings)
+            if by_slot:
+                raise ValueError(
+                    f"`position_embedding` must be made of rope and none (got {min(by_slot)!r}) to assist or be "
+                    "assisted, which needs a cache of Transformers; use no assistant and no `prompt_lookup_num_tokens`."
+                )
             if any(context.num_sinks or context.chunk_size for context in self.model.contexts.values()):
                 raise ValueError(
                     f"`num_sink_tokens` must be 0 (got {self.config.num_sink_tokens}) and no layer chunked to assist "

@@ -165,16 +165,19 @@ class OlmemRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def phases(self, position_ids: torch.Tensor, layer_type: str, below: int | None = None) -> torch.Tensor:
-        """The same as complex numbers (B, T, D/2), of bounded positions from a table."""
-        if below is not None and not torch.compiler.is_compiling():
-            place = (layer_type, position_ids.device)
-            if place not in self.tables:
-                every = torch.arange(below, device=position_ids.device)
-                self.tables[place] = self.phases(every, layer_type)
-            return self.tables[place][position_ids]
+        """Cosines and sines side by side (B, T, D/2, 2)."""
         angles = self.angles(position_ids, layer_type, below)
         scaling = getattr(self, f"{layer_type}_attention_scaling")
-        return torch.complex(angles.cos() * scaling, angles.sin() * scaling)
+        return torch.stack((angles.cos() * scaling, angles.sin() * scaling), dim=-1)
+
+    def phases_of_slots(self, slots: torch.Tensor, layer_type: str, below: int) -> torch.Tensor:
+        """`phases`, from a table of all slots."""
+        if torch.compiler.is_compiling():
+            return self.phases(slots, layer_type, below)
+        place = (layer_type, slots.device)
+        if place not in self.tables:
+            self.tables[place] = self.phases(torch.arange(below, device=slots.device), layer_type, below)
+        return self.tables[place][slots]
 
 
 class OlmemAttention(nn.Module):
@@ -192,20 +195,18 @@ class OlmemAttention(nn.Module):
         self.is_causal = True
         self.qk_norm = config.qk_norm
         self.clip_qkv, self.clip_qkv_stage = config.clip_qkv, config.clip_qkv_stage
-        self.shared_projections = config.shared_projections
-        self.caches_one_tensor = config.caches_one_tensor
-        self.position_embedding = config.position_embeddings[layer_idx]
+        self.position_embedding = config.layer_position_embeddings[layer_idx]
         self.rotates = self.position_embedding in ROTATING
         self.layer_type = config.layer_types[layer_idx]
         self.sliding_window = config.sliding_window if self.layer_type == "sliding_attention" else None
 
         query_size = config.num_attention_heads * self.head_dim
         key_size = config.num_key_value_heads * self.head_dim
-        has_query = self.shared_projections not in ("query_key", "query_key_value")
+        has_query = config.shared_projections not in ("query_key", "query_key_value")
         if has_query:
             self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
-        if self.shared_projections in ("none", "query_key"):
+        if config.shared_projections in ("none", "query_key"):
             self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
         if config.qk_norm != "none":
@@ -271,16 +272,17 @@ class OlmemAttention(nn.Module):
                 states = getattr(self, f"{name}_norm")(states)
             return states.transpose(1, 2)
 
-        if self.shared_projections == "none":
+        shared = self.config.shared_projections
+        if shared == "none":
             return heads("q"), heads("k"), heads("v")
-        if self.shared_projections == "query_key":
+        if shared == "query_key":
             key = heads("k")
             return key, key, heads("v")
-        if self.shared_projections == "query_key_value":
+        if shared == "query_key_value":
             key = heads("k")
             return key, key, key
         query, key = heads("q"), heads("k")
-        return query, key, key if self.shared_projections == "key_value" else query - key
+        return query, key, key if shared == "key_value" else query - key
 
     def place(self, states: torch.Tensor, rotation: Rotation | None, turn: Callable = rotate) -> torch.Tensor:
         """Gives queries or keys their positions, where these are rotations."""
@@ -417,6 +419,14 @@ class OlmemModel(OlmemPreTrainedModel):
             )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
+        if self.gradient_checkpointing and self.training:
+            # Transformers gives no cache to a layer that is computed twice: neither is one counted on, nor returned.
+            if is_olmem_cache(past_key_values) and not past_key_values.fresh:  # pyright: ignore
+                raise ValueError(
+                    "`past_key_values` cannot be gone on from in training with gradient checkpointing, which computes "
+                    "a layer twice; turn it off, or leave the cache out."
+                )
+            past_key_values, use_cache = None, False
         if use_cache and past_key_values is None:
             past_key_values = self.make_cache(attention_mask)
         in_context = self.reads_in_context(past_key_values, attention_mask, position_ids)
@@ -465,10 +475,10 @@ class OlmemModel(OlmemPreTrainedModel):
         types = set(self.config.layer_types)
         if self.config.num_sink_tokens and types != {"full_attention"}:
             raise ValueError(f"`num_sink_tokens` must be 0 (got {self.config.num_sink_tokens}) with {reason}.")
-        by_distance = {"xpos", "linspace"} & set(self.config.position_embeddings)
-        if by_distance:
+        by_slot = {"xpos", "linspace"} & set(self.config.layer_position_embeddings)
+        if by_slot:
             raise ValueError(
-                f"`position_embedding` must be made of rope and none (got {min(by_distance)!r}, which goes by what a "
+                f"`position_embedding` must be made of rope and none (got {min(by_slot)!r}, which goes by what a "
                 f"query sees) with {reason}."
             )
         if "chunked_attention" in types:
@@ -514,11 +524,6 @@ class OlmemModel(OlmemPreTrainedModel):
                 for layer_type, context in contexts.items()
             }
         else:
-            if self.gradient_checkpointing and self.training and not past_key_values.fresh:
-                raise ValueError(
-                    "`past_key_values` cannot be gone on from in training with gradient checkpointing, which computes "
-                    "a layer twice; turn it off, or leave the cache out."
-                )
             past_key_values.check(self.config, contexts)
             past_key_values.begin(batch, device)
             differentiable = torch.is_grad_enabled()  # of any layer's weights, whatever the input
@@ -563,9 +568,10 @@ class OlmemModel(OlmemPreTrainedModel):
 
         context = sight.context
         slots = context.slot(sight.queries.clamp(min=0))  # of padding too, which has a number below 0
-        slots_below = None if context.span is None else context.span + context.num_sinks
+        slots_below = sight.length if context.span is None else context.span + context.num_sinks
         if self.config.caches_one_tensor and sight.is_step:  # all keys are rotated now, by slots, which stay small
-            step = self.rotary_emb.phases(sight.step_slots.clamp(min=0), layer_type, slots_below)
+            make = self.rotary_emb.phases if context.span is None else self.rotary_emb.phases_of_slots
+            step = make(sight.step_slots, layer_type, slots_below)
             return Rotations(at(slots, slots_below), step=step)
         token = at(sight.queries.clamp(min=0) if position_ids is None else position_ids)
         key = sink = query = None

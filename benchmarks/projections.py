@@ -6,7 +6,7 @@ Every `shared_projections` of the model, a quarter as many key/value heads (`GQA
 trained on the same batches; how is in training.py.
 
 parameters  of the whole model
-cache       bytes of an OlmemCache in bfloat16 that has read one stream of the trained length, counters included
+cache       bytes of an OlmemCache in bfloat16 that has read one stream of the trained length
 a token     bytes by which each further token makes it larger
 decode      tokens a second of a batch, a token a call, bfloat16, beside a cache of `DECODING`'s length; the median
 perplexity  of all tokens of the validation text in windows of the trained length; mean ± deviation over the seeds

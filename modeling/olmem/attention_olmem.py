@@ -30,8 +30,7 @@ from .context_olmem import Context, Sight
 BLOCK = {"cpu": 128}
 BLOCK_ELSEWHERE = 1024
 WHOLE = 8
-# Bytes of rotated keys at a time, on a CPU, for them not to leave its cache before they are read.
-SCRATCH, LEAST_PIECE = 2**22, 64
+SCRATCH = 2**21  # bytes of rotated keys at a time and thread, on a CPU
 XPOS_GAMMA, XPOS_BASE = 0.4, 512
 BY_SLOT = ("xpos", "linspace")
 LINSPACE_REACH = 0.1  # what is added to the keys goes from nothing to so many `linspace_scale`
@@ -332,34 +331,43 @@ def attend_window(
 
 def attend_rotating(
     module: Any, query: torch.Tensor, stored: torch.Tensor, phases: torch.Tensor, sight: Sight
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A step where keys are values, stored (B, K, Z + S, D): rotated by phases (R, Z + S, D/2, 2) on their way to the
-    scores. Returns (B, 1, H, D), weights (B, H, 1, Z + S)."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A step where keys are values, stored (B, K, Z + S, D): rotated by phases (R, Z + S, D/2, 2) a few heads at a
+    time. Returns (B, 1, H, D), and if `eager`, weights (B, H, 1, Z + S)."""
     if module.position_embedding == "xpos":
         distance = sight.context.slot(sight.queries) - sight.step_slots
         phases = phases * (xpos_zeta(query) ** (distance.clamp(min=0)[..., None] / XPOS_BASE))[..., None]
-    grouped = (query * module.scaling).reshape(*stored.shape[:2], -1, stored.shape[-1])
-    scores = [grouped @ key.transpose(2, 3) for key in rotated_pieces(stored, phases)]
-    weights = weigh(module, torch.cat(scores, dim=-1).view(*query.shape[:3], -1), sight.step_mask)
-    output = weights.view(*grouped.shape[:3], -1) @ stored
-    return output.reshape(query.shape).transpose(1, 2), weights
+    eager = module.config._attn_implementation != "sdpa"
+    groups = query.shape[1] // stored.shape[1]
+    outputs, weights = [], []
+    for heads, key in rotated_heads(stored, phases):
+        some = query[:, heads.start * groups : heads.stop * groups], key, stored[:, heads], sight.step_mask
+        if eager:
+            output, shares = attend_parts(module, *some)
+            weights.append(shares)
+        else:
+            output = attend_sdpa(module, *some)
+        outputs.append(output)
+    return torch.cat(outputs, dim=2), torch.cat(weights, dim=1) if eager else None
 
 
-def rotated_pieces(states: torch.Tensor, phases: torch.Tensor) -> Iterator[torch.Tensor]:
-    """`rotate_pairs` of states (B, K, S, D), on a CPU in pieces along S, each to be used before the next one."""
+def rotated_heads(states: torch.Tensor, phases: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """`rotate_pairs` of states (B, K, S, D), on a CPU a few heads at a time, to be used before the next ones: as many
+    as stay in its cache until then, but no fewer than there are threads to attend to them."""
     batch, kv_heads, length, width = states.shape
-    size = length
+    size = kv_heads
     if states.device.type == "cpu" and not torch.compiler.is_compiling():
-        size = min(max(SCRATCH // (batch * kv_heads * width * 4), LEAST_PIECE), length)
-    scratch = states.new_empty(batch, kv_heads, size, width) if are_complex(states) else None
-    for start in range(0, length, size):
-        part = slice(start, min(start + size, length))
+        threads = torch.get_num_threads()
+        size = min(max(threads * SCRATCH // (batch * length * width * 4), -(-threads // batch)), kv_heads)
+    scratch = states.new_empty(batch, size, length, width) if are_complex(states) else None
+    for start in range(0, kv_heads, size):
+        heads = slice(start, min(start + size, kv_heads))
         if scratch is None:
-            yield rotate_pairs(states[:, :, part], phases[:, part])
+            yield heads, rotate_pairs(states[:, heads], phases)
             continue
-        piece = scratch[:, :, : part.stop - start]
-        torch.mul(as_complex(states[:, :, part]), torch.view_as_complex(phases[:, None, part]), out=as_complex(piece))
-        yield piece
+        rotated = scratch[:, : heads.stop - start]
+        torch.mul(as_complex(states[:, heads]), torch.view_as_complex(phases[:, None]), out=as_complex(rotated))
+        yield heads, rotated
 
 
 def place_block(module, query, key, prefix: Prefix | None, sight: Sight, part: slice, reach: slice, turn: Callable):

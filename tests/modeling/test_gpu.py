@@ -34,6 +34,12 @@ STREAMS = {
     "chunks": {"layer_types": "chunked_attention", "attention_chunk_size": 7, "attention_chunk_lookback": 1},
     "mixed": {"num_sink_tokens": 2},
     "grouped": {"num_key_value_heads": 2},
+    "one tensor": {"shared_projections": "key_value", "num_sink_tokens": 2},
+    "schemes": {"position_embedding": ["xpos", "linspace", "none", "xpos"], "num_sink_tokens": 2},
+    "one tensor, schemes": {
+        "shared_projections": "query_key_value",
+        "position_embedding": ["xpos", "linspace", "none", "rope"],
+    },
 }
 
 

@@ -155,6 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = find_device()
     text, variants = load_text(settings, device), make_variants(settings)
     announce(text, settings)
+    for config in variants.values():  # the first time around, the device is cold
+        measure(config, settings.length, device)
     measured = {name: measure(config, settings.length, device) for name, config in variants.items()}
 
     def assess(model) -> dict[str, float]:

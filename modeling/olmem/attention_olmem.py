@@ -84,9 +84,9 @@ def in_halves(states: torch.Tensor) -> torch.Tensor:
     return states.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
-def are_complex(states: torch.Tensor) -> bool:
-    """Whether complex products are there for them, and fast."""
-    return states.dtype == torch.float32 and states.device.type == "cpu" and not torch.compiler.is_compiling()
+def has_complex(device: torch.device) -> bool:
+    """Whether complex products are there, and fast; a compiler fuses real ones."""
+    return device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
 
 
 def as_complex(states: torch.Tensor) -> torch.Tensor:
@@ -103,8 +103,9 @@ def as_phases(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
 def rotate_pairs(states: torch.Tensor, phases: torch.Tensor) -> torch.Tensor:
     """`rotate` for states (B, H, T, D) that are `side_by_side`, by phases (R, T, D/2, 2)."""
     phases = phases[:, None]
-    if are_complex(states):
-        return torch.view_as_real(as_complex(states) * torch.view_as_complex(phases)).flatten(-2)
+    if has_complex(states.device):
+        wide = states.to(torch.promote_types(states.dtype, torch.float32))
+        return torch.view_as_real(as_complex(wide) * torch.view_as_complex(phases)).flatten(-2).to(states.dtype)
     (first, second), (cos, sin) = states.unflatten(-1, (-1, 2)).unbind(-1), phases.unbind(-1)
     return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2).to(states.dtype)
 
@@ -359,7 +360,8 @@ def rotated_heads(states: torch.Tensor, phases: torch.Tensor) -> Iterator[tuple[
     if states.device.type == "cpu" and not torch.compiler.is_compiling():
         threads = torch.get_num_threads()
         size = min(max(threads * SCRATCH // (batch * length * width * 4), -(-threads // batch)), kv_heads)
-    scratch = states.new_empty(batch, size, length, width) if are_complex(states) else None
+    in_place = size < kv_heads and states.dtype == torch.float32
+    scratch = states.new_empty(batch, size, length, width) if in_place else None
     for start in range(0, kv_heads, size):
         heads = slice(start, min(start + size, kv_heads))
         if scratch is None:

@@ -7,7 +7,8 @@ no more of the time than in a large model goes into logits; float32, `attn_imple
 
 decode: milliseconds a token, each a whole call of the model with its cache, once the window is full. All read the same
 tokens, in turns of `--block`; the ratio to Olmo3 is the median over the turns, beside it the quarter and three-quarter
-quantiles. `logits` is the largest difference from Olmo3's logits at any step of the last turn.
+quantiles. `K = V` has no value projection and caches one tensor; its ratio is to Olmem of the same widths. `logits` is
+the largest difference from Olmo3's logits at any step of the last turn.
 
 prefill: tokens a second for a whole prompt, logits of its last token only, and the most memory beyond what the process
 held before it: weights and a first short call. Each row is a process of its own. Olmo3 attends with a mask of
@@ -37,7 +38,13 @@ from olmem import OlmemCache, OlmemForCausalLM
 from transformers import DynamicCache, Olmo3Config, Olmo3ForCausalLM
 
 MIB = 2**20
-PEERS = {"Olmo3": {}, "Olmem": {}, "Olmem, 4 sinks": {"num_sink_tokens": 4}}
+PEERS = {
+    "Olmo3": {},
+    "Olmem": {},
+    "Olmem, 4 sinks": {"num_sink_tokens": 4},
+    "Olmem, K = V": {"shared_projections": "key_value"},
+}
+BESIDE = {"Olmem, K = V": "Olmem"}  # what a peer is measured beside, if not Olmo3
 CHUNK = 2048  # tokens of a call in chunked prefill
 
 
@@ -84,7 +91,9 @@ def decode(folder: Path, window: int, rounds: int, block: int) -> list[dict]:
         models[peer], make_cache = load(peer, folder, window)
         caches[peer] = make_cache()
         # One copy of the weights: where they lie in memory is the same for all.
-        models[peer].load_state_dict(models["Olmo3"].state_dict(), assign=True)
+        names = models[peer].state_dict().keys()
+        weights = {name: weight for name, weight in models["Olmo3"].state_dict().items() if name in names}
+        models[peer].load_state_dict(weights, assign=True)
     generator = torch.Generator().manual_seed(1)
     vocabulary = models["Olmo3"].config.vocab_size
     prompt = torch.randint(vocabulary, (1, window + window // 4), generator=generator)
@@ -110,11 +119,12 @@ def decode(folder: Path, window: int, rounds: int, block: int) -> list[dict]:
 
     rows = []
     for peer in PEERS:
-        of_rounds = zip(times[peer], times["Olmo3"], strict=True)
+        of_rounds = zip(times[peer], times[BESIDE.get(peer, "Olmo3")], strict=True)
         ratios = [statistics.median(own) / statistics.median(other) for own, other in of_rounds]
         row = {
             "window": window,
             "peer": peer,
+            "beside": BESIDE.get(peer, "Olmo3"),
             "milliseconds": 1e3 * statistics.median(chain.from_iterable(times[peer])),
             "ratio": quartiles(ratios),
         }

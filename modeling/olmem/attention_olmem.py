@@ -247,7 +247,7 @@ def attend(
         output, weights = attend_window(module, query, keys, values, sight, prefix, output_attentions, turn)
     if turn is rotate_side_by_side:
         output = in_halves(output)
-    if weights is None or not output_attentions or module.config._attn_implementation == "sdpa":
+    if weights is None or not output_attentions:
         return output, None
     return output, weights_in_order(weights, sight)
 
@@ -255,7 +255,8 @@ def attend(
 def attend_documents(module, query, key, value, rotations, sight, output_attentions):
     """Documents packed into rows (B, H, T, D), each as if it were alone."""
     length = query.shape[2]
-    outputs, weights = [], query.new_zeros(*query.shape[:3], length) if output_attentions else None
+    weights_too = output_attentions and module.config._attn_implementation != "sdpa"
+    outputs, weights = [], query.new_zeros(*query.shape[:3], length) if weights_too else None
     for index, documents in enumerate(sight.documents):
         row = slice(index, index + 1)
         for start, stop in documents:

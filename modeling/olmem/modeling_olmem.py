@@ -570,13 +570,17 @@ class OlmemModel(OlmemPreTrainedModel):
         slots = context.slot(sight.queries.clamp(min=0))  # of padding too, which has a number below 0
         slots_below = sight.length if context.span is None else context.span + context.num_sinks
         if self.config.caches_one_tensor and sight.is_step:  # all keys are rotated now, by slots, which stay small
-            make = self.rotary_emb.phases if context.span is None else self.rotary_emb.phases_of_slots
-            step = make(sight.step_slots, layer_type, slots_below)
+            if context.span is None:
+                step = self.rotary_emb.phases(sight.step_slots, layer_type, slots_below)
+            else:
+                step = self.rotary_emb.phases_of_slots(sight.step_slots, layer_type, context.span + context.num_sinks)
             return Rotations(at(slots, slots_below), step=step)
-        token = at(sight.queries.clamp(min=0) if position_ids is None else position_ids)
         key = sink = query = None
-        if self.config.caches_one_tensor and sight.seen is not None:
-            key = at(sight.key_numbers.clamp(min=0))
+        if self.config.caches_one_tensor and sight.seen is not None:  # so are these, from the first of them on
+            first = sight.key_numbers[:, :1].clamp(min=0)
+            token, key = at((sight.queries - first).clamp(min=0)), at((sight.key_numbers - first).clamp(min=0))
+        else:
+            token = at(sight.queries.clamp(min=0) if position_ids is None else position_ids)
         if sight.prefix:
             sink = at(sight.sink_positions.clamp(min=0))
             query = None if sight.is_step else at(slots, slots_below)

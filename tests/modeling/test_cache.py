@@ -28,7 +28,8 @@ from modeling.helpers import (
     tiny,
     tokens,
 )
-from olmem import OlmemCache, OlmemConfig, OlmemForCausalLM, cache_olmem
+from olmem import OlmemCache, OlmemConfig, OlmemForCausalLM, attention_olmem, cache_olmem
+from olmem.configuration_olmem import POSITION_EMBEDDINGS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -697,10 +698,19 @@ def test_another_model_is_told_what_the_cache_is(length):
         read(other, tokens(1, length), OlmemCache(tiny().config))
 
 
-NEW_KINDS = [(SINKS, "num_sink_tokens"), (CHUNKS, "layer_types"), (MIXED, "num_sink_tokens")]
+NEW_KINDS = [
+    (SINKS, "num_sink_tokens"),
+    (CHUNKS, "layer_types"),
+    (MIXED, "num_sink_tokens"),
+    ({"position_embedding": "xpos"}, "position_embedding"),
+    ({"position_embedding": ["none", "linspace"], "layer_types": FULL}, "position_embedding"),
+]
+new_kinds = pytest.mark.parametrize(
+    "changes, name", NEW_KINDS, ids=["sinks", "chunks", "mixed", "xpos", "linspace in a full layer"]
+)
 
 
-@pytest.mark.parametrize("changes, name", NEW_KINDS, ids=["sinks", "chunks", "mixed"])
+@new_kinds
 def test_what_a_cache_of_transformers_cannot_hold_is_refused(changes, name):
     model = tiny(**changes)
     ids = tokens(1, 3)
@@ -716,7 +726,7 @@ def test_what_a_cache_of_transformers_cannot_hold_is_refused(changes, name):
             model.generate(ids, attention_mask=torch.ones_like(ids), cache_implementation=kind, max_new_tokens=2)
 
 
-@pytest.mark.parametrize("changes, name", NEW_KINDS, ids=["sinks", "chunks", "mixed"])
+@new_kinds
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_what_another_backend_cannot_see_is_refused(changes, name, use_cache):
     model = tiny(**changes)
@@ -726,7 +736,7 @@ def test_what_another_backend_cannot_see_is_refused(changes, name, use_cache):
             model(tokens(1, 3), use_cache=use_cache)
 
 
-@pytest.mark.parametrize("changes, name", NEW_KINDS, ids=["sinks", "chunks", "mixed"])
+@new_kinds
 def test_a_mask_of_the_callers_own_is_refused(changes, name):
     model = tiny(**changes)
     mask = torch.ones(1, 1, 3, 3).tril().bool()
@@ -796,6 +806,72 @@ def test_attention_weights_with_a_cache_are_of_the_sinks_and_the_keys_held(chang
             by_token[:, :, :sinks] += weights[0, :, :, :sinks].double()
             assert_close(by_token, rows[:, :, :stop], rtol=0, atol=1e-5)
         start = stop
+
+
+SCHEMES_ALONE = [*POSITION_EMBEDDINGS, ["xpos", "linspace", "none"]]
+
+
+@pytest.mark.parametrize("shared", ["none", "key_value"])
+@pytest.mark.parametrize("scheme", SCHEMES_ALONE, ids=str)
+@pytest.mark.parametrize("sinks", [0, 3])
+@torch.no_grad()
+def test_sdpa_has_no_attention_weights(sinks, scheme, shared):
+    """Whatever is read, in one block or several, and however it is cut."""
+    model = tiny(**MIXED | {"num_sink_tokens": sinks, "position_embedding": scheme, "shared_projections": shared})
+    model.set_attn_implementation("sdpa")
+    ids = tokens(1, 300)
+    expected = model(ids, use_cache=False).logits
+    for pieces in ([300], [7, 293], [260, 1, 30, *[1] * 9]):
+        cache, start = OlmemCache(model.config), 0
+        for piece in ids.split(pieces, dim=1):
+            found = model(piece, past_key_values=cache, output_attentions=True)
+            assert not found.attentions
+            assert_close(found.logits, expected[:, start : start + piece.shape[1]], rtol=0, atol=1e-4)
+            start += piece.shape[1]
+    assert not model(ids, use_cache=False, output_attentions=True).attentions
+
+
+@pytest.mark.parametrize("changes", EVERY.values(), ids=EVERY)
+@torch.no_grad()
+def test_sdpa_has_no_attention_weights_of_packed_documents_either(changes):
+    """They were all zero; eager ones are those of each document."""
+    model, ids = tiny(**changes), tokens(1, 20)
+    positions = torch.cat((torch.arange(12), torch.arange(8)))[None]
+    model.set_attn_implementation("sdpa")
+    assert not model(ids, position_ids=positions, use_cache=False, output_attentions=True).attentions
+    model.set_attn_implementation("eager")
+    packed = model(ids, position_ids=positions, use_cache=False, output_attentions=True).attentions
+    documents = [model(each, use_cache=False, output_attentions=True).attentions for each in ids.split([12, 8], dim=1)]
+    for weights, first, second in zip(packed, *documents, strict=True):
+        expected = torch.zeros_like(weights)
+        expected[..., :12, :12], expected[..., 12:, 12:] = first, second
+        close(weights, expected)
+
+
+@pytest.mark.parametrize("shared", ["none", "key_value"])
+@pytest.mark.parametrize("scheme", SCHEMES_ALONE, ids=str)
+@pytest.mark.parametrize("sinks", [0, 3])
+@torch.no_grad()
+def test_attention_weights_of_several_blocks_are_those_of_one(sinks, scheme, shared, monkeypatch):
+    """At once, and in pieces with a cache."""
+    model = tiny(**MIXED | {"num_sink_tokens": sinks, "position_embedding": scheme, "shared_projections": shared})
+    model.set_attn_implementation("eager")
+    ids = tokens(1, 3 * span(model) + 1)
+
+    def weights() -> list[torch.Tensor]:
+        cache = OlmemCache(model.config)
+        found = [model(ids, use_cache=False, output_attentions=True)]
+        for piece in ids.split([3, len(ids[0]) - 4, 1], dim=1):
+            found.append(model(piece, past_key_values=cache, output_attentions=True))
+        return [each for outputs in found for each in outputs.attentions]
+
+    expected = weights()
+    assert len(expected) == 4 * model.config.num_hidden_layers
+    monkeypatch.setattr(attention_olmem, "BLOCK", {"cpu": 3})
+    monkeypatch.setattr(attention_olmem, "WHOLE", 1)
+    for blocks, one in zip(weights(), expected, strict=True):
+        assert_close(one.sum(-1), torch.ones(one.shape[:-1]))
+        close(blocks, one)
 
 
 # What must not happen unseen
@@ -889,6 +965,28 @@ def test_a_cache_is_not_gone_on_from_with_checkpointed_gradients():
     model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="`past_key_values` cannot be gone on from in training with gradient"):
         model.train()(tokens(1, 3), past_key_values=cache)
+
+
+@every_model
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_no_cache_is_written_or_returned_with_checkpointed_gradients(changes, differentiable):
+    """Under `no_grad` a fresh cache was counted on, and none of its layers was written."""
+    model, ids = tiny(**changes), tokens(1, 5)
+    expected = model(ids, use_cache=False).logits
+    model.gradient_checkpointing_enable()
+    model.train()
+    cache, read_before = OlmemCache(model.config), after(tiny(**changes), ids)
+    with torch.set_grad_enabled(differentiable):
+        for kwargs in ({}, {"use_cache": True}, {"past_key_values": cache}):
+            found = model(ids, **kwargs)
+            assert found.past_key_values is None
+            close(found.logits.detach(), expected.detach())
+        with pytest.raises(ValueError, match="`past_key_values` cannot be gone on from in training with gradient"):
+            model(ids, past_key_values=read_before)
+    assert cache.fresh and not cache.is_initialized
+    assert cache.get_seq_length() == 0
+    close(read(model.eval(), ids, cache), expected.detach())
+    assert cache.get_seq_length() == read_before.get_seq_length() == 5
 
 
 def test_nothing_of_before_comes_through_a_reset():

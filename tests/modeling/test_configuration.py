@@ -1,12 +1,15 @@
 """What a configuration refuses, with what words, and what it keeps."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from modeling.helpers import TINY
+from modeling.helpers import TINY, tiny, tokens
 from olmem import OlmemConfig
+from olmem.configuration_olmem import POSITION_EMBEDDINGS
+from torch.testing import assert_close
 from transformers import AutoConfig, GenerationConfig, LlamaConfig, Olmo2Config, Olmo3Config, OlmoConfig
 
 SLIDING, FULL, CHUNKED = "sliding_attention", "full_attention", "chunked_attention"
@@ -176,7 +179,7 @@ def test_defaults_are_completed():
     assert OlmemConfig(num_hidden_layers=3, layer_types=FULL).layer_types == [FULL] * 3
 
 
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "norm_placement": "peri",
     "norm_type": "layer",
     "qk_norm": "head",
@@ -195,10 +198,28 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("changes", [{}, {"layer_types": FULL, "rope_theta": 7.0, "rope_parameters": None}, OPTIONS])
+FREQUENCIES = [1.0, 0.5, 0.25, 0.125]  # for a `head_dim` of 8
+MORE_OPTIONS: dict[str, Any] = {
+    "position_embedding": ["xpos", "linspace"],
+    "shared_projections": "key_value",
+    "attention_chunk_size": 3,
+    "attention_chunk_lookback": 2,
+    "num_sink_tokens": 4,
+    "rope_parameters": {
+        SLIDING: {"rope_type": "default", "rope_theta": 50.0, "inverse_frequencies": FREQUENCIES},
+        FULL: {"rope_type": "dynamic", "rope_theta": 60.0, "factor": 4.0},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"layer_types": FULL, "rope_theta": 7.0, "rope_parameters": None}, OPTIONS, MORE_OPTIONS],
+)
 def test_a_configuration_survives_its_round_trips(changes, tmp_path):
     config = OlmemConfig(**(TINY | changes))
-    given = {name: value for name, value in changes.items() if name in OPTIONS and value is not None}
+    options = OPTIONS | MORE_OPTIONS
+    given = {name: value for name, value in changes.items() if name in options and value is not None}
     assert {name: getattr(config, name) for name in given} == given
 
     config.save_pretrained(tmp_path)
@@ -326,6 +347,94 @@ def test_incomplete_rope_is_refused_in_our_words(given, part):
     message = refusal(**BOTH, **given)
     assert f"`rope_parameters['{FULL}']" in message or f"`rope_parameters['{SLIDING}']" in message
     assert part in message
+
+
+@pytest.mark.parametrize("layer_types", [[FULL, SLIDING], [CHUNKED, SLIDING], [CHUNKED, FULL]], ids=str)
+def test_flat_inverse_frequencies_reach_every_layer_type(layer_types):
+    given = {"inverse_frequencies": FREQUENCIES, "rope_theta": 7.0}
+    config = OlmemConfig(**TINY | {"layer_types": layer_types, "attention_chunk_size": 3, "rope_parameters": given})
+    assert config.rope_parameters == {name: {"rope_type": "default"} | given for name in layer_types}
+
+
+@pytest.mark.parametrize("layer_type", [SLIDING, CHUNKED, FULL])
+def test_inverse_frequencies_stand_in_for_those_of_the_theta(layer_type):
+    """Those of another theta give its logits, in one forward and in steps."""
+    changes = {"layer_types": layer_type, "attention_chunk_size": 3, "num_sink_tokens": 2}
+    model = tiny(**changes, rope_parameters={"rope_theta": 20.0})
+    stored = getattr(model.model.rotary_emb, f"{layer_type}_inv_freq").tolist()
+    found = tiny(**changes, rope_parameters={"rope_theta": 5000.0, "inverse_frequencies": stored})
+    other = tiny(**changes, rope_parameters={"rope_theta": 5000.0})
+    ids = tokens(1, 12)
+    with torch.no_grad():
+        assert torch.equal(found(ids).logits, model(ids).logits)
+        assert (found(ids).logits - other(ids).logits).abs().max() > 0.01
+        caches = [model(ids[:, :9]).past_key_values, found(ids[:, :9]).past_key_values]
+        for index in range(9, 12):
+            step = ids[:, index : index + 1]
+            steps = [each(step, past_key_values=cache) for each, cache in zip((model, found), caches, strict=True)]
+            assert torch.equal(steps[0].logits, steps[1].logits)
+
+
+@pytest.mark.parametrize(
+    "stored", [FREQUENCIES[:3], [*FREQUENCIES, 0.1], [], [1, 2, 3, 0], [1, 2, 3, -1], [1, 2, 3, "4"], 0.5], ids=str
+)
+@pytest.mark.parametrize("layer_type", [SLIDING, FULL])
+def test_inverse_frequencies_of_another_size_or_kind_are_refused(layer_type, stored):
+    for given in ({"inverse_frequencies": stored}, {layer_type: {"inverse_frequencies": stored}}):
+        message = refusal(**TINY | {"layer_types": layer_type, "rope_parameters": given})
+        assert f"`rope_parameters['{layer_type}']['inverse_frequencies']` must be `head_dim` / 2 = 4 pos" in message
+        assert f"(got {stored!r})" in message
+
+
+@pytest.mark.parametrize("rope", [LINEAR, YARN, LINEAR | {"rope_type": "dynamic"}], ids=str)
+def test_inverse_frequencies_are_not_scaled(rope):
+    """A scaling is of the theta's."""
+    stored = {"inverse_frequencies": FREQUENCIES}
+    for given in (
+        {"rope_parameters": rope | stored},
+        {"rope_parameters": {FULL: rope | stored}},
+        {"rope_parameters": stored, "rope_scaling": rope},
+    ):
+        message = refusal(**TINY | given)
+        assert f"`rope_parameters['{FULL}']['inverse_frequencies']` is no field of rope_type '{rope['rope_type']}'" in (
+            message
+        )
+
+
+def test_dynamic_rope_needs_two_pairs():
+    rope = {FULL: LINEAR | {"rope_type": "dynamic"}}
+    message = refusal(**TINY | {"head_dim": 2, "rope_parameters": rope})
+    assert f"`head_dim` must be at least 4 with rope_type 'dynamic' in `rope_parameters['{FULL}']` (got 2)" in message
+    assert OlmemConfig(**TINY | {"head_dim": 4, "rope_parameters": rope}).head_dim == 4
+
+
+@pytest.mark.parametrize("scheme", POSITION_EMBEDDINGS)
+def test_one_position_embedding_for_all_layers_is_one_value(scheme):
+    """Given one a layer or as one, and a cache that one model has written is read by the other."""
+    listed, one = (tiny(position_embedding=given) for given in ([scheme, scheme], scheme))
+    assert listed.config.to_dict() == one.config.to_dict()
+    assert listed.config.position_embedding == scheme
+    assert listed.config.layer_position_embeddings == [scheme, scheme]
+    ids = tokens(1, 9)
+    with torch.no_grad():
+        cache = listed(ids[:, :6]).past_key_values
+        assert_close(one(ids[:, 6:], past_key_values=cache).logits, one(ids).logits[:, 6:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "rule"),
+    [
+        ("polar", "must be made of rope, xpos, linspace, none (got ['polar'])"),
+        (["rope", "polar"], "must be made of rope, xpos, linspace, none (got ['polar'])"),
+        (["polar", "polar"], "must be made of rope, xpos, linspace, none (got ['polar'])"),
+        (["rope"], "must be one value or `num_hidden_layers` = 2 of them (got ['rope'])"),
+        (["none", "rope", "none"], "must be one value or `num_hidden_layers` = 2 of them (got ['none', 'rope', 'none'"),
+        ([], "must be one value or `num_hidden_layers` = 2 of them (got [])"),
+    ],
+    ids=str,
+)
+def test_position_embeddings_are_refused_in_our_words(given, rule):
+    assert f"`position_embedding` {rule}" in refusal(num_hidden_layers=2, position_embedding=given)
 
 
 OLMO_SIZES = {

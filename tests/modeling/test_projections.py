@@ -161,7 +161,7 @@ def test_pairs_side_by_side_turn_as_halves_do(dtype):
 
 @every_sharing
 def test_training_reaches_every_weight_of_a_sharing(shared):
-    """In one forward, and with a cache in two, where the gradient comes from the second alone."""
+    """In one forward, and the same with a cache that is written meanwhile."""
     model = tiny(
         **HEADS,
         shared_projections=shared,

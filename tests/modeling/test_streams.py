@@ -1,5 +1,6 @@
 """Streams: how a text was cut into forward calls, and what it shares a batch with, changes nothing."""
 
+import copy
 import math
 from contextlib import contextmanager
 from fractions import Fraction
@@ -19,6 +20,7 @@ from modeling.helpers import (
     TINY,
     left_padded,
     oracle,
+    seen_by,
     shake,
     span,
     tiny,
@@ -27,8 +29,14 @@ from modeling.helpers import (
 from olmem import OlmemCache, OlmemForCausalLM, attention_olmem
 from olmem.attention_olmem import attend, attend_reference
 from olmem.configuration_olmem import POSITION_EMBEDDINGS, SHARED_PROJECTIONS
+from olmem.context_olmem import Context, Sight
 from torch.testing import assert_close
-from transformers import DynamicCache, Olmo3Config, Olmo3ForCausalLM
+from transformers import DynamicCache, Olmo2Config, Olmo2ForCausalLM, Olmo3Config, Olmo3ForCausalLM
+
+
+def dynamic(factor: float) -> dict[str, Any]:
+    """RoPE of full layers whose frequencies fall with each token beyond the trained length."""
+    return {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": factor}
 
 
 @st.composite
@@ -43,7 +51,8 @@ def choices(draw) -> dict[str, Any]:
         "position_embedding": draw(schemes | st.lists(schemes, min_size=len(layer_types), max_size=len(layer_types))),
         "num_hidden_layers": len(layer_types),
         "layer_types": layer_types,
-        "rope_parameters": ROPE,
+        "rope_parameters": ROPE | draw(st.sampled_from([{}, {FULL: dynamic(2.0)}, {FULL: dynamic(5.0)}])),
+        "max_position_embeddings": draw(st.sampled_from([8, 32])),
         "sliding_window": draw(st.integers(1, 6)),
         "attention_chunk_size": draw(st.integers(1, 4)),
         "attention_chunk_lookback": draw(st.integers(0, 2)),
@@ -241,6 +250,27 @@ def test_a_window_without_sinks_is_olmo3(window, tmp_path):
         assert len(found.sequences[0, length:].unique()) > 1
 
 
+@pytest.mark.parametrize("factor", [2.0, 8.0])
+@pytest.mark.parametrize("length", [7, 8, 9, 30])
+def test_dynamic_rope_is_that_of_transformers_token_by_token(factor, length, tmp_path):
+    """Trained on 8 tokens. The reference is made anew for each text: it keeps the frequencies of the longest."""
+    config = {key: value for key, value in TINY.items() if key not in ("initializer_range", "layer_types")}
+    config |= {"max_position_embeddings": 8, "rope_parameters": dynamic(factor)}
+    del config["head_dim"], config["sliding_window"]
+    reference = shake(Olmo2ForCausalLM(Olmo2Config(**config, pad_token_id=None, eos_token_id=None)))
+    reference.save_pretrained(tmp_path)
+    model = OlmemForCausalLM.from_olmo(tmp_path).eval()
+    ids, cache = tokens(2, length), DynamicCache(config=reference.config)
+    with torch.no_grad():
+        expected = torch.cat([reference(each, past_key_values=cache).logits for each in ids.split(1, dim=1)], dim=1)
+        assert_close(model(ids, use_cache=False).logits, expected, rtol=0, atol=1e-4)
+        for size in (1, 3, length):
+            assert_close(read(model, ids.split(size, dim=1)), expected, rtol=0, atol=1e-4)
+        own = DynamicCache(config=model.config)
+        found = torch.cat([model(each, past_key_values=own).logits for each in ids.split(5, dim=1)], dim=1)
+        assert_close(found, expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("layer_types", [SLIDING, CHUNKED, [SLIDING, FULL, CHUNKED]], ids=str)
 @pytest.mark.parametrize("sinks", [1, 4])
@@ -264,7 +294,8 @@ def attention_inputs(draw) -> dict[str, Any]:
     """One layer and random queries, keys and values of any size for it, a gradient of its output."""
     changes = draw(choices()) | {"num_hidden_layers": 1, "layer_types": draw(st.sampled_from([SLIDING, CHUNKED, FULL]))}
     changes |= {"head_dim": draw(st.sampled_from([2, 6, 8]))}
-    changes |= {"shared_projections": "none", "position_embedding": "rope"}  # as the reference
+    # As the reference, whose angles are products of differences and frequencies.
+    changes |= {"shared_projections": "none", "position_embedding": "rope", "rope_parameters": ROPE}
     batch, length = draw(st.integers(1, 2)), draw(st.integers(1, 40))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
 
@@ -351,6 +382,35 @@ def test_every_gradient_of_a_model_is_that_of_its_parts_in_one_block(changes):
             assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("shared", ["none", "key_value"])
+@pytest.mark.parametrize("scheme", POSITION_EMBEDDINGS)
+@pytest.mark.parametrize("layer_types", [SLIDING, CHUNKED, [SLIDING, CHUNKED, FULL]], ids=str)
+def test_gradients_of_many_calls_with_one_cache_are_those_of_each_alone(layer_types, scheme, shared):
+    """Of calls that read past full sinks, one token among them: each goes back through what it read itself, as if
+    the calls before had kept no graph, also once all have been made."""
+    model = make(
+        MIXED | {"layer_types": layer_types, "position_embedding": scheme, "shared_projections": shared}
+    ).train()
+    pieces = tokens(2, 2 * span(model) + 12).split([2 * span(model), 4, 1, 7], dim=1)
+
+    def gradients() -> list[torch.Tensor]:
+        found = [weight.grad.clone() for weight in model.parameters()]
+        model.zero_grad()
+        return found
+
+    one, before = OlmemCache(model.config), OlmemCache(model.config)
+    losses, expected = [], []
+    for piece in pieces:
+        losses.append(model(piece, past_key_values=one).logits.square().mean())
+        model(piece, past_key_values=copy.deepcopy(before)).logits.square().mean().backward()
+        expected.append(gradients())
+        read(model, [piece], cache=before)
+    losses[-1].backward(retain_graph=True)
+    assert_close(gradients(), expected[-1], rtol=1e-4, atol=1e-5)
+    torch.stack(losses).sum().backward()
+    assert_close(gradients(), [sum(each) for each in zip(*expected, strict=True)], rtol=1e-4, atol=1e-5)
+
+
 def read_from(model: OlmemForCausalLM, first: int) -> torch.Tensor:
     """Logits of a stream whose counters jumped to `first` after a prompt, once all layers' windows have been read
     anew: its sinks are the prompt's, its other keys lie rotated at numbers beyond `first`."""
@@ -374,6 +434,48 @@ def test_a_stream_is_as_exact_after_a_hundred_million_tokens(backend, layer_type
     expected = read_from(model, 1000)
     assert_close(read_from(model, 100_000_000), expected, rtol=0, atol=1e-4)
     assert expected.std() > 0.1
+
+
+@pytest.mark.parametrize("shared", ["none", "key_value"])
+@pytest.mark.parametrize("scheme", [*POSITION_EMBEDDINGS, ["linspace", "xpos", "none"]], ids=str)
+@pytest.mark.parametrize("layer_types", [SLIDING, CHUNKED])
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_no_position_grows_with_the_stream(sinks, layer_types, scheme, shared):
+    """What a position multiplies or adds would be no number, or not the same one."""
+    changes = {"layer_types": layer_types, "num_sink_tokens": sinks, "attention_chunk_size": 4}
+    changes |= {"position_embedding": scheme, "shared_projections": shared}
+    model = make(STREAMS["mixed"] | changes)
+    expected = read_from(model, 2000)  # beyond the length up to which angles are float32 products
+    assert_close(read_from(model, 100_000_000), expected, rtol=0, atol=1e-4)
+    assert expected.std() > 0.1
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_slots_of_a_step_are_bounded_however_long_the_stream(data):
+    """Of keys that are seen they are places in what the query sees; no key of a ring, padding or not, has a larger
+    one."""
+    layer_type, sinks = data.draw(st.sampled_from([SLIDING, CHUNKED])), data.draw(st.integers(0, 5))
+    sizes = {name: data.draw(st.integers(least, 6)) for name, least in (("window", 1), ("chunk", 1), ("lookback", 0))}
+    context = Context(layer_type, num_sinks=sinks, sliding_window=sizes["window"])
+    if layer_type == CHUNKED:
+        context = Context(layer_type, num_sinks=sinks, chunk_size=sizes["chunk"], lookback=sizes["lookback"])
+    counts = st.integers(0, 40) | st.integers(10**8, 10**8 + 40)
+    seen = torch.tensor(data.draw(st.lists(counts, min_size=1, max_size=3)))
+    real = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(seen), max_size=len(seen))))
+    before = data.draw(st.sampled_from([int(seen.max()), None]))
+    numbers = torch.where(real, seen, -1)[:, None]
+    sight = Sight.with_cache(context, numbers, not bool(real.all()), seen, before, context.span, in_place=True)
+    slots = sight.step_slots
+    assert slots.shape == (len(seen), sinks + sight.key_numbers.shape[1])
+    assert set(slots.flatten().tolist()) <= set(range(context.span + sinks))
+    for row, number in enumerate(numbers[:, 0].tolist()):
+        assert slots[row, :sinks].tolist() == list(range(sinks))
+        if 0 <= number <= 40:
+            before_window, inside = seen_by(number, layer_type, **sizes, sinks=sinks)
+            listed, keys = before_window + inside, sight.key_numbers[row].tolist()
+            for slot, key in zip(slots[row, sinks:].tolist(), keys, strict=True):
+                assert slot == (listed.index(key) if key in inside else 0)
 
 
 PI = Fraction("3.14159265358979323846264338327950288419716939937510")

@@ -242,11 +242,6 @@ class OlmemConfig(PreTrainedConfig):
         if not getattr(source, "is_causal", True):
             raise ValueError("`is_causal` must be true (got False); Olmem's attention is causal.")
         carried = {field.name for field in fields(source)} - {"transformers_version", "architectures"}
-        if "layer_types" in carried and set(source.layer_types) - {"full_attention", "sliding_attention"}:
-            raise ValueError(
-                f"`layer_types` must be made of full_attention and sliding_attention in {source.model_type} (got "
-                f"{source.layer_types}); its code has no others."
-            )
         values = {name: getattr(source, name) for name in carried & {field.name for field in fields(cls)}}
         values |= {"head_dim": getattr(source, "head_dim", None)} | OLMO_BLOCKS[source.model_type]
         if raw.get("quantization_config"):
@@ -267,6 +262,12 @@ class OlmemConfig(PreTrainedConfig):
         values = {name: value for name, value in copy.deepcopy(raw).items() if name not in ("auto_map", "model_type")}
         if raw["model_type"] == "olmo3":
             both, rope = ["full_attention", "sliding_attention"], values.get("rope_parameters") or {}
+            types = values.get("layer_types") or both
+            if not isinstance(types, list) or any(layer_type not in both for layer_type in types):
+                raise ValueError(
+                    f"`layer_types` must be made of full_attention and sliding_attention in olmo3 (got {types!r}); its "
+                    "code has no others."
+                )
             if not all(isinstance(rope.get(kind), dict) and "rope_theta" in rope[kind] for kind in both):
                 given = {name: values.pop(name, None) for name in ("rope_parameters", "rope_theta", "rope_scaling")}
                 given |= {name: raw[name] for name in ("max_position_embeddings",) if name in raw}

@@ -551,7 +551,7 @@ def test_layers_without_positions(overrides, no_global_rope, wanted):
     overrides = {layer: changed("sequence_mixer.sliding_window", sliding, block) for layer, block in overrides.items()}
     config = opened(model | {"block_overrides": overrides}).olmem_config
     assert config["position_embedding"] == wanted and config["layer_types"] == [S, S, S, F]
-    assert OlmemConfig(**config).position_embeddings == ([wanted] * 4 if isinstance(wanted, str) else wanted)
+    assert OlmemConfig(**config).layer_position_embeddings == ([wanted] * 4 if isinstance(wanted, str) else wanted)
 
 
 def test_rope_of_layers_without_it_is_no_contradiction():

@@ -33,7 +33,7 @@ from .convert import (
     written_whole,
 )
 from .errors import CheckpointError, reason
-from .formats import Checkpoint, check_layers, expand, typed
+from .formats import Checkpoint, check_common, check_layers, expand, typed
 from .formats.transformers_olmo import key_table
 from .plan import TOKEN_IDS, check_copies, make_tensors
 from .shards import write_shards
@@ -44,6 +44,7 @@ from .verify import compare_stages, load, make_report, prompt, weights_that_diff
 LAYER_TYPES = ("full_attention", "sliding_attention")  # of Olmo3; the others have full attention alone
 NOT_OF_THE_MODEL = {"architectures", "dtype", "residual_dropout", "transformers_version"}
 NOT_OF_THE_TARGET = {"_name_or_path", "auto_map", "model_type", "olmo_config", "quantization_config"}
+MOST_KEPT = 200  # fields of a config that are tried one by one
 CONFIG_ERRORS = (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
@@ -138,6 +139,14 @@ def read_olmem(source: Path) -> tuple[OlmemConfig, dict[str, LazyTensor]]:
         raise CheckpointError(
             f"`olmo_config` of config.json must be an object (got {raw['olmo_config']!r}); remove it."
         )
+    kept = raw.get("olmo_config", {})
+    if len(kept) > MOST_KEPT:
+        raise CheckpointError(
+            f"`olmo_config` of config.json must have at most {MOST_KEPT} fields (got {len(kept)}); remove what no "
+            "config of OLMo has."
+        )
+    check_common(raw)
+    check_common(kept)
     weights = read_weights(source)
     num_layers = typed(raw.get("num_hidden_layers", 1), int, "num_hidden_layers", "config.json")
     check_layers(num_layers, weights, "num_hidden_layers")
@@ -169,8 +178,8 @@ def losses(config: OlmemConfig, target: str) -> dict[str, tuple[Any, str]]:
         unused.add("sliding_window")
     if config.clip_qkv is None:
         unused.add("clip_qkv_stage")
-    if returned.layer_types != config.layer_types:
-        unused.add("rope_parameters")  # which is by layer type
+    if returned.layer_types != config.layer_types:  # by which these are
+        unused |= {"rope_parameters", "sliding_window"}
     names = [field.name for field in fields(config) if field.name not in unused]
     return {
         name: (getattr(config, name), reprlib.repr(getattr(returned, name)))

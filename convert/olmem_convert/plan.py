@@ -42,7 +42,7 @@ def make_tensors(
     try:
         with torch.device("meta"):
             model = model_class(config)
-    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"the checkpoint's config must give a model of a possible size (got: {str(error).splitlines()[0]})."
         ) from error

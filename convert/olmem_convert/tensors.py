@@ -121,7 +121,12 @@ def read_pickle(path: Path) -> dict[str, LazyTensor]:
                 f"`{path}` must hold dense tensors by name (got {type(value).__name__} under {name!r}); "
                 "save `model.state_dict()` alone."
             )
-        tensors[name] = LazyTensor(tuple(value.shape), value.dtype, lambda value=value: value)
+        if value.device.type != "cpu" or value.nbytes > value.untyped_storage().nbytes():
+            raise CheckpointError(
+                f"`{path}` must hold every value of {name!r} (it has fewer, repeated or none at all); save "
+                "`model.state_dict()` of contiguous weights."
+            )
+        tensors[name] = LazyTensor(tuple(value.shape), value.dtype, lambda value=value: value.resolve_neg())
     return tensors
 
 
@@ -150,7 +155,13 @@ SAFETENSORS_DTYPES = {
 
 def check_sums(path: Path, file: BinaryIO) -> None:
     """The checksum of every record that `torch.save` wrote, which `torch.load` does not look at."""
-    record = zipfile.ZipFile(file).testzip()
+    archive = zipfile.ZipFile(file)
+    packed = [record.filename for record in archive.infolist() if record.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise CheckpointError(
+            f"`{path}` must be as `torch.save` writes it, not compressed (record {packed[0]!r} is); save it anew."
+        )
+    record = archive.testzip()
     file.seek(0)
     if record is not None:
         raise CheckpointError(f"`{path}` must match its own checksums (record {record!r} does not); copy it again.")

@@ -50,5 +50,5 @@ def transformers_forward(
         module.register_forward_pre_hook(read)
         module.register_forward_hook(keep)
     with torch.no_grad():
-        model(input_ids, use_cache=False)
+        model(input_ids, use_cache=False, return_dict=True)
     yield from zip(stages, outputs, strict=True)

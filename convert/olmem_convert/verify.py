@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .errors import CheckpointError
-from .formats import Checkpoint, Given
+from .formats import Checkpoint, Given, is_dynamic
 from .formats.detect import open_checkpoint
 from .native_forward import native_forward
 from .plan import TOKEN_IDS, make_config, make_tensors
@@ -38,7 +38,7 @@ REPORT_NAME = "verification.json"
 # Of the largest value, at least 1. Another order of float32 sums stays below 1.5e-6 in all checkpoints at hand; the
 # least of the mistakes, another generation's epsilon, moves some stage by 7e-6 and more.
 TOLERANCE = 4e-6
-PROMPT_BEYOND_WINDOW = 32
+PROMPT_BEYOND_WINDOW, LONGEST_WINDOW = 32, 2**17
 NOT_OF_THE_LOGITS = {
     *TOKEN_IDS,
     *("architectures", "attention_dropout", "dtype", "id2label", "initializer_range", "label2id", "residual_dropout"),
@@ -175,9 +175,17 @@ def stored_dtype(out: Path) -> torch.dtype:
 
 def prompt(checkpoint: Checkpoint) -> torch.Tensor:
     """Random token ids (1, T), T past the window or in the middle of a later chunk, the same for every run."""
+    for name, tokens in (("sliding_window", checkpoint.window), ("attention_chunk_size", checkpoint.chunk)):
+        if tokens > LONGEST_WINDOW:
+            raise CheckpointError(
+                f"`{name}` must be at most {LONGEST_WINDOW} to be verified, by a prompt that is longer (got {tokens}); "
+                "correct it, or convert with --no-verify."
+            )
     length = max(checkpoint.window, checkpoint.chunk, PROMPT_BEYOND_WINDOW) + PROMPT_BEYOND_WINDOW
     if checkpoint.chunk:
         length = length // checkpoint.chunk * checkpoint.chunk + max(checkpoint.chunk // 2, 1)
+    if is_dynamic(checkpoint.olmem_config.get("rope_parameters") or {}):  # beyond, a call is another than its tokens
+        length = min(length, checkpoint.olmem_config["max_position_embeddings"])
     highest = min(checkpoint.tokenizer_size, checkpoint.olmem_config["vocab_size"])
     return torch.randint(highest, (1, length), generator=torch.Generator().manual_seed(SEED))
 
@@ -213,9 +221,9 @@ def compare_stages(
 
         hooks = [module.register_forward_hook(lambda _, __, output: compare_next(output)) for module in modules]
         try:
-            logits = model(input_ids, use_cache=False).logits
+            logits = model(input_ids, use_cache=False, return_dict=True).logits
             compare_next(logits)
-        except (ArithmeticError, IndexError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise CheckpointError(f"the config must describe a native model (computing it gave: {error}).") from error
         finally:
             for hook in hooks:
@@ -274,7 +282,7 @@ def rounding(model: Any, checkpoint: Checkpoint, input_ids: torch.Tensor) -> dic
     """How far the logits in the stored dtype are from native float64 logits of unrounded weights."""
     stages = native_stages(checkpoint, input_ids, torch.float64)
     (_, reference) = deque(stages, maxlen=1).pop()
-    gap = (model(input_ids, use_cache=False).logits.double() - reference).abs()
+    gap = (model(input_ids, use_cache=False, return_dict=True).logits.double() - reference).abs()
     return {"max_difference": float(gap.max()), "mean_difference": float(gap.mean())}
 
 

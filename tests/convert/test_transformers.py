@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import shutil
+import zipfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -825,3 +826,76 @@ def test_wrong_use_of_to(options, code, converted, tmp_path):
     result = CliRunner().invoke(app, ["convert", str(converted("olmo")), str(tmp_path / "out"), *options])
     assert result.exit_code == code and "Traceback" not in result.output
     assert options[0 if code == 1 else 2].lstrip("-") in result.output and os.listdir(tmp_path) == []
+
+
+def test_dynamic_rope_is_verified_as_far_as_a_call_is_its_tokens(tmp_path):
+    """Beyond the trained length a call of Transformers depends on its length: an honest model was refused."""
+    rope = {"rope_type": "dynamic", "rope_theta": 90.0, "factor": 2.0}
+    folder = save(tmp_path / "place" / "src", "olmo2", rope_parameters=rope)
+    report = convert(folder, tmp_path / "out")
+    assert report["verification"]["prompt"]["tokens"] == SIZES["max_position_embeddings"]
+    assert report["verification"]["max_difference"] == 0.0
+    assert any("'dynamic' is verified up to 32 tokens" in note for note in report["notes"])
+    assert export(tmp_path / "out", tmp_path / "back", "olmo2")["verification"]["max_difference"] == 0.0
+    assert read_config(tmp_path / "back") == read_config(folder)
+    refuse(folder, "`max_length` must be left out with rope_type 'dynamic'", options=("--max-length", "64"))
+
+
+@pytest.mark.parametrize("window", [2**17 + 1, 10**9, 10**30])
+def test_a_window_that_no_prompt_can_be_longer_than_is_refused(window, tmp_path):
+    folder = save(tmp_path / "place" / "src", "olmo3")
+    edit_json(folder / "config.json", sliding_window=window)
+    refuse(folder, "`sliding_window` must be at most 131072 to be verified")
+
+
+def test_models_whose_parts_return_tuples_are_refused(tmp_path):
+    """They cannot be run in Transformers either; the comparison was a traceback."""
+    folder = save(tmp_path / "place" / "src", "olmo2")
+    convert(folder, tmp_path / "place" / "olmem")
+    for path, options in ((folder, ()), (tmp_path / "place" / "olmem", ("--to", "olmo2"))):
+        edit_json(path / "config.json", return_dict=False)
+        refuse(path, "`return_dict` of config.json must be true (got False)", options=options)
+
+
+@pytest.mark.parametrize("labels", [10**9, "many"])
+def test_labels_without_end_are_refused_before_they_are_made(labels, tmp_path):
+    folder = save(tmp_path / "place" / "src", "olmo2")
+    convert(folder, tmp_path / "place" / "olmem")
+    edit_json(folder / "config.json", num_labels=labels)
+    refuse(folder, "`num_labels` of config.json must be at most")
+    for changes in ({"num_labels": labels}, {"olmo_config": {"num_labels": labels}}):
+        edit_json(tmp_path / "place" / "olmem" / "config.json", **changes)
+        refuse(tmp_path / "place" / "olmem", "`num_labels` of config.json must be at", options=("--to", "olmo2"))
+        edit_json(tmp_path / "place" / "olmem" / "config.json", num_labels=2)
+
+
+def test_fields_without_end_are_refused_on_the_way_back(tmp_path):
+    folder = save(tmp_path / "place" / "src", "olmo2")
+    convert(folder, tmp_path / "place" / "olmem")
+    edit_json(tmp_path / "place" / "olmem" / "config.json", olmo_config={f"field{index}": 1 for index in range(201)})
+    refuse(
+        tmp_path / "place" / "olmem", "`olmo_config` of config.json must have at most 200", options=("--to", "olmo2")
+    )
+
+
+def test_values_that_a_state_dict_does_not_hold_are_refused(tmp_path):
+    """A few bytes that say that they are many, none at all, or that unpack into many."""
+    folder = save(tmp_path / "place" / "src", "olmo2")
+    weights = load_weights(folder)
+    (folder / "model.safetensors").unlink()
+    name = "model.embed_tokens.weight"
+    for value in (torch.zeros(1, 1).expand(40, 16), torch.zeros(40, 16, device="meta")):
+        torch.save(weights | {name: value}, folder / "pytorch_model.bin")
+        refuse(folder, f"must hold every value of '{name}'")
+    torch.save(weights, folder / "pytorch_model.bin")
+    with zipfile.ZipFile(folder / "pytorch_model.bin") as stored:
+        records = {record: stored.read(record) for record in stored.namelist()}
+    with zipfile.ZipFile(folder / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as packed:
+        for record, data in records.items():
+            packed.writestr(record, data)
+    refuse(folder, "must be as `torch.save` writes it, not compressed")
+
+
+def test_a_window_is_not_to_blame_where_layers_may_not_slide(tmp_path):
+    convert(save(tmp_path / "place" / "src", "olmo3", sliding_window=5), tmp_path / "place" / "olmem")
+    assert "sliding_window" not in refuse(tmp_path / "place" / "olmem", "`layer_types` must", options=("--to", "olmo2"))

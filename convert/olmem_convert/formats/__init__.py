@@ -222,6 +222,31 @@ def carried(read: Mapping[str, Any], table: Mapping[str, Field]) -> dict[str, An
     return {field.to: read[name] for name, field in table.items() if field.to and read[name] is not None}
 
 
+def is_dynamic(rope_parameters: Mapping[str, Any]) -> bool:
+    """Whether any layer's RoPE is stretched by the length of the text, in either form of `rope_parameters`."""
+    entries = [rope_parameters, *(entry for entry in rope_parameters.values() if isinstance(entry, Mapping))]
+    return any(entry.get("rope_type") == "dynamic" for entry in entries)
+
+
+LARGEST_NUM_LABELS = 10**5
+
+
+def check_common(raw: Mapping[str, Any]) -> None:
+    """Of the fields that every config of Transformers may have, those with which nothing can be computed: it makes a
+    name for each of `num_labels` as it reads them, and its own models fail where their parts return tuples."""
+    labels = raw.get("num_labels", 0)
+    if not isinstance(labels, int | None) or (labels or 0) > LARGEST_NUM_LABELS:
+        raise CheckpointError(
+            f"`num_labels` of config.json must be at most {LARGEST_NUM_LABELS} (got {labels!r}); remove it, as a "
+            "causal language model has none."
+        )
+    if raw.get("return_dict", True) is not True:
+        raise CheckpointError(
+            f"`return_dict` of config.json must be true (got {raw['return_dict']!r}); remove it, and ask for tuples "
+            "where you call the model."
+        )
+
+
 def required(value: Any, name: str, where: str) -> Any:
     if value is None:
         raise CheckpointError(f"`{name}` of {where} must be given (it is absent); copy the config again.")

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from ..errors import CheckpointError, reason
 from ..tensors import LazyTensor, find_weights, read_json, read_weights
-from . import Checkpoint, Key, check_layers, expand, typed
+from . import Checkpoint, Key, check_common, check_layers, expand, is_dynamic, typed
 
 # Of RoPE, in files of older releases, which computed it from the config all the same.
 OLD_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -43,6 +43,7 @@ def open_checkpoint(folder: Path, max_length: int | None) -> Checkpoint:
             "`quantization_config` of config.json must be absent (the weights are quantized, which no conversion can "
             "keep exactly); convert the model that was quantized."
         )
+    check_common(raw)
     tensors = {name: tensor for name, tensor in read_weights(folder).items() if not OLD_BUFFER.fullmatch(name)}
     num_layers = typed(raw.get("num_hidden_layers", 1), int, "num_hidden_layers", "config.json")
     check_layers(num_layers, tensors, "num_hidden_layers")
@@ -50,15 +51,28 @@ def open_checkpoint(folder: Path, max_length: int | None) -> Checkpoint:
         config = OlmemConfig.fields_of_olmo(raw)
     except (StrictDataclassError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"`{folder / 'config.json'}` must describe a model: {reason(error)}") from error
+    notes = []
+    if is_dynamic(config["rope_parameters"] or {}):
+        trained = config["max_position_embeddings"]
+        if max_length is not None:
+            raise CheckpointError(
+                f"`max_length` must be left out with rope_type 'dynamic' (got {max_length}), whose scaling begins at "
+                f"the trained length of the config, {trained}."
+            )
+        notes.append(
+            f"rope_type 'dynamic' is verified up to {trained} tokens; beyond, logits are those that Transformers has "
+            "token by token, as a whole call there depends on its length"
+        )
     if max_length is not None:  # beside which the scaling of RoPE keeps its own
         config["rope_parameters"] = OlmemConfig(**config).rope_parameters
         config["max_position_embeddings"] = max_length
-    notes = []
     if raw.get("auto_map"):
         notes.append(f"config.json names code (`auto_map`), which is not run: what converts is {raw['model_type']}")
     of_generation = sorted(set(raw) & set(GenerationConfig._get_default_generation_params()) - set(config))
     if of_generation and not (folder / "generation_config.json").is_file():
-        notes.append(f"config.json has {', '.join(of_generation)} of generation, whose place is generation_config.json")
+        notes.append(
+            f"config.json has {', '.join(of_generation)} of generation, left out: their place is generation_config.json"
+        )
     return Checkpoint(
         family="transformers",
         description=str(recognise(folder)),

@@ -175,7 +175,7 @@ class OlmemRotaryEmbedding(nn.Module):
         if torch.compiler.is_compiling():
             return self.phases(slots, layer_type, below)
         place = (layer_type, slots.device)
-        if place not in self.tables:
+        if place not in self.tables or len(self.tables[place]) < below:
             self.tables[place] = self.phases(torch.arange(below, device=slots.device), layer_type, below)
         return self.tables[place][slots]
 

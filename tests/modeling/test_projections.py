@@ -180,6 +180,19 @@ def test_training_reaches_every_weight_of_a_sharing(shared):
         assert_close(weight.grad, expected[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@one_tensor
+def test_a_window_may_be_widened_between_two_caches(shared):
+    """The table of a step's slots was that of the narrower window."""
+    model = tiny(**HEADS, shared_projections=shared, layer_types=SLIDING, sliding_window=3)
+    ids = tokens(1, 20)
+    for window in (3, 9, 5):
+        model.config.sliding_window = window
+        cache = OlmemCache(model.config)
+        with torch.no_grad():
+            steps = torch.cat([model(token, past_key_values=cache).logits for token in ids.split(1, dim=1)], dim=1)
+            assert_close(steps, model(ids, use_cache=False).logits, rtol=0, atol=1e-4)
+
+
 def test_a_cache_says_which_sharing_it_is_of():
     model = tiny(**HEADS, shared_projections="key_value")
     cache = OlmemCache(tiny(**HEADS).config)

@@ -62,10 +62,7 @@ def convert(
     stored = choose_dtype(checkpoint.tensors, dtype)
     config = make_config(checkpoint, stored)
     tensors = make_tensors(checkpoint, config)
-    parameters = sum(torch.Size(tensor.shape).numel() for tensor in tensors.values())
-    for line in describe(checkpoint, config, parameters):
-        say(line)
-    check_copies(checkpoint)
+    parameters = announce(checkpoint, config, tensors, say)
 
     with written_whole(out, overwrite) as folder:
         needed = parameters * stored.itemsize
@@ -93,6 +90,17 @@ def convert(
             say(f"not verified: `olmem verify {out} --against {source}{given.options}` does it")
     say(f"wrote {out}")
     return report
+
+
+def announce(
+    checkpoint: Checkpoint, config: OlmemConfig, tensors: Mapping[str, LazyTensor], say: Callable[[str], None]
+) -> int:
+    """Says what was found, and checks the copies of tied weights. Returns the number of parameters."""
+    parameters = sum(torch.Size(tensor.shape).numel() for tensor in tensors.values())
+    for line in describe(checkpoint, config, parameters):
+        say(line)
+    check_copies(checkpoint)
+    return parameters
 
 
 def describe(checkpoint: Checkpoint, config: OlmemConfig, parameters: int) -> Iterator[str]:

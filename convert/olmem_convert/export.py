@@ -23,19 +23,19 @@ from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .convert import (
+    announce,
     carry_generation_config,
     check_options,
     check_out,
     check_room,
     choose_dtype,
     copy_tokenizer,
-    describe,
     written_whole,
 )
 from .errors import CheckpointError, reason
 from .formats import Checkpoint, check_common, check_layers, expand, typed
 from .formats.transformers_olmo import key_table
-from .plan import TOKEN_IDS, check_copies, make_tensors
+from .plan import TOKEN_IDS, make_tensors
 from .shards import write_shards
 from .tensors import LazyTensor, LoadedOnDemand, read_json, read_weights
 from .transformers_forward import transformers_forward
@@ -82,10 +82,7 @@ def export(
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(exported)]
     exported.architectures = [model_class.__name__]
     tensors = make_tensors(checkpoint, exported, model_class)
-    parameters = sum(torch.Size(tensor.shape).numel() for tensor in tensors.values())
-    for line in describe(checkpoint, config, parameters):
-        say(line)
-    check_copies(checkpoint)
+    parameters = announce(checkpoint, config, tensors, say)
 
     with written_whole(out, overwrite) as folder:
         needed = parameters * stored.itemsize

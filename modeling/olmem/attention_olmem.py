@@ -9,8 +9,7 @@ where its query's slot does. So a window's keys are rotated at their own numbers
 number; sinks are rotated at their slots and met by the query rotated at its slot. One query alone (a generated token)
 has one distance to each sink: the sinks are rotated to suit it, beside the window's keys in the cache.
 
-Keys that are values too are kept as they are, one tensor for both, and rotated whenever they are read; a rotation lies
-in them with its two numbers side by side, for it to be one complex product.
+Keys that are values too are kept as they are, one tensor for both, and rotated whenever they are read.
 
 Shapes: B batch, H query heads, K key/value heads, T queries, S keys, D head dim, Z sinks.
 """
@@ -23,7 +22,19 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_olmem import OlmemCacheLayer, gather_sinks
+from .configuration_olmem import BY_SLOT
 from .context_olmem import Context, Sight
+from .positions_olmem import (
+    Rotation,
+    as_complex,
+    in_halves,
+    rotate,
+    rotate_pairs,
+    rotate_side_by_side,
+    side_by_side,
+    xpos_powers,
+    xpos_scale,
+)
 
 # Queries at a time. Up to WHOLE blocks of a stream's beginning are one block, the very call that Transformers' models
 # make: the same bits, and a mask of bounded size.
@@ -31,11 +42,7 @@ BLOCK = {"cpu": 128}
 BLOCK_ELSEWHERE = 1024
 WHOLE = 8
 SCRATCH = 2**21  # bytes of rotated keys at a time and thread, on a CPU
-XPOS_GAMMA, XPOS_BASE = 0.4, 512
-BY_SLOT = ("xpos", "linspace")
 LINSPACE_REACH = 0.1  # what is added to the keys goes from nothing to so many `linspace_scale`
-
-Rotation = tuple[torch.Tensor, torch.Tensor]
 
 
 class Rotations(NamedTuple):
@@ -61,72 +68,6 @@ class Prefix(NamedTuple):
     query: torch.Tensor  # (B, H, T, D)
     key: torch.Tensor  # (B, K, Z, D)
     value: torch.Tensor  # (B, K, Z, D)
-
-
-def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Applies RoPE to states (B, H, T, D), halves paired as in Transformers; the product is in float32.
-
-    The operations and their order are Transformers', so that gradients too are the same bit for bit.
-    """
-    half = states.shape[-1] // 2
-    straight = states * cos[:, None]
-    turned = torch.cat((-states[..., half:], states[..., :half]), dim=-1)
-    return (straight + turned * sin[:, None]).to(states.dtype)
-
-
-def side_by_side(states: torch.Tensor) -> torch.Tensor:
-    """States (…, D) with the two numbers of each rotation, d and d + D/2, as neighbours."""
-    return states.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
-
-
-def in_halves(states: torch.Tensor) -> torch.Tensor:
-    """The inverse."""
-    return states.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-
-
-def has_complex(device: torch.device) -> bool:
-    """Whether complex products are there, and fast; a compiler fuses real ones."""
-    return device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
-
-
-def as_complex(states: torch.Tensor) -> torch.Tensor:
-    """States (…, D) that are `side_by_side` as (…, D/2), the same memory."""
-    return torch.view_as_complex(states.unflatten(-1, (-1, 2)))
-
-
-def as_phases(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Cosines and sines (R, T, D) side by side, (R, T, D/2, 2): of each pair, the two numbers of its complex factor."""
-    half = cos.shape[-1] // 2
-    return torch.stack((cos[..., :half], sin[..., :half]), dim=-1)
-
-
-def rotate_pairs(states: torch.Tensor, phases: torch.Tensor) -> torch.Tensor:
-    """`rotate` for states (B, H, T, D) that are `side_by_side`, by phases (R, T, D/2, 2)."""
-    phases = phases[:, None]
-    if has_complex(states.device):
-        wide = states.to(torch.promote_types(states.dtype, torch.float32))
-        return torch.view_as_real(as_complex(wide) * torch.view_as_complex(phases)).flatten(-2).to(states.dtype)
-    (first, second), (cos, sin) = states.unflatten(-1, (-1, 2)).unbind(-1), phases.unbind(-1)
-    return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2).to(states.dtype)
-
-
-def rotate_side_by_side(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`rotate` for states (B, H, T, D) that are `side_by_side`."""
-    return rotate_pairs(states, as_phases(cos, sin))
-
-
-def xpos_zeta(like: torch.Tensor) -> torch.Tensor:
-    """ζ (D/2,) of xpos: queries are multiplied by ζ^(position/512), keys by its inverse (Sun et al., arXiv
-    2212.10554)."""
-    size = like.shape[-1]
-    return (torch.arange(0, size, 2, device=like.device) / size + XPOS_GAMMA) / (1 + XPOS_GAMMA)
-
-
-def xpos_scale(like: torch.Tensor, distance: torch.Tensor, turn: Callable) -> torch.Tensor:
-    """ζ^(distance/512) (R, 1, T, D) of distances (R, T), in the order of dimensions of `turn`."""
-    scale = xpos_zeta(like) ** (distance[..., None] / XPOS_BASE)
-    scale = scale.repeat_interleave(2, dim=-1) if turn is rotate_side_by_side else torch.cat((scale, scale), dim=-1)
-    return scale[:, None].to(like.dtype)
 
 
 def eager_attention_forward(
@@ -227,7 +168,7 @@ def attend(
     if past is not None:
         keys, values = past.update(keys, values, sight)
     if one_tensor:
-        keys = module.place(keys, rotations.key, turn)  # of a step none: it rotates them itself, piece by piece
+        keys = module.place(keys, rotations.key, turn)  # of a step none: it rotates them itself, a few heads at a time
     if past is not None and sight.context.num_sinks:
         sinks = past.update_sinks(key, value, sight)
     elif sight.prefix:
@@ -338,7 +279,7 @@ def attend_rotating(
     time. Returns (B, 1, H, D), and if `eager`, weights (B, H, 1, Z + S)."""
     if module.position_embedding == "xpos":
         distance = sight.context.slot(sight.queries) - sight.step_slots
-        phases = phases * (xpos_zeta(query) ** (distance.clamp(min=0)[..., None] / XPOS_BASE))[..., None]
+        phases = phases * xpos_powers(query, distance.clamp(min=0))[..., None]
     eager = module.config._attn_implementation != "sdpa"
     groups = query.shape[1] // stored.shape[1]
     outputs, weights = [], []
@@ -485,4 +426,4 @@ def weights_in_order(weights: torch.Tensor, sight: Sight) -> torch.Tensor:
     return window.scatter_add(-1, index, before * found[:, None, None])
 
 
-__all__ = ["Rotations", "attend", "attend_reference", "eager_attention_forward", "rotate"]
+__all__ = ["Rotations", "attend", "attend_reference", "eager_attention_forward"]

@@ -17,6 +17,8 @@ NORM_TYPES = ("rms", "layer", "layer_plain")
 QK_NORMS = ("full", "head", "none")
 CLIP_STAGES = ("projection", "rotary")
 POSITION_EMBEDDINGS = ("rope", "xpos", "linspace", "none")
+ROTATING = ("rope", "xpos")  # those of them that rotate
+BY_SLOT = ("xpos", "linspace")  # that go by what a query sees, and know no absolute position
 SHARED_PROJECTIONS = ("none", "key_value", "query_key", "query_key_value", "value_difference")
 LAYER_TYPES = ("sliding_attention", "chunked_attention", "full_attention")
 # Kinds of RoPE as Transformers defines them, with the numbers that each cannot do without, and those it can.

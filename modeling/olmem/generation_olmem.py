@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 from transformers.generation import GenerationMixin, GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 
+from .configuration_olmem import BY_SLOT
+
 
 def is_olmem_cache(cache: Any) -> bool:
     """By a mark: the code of a Hub repository has another class of that name."""
@@ -31,7 +33,7 @@ class OlmemGenerationMixin(GenerationMixin):
             if not rolls_back:
                 model_kwargs["past_key_values"] = self.model.make_cache()
                 return None
-            by_slot = {"xpos", "linspace"} & set(self.config.layer_position_embeddings)
+            by_slot = set(BY_SLOT) & set(self.config.layer_position_embeddings)
             if by_slot:
                 raise ValueError(
                     f"`position_embedding` must be made of rope and none (got {min(by_slot)!r}) to assist or be "

@@ -12,7 +12,6 @@ under the same parameter names, so their checkpoints load without renaming. What
 Shapes: B batch, H query heads, K key/value heads, T queries, S keys, D head dim.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -35,18 +34,18 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_olmem import Rotation, Rotations, attend, eager_attention_forward, rotate
+from .attention_olmem import Rotations, attend, eager_attention_forward
 from .cache_olmem import OlmemCache
-from .configuration_olmem import HUB_ARGUMENTS, NOT_YET, OlmemConfig
+from .configuration_olmem import BY_SLOT, HUB_ARGUMENTS, NOT_YET, ROTATING, OlmemConfig
 from .context_olmem import Context, Sight, find_documents
 from .generation_olmem import OlmemGenerationMixin, is_olmem_cache
+from .positions_olmem import OlmemRotaryEmbedding, Rotation, rotate
 
 MASK_FUNCTIONS = {
     "full_attention": create_causal_mask,
@@ -55,7 +54,6 @@ MASK_FUNCTIONS = {
 
 
 CONTEXT_BACKENDS = ("sdpa", "eager")
-ROTATING = ("rope", "xpos")
 
 
 def is_padding_mask(attention_mask) -> bool:
@@ -93,91 +91,6 @@ class Elephant(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return 1 / (1 + hidden_states.pow(8))
-
-
-class OlmemRotaryEmbedding(nn.Module):
-    """Cosines and sines (B, T, D) in float32 of positions, by layer type."""
-
-    def __init__(self, config: OlmemConfig, device: torch.device | None = None):
-        super().__init__()
-        self.config = config
-        self.trained_length = max(config.max_position_embeddings, 1024)
-        self.layer_types = sorted(set(config.layer_types))
-        self.tables: dict[tuple[str, torch.device], torch.Tensor] = {}
-        self.rope_type = {name: config.rope_parameters[name]["rope_type"] for name in self.layer_types}
-        for layer_type in self.layer_types:
-            inverse_frequency, attention_scaling = self.frequencies(layer_type, device)
-            self.register_buffer(f"{layer_type}_inv_freq", inverse_frequency, persistent=False)
-            setattr(self, f"{layer_type}_attention_scaling", attention_scaling)
-
-    @staticmethod
-    def compute_default_rope_parameters(config, device=None, seq_len=None, layer_type=None):
-        if stored := config.rope_parameters[layer_type].get("inverse_frequencies"):
-            return torch.tensor(stored, dtype=torch.float, device=device), 1.0
-        theta = config.rope_parameters[layer_type]["rope_theta"]
-        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
-        return (1.0 / theta**exponent).to(device), 1.0
-
-    def frequencies(self, layer_type: str, device: torch.device | None = None) -> tuple[torch.Tensor, float]:
-        """Inverse frequencies (D/2,) and the factor of cosines and sines, as Transformers defines each `rope_type`."""
-        rope_functions = {**ROPE_INIT_FUNCTIONS, "default": self.compute_default_rope_parameters}
-        return rope_functions[self.rope_type[layer_type]](self.config, device, layer_type=layer_type)
-
-    def dynamic_frequencies(self, position: torch.Tensor, layer_type: str) -> torch.Tensor:
-        """Inverse frequencies (…, D/2) of `rope_type` "dynamic" at positions (…, 1): those of a text that ends there.
-
-        Transformers gives all tokens of a call those of its last one, so that they depend on how a text is cut; read
-        token by token, its are these.
-        """
-        rope, size = self.config.rope_parameters[layer_type], self.config.head_dim
-        trained = self.config.max_position_embeddings
-        length = (position + 1).clamp(min=trained)
-        stretch = rope["factor"] * length / trained - (rope["factor"] - 1)
-        theta = rope["rope_theta"] * stretch ** (size / (size - 2))
-        return 1.0 / theta ** (torch.arange(0, size, 2, device=position.device).float() / size)
-
-    def angles(self, position_ids: torch.Tensor, layer_type: str, below: int | None = None) -> torch.Tensor:
-        """(B, T, D/2) in float32 of positions (B, T), of which the caller may know that they are `below` something."""
-        position = position_ids[..., None]
-        inverse_frequency = getattr(self, f"{layer_type}_inv_freq").to(position.device, torch.float)
-        if self.rope_type[layer_type] == "dynamic":
-            stretched = self.dynamic_frequencies(position, layer_type)
-            inverse_frequency = torch.where(
-                position < self.config.max_position_embeddings, inverse_frequency, stretched
-            )
-        # Where the model was trained, the very angles that it was trained with. Beyond, where a float32 product would
-        # round them more and more, from the exact integer.
-        angles = position.float() * inverse_frequency
-        if below is None or below > self.trained_length:
-            wide = "cpu" if position.device.type == "mps" else position.device  # mps has no float64
-            exact = (position.to(wide).double() * inverse_frequency.to(wide).double()).remainder(2 * math.pi)
-            angles = torch.where(position < self.trained_length, angles, exact.to(angles))
-        return angles
-
-    @torch.no_grad()
-    def forward(
-        self, hidden_states: torch.Tensor, position_ids: torch.Tensor, layer_type: str, below: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = self.angles(position_ids.to(hidden_states.device), layer_type, below)
-        scaling = getattr(self, f"{layer_type}_attention_scaling")
-        cos, sin = angles.cos() * scaling, angles.sin() * scaling
-        return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
-
-    @torch.no_grad()
-    def phases(self, position_ids: torch.Tensor, layer_type: str, below: int | None = None) -> torch.Tensor:
-        """Cosines and sines side by side (B, T, D/2, 2)."""
-        angles = self.angles(position_ids, layer_type, below)
-        scaling = getattr(self, f"{layer_type}_attention_scaling")
-        return torch.stack((angles.cos() * scaling, angles.sin() * scaling), dim=-1)
-
-    def phases_of_slots(self, slots: torch.Tensor, layer_type: str, below: int) -> torch.Tensor:
-        """`phases`, from a table of all slots."""
-        if torch.compiler.is_compiling():
-            return self.phases(slots, layer_type, below)
-        place = (layer_type, slots.device)
-        if place not in self.tables or len(self.tables[place]) < below:
-            self.tables[place] = self.phases(torch.arange(below, device=slots.device), layer_type, below)
-        return self.tables[place][slots]
 
 
 class OlmemAttention(nn.Module):
@@ -475,7 +388,7 @@ class OlmemModel(OlmemPreTrainedModel):
         types = set(self.config.layer_types)
         if self.config.num_sink_tokens and types != {"full_attention"}:
             raise ValueError(f"`num_sink_tokens` must be 0 (got {self.config.num_sink_tokens}) with {reason}.")
-        by_slot = {"xpos", "linspace"} & set(self.config.layer_position_embeddings)
+        by_slot = set(BY_SLOT) & set(self.config.layer_position_embeddings)
         if by_slot:
             raise ValueError(
                 f"`position_embedding` must be made of rope and none (got {min(by_slot)!r}, which goes by what a "

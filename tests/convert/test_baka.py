@@ -15,12 +15,14 @@ from convert.writers import BAKA_CONFIG, baka_state, write_baka, write_olmo
 from hypothesis import given
 from hypothesis import strategies as st
 from olmem import OlmemConfig, OlmemForCausalLM
+from olmem.positions_olmem import OlmemRotaryEmbedding
 from olmem_convert import CheckpointError, convert, verify
 from olmem_convert.cli import app
 from olmem_convert.formats import Given, Key, PairsToHalves, baka, to_native, to_olmem
 from olmem_convert.formats.detect import open_checkpoint
 from olmem_convert.tensors import LazyTensor, read_pickle
-from transformers import AutoModelForCausalLM, modeling_rope_utils
+from transformers import AutoModelForCausalLM, Olmo2Config, modeling_rope_utils
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RotaryEmbedding
 from typer.testing import CliRunner
 
 BARE = GOLDEN / "baka_elephant"
@@ -156,11 +158,13 @@ def test_loading_stored_frequencies_warns_of_nothing(converted, monkeypatch):
 
 
 def test_frequencies_computed_here_are_those_of_the_model():
-    config = OlmemConfig(hidden_size=192, num_attention_heads=3, num_hidden_layers=1, vocab_size=8, rope_theta=12345.0)
-    with torch.device("meta"):
-        model = OlmemForCausalLM(config)
-    own, _ = model.model.rotary_emb.frequencies("sliding_attention")
-    assert torch.equal(own, baka.inverse_frequencies(12345.0, 32))
+    """And those of Transformers' own."""
+    sizes = {"hidden_size": 192, "num_attention_heads": 3, "num_hidden_layers": 1, "vocab_size": 8}
+    rope = {"rope_type": "default", "rope_theta": 12345.0}
+    config = OlmemConfig(**sizes, rope_parameters=rope, layer_types="full_attention")
+    theirs = Olmo2RotaryEmbedding(Olmo2Config(**sizes, rope_parameters=rope)).inv_freq
+    assert torch.equal(OlmemRotaryEmbedding(config).full_attention_inv_freq, theirs)
+    assert torch.equal(baka.inverse_frequencies(12345.0, 64), theirs)
 
 
 def test_frequencies_stay_as_they_are_when_weights_are_rounded(tmp_path):

@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 DEMO_STEP = DEMO / "step1872"
 CODE = tuple(
-    f"{name}_olmem.py" for name in ("attention", "cache", "configuration", "context", "generation", "modeling")
+    f"{name}_olmem.py"
+    for name in ("attention", "cache", "configuration", "context", "generation", "modeling", "positions")
 )
 
 

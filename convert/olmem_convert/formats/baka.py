@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from olmem.positions_olmem import inverse_frequencies
 
 from ..errors import CheckpointError
 from ..tensors import LazyTensor, pickle_mentions, read_json, read_pickle
@@ -217,14 +218,14 @@ def rope_parameters(frequencies: tuple[float, ...]) -> dict[str, Any]:
     fitted = fit_theta(stored)
     rounded = (float(f"{fitted:.{digits}g}") for digits in range(1, 7))
     theta = next((theta for theta in rounded if gives(theta, stored)), fitted)
-    gap = float((inverse_frequencies(theta, len(stored)).double() / stored - 1).abs().max())
+    gap = float((inverse_frequencies(theta, 2 * len(stored)).double() / stored - 1).abs().max())
     if not gap <= LARGEST_GAP:
         raise CheckpointError(
             f"`rot.freqs` must be theta ** (-2j / D) for one theta (got {preview(frequencies)}, up to {gap:.2g} of a "
             f"value off those of {theta:.6g}); only such RoPE is BakaLLM's."
         )
     parameters = {"rope_type": "default", "rope_theta": theta}
-    if torch.equal(inverse_frequencies(theta, len(stored)).double(), stored):
+    if torch.equal(inverse_frequencies(theta, 2 * len(stored)).double(), stored):
         return parameters
     return parameters | {"inverse_frequencies": list(frequencies)}
 
@@ -237,14 +238,9 @@ def fit_theta(stored: torch.Tensor) -> float:
     return float((-(exponents * stored.log()).sum() / exponents.square().sum()).exp())
 
 
-def inverse_frequencies(theta: float, count: int) -> torch.Tensor:
-    """As native code and Olmem compute them, to the bit: (count,) in float32."""
-    return 1.0 / theta ** (torch.arange(0, 2 * count, 2, dtype=torch.float) / (2 * count))
-
-
 def gives(theta: float, stored: torch.Tensor) -> bool:
     """Whether `stored` is what some precision keeps of the frequencies of this theta."""
-    exact = inverse_frequencies(theta, len(stored))
+    exact = inverse_frequencies(theta, 2 * len(stored))
     return any(torch.equal(exact.to(kind).double(), stored) for kind in (torch.float32, torch.bfloat16, torch.float16))
 
 

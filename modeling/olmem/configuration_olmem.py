@@ -7,6 +7,7 @@ import math
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, GenerationConfig
 from transformers.activations import ACT2FN
@@ -34,16 +35,18 @@ ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 # Fields of the family that this version cannot run, with the one value that asks for nothing.
-NOT_YET = {
-    "memory_bptt_segments": None,
-    "memory_segment_length": None,
-    "num_memory_tokens": 0,
-    "partial_rotary_factor": 1.0,
-    "retrieval_capacity": 65536,
-    "retrieval_gate_init": -4.0,
-    "retrieval_layers": [],
-    "retrieval_top_k": 32,
-}
+NOT_YET = {"partial_rotary_factor": 1.0}
+# Fields of memories: what is switched on beside a model that was trained without.
+MEMORY_FIELDS = (
+    "num_memory_tokens",
+    "memory_segment_length",
+    "memory_bptt_segments",
+    "retrieval_layers",
+    "retrieval_top_k",
+    "retrieval_capacity",
+    "retrieval_gate_init",
+    "retrieval_device",
+)
 
 # What Transformers' own OLMo models are, in Olmem's terms; their other fields have the same names here.
 OLMO_BLOCKS: dict[str, dict[str, Any]] = {
@@ -114,6 +117,21 @@ class OlmemConfig(PreTrainedConfig):
             position (arXiv 2606.04032). `"none"`; `"key_value"`: values are the keys; `"query_key"`: queries are the
             keys; `"query_key_value"`: both are; `"value_difference"`: values are queries minus keys. Where values are
             the keys, a cache holds one tensor, half of the bytes. Sharing queries needs as many key/value heads.
+        num_memory_tokens (`int`): vectors M that carry on what the stream has said (Recurrent Memory Transformer,
+            arXiv 2207.06881): each segment of a row is read with its M memory tokens in view, and writes those of the
+            next. 0 has no memory.
+        memory_segment_length (`int`, *optional*): tokens of a segment. Defaults to `sliding_window`.
+        memory_bptt_segments (`int`, *optional*): segments that gradients go back through the memory, at most: those of
+            a forward call's last segment so many, those of the others no more. 0 learns to read, not to write. None
+            is all of the call.
+        retrieval_layers (`list[int]`): sliding or chunked layers that also look up what has left their window
+            (Memorizing Transformers, arXiv 2203.08913): each query head, the `retrieval_top_k` tokens whose keys fit
+            best, regardless of positions, mixed with what the window gives by a gate that each head learns.
+        retrieval_top_k (`int`): tokens that a query head looks up.
+        retrieval_capacity (`int`): tokens that are kept for that, the last ones that have left the window.
+        retrieval_gate_init (`float`): the gates' initialisation, as a logit: −4 mixes in 2 %.
+        retrieval_device (`str`, *optional*): where they are kept and looked up, `"cpu"` to spare a GPU's memory; the
+            layer's own device by default.
         attention_bias (`bool`): biases in the four attention projections.
         attention_dropout, residual_dropout (`float`): dropout, in training, of attention weights, and of each
             sublayer's output before it joins the residual stream.
@@ -163,6 +181,13 @@ class OlmemConfig(PreTrainedConfig):
     attention_chunk_size: int | None = None
     attention_chunk_lookback: int = 0
     num_sink_tokens: int = 0
+    num_memory_tokens: int = 0
+    memory_segment_length: int | None = None
+    memory_bptt_segments: int | None = None
+    retrieval_top_k: int = 32
+    retrieval_capacity: int = 65536
+    retrieval_gate_init: float | int = -4.0
+    retrieval_device: str | None = None
     attention_bias: bool = False
     attention_dropout: float | int = 0.0
     residual_dropout: float | int = 0.0
@@ -178,11 +203,13 @@ class OlmemConfig(PreTrainedConfig):
         head_dim: int = 0
         layer_types: list[str] = []
         rope_parameters: dict[str, Any] = {}
+        retrieval_layers: list[int] = []
     else:
         num_key_value_heads: int | None = None
         head_dim: int | None = None
         layer_types: list[str] | str | None = None
         rope_parameters: dict | None = None
+        retrieval_layers: list[int] | None = None
 
     def __post_init__(self, **kwargs):
         self.refuse_unknown(kwargs)
@@ -196,6 +223,9 @@ class OlmemConfig(PreTrainedConfig):
             ]
         elif isinstance(self.layer_types, str):
             self.layer_types = [self.layer_types] * self.num_hidden_layers
+        self.retrieval_layers = sorted(self.retrieval_layers or [])
+        if self.num_memory_tokens and self.memory_segment_length is None:
+            self.memory_segment_length = self.sliding_window
         schemes = self.position_embedding
         if isinstance(schemes, list) and len(schemes) == self.num_hidden_layers and len(set(schemes)) == 1:
             self.position_embedding = schemes[0]
@@ -361,6 +391,11 @@ class OlmemConfig(PreTrainedConfig):
         return self.shared_projections in ("key_value", "query_key_value")
 
     @property
+    def has_memory(self) -> bool:
+        """Whether more than windows and sinks is carried on, by memory tokens or retrieval."""
+        return self.num_memory_tokens > 0 or bool(self.retrieval_layers)
+
+    @property
     def logit_scale(self) -> float:
         """`logits_scaling` as a factor, the name by which serving engines look for it."""
         return 1.0 / self.logits_scaling
@@ -414,6 +449,8 @@ class OlmemConfig(PreTrainedConfig):
             return
         for name, holds, rule in (
             ("num_sink_tokens", not self.num_sink_tokens, "be 0"),
+            ("num_memory_tokens", not self.num_memory_tokens, "be 0"),
+            ("retrieval_layers", not self.retrieval_layers, "be empty"),
             ("shared_projections", not self.caches_one_tensor, "keep keys and values apart"),
             ("position_embedding", set(self.layer_position_embeddings) <= {"rope", "none"}, "be made of rope and none"),
         ):
@@ -423,6 +460,50 @@ class OlmemConfig(PreTrainedConfig):
                 f"must {rule} with `clip_qkv_stage` 'rotary', which clips what is rotated at its own index",
                 "clip at the 'projection'",
             )
+
+    def validate_memory(self) -> None:
+        self._require(self.num_memory_tokens >= 0, "num_memory_tokens", "must not be negative", "0 has no memory")
+        self._require(
+            not self.num_memory_tokens or (self.memory_segment_length or 0) >= 1,
+            "memory_segment_length",
+            "must be at least 1 with memory tokens",
+            "give the tokens of a segment; `sliding_window` is usual",
+        )
+        self._require(
+            (self.memory_bptt_segments or 0) >= 0,
+            "memory_bptt_segments",
+            "must not be negative",
+            "None goes back through all segments of a call, 0 through none",
+        )
+
+    def validate_retrieval(self) -> None:
+        layers, count = self.retrieval_layers, self.num_hidden_layers
+        self._require(
+            all(0 <= layer < count for layer in layers) and len(set(layers)) == len(layers),
+            "retrieval_layers",
+            f"must name layers 0 to {count - 1}, each once",
+            "correct them",
+        )
+        full = [layer for layer in layers if self.layer_types[layer] == "full_attention"]
+        if full:
+            raise ValueError(
+                f"`retrieval_layers` must name sliding or chunked layers (got {full}, of full attention, whose window "
+                "nothing leaves); choose others."
+            )
+        self._require(self.retrieval_top_k >= 1, "retrieval_top_k", "must be at least 1", "32 is usual")
+        self._require(
+            self.retrieval_capacity >= self.retrieval_top_k,
+            "retrieval_capacity",
+            f"must be at least `retrieval_top_k` = {self.retrieval_top_k}",
+            "keep more, or look up less",
+        )
+        self._require(
+            math.isfinite(self.retrieval_gate_init), "retrieval_gate_init", "must be finite", "-4 mixes in 2 %"
+        )
+        try:
+            torch.device(self.retrieval_device or "cpu")
+        except RuntimeError:
+            self._require(False, "retrieval_device", "must be a device of torch", "'cpu', or leave it out")
 
     def validate_sizes(self) -> None:
         for name in (

@@ -129,6 +129,9 @@ class OlmemAttention(nn.Module):
             self.k_norm = make_norm(config, key_size if whole else self.head_dim)
         if self.position_embedding == "linspace":
             self.linspace_scale = nn.Parameter(torch.ones(self.head_dim))
+        self.retrieves = layer_idx in config.retrieval_layers
+        if self.retrieves:
+            self.retrieval_gate = nn.Parameter(torch.full((config.num_attention_heads,), config.retrieval_gate_init))
 
     def forward(
         self,
@@ -281,6 +284,10 @@ class OlmemPreTrainedModel(PreTrainedModel):
                 init.copy_(getattr(module, f"{layer_type}_inv_freq"), inverse_frequency)
         if isinstance(module, OlmemAttention) and module.position_embedding == "linspace":
             init.ones_(module.linspace_scale)
+        if isinstance(module, OlmemAttention) and module.retrieves:
+            init.constant_(module.retrieval_gate, self.config.retrieval_gate_init)
+        if isinstance(module, OlmemModel) and self.config.num_memory_tokens:
+            init.normal_(module.memory_embeddings, std=self.config.initializer_range)
 
     @staticmethod
     def auto_map() -> dict[str, str]:
@@ -305,6 +312,8 @@ class OlmemModel(OlmemPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([OlmemDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = make_norm(config, config.hidden_size)
+        if config.num_memory_tokens:
+            self.memory_embeddings = nn.Parameter(torch.empty(config.num_memory_tokens, config.hidden_size))
         self.rotary_emb = OlmemRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()

@@ -1,17 +1,17 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
-"""How queries attend to what they see: sinks and window under one softmax.
+"""How queries attend to what they see: memory, sinks and window under one softmax.
 
 `attend_reference` is the meaning, from slots and nothing else. `attend` is the way there without a cost that grows
 with the stream: blocks of queries against the keys in reach, O(T · window) work, no T × T mask.
 
-A forward over many queries cannot give the sinks one rotation that suits them all: a sink's distance stops growing
-where its query's slot does. So a window's keys are rotated at their own numbers and met by the query rotated at its
-number; sinks are rotated at their slots and met by the query rotated at its slot. One query alone (a generated token)
-has one distance to each sink: the sinks are rotated to suit it, beside the window's keys in the cache.
+A forward over many queries cannot give the prefix (memory and sinks) one rotation that suits them all: its distance
+stops growing where its query's slot does. So a window's keys are rotated at their own places and met by the query
+rotated at its place; the prefix is rotated at its slots and met by the query rotated at its slot. One query alone (a
+generated token) has one distance to each: the prefix is rotated to suit it, beside the window's keys in the cache.
 
 Keys that are values too are kept as they are, one tensor for both, and rotated whenever they are read.
 
-Shapes: B batch, H query heads, K key/value heads, T queries, S keys, D head dim, Z sinks.
+Shapes: B batch, H query heads, K key/value heads, T queries, S keys, D head dim, M memory slots, Z sinks.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .cache_olmem import OlmemCacheLayer, gather_sinks
 from .configuration_olmem import BY_SLOT
 from .context_olmem import Context, Sight
+from .memory_olmem import Trail
 from .positions_olmem import (
     Rotation,
     as_complex,
@@ -35,6 +36,7 @@ from .positions_olmem import (
     xpos_powers,
     xpos_scale,
 )
+from .retrieval_olmem import retrieve
 
 # Queries at a time. Up to WHOLE blocks of a stream's beginning are one block, the very call that Transformers' models
 # make: the same bits, and a mask of bounded size.
@@ -48,26 +50,26 @@ LINSPACE_REACH = 0.1  # what is added to the keys goes from nothing to so many `
 class Rotations(NamedTuple):
     """Cosines and sines (R, …, D) for the layers of one type."""
 
-    token: Rotation | None = None  # of the new tokens at their numbers, (R, T, D); None where nothing is rotated
+    token: Rotation | None = None  # of the new tokens at their places, (R, T, D); None where nothing is rotated
     query: Rotation | None = None  # of the queries at their slots, (R, T, D)
-    sink: Rotation | None = None  # of the sinks, (R, Z, D)
+    prefix: Rotation | None = None  # of memory and sinks, (R, M + Z, D)
     key: Rotation | None = None  # of all keys of a cache, (R, S, D), where these are values too
-    step: torch.Tensor | None = None  # of them and the sinks for one query, side by side (R, Z + S, D/2, 2)
+    step: torch.Tensor | None = None  # of them and the prefix for one query, side by side (R, M + Z + S, D/2, 2)
 
     def upto(self, length: int) -> "Rotations":
         """Those of the first tokens."""
         token, query = (
             rotation and (rotation[0][:, :length], rotation[1][:, :length]) for rotation in (self.token, self.query)
         )
-        return Rotations(token, query, self.sink)
+        return Rotations(token, query, self.prefix)
 
 
 class Prefix(NamedTuple):
-    """What stands before the windows: queries rotated at their slots, keys and values of the sinks."""
+    """What stands before the windows: queries rotated at their slots, keys and values of memory and sinks."""
 
     query: torch.Tensor  # (B, H, T, D)
-    key: torch.Tensor  # (B, K, Z, D)
-    value: torch.Tensor  # (B, K, Z, D)
+    key: torch.Tensor  # (B, K, M + Z, D)
+    value: torch.Tensor  # (B, K, M + Z, D)
 
 
 def eager_attention_forward(
@@ -151,36 +153,40 @@ def attend(
     value: torch.Tensor,
     rotations: Rotations,
     sight: Sight,
-    past: OlmemCacheLayer | None,
+    past: OlmemCacheLayer | Trail | None,
     output_attentions: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The door: query (B, H, T, D), key and value (B, K, T, D) of the new tokens, not rotated -> (B, T, H, D), and if
     asked for and `eager`, the weights (see `weights_in_order`). `past` keeps what is new."""
     if sight.documents is not None:
         return attend_documents(module, query, key, value, rotations, sight, output_attentions)
-    turn, one_tensor = rotate, past is not None and module.config.caches_one_tensor
+    as_they_are = query, key, value
+    turn, one_tensor = rotate, past is not None and past.one_tensor
     if one_tensor and module.rotates:
         turn, query, key = rotate_side_by_side, side_by_side(query), side_by_side(key)
     value = key if one_tensor else module.clip("rotary", value)
+    if past is not None and sight.memory == "read":
+        past.keep_memory(key, value, sight)
+        past = None
 
     keys = key if one_tensor else module.place(key, rotations.token)
-    values, sinks = value, None
+    values, before = value, None
     if past is not None:
         keys, values = past.update(keys, values, sight)
     if one_tensor:
         keys = module.place(keys, rotations.key, turn)  # of a step none: it rotates them itself, a few heads at a time
-    if past is not None and sight.context.num_sinks:
-        sinks = past.update_sinks(key, value, sight)
+    if past is not None and sight.context.num_prefix:
+        before = past.update_prefix(key, value, sight)
     elif sight.prefix:
-        sinks = gather_sinks(key, value, sight)
+        before = gather_sinks(key, value, sight)
 
     prefix = None
-    if sinks and sight.prefix and rotations.step is None:
-        sink_key = module.place(sinks[0], rotations.sink, turn)
-        if sight.is_step:  # one query: its sinks stand before the window's keys in the cache
-            keys[:, :, : sink_key.shape[2]] = sink_key
+    if before and sight.prefix and rotations.step is None:
+        prefix_key = module.place(before[0], rotations.prefix, turn)
+        if sight.is_step:  # one query: its prefix stands before the window's keys in the cache
+            keys[:, :, : prefix_key.shape[2]] = prefix_key
         else:
-            prefix = Prefix(module.place(query, rotations.query, turn), sink_key, sinks[1])
+            prefix = Prefix(module.place(query, rotations.query, turn), prefix_key, before[1])
     query = module.place(query, rotations.token, turn)
     if rotations.step is not None:
         output, weights = attend_rotating(module, query, values, rotations.step, sight)
@@ -188,6 +194,8 @@ def attend(
         output, weights = attend_window(module, query, keys, values, sight, prefix, output_attentions, turn)
     if turn is rotate_side_by_side:
         output = in_halves(output)
+    if module.retrieves and sight.memory is None:
+        output = retrieve(module, *as_they_are, output, sight, past)
     if weights is None or not output_attentions:
         return output, None
     return output, weights_in_order(weights, sight)
@@ -229,14 +237,15 @@ def attend_window(
     output_attentions: bool,
     turn: Callable,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """query (B, H, T, D); key and value (B, K, S, D), those that `sight` numbers; of a step (B, K, Z + S, D), the sinks
-    rotated for the one query. Returns (B, T, H, D), and if asked for and `eager`, weights (B, H, T, [Z +] S)."""
+    """query (B, H, T, D); key and value (B, K, S, D), those that `sight` numbers; of a step (B, K, M + Z + S, D), the
+    prefix rotated for the one query. Returns (B, T, H, D), and if asked for and `eager`, weights (B, H, T, [M + Z +]
+    S)."""
     length = query.shape[2]
     eager = module.config._attn_implementation != "sdpa"
     by_slot = module.position_embedding in BY_SLOT
-    if sight.is_step:  # a generated token: all keys in one part, sinks first
+    if sight.is_step:  # a generated token: all keys in one part, prefix first
         if by_slot:
-            slot = sight.context.slot(sight.queries)
+            slot = sight.query_slots
             query, key = place_by_slot(module, query, key, slot - slot, sight.step_slots - slot, turn)
         if eager:
             return attend_parts(module, query, key, value, sight.step_mask)
@@ -275,10 +284,10 @@ def attend_window(
 def attend_rotating(
     module: Any, query: torch.Tensor, stored: torch.Tensor, phases: torch.Tensor, sight: Sight
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A step where keys are values, stored (B, K, Z + S, D): rotated by phases (R, Z + S, D/2, 2) a few heads at a
-    time. Returns (B, 1, H, D), and if `eager`, weights (B, H, 1, Z + S)."""
+    """A step where keys are values, stored (B, K, M + Z + S, D): rotated by phases (R, M + Z + S, D/2, 2) a few heads
+    at a time. Returns (B, 1, H, D), and if `eager`, weights (B, H, 1, M + Z + S)."""
     if module.position_embedding == "xpos":
-        distance = sight.context.slot(sight.queries) - sight.step_slots
+        distance = sight.query_slots - sight.step_slots
         phases = phases * xpos_powers(query, distance.clamp(min=0))[..., None]
     eager = module.config._attn_implementation != "sdpa"
     groups = query.shape[1] // stored.shape[1]
@@ -315,20 +324,19 @@ def rotated_heads(states: torch.Tensor, phases: torch.Tensor) -> Iterator[tuple[
 
 
 def place_block(module, query, key, prefix: Prefix | None, sight: Sight, part: slice, reach: slice, turn: Callable):
-    """What xpos and linspace do to a block: its queries, keys and prefix, and a bias (B, H, T, 1) of the sinks' scores.
-    Positions count from its first query, for none to grow with the stream."""
-    number, bias = sight.queries[:, part], None
-    first = number[:, :1]
+    """What xpos and linspace do to a block: its queries, keys and prefix, and a bias (B, H, T, 1) of the prefix'
+    scores. Positions count from its first query, for none to grow with the stream."""
+    place, bias = sight.places[:, part], None
+    first = place[:, :1]
     if prefix is not None:
-        start = number.clamp(min=0)
-        slot = sight.context.slot(start)
+        slot = sight.query_slots[:, part]
         least = slot.amin(-1, keepdim=True)
         if module.position_embedding == "linspace":  # of one softmax with keys at other places
-            shift = start - slot - first + least
+            shift = place - slot - first + least
             bias = (query @ linspace_step(module)[:, None]) * shift[:, None, :, None] * module.scaling
-        placed = place_by_slot(module, prefix.query, prefix.key, slot - least, sight.sinks - least, turn)
+        placed = place_by_slot(module, prefix.query, prefix.key, slot - least, sight.prefix_slots - least, turn)
         prefix = Prefix(*placed, prefix.value)
-    query, key = place_by_slot(module, query, key, number - first, sight.key_numbers[:, reach] - first, turn)
+    query, key = place_by_slot(module, query, key, place - first, sight.key_places[:, reach] - first, turn)
     return query, key, prefix, bias
 
 
@@ -379,8 +387,8 @@ def attend_sdpa(module, query, key, value, mask: torch.Tensor | None) -> torch.T
 def attend_parts(
     module, query, key, value, mask: torch.Tensor | None, prefix: Prefix | None = None, bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One block in plain operations, mask (R, T, [Z +] S): the scores of both parts side by side, one softmax. `bias`
-    (B, H, T, 1) is added to those of the prefix."""
+    """One block in plain operations, mask (R, T, [M + Z +] S): the scores of both parts side by side, one softmax.
+    `bias` (B, H, T, 1) is added to those of the prefix."""
 
     def grouped(states: torch.Tensor) -> torch.Tensor:
         return (states * module.scaling).reshape(*key.shape[:2], -1, key.shape[-1])
@@ -396,8 +404,8 @@ def attend_parts(
     if prefix is None:
         output = shares @ value
     else:
-        sinks = prefix.key.shape[2]
-        output = shares[..., :sinks] @ prefix.value + shares[..., sinks:] @ value
+        count = prefix.key.shape[2]
+        output = shares[..., :count] @ prefix.value + shares[..., count:] @ value
     return output.reshape(query.shape).transpose(1, 2), weights
 
 
@@ -410,8 +418,8 @@ def weigh(module, scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tens
 
 
 def weights_in_order(weights: torch.Tensor, sight: Sight) -> torch.Tensor:
-    """Weights (B, H, T, [Z +] S) as a reader expects them. Without a cache: a column for each token (B, H, T, T). With
-    one: a column for each key that was held, oldest first, after those of the sinks where these may have left."""
+    """Weights (B, H, T, [M + Z +] S) as a reader expects them. Without a cache: a column for each token (B, H, T, T).
+    With one: a column for each key that was held, oldest first, after those of the sinks where these may have left."""
     sinks = weights.shape[-1] - sight.key_numbers.shape[1]
     before, window = (weights[..., :sinks], weights[..., sinks:]) if sinks else (weights, weights)
     if sight.in_place and sight.context.span is not None:

@@ -1,14 +1,18 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
 """What is remembered between forward calls: one `OlmemCache` for a batch of streams.
 
-Shapes: B batch, K key/value heads, T new tokens, S keys, D head dim, Z sinks. A layer's buffers are (B, K, slots, D):
+Shapes: B batch, K key/value heads, T new tokens, S keys, D head dim, M memory slots, Z sinks. A layer's buffers are
+(B, K, slots, D):
 
-    | Z slots for sinks | a ring of a window's span, or a row that grows | one slot for what is not kept |
+    | M + Z slots of memory and sinks | a ring of a window's span, or a row that grows | one slot for what is not kept |
 
-Where values are the keys (`shared_projections`), one buffer holds both, never rotated, sinks as any other.
+Where values are the keys (`shared_projections`), one buffer holds both, never rotated, the prefix as any other.
 
-A window's key lies rotated at its own number: RoPE knows differences only, so neither the size of the number nor the
-order in the ring matters. The distance of a sink stops growing, so sinks are also kept as they were before rotation.
+A window's key lies rotated at its own place: RoPE knows differences only, so neither the size of the number nor the
+order in the ring matters. The distance of memory and sinks stops growing: they are also kept as they were before.
+
+What retrieval looks up is a ring of its own, of keys without positions and values. A token enters it as it is read, and
+is looked up once its window has let go of it.
 """
 
 import json
@@ -23,14 +27,20 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .configuration_olmem import OlmemConfig
-from .context_olmem import Context, Sight
+from .context_olmem import Context, Sight, held, ring_slot
 
 GROWTH = 256  # tokens at a time
-FORMAT = "olmem-cache-2"
+STORE_BLOCK = 128  # tokens that may enter a store before the first of them looks something up
+STORE = ("store_keys", "store_values")
+FORMAT = "olmem-cache-3"
 # Fields of a configuration that change nothing of what is cached.
 NO_MATTER = {
     "attention_dropout",
     "residual_dropout",
+    "retrieval_device",
+    "retrieval_gate_init",
+    "retrieval_top_k",
+    "memory_bptt_segments",
     "initializer_range",
     "use_cache",
     "logits_scaling",
@@ -67,15 +77,26 @@ class OlmemCacheLayer(CacheLayerMixin):
     """Keys and values of one layer of an `OlmemCache`, and of no other cache: the counters are there, and which token
     goes where, and which are read, is the `Sight`'s to say."""
 
-    def __init__(self, context: Context, max_length: int | None, one_tensor: bool = False):
+    def __init__(
+        self,
+        context: Context,
+        max_length: int | None,
+        one_tensor: bool = False,
+        store_capacity: int = 0,
+        store_device: str | None = None,
+    ):
         self.context = context
         self.one_tensor = one_tensor  # values are the keys
         self.is_sliding = context.span is not None
         self.limit = context.span or max_length  # tokens held at most; None grows
         self.at_once = max_length is not None
-        self.is_compileable = self.limit is not None
+        # Tokens in the store: those to look up, those still in the window, and a block that may enter at a time.
+        self.store_limit = store_capacity and store_capacity + (context.span or 0) + STORE_BLOCK - 1
+        self.store_device = store_device
+        # Where a memory or a store is read is for the host to know.
+        self.is_compileable = self.limit is not None and not self.store_limit and not context.num_memory
         self.is_initialized = False
-        # "keys", "values", and "sinks" if there are: keys, not rotated; of one tensor, "keys" alone.
+        # "keys", "values", and "prefix" if there is one: keys, not rotated; of one tensor, "keys" alone. And "store_…".
         self.buffers: dict[str, torch.Tensor] = {}
         self.capacity = 0
         self.length: int | None = 0  # columns read; None where only the device knows
@@ -87,12 +108,12 @@ class OlmemCacheLayer(CacheLayerMixin):
 
     def held(self, name: str) -> torch.Tensor:
         """(B, K, S, D): what a buffer holds of the window; without padding, all that is read of it."""
-        first, length = self.context.num_sinks, self.capacity if self.length is None else self.length
+        first, length = self.context.num_prefix, self.capacity if self.length is None else self.length
         return self.buffers[name][:, :, first : first + min(length, self.limit or length)]
 
     @property
     def keys(self) -> torch.Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Keys of the window, rotated at their numbers, or as they are if they are values too; once it is full, the
+        """Keys of the window, rotated at their places, or as they are if they are values too; once it is full, the
         newest over the oldest."""
         return self.held("keys") if self.is_initialized else None
 
@@ -102,13 +123,16 @@ class OlmemCacheLayer(CacheLayerMixin):
         return self.held(self.names[1]) if self.is_initialized else None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        sinks = self.context.num_sinks
+        prefix = self.context.num_prefix
         states = {"keys": key_states}
         if not self.one_tensor:
-            states |= {"values": value_states} | ({"sinks": key_states} if sinks else {})
+            states |= {"values": value_states} | ({"prefix": key_states} if prefix else {})
+        if self.store_limit:
+            states |= dict(zip(STORE[: 1 if self.one_tensor else 2], (key_states, value_states), strict=False))
         for name, like in states.items():
-            shape = (*like.shape[:2], sinks + 1, like.shape[3])
-            self.buffers[name] = allocate(*shape, dtype=like.dtype, device=like.device)
+            shape = (*like.shape[:2], 1 if name in STORE else prefix + 1, like.shape[3])
+            device = self.store_device if name in STORE and self.store_device else like.device
+            self.buffers[name] = allocate(*shape, dtype=like.dtype, device=device)
         self.is_initialized = True
 
     def reserve(self, length: int | None) -> None:
@@ -121,33 +145,24 @@ class OlmemCacheLayer(CacheLayerMixin):
         if length <= self.capacity:
             return
         length = min(-(-length // GROWTH) * GROWTH, self.limit or length + GROWTH)
-        used = self.context.num_sinks + self.capacity
         for name in set(self.names):
-            old = self.buffers[name]
-            shape = (*old.shape[:2], self.context.num_sinks + length + 1, old.shape[3])
-            new = allocate(*shape, dtype=old.dtype, device=old.device)
-            new[:, :, :used] = old[:, :, :used]
-            if not torch.compiler.is_compiling():
-                torch._dynamo.mark_static_address(new)
-            self.buffers[name] = new
+            self.buffers[name] = grown(self.buffers[name], self.context.num_prefix + length + 1)
         self.capacity = length
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, sight: Sight | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keeps new keys (B, K, T, D), rotated unless they are the values, and values, and returns those that `sight`
-        numbers, (B, K, [Z +] S, D): with `sight.in_place` a part of the buffers, sinks included."""
+        numbers, (B, K, [M + Z +] S, D): with `sight.in_place` a part of the buffers, of a step the prefix included."""
         if sight is None:
             raise ValueError(
                 "`past_key_values` is an OlmemCache, which serves Olmem models only (got an update of another model); "
                 "leave it out, or pass a cache of Transformers."
             )
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        if self.buffers["keys"].device != key_states.device:  # a cache from a file, a model on several devices
-            self.buffers = {name: buffer.to(key_states.device) for name, buffer in self.buffers.items()}
-        self.reserve(sight.length)
-        self.length = sight.length
+        self.prepare(key_states, value_states)
+        if sight.memory is None:
+            self.reserve(sight.length)
+            self.length = sight.length
         states = {"keys": key_states} if self.one_tensor else {"keys": key_states, "values": value_states}
         found = {}
         for name, new in states.items():
@@ -155,35 +170,98 @@ class OlmemCacheLayer(CacheLayerMixin):
             if sight.past_slots is not None and sight.past_slots.shape[1]:
                 past = buffer[sight.rows, :, sight.past_slots].transpose(1, 2)
                 found[name] = torch.cat((past, new), dim=2)
-            buffer[sight.rows, :, sight.slots] = new.detach().transpose(1, 2)
+            if sight.slots is not None:
+                buffer[sight.rows, :, sight.slots] = new.detach().transpose(1, 2)
             if sight.in_place:
-                found[name] = buffer[:, :, : self.context.num_sinks + sight.key_numbers.shape[1]]
+                prefix = self.context.num_prefix
+                found[name] = buffer[:, :, 0 if sight.is_step else prefix : prefix + sight.key_numbers.shape[1]]
         keys, values = (found.get(name, states[name]) for name in self.names)
         return keys, values
 
-    def update_sinks(
+    def prepare(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Has buffers for such keys (B, K, T, D) and values, where they are."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        device = key_states.device
+        if self.buffers["keys"].device != device:  # a cache from a file, a model on several devices
+            for name, buffer in self.buffers.items():
+                self.buffers[name] = buffer.to(self.store_device or device if name in STORE else device)
+
+    @property
+    def prefix_names(self) -> tuple[str, ...]:
+        """The buffers of the prefix: of keys, not rotated, and of values; of one tensor, it alone."""
+        return ("keys",) if self.one_tensor else ("prefix", "values")
+
+    @property
+    def prefix_buffers(self) -> tuple[torch.Tensor, ...]:
+        """What they hold of it, (B, K, M + Z, D)."""
+        return tuple(self.buffers[name][:, :, : self.context.num_prefix] for name in self.prefix_names)
+
+    def keep_memory(self, key_states: torch.Tensor, value_states: torch.Tensor, sight: Sight) -> None:
+        """Puts keys and values (B, K, M, D) of memory tokens, not rotated, in their slots, of the rows of `sight`."""
+        self.prepare(key_states, value_states)
+        for place, states in zip(self.prefix_buffers, (key_states, value_states), strict=False):
+            rows = slice(None) if sight.chosen is None else sight.chosen
+            place[rows, :, : self.context.num_memory] = states.detach()
+
+    def update_prefix(
         self, key_states: torch.Tensor, value_states: torch.Tensor, sight: Sight
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keeps those of new keys, not rotated, and values that are sinks, and returns all sinks' (B, K, Z, D)."""
-        names = ("keys",) if self.one_tensor else ("sinks", "values")
-        stored = [self.buffers[name][:, :, : self.context.num_sinks] for name in names]
+        """Keeps those of new keys, not rotated, and values that are sinks, and returns all memory's and sinks', keys
+        and values (B, K, M + Z, D)."""
+        stored = self.prefix_buffers
+        if sight.chosen is not None:
+            stored = tuple(place[sight.chosen] for place in stored)
         if sight.fills_sinks and sight.in_place:
-            for name, states in zip(names, (key_states, value_states), strict=False):
+            for name, states in zip(self.prefix_names, (key_states, value_states), strict=False):
                 self.buffers[name][sight.rows, :, sight.sink_slots] = states.transpose(1, 2)
         elif sight.fills_sinks:
-            new = gather_sinks(key_states, value_states, sight, (stored[0], stored[-1]))
-            for place, states in zip(stored, new, strict=False):
+            memory = self.context.num_memory
+            sinks = stored[0][:, :, memory:], stored[-1][:, :, memory:]
+            new = gather_sinks(key_states, value_states, sight, sinks)
+            before = [place[:, :, :memory].clone() for place in stored]
+            for place, states in zip(sinks, new, strict=False):
                 place.copy_(states.detach())
-            return new
+            return torch.cat((before[0], new[0]), dim=2), torch.cat((before[-1], new[1]), dim=2)
         if torch.is_grad_enabled():  # what gradients go back through must not be written again
             stored = [place.clone() for place in stored]
         return stored[0], stored[-1]
 
+    # What retrieval looks up
+
+    def store(self, key_states: torch.Tensor, value_states: torch.Tensor, sight: Sight, new: slice) -> torch.Tensor:
+        """Takes in some of the new tokens, a block at most, their keys (B, K, T, D) not rotated. Returns the numbers
+        (R, S) of the store's first S tokens."""
+        numbers = sight.numbers[:, new].to(self.buffers[STORE[0]].device)
+        length = (sight.length or 0) - sight.numbers.shape[1] + new.stop
+        self.reserve_store(length)
+        slots = torch.where(numbers >= 0, ring_slot(numbers, self.store_limit), -1)
+        rows = torch.arange(len(numbers), device=slots.device)[:, None]
+        for name, states in zip(self.store_names, (key_states, value_states), strict=False):
+            part = states[:, :, new].detach().transpose(1, 2)
+            self.buffers[name][rows, :, slots] = part.to(slots.device)
+        slot = torch.arange(min(length, self.store_limit), device=slots.device)
+        after = sight.queries[:, new.stop - 1 : new.stop].to(slots.device) + 1
+        return held(slot, after, self.store_limit)
+
+    @property
+    def store_names(self) -> tuple[str, ...]:
+        return STORE[:1] if self.one_tensor else STORE
+
+    def reserve_store(self, length: int) -> None:
+        """Makes room for that many tokens, twice as many as there was, so that a long stream is seldom copied."""
+        room = self.buffers[STORE[0]].shape[2] - 1
+        if room < min(length, self.store_limit):
+            room = min(max(2 * room, length, GROWTH), self.store_limit)
+            for name in self.store_names:
+                self.buffers[name] = grown(self.buffers[name], room + 1)
+
     def used(self, length: int) -> dict[str, torch.Tensor]:
-        """What the buffers hold after `length` columns: keys and values (B, K, Z + S, D), and sinks (B, K, Z, D)."""
-        sinks = self.context.num_sinks
-        slots = sinks + min(length, self.limit or length)
-        return {name: buffer[:, :, : sinks if name == "sinks" else slots] for name, buffer in self.buffers.items()}
+        """What the buffers hold after `length` columns: keys and values (B, K, M + Z + S, D), the prefix (B, K, M + Z,
+        D), and the store (B, K, S, D)."""
+        prefix, window = self.context.num_prefix, min(length, self.limit or length)
+        slots = {"prefix": prefix} | dict.fromkeys(STORE, min(length, self.store_limit))
+        return {name: buffer[:, :, : slots.get(name, prefix + window)] for name, buffer in self.buffers.items()}
 
     def select(self, rows: torch.Tensor) -> None:
         """Keeps these rows of the batch, in their order; in place while there are as many as before."""
@@ -203,6 +281,15 @@ class OlmemCacheLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1 if self.limit is None else self.limit
+
+
+def grown(old: torch.Tensor, slots: int) -> torch.Tensor:
+    """A buffer (B, K, slots, D) of more slots, the last of which is for what is not kept."""
+    new = allocate(*old.shape[:2], slots, old.shape[3], dtype=old.dtype, device=old.device)
+    new[:, :, : old.shape[2] - 1] = old[:, :, :-1]
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(new)
+    return new
 
 
 def gather_sinks(
@@ -228,12 +315,16 @@ class OlmemCache(Cache):
         config (`OlmemConfig`): of the model that it serves.
         max_length (`int`, *optional*): tokens for which full-attention layers get their room at once, and beyond which
             they have none; without it they grow. Sliding and chunked layers hold their window's span either way.
+        retrieval_device (`str`, *optional*): where what retrieval looks up is kept, and looked up; by default as
+            `config.retrieval_device` says.
+
+    What it holds of memory is `memory` (B, M, hidden_size), that of each row's running segment.
     """
 
     layers: list[OlmemCacheLayer]  # pyright: ignore[reportIncompatibleVariableOverride]
     serves_olmem = True  # a Hub repository's code is another class of this name: no `isinstance`
 
-    def __init__(self, config: OlmemConfig, max_length: int | None = None):
+    def __init__(self, config: OlmemConfig, max_length: int | None = None, retrieval_device: str | None = None):
         if max_length is not None and max_length < 1:
             raise ValueError(f"`max_length` must be positive (got {max_length!r}); leave it out for layers that grow.")
         if config.model_type != OlmemConfig.model_type:
@@ -243,10 +334,14 @@ class OlmemCache(Cache):
             )
         self.config = config
         self.max_length = max_length
-        contexts = [Context.of(config, layer_type) for layer_type in config.layer_types]
-        super().__init__(
-            layers=[OlmemCacheLayer(context, max_length, config.caches_one_tensor) for context in contexts]
-        )
+        self.retrieval_device = retrieval_device or config.retrieval_device
+        layers = []
+        for index, layer_type in enumerate(config.layer_types):
+            capacity = config.retrieval_capacity if index in config.retrieval_layers else 0
+            context, one_tensor = Context.of(config, layer_type), config.caches_one_tensor
+            layers.append(OlmemCacheLayer(context, max_length, one_tensor, capacity, self.retrieval_device))
+        super().__init__(layers=layers)
+        self.memory: torch.Tensor | None = None  # once something was read by a model that has some
         self.seen = allocate(0, dtype=torch.long, device="cpu")  # (B,) real tokens of each row, once there is a batch
         self.columns = allocate(dtype=torch.long, device="cpu")  # () tokens and padding
         self.fresh = True  # nothing was read yet, as far as the host knows
@@ -278,6 +373,18 @@ class OlmemCache(Cache):
                 f"`past_key_values` holds a batch of {len(self.seen)} (got an input of {batch_size} rows); use a cache "
                 "for each batch, or `batch_repeat_interleave` and `batch_select_indices`."
             )
+
+    def remember(self, memory: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+        """Keeps the memory (B or 1, M, hidden_size) of segments that begin, in these rows of the batch or in all."""
+        if self.memory is None:
+            self.memory = allocate(len(self.seen), *memory.shape[1:], dtype=memory.dtype, device=memory.device)
+        self.memory[slice(None) if rows is None else rows] = memory.detach()
+
+    def forget(self, rows: int | list[int] | torch.Tensor | None = None) -> None:
+        """Has these rows of the batch, or all, begin anew: window, sinks, memory and what retrieval keeps."""
+        if self.is_initialized:
+            self.seen[slice(None) if rows is None else rows] = 0
+            self.gaps.fill_(True)  # columns are no longer those of one text
 
     def limit(self, context: Context) -> int | None:
         """Tokens that a layer of that context holds at most; None where it grows."""
@@ -312,12 +419,13 @@ class OlmemCache(Cache):
         self.half_read = True
         return layer
 
-    def advance(self, sight: Sight) -> None:
-        """Counts the tokens of a forward call, once every layer has seen them."""
+    def advance(self, sight: Sight, columns: int | None = None) -> None:
+        """Counts the tokens of a forward call, or of a part of it, once every layer has seen them; and its columns,
+        those of `sight` or so many."""
         self.fresh = self.half_read = False
         real = sight.numbers >= 0
         self.seen.add_(real.sum(-1))
-        self.columns.add_(real.shape[1])
+        self.columns.add_(real.shape[1] if columns is None else columns)
         if sight.padded:
             self.gaps.logical_or_((~real & (sight.queries >= 0)).any())
 
@@ -355,13 +463,15 @@ class OlmemCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether any number of tokens may be taken back, which needs layers that let nothing go."""
-        return all(layer.context.span is None for layer in self.layers)
+        """Whether any number of tokens may be taken back, which needs layers that let nothing go, and no memory."""
+        return not self.config.has_memory and all(layer.context.span is None for layer in self.layers)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values, with the room that is kept for more; the counters' few are left out."""
-        return sum(buffer.nbytes for layer in self.layers for buffer in layer.buffers.values())
+        """Bytes of all keys and values, with the room that is kept for more, and of memory; the counters' few are left
+        out."""
+        memory = 0 if self.memory is None else self.memory.nbytes
+        return memory + sum(buffer.nbytes for layer in self.layers for buffer in layer.buffers.values())
 
     # The batch
 
@@ -370,6 +480,7 @@ class OlmemCache(Cache):
         for counter in (self.seen, self.columns, self.gaps):
             counter.zero_()
         self.half_read = False
+        self.memory = None
         for layer in self.layers:
             layer.length = 0
             for buffer in layer.buffers.values():
@@ -391,6 +502,9 @@ class OlmemCache(Cache):
         if len(chosen) != len(self.seen):
             self.seen = allocate(len(chosen), dtype=torch.long, device=self.seen.device)
         self.seen.copy_(chosen)
+        if self.memory is not None:
+            chosen, self.memory = self.memory.index_select(0, indices.to(self.memory.device)), None
+            self.remember(chosen)
         for layer in self.layers:
             if layer.is_initialized:
                 layer.select(indices)
@@ -404,6 +518,12 @@ class OlmemCache(Cache):
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(columns - tokens_to_remove, 0)
         if not removed:
             return
+        if self.config.has_memory:
+            name = "num_memory_tokens" if self.config.num_memory_tokens else "retrieval_layers"
+            raise ValueError(
+                f"`crop` cannot take back what memory has taken in: `{name}` is {getattr(self.config, name)} (got "
+                f"{removed} columns to go); go on from a copy made before."
+            )
         for index, layer in enumerate(self.layers):
             if layer.context.span is not None and columns > layer.context.span:
                 raise ValueError(
@@ -413,8 +533,9 @@ class OlmemCache(Cache):
                 )
         if bool(self.gaps):
             raise ValueError(
-                "`crop` cannot tell tokens from padding in a batch that had padding after a row's first token (got "
-                f"{removed} columns to take back); pad on the left, or go on from a copy made before."
+                "`crop` cannot tell tokens from padding in a batch that had padding after a row's first token, or a "
+                f"row that began anew (got {removed} columns to take back); pad on the left, or go on from a copy made "
+                "before."
             )
         if removed > columns:
             raise ValueError(f"`crop` cannot take back more than was read (got {removed} of {columns}).")
@@ -435,6 +556,8 @@ class OlmemCache(Cache):
         if not self.is_initialized:
             raise ValueError("`OlmemCache.save` needs a cache that has read something; pass it to the model first.")
         tensors = {"seen": self.seen, "columns": self.columns, "gaps": self.gaps}
+        if self.memory is not None:
+            tensors["memory"] = self.memory
         for index, layer in enumerate(self.layers):
             for name, tensor in layer.used(self.get_seq_length()).items():
                 tensors[f"layers.{index}.{name}"] = tensor
@@ -456,7 +579,13 @@ class OlmemCache(Cache):
             raise
 
     @classmethod
-    def load(cls, path: str | os.PathLike, config: OlmemConfig, device: torch.device | str = "cpu") -> Self:
+    def load(
+        cls,
+        path: str | os.PathLike,
+        config: OlmemConfig,
+        device: torch.device | str = "cpu",
+        retrieval_device: str | None = None,
+    ) -> Self:
         """Reads what `save` wrote, onto a device, for a model of that configuration; the weights must be the same too,
         which no file can tell."""
         try:
@@ -495,17 +624,22 @@ class OlmemCache(Cache):
         least, most = int(tensors["seen"].min()), int(tensors["seen"].max())
         require(0 <= least <= most <= length, f"`seen` counts {least} to {most} tokens in {length} `columns`")
 
-        cache = cls(config, max_length=max_length)
+        cache = cls(config, max_length=max_length, retrieval_device=retrieval_device)
         cache.begin(batch, tensors["seen"].to(device).device)
         for name in kinds:
             getattr(cache, name).copy_(tensors[name])
         cache.fresh = False
+        if config.num_memory_tokens:
+            memory, shape = tensors.get("memory"), (batch, config.num_memory_tokens, config.hidden_size)
+            require(memory is not None and memory.shape == shape, "`memory` is damaged or missing")
+            cache.remember(tensors["memory"].to(device))
         for index, layer in enumerate(cache.layers):
-            names = ["keys"] if layer.one_tensor else ["keys", "values"]
-            if layer.context.num_sinks and not layer.one_tensor:
-                names.append("sinks")
-            for name in names:
-                slots = layer.context.num_sinks + (0 if name == "sinks" else min(length, layer.limit or length))
+            prefix, window = layer.context.num_prefix, min(length, layer.limit or length)
+            names = dict.fromkeys(layer.names, prefix + window)
+            names |= {"prefix": prefix} if prefix and not layer.one_tensor else {}
+            if layer.store_limit:
+                names |= dict.fromkeys(layer.store_names, min(length, layer.store_limit))
+            for name, slots in names.items():
                 shape = (batch, config.num_key_value_heads, slots, config.head_dim)
                 found = tensors.get(f"layers.{index}.{name}")
                 fits = found is not None and found.shape == shape and found.is_floating_point()
@@ -514,6 +648,8 @@ class OlmemCache(Cache):
             layer.lazy_initialization(*(stored[name][:, :, :0].to(device) for name in layer.names))
             layer.length = length
             layer.reserve(length)
+            if layer.store_limit:
+                layer.reserve_store(length)
             for name, place in layer.used(length).items():
                 place.copy_(stored[name])
         return cache

@@ -45,6 +45,7 @@ from .cache_olmem import OlmemCache
 from .configuration_olmem import BY_SLOT, HUB_ARGUMENTS, NOT_YET, ROTATING, OlmemConfig
 from .context_olmem import Context, Sight, find_documents
 from .generation_olmem import OlmemGenerationMixin, is_olmem_cache
+from .memory_olmem import SegmentReader, Trail
 from .positions_olmem import OlmemRotaryEmbedding, Rotation, rotate
 
 MASK_FUNCTIONS = {
@@ -140,15 +141,17 @@ class OlmemAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
         sight: Sight | None = None,
+        trail: Trail | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """With a `sight`, attention over what it says is seen; without, the attention of Transformers' models."""
+        """With a `sight`, attention over what it says is seen, in a cache or on a `trail`; without, the attention of
+        Transformers' models."""
         query, key, value = self.project(hidden_states)
         rotations = position_embeddings if self.rotates else Rotations()
         if sight is not None:
             past = None if past_key_values is None else past_key_values.open(self.layer_idx, key.dtype)
             output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
-            output, weights = attend(self, query, key, value, rotations, sight, past, output_attentions)
+            output, weights = attend(self, query, key, value, rotations, sight, trail or past, output_attentions)
             return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
         query, key = self.place(query, rotations.token), self.place(key, rotations.token)
@@ -319,7 +322,6 @@ class OlmemModel(OlmemPreTrainedModel):
         self.post_init()
 
     @merge_with_config_defaults
-    @capture_outputs
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -351,15 +353,74 @@ class OlmemModel(OlmemPreTrainedModel):
             past_key_values, use_cache = None, False
         if use_cache and past_key_values is None:
             past_key_values = self.make_cache(attention_mask)
-        in_context = self.reads_in_context(past_key_values, attention_mask, position_ids)
-        look = self.look if in_context else self.look_as_transformers
-        arguments = look(hidden_states, attention_mask, position_ids, past_key_values)
+        inputs = hidden_states, attention_mask, position_ids, past_key_values
+        if not self.reads_in_context(past_key_values, attention_mask, position_ids):
+            return self.pass_layers(hidden_states, past_key_values, self.look_as_transformers(*inputs), **kwargs)
+        goes_back = self.config.retrieval_layers and past_key_values is not None and torch.is_grad_enabled()
+        if self.config.num_memory_tokens or goes_back:
+            return self.read_by_segments(*inputs, **kwargs)
+        return self.pass_layers(hidden_states, past_key_values, self.look(*inputs), **kwargs)
+
+    @capture_outputs
+    def pass_layers(
+        self, hidden_states: torch.Tensor, past_key_values: Cache | None, arguments: dict[str, dict], **kwargs
+    ) -> BaseModelOutputWithPast:
+        """All layers at once, told what `arguments` has for their type."""
         for layer, layer_type in zip(self.layers, self.config.layer_types, strict=False):
             hidden_states = layer(hidden_states, past_key_values=past_key_values, **arguments[layer_type], **kwargs)
-        if in_context and past_key_values is not None:
+        if is_olmem_cache(past_key_values):
             sight = arguments[self.config.layer_types[0]]["sight"]
-            past_key_values.advance(sight)  # pyright: ignore[reportAttributeAccessIssue]  an OlmemCache
+            past_key_values.advance(sight)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    @can_return_tuple
+    def read_by_segments(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Any,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Segments one after another, each with the memory that the one before has written."""
+        if kwargs.get("output_attentions", self.config.output_attentions) and self.config.num_memory_tokens:
+            raise ValueError(
+                f"`num_memory_tokens` must be 0 (got {self.config.num_memory_tokens}) to return attentions, whose "
+                "columns are tokens; leave `output_attentions` out."
+            )
+        for layer in self.layers if self.gradient_checkpointing and self.training else ():
+            if getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False):
+                raise ValueError(
+                    "`use_reentrant` must be False (got True) for gradients through memory; call "
+                    "`gradient_checkpointing_enable({'use_reentrant': False})`."
+                )
+        all_stages = bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
+        numbers, padded, documents = self.count(hidden_states, attention_mask, position_ids, past_key_values)
+        whole, real = hidden_states, None
+        if documents is not None:  # each becomes a row
+            spans = [(row, start, stop - start) for row, parts in enumerate(documents) for start, stop in parts]
+            row, start, size = torch.tensor(spans, device=numbers.device).T[:, :, None]
+            real = numbers < size
+            hidden_states = whole[row, (start + numbers).clamp(max=whole.shape[1] - 1)]
+            numbers, padded = torch.where(real, numbers, -1), not bool(real.all())
+        batch, length = hidden_states.shape[:2]
+        reader = SegmentReader(self, past_key_values, batch, length, hidden_states.device)
+        stages = reader.read(hidden_states, numbers, padded, all_stages, **kwargs)
+        if real is not None:
+            stages = [states[real].view(whole.shape) for states in stages]
+        last = self.norm(stages[-1])
+        output = BaseModelOutputWithPast(last_hidden_state=last, past_key_values=past_key_values)
+        if all_stages:
+            output.hidden_states = (*stages[:-1], last)
+        return output
+
+    def reset_memory(self, cache: OlmemCache, rows: int | list[int] | torch.Tensor | None = None) -> None:
+        """Has these rows of a batch, or all, begin anew in a cache, as a conversation that has ended makes room for
+        another: memory, sinks, window, and what retrieval keeps."""
+        if not is_olmem_cache(cache):
+            raise ValueError(f"`cache` must be an OlmemCache (got a {type(cache).__name__}); make another cache anew.")
+        cache.forget(rows)
 
     @property
     def contexts(self) -> dict[str, Context]:
@@ -397,6 +458,9 @@ class OlmemModel(OlmemPreTrainedModel):
         types = set(self.config.layer_types)
         if self.config.num_sink_tokens and types != {"full_attention"}:
             raise ValueError(f"`num_sink_tokens` must be 0 (got {self.config.num_sink_tokens}) with {reason}.")
+        for name, none in (("num_memory_tokens", "0"), ("retrieval_layers", "empty")):
+            if value := getattr(self.config, name):
+                raise ValueError(f"`{name}` must be {none} (got {value!r}: memory is an OlmemCache's) with {reason}.")
         by_slot = set(BY_SLOT) & set(self.config.layer_position_embeddings)
         if by_slot:
             raise ValueError(
@@ -412,13 +476,13 @@ class OlmemModel(OlmemPreTrainedModel):
             )
         return False
 
-    def look(self, hidden_states, attention_mask, position_ids, past_key_values) -> dict[str, dict]:
-        """What the layers of each type are told: the `Sight` and the rotations that go with it."""
+    def count(self, hidden_states, attention_mask, position_ids, past_key_values):
+        """Numbers (B or 1, T) of the new tokens, −1 of padding; whether there is some; and packed documents, which are
+        numbered (1, T of the longest). An OlmemCache is checked, and begun."""
         batch, length = hidden_states.shape[:2]
         if not length:
             raise ValueError("`input_ids` must hold a token at least (got none); leave a call without any out.")
         device = hidden_states.device
-        contexts = self.contexts
         column = torch.arange(length, device=device)
         mask = None
         if attention_mask is not None:
@@ -431,82 +495,90 @@ class OlmemModel(OlmemPreTrainedModel):
             if (length > 1 or device.type == "cpu") and not is_tracing(mask) and bool(mask.all()):
                 mask = None
         numbers = column[None] if mask is None else mask.cumsum(-1) - 1
-
+        documents = None
         if past_key_values is None:
-            documents = None
             if position_ids is not None and attention_mask is None:
                 documents = find_documents(position_ids.expand(batch, -1))
             if documents is not None:
                 longest = max(stop - start for row in documents for start, stop in row)
-                numbers, position_ids = column[None, :longest], None
-            elif mask is not None:
-                numbers = torch.where(mask, numbers, -1)
+                numbers = column[None, :longest]
+        else:
+            past_key_values.check(self.config, self.contexts)
+            past_key_values.begin(batch, device)
+            numbers = numbers + past_key_values.seen[:, None]
+        numbers = numbers if mask is None else torch.where(mask, numbers, -1)
+        if past_key_values is not None and position_ids is not None and length > 1 and not is_tracing(position_ids):
+            shift = (position_ids - numbers).masked_fill(numbers < 0, 0)
+            one = shift.amax(-1) == torch.where(numbers < 0, shift.amax(-1, keepdim=True), shift).amin(-1)
+            if not one.all():
+                raise ValueError(
+                    "`position_ids` must count a row's tokens one by one with an OlmemCache (got others); for "
+                    "packed documents or positions of your own pass use_cache=False."
+                )
+        return numbers, mask is not None, documents
+
+    def look(self, hidden_states, attention_mask, position_ids, past_key_values) -> dict[str, dict]:
+        """What the layers of each type are told: the `Sight` and the rotations that go with it."""
+        numbers, padded, documents = self.count(hidden_states, attention_mask, position_ids, past_key_values)
+        if past_key_values is None:
+            position_ids = None if documents else position_ids
             sights = {
-                layer_type: Sight.without_cache(context, numbers, mask is not None, documents)
-                for layer_type, context in contexts.items()
+                layer_type: Sight.without_cache(context, numbers, padded, documents)
+                for layer_type, context in self.contexts.items()
             }
         else:
-            past_key_values.check(self.config, contexts)
-            past_key_values.begin(batch, device)
-            differentiable = torch.is_grad_enabled()  # of any layer's weights, whatever the input
-            before = past_key_values.room_for(length, differentiable)
-            numbers = numbers + past_key_values.seen[:, None]
-            numbers = numbers if mask is None else torch.where(mask, numbers, -1)
-            if position_ids is not None and length > 1 and not is_tracing(position_ids):
-                shift = (position_ids - numbers).masked_fill(numbers < 0, 0)
-                one = shift.amax(-1) == torch.where(numbers < 0, shift.amax(-1, keepdim=True), shift).amin(-1)
-                if not one.all():
-                    raise ValueError(
-                        "`position_ids` must count a row's tokens one by one with an OlmemCache (got others); for "
-                        "packed documents or positions of your own pass use_cache=False."
-                    )
             position_ids = None  # the cache has counted
+            length, differentiable = hidden_states.shape[1], torch.is_grad_enabled()  # of any layer's weights
+            before = past_key_values.room_for(length, differentiable)
             sights = {
                 layer_type: Sight.with_cache(
                     context,
                     numbers,
-                    mask is not None,
+                    padded,
                     past_key_values.seen,
                     before,
                     limit=past_key_values.limit(context),
                     in_place=not differentiable and (length == 1 or context.span is None),
                 )
-                for layer_type, context in contexts.items()
+                for layer_type, context in self.contexts.items()
             }
-
+        one_tensor = self.config.caches_one_tensor and past_key_values is not None
         return {
             layer_type: {
                 "sight": sight,
-                "position_embeddings": self.rotations(hidden_states, layer_type, sight, position_ids),
+                "position_embeddings": self.rotations(hidden_states, layer_type, sight, position_ids, one_tensor),
             }
             for layer_type, sight in sights.items()
         }
 
-    def rotations(self, hidden_states, layer_type: str, sight: Sight, position_ids: torch.Tensor | None) -> Rotations:
-        """Those that the layers of one type need for what they see; `position_ids` may stand in for numbers."""
+    def rotations(
+        self, hidden_states, layer_type: str, sight: Sight, position_ids: torch.Tensor | None, one_tensor: bool
+    ) -> Rotations:
+        """Those that the layers of one type need for what they see; `position_ids` may stand in for numbers. With
+        `one_tensor` a cache's keys are not rotated."""
 
         def at(positions: torch.Tensor, below: int | None = None) -> Rotation:
             return self.rotary_emb(hidden_states, positions, layer_type, below)
 
         context = sight.context
-        slots = context.slot(sight.queries.clamp(min=0))  # of padding too, which has a number below 0
-        slots_below = sight.length if context.span is None else context.span + context.num_sinks
-        if self.config.caches_one_tensor and sight.is_step:  # all keys are rotated now, by slots, which stay small
-            if context.span is None:
+        most = context.span or sight.length
+        slots_below = most and context.num_prefix + most + (sight.numbers.shape[1] if sight.memory else 0)
+        if one_tensor and sight.is_step:  # all keys are rotated now, by slots, which stay small
+            if context.span is None or slots_below is None:
                 step = self.rotary_emb.phases(sight.step_slots, layer_type, slots_below)
             else:
-                step = self.rotary_emb.phases_of_slots(sight.step_slots, layer_type, context.span + context.num_sinks)
-            return Rotations(at(slots, slots_below), step=step)
-        key = sink = query = None
-        if self.config.caches_one_tensor and sight.seen is not None:  # so are these, from the first of them on
-            first = sight.key_numbers[:, :1].clamp(min=0)
-            token, key = at((sight.queries - first).clamp(min=0)), at((sight.key_numbers - first).clamp(min=0))
+                step = self.rotary_emb.phases_of_slots(sight.step_slots, layer_type, slots_below)
+            return Rotations(at(sight.query_slots, slots_below), step=step)
+        key = prefix = query = None
+        if one_tensor:  # so are these, from the first of them on
+            first = sight.key_places[:, :1].clamp(min=0)
+            token, key = at((sight.places - first).clamp(min=0)), at((sight.key_places - first).clamp(min=0))
         else:
-            token = at(sight.queries.clamp(min=0) if position_ids is None else position_ids)
+            token = at(sight.places.clamp(min=0) if position_ids is None else position_ids)
         if sight.prefix:
-            sink = at(sight.sink_positions.clamp(min=0))
-            query = None if sight.is_step else at(slots, slots_below)
-        return Rotations(token, query, sink, key)
+            prefix = at(sight.prefix_positions.clamp(min=0))
+            query = None if sight.is_step else at(sight.query_slots, slots_below)
+        return Rotations(token, query, prefix, key)
 
     def look_as_transformers(self, hidden_states, attention_mask, position_ids, past_key_values) -> dict[str, dict]:
         """What the layers of each type are told: masks as `attn_implementation` wants them, absolute positions."""
@@ -572,6 +644,15 @@ class OlmemForCausalLM(OlmemPreTrainedModel, OlmemGenerationMixin):
         hub_kwargs = {name: overrides[name] for name in HUB_ARGUMENTS if name in overrides}
         config = OlmemConfig.from_olmo(path_or_repo, **config_overrides, **hub_kwargs)
         return cls.from_pretrained(path_or_repo, config=config, **overrides)
+
+    @property
+    def _is_stateful(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether tokens cannot be taken back, as Transformers asks before it assists or searches contrastively."""
+        return self.config.has_memory
+
+    def reset_memory(self, cache: OlmemCache, rows: int | list[int] | torch.Tensor | None = None) -> None:
+        """See `OlmemModel.reset_memory`."""
+        self.model.reset_memory(cache, rows)
 
     @can_return_tuple
     def forward(

@@ -382,9 +382,14 @@ class OlmemCache(Cache):
 
     def forget(self, rows: int | list[int] | torch.Tensor | None = None) -> None:
         """Has these rows of the batch, or all, begin anew: window, sinks, memory and what retrieval keeps."""
-        if self.is_initialized:
-            self.seen[slice(None) if rows is None else rows] = 0
-            self.gaps.fill_(True)  # columns are no longer those of one text
+        if not self.is_initialized:
+            return
+        chosen = slice(None) if rows is None else rows
+        self.seen[chosen] = 0
+        self.gaps.fill_(True)  # columns are no longer those of one text
+        for layer in self.layers:
+            for buffer in layer.buffers.values():
+                buffer[chosen] = 0
 
     def limit(self, context: Context) -> int | None:
         """Tokens that a layer of that context holds at most; None where it grows."""

@@ -1,0 +1,222 @@
+"""Associative recall: a pair is told, many windows later its key is asked for.
+
+    python benchmarks/recall.py [--minutes 8] [--seeds 3] [--processes 1] [--smoke] [--json FILE]
+
+A row is segments of as many tokens as the window has. The first tells pairs of a key and a value between filler; the
+last asks for the keys, in another order, a value after each, which is what is scored; all between is filler. A distance
+of d windows has d − 1 segments of nothing but filler between the pair and its question. Guessing among the values is
+right in one of 32 cases.
+
+Three small models of the same block, sliding windows in every layer, and the same steps: with windows alone, with
+retrieval in its middle layer, and with memory tokens. All train on distances of 1 to 7 windows, 8 segments at most: a
+row's distance is drawn up to a limit that doubles whenever the longest rows are answered. The table has the share of
+right answers, mean and standard deviation over the seeds.
+
+A training is a process of its own with as many threads as there are cores to it; `--processes` at a time, all on one
+GPU if there is one.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from olmem import OlmemConfig, OlmemForCausalLM
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+KEYS, VALUES, FILLER = 32, 32, 16  # kinds of tokens, numbered in this order; then the question mark
+QUESTION = KEYS + VALUES + FILLER
+WINDOW = 16  # tokens, of a segment too
+PAIRS = 4  # told, and asked for, in a row
+TRAINED = 7  # windows' distance at most: 8 segments
+DISTANCES = (1, 4, 7, 8, 16, 32, 64)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "window": {},
+    "retrieval": {
+        "retrieval_layers": [1],
+        "retrieval_top_k": 8,
+        "retrieval_capacity": 4096,
+        "retrieval_gate_init": 0.0,
+    },
+    "memory": {"num_memory_tokens": 8, "memory_segment_length": WINDOW},
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    minutes: float = 8.0
+    seeds: int = 3
+    steps: int = 0
+    batch: int = 64
+    rate: float = 1e-3
+    width: int = 128
+    layers: int = 3
+    heads: int = 4
+    processes: int = 1
+    rows: int = 256
+
+
+SMOKE = Settings(minutes=0.5, seeds=1, steps=3, batch=4, width=32, rows=4)
+HELP = {
+    "minutes": "of a training, at most",
+    "seeds": "trainings of each variant",
+    "steps": "of a training, at most; 0 is as many as the minutes allow",
+    "batch": "rows of a batch",
+    "rate": "largest learning rate",
+    "processes": "trainings at a time",
+    "rows": "of an evaluation, with 4 answers each",
+}
+
+
+def make_config(variant: str, settings: Settings) -> OlmemConfig:
+    return OlmemConfig(
+        vocab_size=QUESTION + 1,
+        hidden_size=settings.width,
+        intermediate_size=2 * settings.width,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        layer_types="sliding_attention",
+        sliding_window=WINDOW,
+        rope_parameters={"rope_theta": 10000.0},
+        max_position_embeddings=WINDOW,
+        **VARIANTS[variant],
+    )
+
+
+def make_rows(count: int, distance: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (count, tokens), and where the values are that answer (count, PAIRS)."""
+
+    def permutations(size: int) -> torch.Tensor:
+        return torch.rand(count, size, generator=generator).argsort(-1)
+
+    length = (distance + 1) * WINDOW
+    ids = QUESTION - 1 - torch.randint(FILLER, (count, length), generator=generator)
+    keys = permutations(KEYS)[:, :PAIRS]
+    values = KEYS + torch.randint(VALUES, (count, PAIRS), generator=generator)
+    told = 2 * permutations(WINDOW // 2)[:, :PAIRS]  # columns of the keys
+    ids.scatter_(1, told, keys).scatter_(1, told + 1, values)
+    order = permutations(PAIRS)
+    asked = length - 3 * PAIRS + 3 * torch.arange(PAIRS).expand(count, -1)  # columns of the question marks
+    ids.scatter_(1, asked, QUESTION).scatter_(1, asked + 1, keys.gather(1, order))
+    ids.scatter_(1, asked + 2, values.gather(1, order))
+    return ids, asked + 2
+
+
+def answers(model: OlmemForCausalLM, ids: torch.Tensor, asked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of the values in these columns, and which of them are the likeliest."""
+    tail = 3 * PAIRS + 1  # the columns that predict
+    logits = model(ids, use_cache=False, logits_to_keep=tail).logits
+    places = asked - 1 - (ids.shape[1] - tail)
+    logits = logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1]))
+    targets = ids.gather(1, asked)
+    return cross_entropy(logits.flatten(0, 1).float(), targets.flatten()), logits.argmax(-1) == targets
+
+
+def train(variant: str, seed: int, settings: Settings, device: str) -> dict[str, Any]:
+    """One model, trained and tried: its share of right answers at each distance."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    model: Any = OlmemForCausalLM(make_config(variant, settings)).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, betas=(0.9, 0.95), weight_decay=0.01)
+    start, limit, step = time.perf_counter(), 1, 0
+    longest: deque[float] = deque(maxlen=20)  # shares of right answers of the longest rows
+    reached = {1: 0}
+    while time.perf_counter() - start < 60 * settings.minutes and not 0 < settings.steps <= step:
+        spent = (time.perf_counter() - start) / (60 * settings.minutes)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.rate * min(1.0, (step + 1) / 100, 4 * (1 - spent) + 0.01)
+        distance = limit if step % 2 else int(torch.randint(1, limit + 1, (), generator=generator))
+        ids, asked = (each.to(device) for each in make_rows(settings.batch, distance, generator))
+        loss, right = answers(model, ids, asked)
+        loss.backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        if distance == limit:
+            longest.append(float(right.float().mean()))
+            if len(longest) == longest.maxlen and statistics.fmean(longest) > 0.9 and limit < TRAINED:
+                limit = min(2 * limit, TRAINED)
+                reached[limit] = step
+                longest.clear()
+    found = {
+        "variant": variant,
+        "seed": seed,
+        "steps": step,
+        "seconds": time.perf_counter() - start,
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "limits": reached,
+    }
+    model.eval()
+    right = {}
+    for distance in DISTANCES:
+        rows = make_rows(settings.rows, distance, torch.Generator().manual_seed(1000 + seed))
+        with torch.no_grad():
+            parts = zip(*(each.to(device).split(64) for each in rows), strict=True)
+            parts = [answers(model, *part)[1] for part in parts]
+        right[distance] = float(torch.cat(parts).float().mean())
+    return found | {"right": right}
+
+
+def train_alone(arguments: tuple[str, int, Settings, str]) -> dict[str, Any]:
+    settings = arguments[2]
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.processes))
+    return train(*arguments)
+
+
+def make_table(rows: list[dict[str, Any]]) -> tuple[list[str], dict[str, dict[int, tuple[float, float]]]]:
+    """The lines to print, and mean and standard deviation of the shares in them."""
+    lines, table = ["right answers, %, at a distance of so many windows"], {}
+    lines.append(f"{'':<10}{'parameters':>11}" + "".join(f"{distance:>14}" for distance in DISTANCES))
+    for variant in VARIANTS:
+        found = [row for row in rows if row["variant"] == variant]
+        line, table[variant] = f"{variant:<10}{found[0]['parameters']:>11}", {}
+        for distance in DISTANCES:
+            shares = [row["right"][distance] for row in found]
+            spread = statistics.stdev(shares) if len(shares) > 1 else 0.0
+            table[variant][distance] = statistics.fmean(shares), spread
+            line += f"{100 * statistics.fmean(shares):>7.1f} ± {100 * spread:<4.1f}"
+        lines.append(line)
+    return lines, table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in fields(Settings):
+        text = f"{HELP.get(field.name, '')} ({field.default}; smoke {getattr(SMOKE, field.name)})".strip()
+        parser.add_argument(f"--{field.name}", type=type(field.default), help=text)
+    parser.add_argument("--smoke", action="store_true", help="the same in little, in seconds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write everything measured")
+    given = vars(parser.parse_args())
+    smoke, file = given.pop("smoke"), given.pop("json")
+    chosen = {name: value for name, value in given.items() if value is not None}
+    settings = replace(SMOKE if smoke else Settings(), **chosen)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    jobs = [(variant, seed, settings, device) for seed in range(settings.seeds) for variant in VARIANTS]
+    print(f"{device}, torch {torch.__version__}: {len(jobs)} trainings, {settings.processes} at a time", flush=True)
+    rows = []
+    pool = multiprocessing.get_context("spawn").Pool(settings.processes, maxtasksperchild=1)
+    with pool, tqdm(total=len(jobs), unit="training", leave=False, disable=None) as progress:
+        for row in pool.imap_unordered(train_alone, jobs):
+            rows.append(row)
+            shares = "  ".join(f"{distance}: {100 * share:.1f} %" for distance, share in row["right"].items())
+            progress.write(f"{row['variant']:<10}seed {row['seed']}  {row['steps']} steps  {shares}")
+            progress.update()
+    lines, table = make_table(rows)
+    print("\n" + "\n".join(lines))
+    if file is not None:
+        found = {"device": device, "torch": torch.__version__, "settings": asdict(settings)}
+        file.write_text(json.dumps(found | {"trainings": rows, "table": table}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -371,3 +371,16 @@ def oracle(
             memory = through("write", number, memory)
     head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
     return torch.stack([linear(head, norm("model.norm", x)) / config.logits_scaling for x in stream])
+
+
+def judged(model: OlmemForCausalLM, ids: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """The oracle's logits of ids (T,), and whether float32 is sure to retrieve the same tokens."""
+    gaps: list[float] = []
+    return oracle(model, ids, gaps=gaps), min(gaps, default=1.0) > 2e-5
+
+
+def expected(model: OlmemForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    """The oracle's logits of ids (T,) that a test has chosen: others, if these leave a choice to rounding."""
+    logits, clear = judged(model, ids)
+    assert clear, "two tokens are as good as each other to be retrieved: take other ids"
+    return logits

@@ -116,14 +116,15 @@ def test_a_store_in_host_memory_gives_the_same(changes, top_k, more, data):
     kinds = data.draw(st.lists(st.sampled_from([SLIDING, CHUNKED]), min_size=1, max_size=2))
     changes |= {"layer_types": kinds, "num_hidden_layers": len(kinds), "position_embedding": "rope"}
     changes |= {"retrieval_layers": [len(kinds) - 1], "retrieval_top_k": top_k, "retrieval_capacity": top_k + more}
-    on_host = make(changes | {"retrieval_device": "cpu"})
+    placed: dict[str, Any] = {"retrieval_device": "cpu"}
+    on_host = make(changes | placed)
     model, ids = make(changes), tokens(24)
     meant, clear = judged(model, ids)
     assume(clear)
     pieces = ids[None].split([7, 1, 9, 1, 6], dim=1)
     for found in (
         read(on_host, pieces),
-        read(model, pieces, cache=OlmemCache(model.config, retrieval_device="cpu")),
+        read(model, pieces, cache=OlmemCache(model.config, **placed)),
         alone(on_host, ids)[None],
     ):
         assert_close(found[0].double(), meant, rtol=0, atol=1e-4)

@@ -1,7 +1,8 @@
 """Tiny models whose weights tell every part from the others, and the block of the design computed with plain loops."""
 
 import math
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from olmem import OlmemConfig, OlmemForCausalLM
@@ -50,11 +51,26 @@ STREAMS = {
     "one tensor": ONE_TENSOR,
     "schemes": SCHEMES,
 }
+# What is carried on beyond windows and sinks. No segment is a whole number of windows, and the stores are soon full.
+MEMORY: dict[str, Any] = {"num_memory_tokens": 2, "memory_segment_length": 5}
+RETRIEVAL: dict[str, Any] = {"retrieval_layers": [0, 1], "retrieval_top_k": 2, "retrieval_capacity": 7}
+BOTH: dict[str, Any] = MEMORY | RETRIEVAL
+MEMORIES: dict[str, dict[str, Any]] = {
+    "memory": STREAMS["window"] | MEMORY,
+    "memory beside full layers": MEMORY,
+    "retrieval": STREAMS["window"] | RETRIEVAL,
+    "both": STREAMS["window"] | BOTH,
+    "both with sinks": SINKS | BOTH,
+    "both in chunks": CHUNKS | BOTH,
+    "both mixed": MIXED | BOTH,
+    "both in one tensor": ONE_TENSOR | BOTH,
+    "both by schemes": SCHEMES | BOTH,
+}
 
 
 def named(value: Any) -> str:
     """A parameter's name in a test's."""
-    return next((name for name, changes in STREAMS.items() if changes is value), str(value))
+    return next((name for name, changes in (STREAMS | MEMORIES).items() if changes is value), str(value))
 
 
 def tiny(model_class: Any = OlmemForCausalLM, **changes) -> Any:
@@ -106,21 +122,61 @@ def seen_by(
     return before, inside
 
 
+Role = Literal["read", "token", "write"]
+
+
+@dataclass(eq=False)
+class States:
+    """What one layer makes of one token, read token or write token: an entry for each head, without positions."""
+
+    number: int
+    queries: list[torch.Tensor]
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    placed: dict[Any, torch.Tensor] = field(default_factory=dict)  # those that have been given a position
+
+
+@dataclass
+class Layer:
+    """What one layer of the oracle goes by, and all that it remembers."""
+
+    index: int
+    kind: str
+    scheme: str
+    retrieves: bool
+    tokens: list[States] = field(default_factory=list)  # of the whole stream
+    memory: list[States] = field(default_factory=list)  # of the running segment's read tokens
+
+    @property
+    def name(self) -> str:
+        return f"model.layers.{self.index}"
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A model's weights in float64 by name, for the oracle to be differentiated by them."""
+    return {name: tensor.detach().double().requires_grad_() for name, tensor in model.named_parameters()}
+
+
 def oracle(
     model: OlmemForCausalLM,
     ids: torch.Tensor,
     kept: float = 1.0,
     attention_kept: float = 1.0,
     attentions: list[torch.Tensor] | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
+    gaps: list[float] | None = None,
 ) -> torch.Tensor:
-    """Logits (T, vocab_size) of ids (T,) by sections 1 and 2 of the design, one token and one head at a time, in
+    """Logits (T, vocab_size) of ids (T,) by sections 1, 2 and 3 of the design, one token and one head at a time, in
     float64: every query lists the keys it sees and numbers them anew, 0, 1, 2 …, before they are rotated.
 
-    Reads the configuration and the state dict, nothing else. `kept` and `attention_kept` multiply what residual and
-    attention dropout would thin out. `attentions` is given the weights (H, T, T) of every layer.
+    Reads the configuration and the state dict, or the `weights` that stand in for it, nothing else. `kept` and
+    `attention_kept` multiply what residual and attention dropout would thin out. `attentions` is given the weights
+    (H, T, T) of every layer. `gaps` is given, of every retrieval that leaves candidates out, by how much the last one
+    chosen is better than the best one that would have made a difference: below 1e-5 a float32 may choose otherwise.
     """
     config = model.config
-    weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    if weights is None:
+        weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
     heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
 
     def linear(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -178,86 +234,153 @@ def oracle(
 
     clips_rotated = config.clip_qkv is not None and config.clip_qkv_stage == "rotary"
 
-    def attention(prefix: str, layer_type: str, scheme: str, stream: list[torch.Tensor]) -> list[torch.Tensor]:
-        queries, keys, values = ([project(prefix, letter, x) for x in stream] for letter in "qkv")
-        span = {
-            FULL: config.max_position_embeddings,
-            SLIDING: config.sliding_window,
-            CHUNKED: (config.attention_chunk_size or 0) * (config.attention_chunk_lookback + 1),
-        }[layer_type]
-        weights_seen = torch.zeros(heads, len(stream), len(stream), dtype=torch.float64)
-        rotated = {}
+    def place(layer: Layer, letter: str, states: States, head: int, slot: int) -> torch.Tensor:
+        """A query or a key at its slot."""
+        slot = states.number if clips_rotated else slot  # a clip is of vectors rotated at their own index
+        at = (letter, head, slot)
+        if at not in states.placed:
+            x = (states.queries if letter == "q" else states.keys)[head]
+            if layer.scheme in ("rope", "xpos"):
+                x = rotate(x, slot, layer.kind)
+            if layer.scheme == "xpos":
+                x = scaled(x, slot if letter == "q" else -slot)
+            if layer.scheme == "linspace" and letter == "k":
+                span = {
+                    FULL: config.max_position_embeddings,
+                    SLIDING: config.sliding_window,
+                    CHUNKED: (config.attention_chunk_size or 0) * (config.attention_chunk_lookback + 1),
+                }[layer.kind]
+                x = x + 0.1 * slot / max(span - 1, 1) * weights[f"{layer.name}.self_attn.linspace_scale"]
+            states.placed[at] = clip("rotary", x)
+        return states.placed[at]
 
-        def place(name: str, states: list[list[torch.Tensor]], token: int, head: int, slot: int) -> torch.Tensor:
-            slot = token if clips_rotated else slot  # a clip is of vectors rotated at their own index
-            at = (name, token, head, slot)
-            if at not in rotated:
-                x = states[token][head]
-                if scheme in ("rope", "xpos"):
-                    x = rotate(x, slot, layer_type)
-                if scheme == "xpos":
-                    x = scaled(x, slot if name == "query" else -slot)
-                if scheme == "linspace" and name == "key":
-                    x = x + 0.1 * slot / max(span - 1, 1) * weights[f"{prefix}.linspace_scale"]
-                rotated[at] = clip("rotary", x)
-            return rotated[at]
+    def retrieve(layer: Layer, query: torch.Tensor, shared: int, start: int) -> torch.Tensor | None:
+        """What a head's query finds among the tokens that have left its window; None if none has."""
+        first = max(config.num_sink_tokens, start - config.retrieval_capacity)
+        candidates = [layer.tokens[j] for j in range(first, start)]
+        if not candidates:
+            return None
+        scores = torch.stack([query @ states.keys[shared] / math.sqrt(size) for states in candidates])
+        order = sorted(range(len(candidates)), key=lambda place: -float(scores[place].detach()))
+        chosen, others = order[: config.retrieval_top_k], order[config.retrieval_top_k :]
+        last = candidates[chosen[-1]]
+        for place in others:
+            same = torch.equal(candidates[place].keys[shared], last.keys[shared])
+            if gaps is not None and not (same and torch.equal(candidates[place].values[shared], last.values[shared])):
+                gaps.append(float((scores[chosen[-1]] - scores[place]).detach()))
+                break
+        shares = scores[chosen].softmax(0)
+        found = [share * candidates[place].values[shared] for place, share in zip(chosen, shares, strict=True)]
+        return torch.stack(found).sum(0)
 
-        outputs = []
-        for i in range(len(stream)):
+    def attention(layer: Layer, role: Role, number: int, group: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Of one token, or of all read or write tokens together; `number` is that of the last token so far."""
+        prefix = f"{layer.name}.self_attn"
+        new = []
+        for x in group:
+            query, key, value = (project(prefix, letter, x) for letter in "qkv")
+            new.append(States(number, query, key, value))
+        before, inside = [], []
+        if role == "read":
+            listed = layer.memory = new
+        else:
+            layer.tokens += new if role == "token" else []
             before, inside = seen_by(
-                i,
-                layer_type,
-                config.sliding_window,
-                config.attention_chunk_size,
+                number,
+                layer.kind,
+                config.sliding_window or 0,
+                config.attention_chunk_size or 0,
                 config.attention_chunk_lookback,
                 config.num_sink_tokens,
             )
-            listed = before + inside
+            listed = layer.memory + [layer.tokens[j] for j in before + inside] + (new if role == "write" else [])
+        outputs = []
+        for states in new:
             mixed = []
             for head in range(heads):
                 shared = head // (heads // kv_heads)
-                query = place("query", queries, i, head, listed.index(i))
+                query = place(layer, "q", states, head, listed.index(states))
                 scores = [
-                    query @ place("key", keys, j, shared, slot) / math.sqrt(size) for slot, j in enumerate(listed)
+                    query @ place(layer, "k", other, shared, slot) / math.sqrt(size)
+                    for slot, other in enumerate(listed)
                 ]
                 shares = torch.stack(scores).softmax(0) * attention_kept
-                weights_seen[head, i, listed] = shares
-                mixed.append(
-                    sum(share * clip("rotary", values[j][shared]) for j, share in zip(listed, shares, strict=True))
+                seen = sum(
+                    share * clip("rotary", other.values[shared]) for other, share in zip(listed, shares, strict=True)
                 )
+                if role == "token" and attentions is not None:
+                    attentions[layer.index][head, number, before + inside] = shares[len(layer.memory) :].detach()
+                if role == "token" and layer.retrieves:
+                    found = retrieve(layer, states.queries[head], shared, inside[0])
+                    gate = weights[f"{prefix}.retrieval_gate"][head].sigmoid()
+                    seen = seen if found is None else gate * found + (1 - gate) * seen
+                mixed.append(seen)
             outputs.append(linear(f"{prefix}.o_proj", torch.cat(mixed)))
-        if attentions is not None:
-            attentions.append(weights_seen)
         return outputs
 
     def activate(x: torch.Tensor) -> torch.Tensor:
         return 1 / (1 + x.abs() ** 8) if config.hidden_act == "elephant" else x / (1 + (-x).exp())
 
-    def mlp(prefix: str, stream: list[torch.Tensor]) -> list[torch.Tensor]:
+    def mlp(prefix: str, group: list[torch.Tensor]) -> list[torch.Tensor]:
         return [
             linear(f"{prefix}.down_proj", activate(linear(f"{prefix}.gate_proj", x)) * linear(f"{prefix}.up_proj", x))
-            for x in stream
+            for x in group
         ]
 
-    stream = [weights["model.embed_tokens.weight"][token] for token in ids]
+    def through(role: Role, number: int, group: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Vectors that stand for a token, or for read or write tokens, after all layers, before the final norm."""
+        for layer in layers:
+            if config.norm_placement == "parallel":
+                normed = [norm(f"{layer.name}.input_layernorm", x) for x in group]
+                attended = attention(layer, role, number, normed)
+                sublayers = zip(group, attended, mlp(f"{layer.name}.mlp", normed), strict=True)
+                group = [x + kept * attended + kept * transformed for x, attended, transformed in sublayers]
+                continue
+            for sublayer in ("attention", "feedforward"):
+                inner = group
+                if config.norm_placement in ("pre", "peri"):
+                    inner = [norm(f"{layer.name}.pre_{sublayer}_layernorm", x) for x in group]
+                is_mlp = sublayer == "feedforward"
+                inner = mlp(f"{layer.name}.mlp", inner) if is_mlp else attention(layer, role, number, inner)
+                if config.norm_placement in ("post", "peri"):
+                    inner = [norm(f"{layer.name}.post_{sublayer}_layernorm", x) for x in inner]
+                group = [x + kept * added for x, added in zip(group, inner, strict=True)]
+        return group
+
     schemes = config.position_embedding
     schemes = [schemes] * config.num_hidden_layers if isinstance(schemes, str) else schemes
-    for index, (layer_type, scheme) in enumerate(zip(config.layer_types, schemes, strict=True)):
-        layer = f"model.layers.{index}"
-        if config.norm_placement == "parallel":
-            normed = [norm(f"{layer}.input_layernorm", x) for x in stream]
-            attended = attention(f"{layer}.self_attn", layer_type, scheme, normed)
-            sublayers = zip(stream, attended, mlp(f"{layer}.mlp", normed), strict=True)
-            stream = [x + kept * attended + kept * transformed for x, attended, transformed in sublayers]
-            continue
-        for sublayer in ("attention", "feedforward"):
-            inner = stream
-            if config.norm_placement in ("pre", "peri"):
-                inner = [norm(f"{layer}.pre_{sublayer}_layernorm", x) for x in stream]
-            is_mlp = sublayer == "feedforward"
-            inner = mlp(f"{layer}.mlp", inner) if is_mlp else attention(f"{layer}.self_attn", layer_type, scheme, inner)
-            if config.norm_placement in ("post", "peri"):
-                inner = [norm(f"{layer}.post_{sublayer}_layernorm", x) for x in inner]
-            stream = [x + kept * added for x, added in zip(stream, inner, strict=True)]
+    layers = [
+        Layer(index, kind, scheme, index in config.retrieval_layers)
+        for index, (kind, scheme) in enumerate(zip(config.layer_types, schemes, strict=True))
+    ]
+    if attentions is not None:
+        attentions += [torch.zeros(heads, len(ids), len(ids), dtype=torch.float64) for _ in layers]
+    has_memory, reach = config.num_memory_tokens > 0, config.memory_bptt_segments
+    length = config.memory_segment_length or len(ids)
+    segments = math.ceil(len(ids) / length)
+    memory = list(weights["model.memory_embeddings"]) if has_memory else []
+    stream = []
+    for number, token in enumerate(ids):
+        segment, place_in_segment = divmod(number, length)
+        if has_memory and place_in_segment == 0:
+            if segment > 0 and reach is not None and (segments - segment) % (reach + 1) == 0:
+                memory = [x.detach() for x in memory]
+            through("read", number, memory)
+        stream += through("token", number, [weights["model.embed_tokens.weight"][token]])
+        if has_memory and place_in_segment == length - 1:
+            memory = through("write", number, memory)
     head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
     return torch.stack([linear(head, norm("model.norm", x)) / config.logits_scaling for x in stream])
+
+
+def judged(model: OlmemForCausalLM, ids: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """The oracle's logits of ids (T,), and whether float32 is sure to retrieve the same tokens."""
+    gaps: list[float] = []
+    return oracle(model, ids, gaps=gaps), min(gaps, default=1.0) > 2e-5
+
+
+def expected(model: OlmemForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    """The oracle's logits of ids (T,) that a test has chosen: others, if these leave a choice to rounding."""
+    logits, clear = judged(model, ids)
+    assert clear, "two tokens are as good as each other to be retrieved: take other ids"
+    return logits

@@ -1,0 +1,640 @@
+"""Memory tokens and retrieval, alone and together: what they compute, for every batch and every way to read a text;
+their gradients; and the state that carries them."""
+
+import copy
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from modeling.helpers import (
+    BOTH,
+    CHUNKED,
+    FULL,
+    MEMORIES,
+    MEMORY,
+    MIXED,
+    RETRIEVAL,
+    ROPE,
+    SLIDING,
+    STREAMS,
+    TINY,
+    expected,
+    judged,
+    left_padded,
+    oracle,
+    span,
+    tiny,
+    tokens,
+    weights_of,
+)
+from modeling.test_streams import BLOCKS, alone, blocks_of, choices, cuts, make, read, write
+from olmem import OlmemCache, OlmemForCausalLM
+from torch import nn
+from torch.testing import assert_close
+from transformers import DynamicCache, StaticCache
+
+every_memory = pytest.mark.parametrize("changes", MEMORIES.values(), ids=MEMORIES)
+BOUNDED = {name: changes for name, changes in MEMORIES.items() if FULL not in changes.get("layer_types", [FULL])}
+# One layer, so that nothing but memory goes beyond a window.
+SINGLE: dict[str, Any] = {"num_hidden_layers": 1, "layer_types": SLIDING}
+LOOKED_UP: dict[str, Any] = {"retrieval_layers": [0], "retrieval_top_k": 6, "retrieval_capacity": 6}
+
+
+@st.composite
+def memories(draw) -> dict[str, Any]:
+    """Changes of the tiny configuration with memory tokens, retrieval, or both."""
+    changes = draw(choices())
+    kinds = changes["layer_types"]
+    bounded = [index for index in range(len(kinds)) if kinds[index] != FULL]
+    layers = draw(st.lists(st.sampled_from(bounded), unique=True)) if bounded else []
+    top_k = draw(st.integers(1, 4))
+    if not layers or draw(st.booleans()):
+        changes |= {"num_memory_tokens": draw(st.integers(1, 3)), "memory_segment_length": draw(st.integers(1, 7))}
+    return changes | {
+        "retrieval_layers": layers,
+        "retrieval_top_k": top_k,
+        "retrieval_capacity": top_k + draw(st.integers(0, 6)),
+    }
+
+
+def close(found: torch.Tensor, logits: torch.Tensor) -> None:
+    assert_close(found.double(), logits.double(), rtol=0, atol=1e-4)
+
+
+# What is computed
+
+
+@settings(max_examples=30, deadline=None)
+@given(changes=memories(), block=BLOCKS, data=st.data())
+def test_logits_are_those_of_the_design_however_a_stream_was_cut(changes, block, data):
+    """Whole, and in random pieces with a cache that grows or has its room at once, in blocks of any size."""
+    model = make(changes)
+    ids = tokens(data.draw(st.integers(1, 28)))
+    logits, clear = judged(model, ids)
+    assume(clear)
+    pieces = ids[None].split(data.draw(cuts(len(ids))), dim=1)
+    room = data.draw(st.sampled_from([None, len(ids)]))
+    with blocks_of(block):
+        close(alone(model, ids), logits)
+        close(read(model, pieces, cache=OlmemCache(model.config, room))[0], logits)
+
+
+@settings(max_examples=25, deadline=None)
+@given(changes=memories(), block=BLOCKS, data=st.data())
+def test_a_row_is_what_it_is_alone_whatever_it_is_padded_with(changes, block, data):
+    """Padding at the left of any piece, at its right, in holes, or a whole piece of it: rows reach the ends of their
+    segments at different steps."""
+    model = make(changes)
+    pieces = data.draw(cuts(data.draw(st.integers(1, 20))))
+    ids, masks = tokens(2, sum(pieces)), []
+    for length in pieces:
+        column = torch.arange(length)
+        mask = torch.ones(2, length, dtype=torch.bool)
+        for row in range(2):
+            padding = data.draw(st.sampled_from(["none", "left", "right", "holes", "all"]))
+            if padding in ("left", "right"):
+                edge = data.draw(st.integers(0, length))
+                mask[row] = column >= edge if padding == "left" else column < edge
+            if padding == "holes":
+                mask[row] = torch.tensor(data.draw(st.lists(st.booleans(), min_size=length, max_size=length)))
+            if padding == "all":
+                mask[row] = False
+        masks.append(mask)
+    mask = torch.cat(masks, dim=1)
+    in_full = data.draw(st.booleans())  # or of the new columns only
+    ends = torch.tensor(pieces).cumsum(0).tolist()
+    with torch.no_grad(), blocks_of(block):
+        given_masks = [mask[:, :end].long() for end in ends] if in_full else masks
+        found = read(model, ids.split(pieces, dim=1), given_masks)
+        whole = model(ids, attention_mask=mask.long(), use_cache=False).logits
+    assert found.isfinite().all() and whole.isfinite().all()
+    for row in range(2):
+        if mask[row].any():
+            logits, clear = judged(model, ids[row][mask[row]])
+            assume(clear)
+            close(found[row][mask[row]], logits)
+            close(whole[row][mask[row]], logits)
+
+
+@every_memory
+@pytest.mark.parametrize("size", [1, 4, 60])
+def test_a_left_padded_row_is_read_as_the_design_says(changes, size):
+    """Stepwise, in chunks, and at once; the mask is of all columns so far, as `generate` gives it."""
+    model = make(changes)
+    rows = [tokens(length, seed=seed) for length, seed in ((26, 3), (11, 1), (5, 2), (1, 1))]
+    batch = left_padded(*rows)
+    pieces, mask = batch["input_ids"].split(size, dim=1), batch["attention_mask"]
+    ends = torch.tensor([piece.shape[1] for piece in pieces]).cumsum(0).tolist()
+    found = read(model, pieces, [mask[:, :end] for end in ends])
+    for row, (ids, logits) in enumerate(zip(rows, found, strict=True)):
+        close(logits[mask[row].bool()], expected(model, ids))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_segments_that_see_nothing_else_are_a_recurrent_memory_transformer(count, backend):
+    """Windows that are segments, against a model of full attention that knows no memory: it reads each segment between
+    the memory tokens of before, which see one another, and as many that see all of it, whose last hidden states are
+    those of the next segment."""
+    size = 5
+    changes = {"layer_types": CHUNKED, "attention_chunk_size": size, "rope_parameters": ROPE | {CHUNKED: ROPE[FULL]}}
+    model = make(changes | {"num_memory_tokens": count, "memory_segment_length": size, "attn_implementation": backend})
+    plain = tiny(layer_types=FULL, rope_parameters=ROPE)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    mask = torch.ones(count + size + count, count + size + count).tril().bool()
+    mask[:count, :count] = mask[-count:, -count:] = True
+    ids, last = tokens(4 * size), []
+    plain.model.norm.register_forward_pre_hook(lambda _, inputs: last.append(inputs[0][0]))
+    memory, logits = model.model.memory_embeddings, []
+    with torch.no_grad():
+        for segment in ids.split(size):
+            between = torch.cat((memory, plain.model.embed_tokens(segment), memory))[None]
+            found = plain(inputs_embeds=between, attention_mask=mask[None, None], use_cache=False).logits
+            logits.append(found[0, count:-count])
+            memory = last[-1][-count:]
+    close(alone(model, ids), torch.cat(logits))
+    close(read(model, ids[None].split(3, dim=1))[0], torch.cat(logits))
+
+
+@every_memory
+@pytest.mark.parametrize("length", [1, 5, 13])
+def test_generation_writes_what_the_design_says(changes, length):
+    """Greedily, over ends of segments and beyond every window, from a prompt that ends a segment, or does not."""
+    model = make(changes)
+    written = write(model, tokens(1, length), max_new_tokens=20)
+    logits = expected(model, written.sequences[0])[length - 1 : -1]
+    close(torch.cat(written.logits), logits)
+    assert isinstance(written.past_key_values, OlmemCache)
+
+
+@every_memory
+def test_beams_of_a_left_padded_row_are_those_it_has_alone(changes):
+    model: Any = make(changes)
+    rows = [tokens(length, seed=length) for length in (13, 6, 2)]
+    batch, options = left_padded(*rows), {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 9}
+    width = batch["input_ids"].shape[1]
+    written = model.generate(**batch, **options, do_sample=False, pad_token_id=0)[:, width:].split(2)
+    for ids, found in zip(rows, written, strict=True):
+        assert torch.equal(write(model, ids[None], **options, use_cache=False).sequences[:, len(ids) :], found)
+
+
+@every_memory
+def test_a_conversation_goes_on_from_its_cache(changes):
+    """Turns of generated and given tokens, as if it had been read at once."""
+    model = make(changes)
+    cache = OlmemCache(model.config)
+    text = tokens(1, 7, seed=4)
+    for seed in (5, 6):
+        text = write(model, text, past_key_values=cache, max_new_tokens=4).sequences
+        text = torch.cat((text, tokens(1, 3, seed=seed)), dim=1)
+    rest = text[:, cache.get_seq_length() :]
+    close(read(model, [rest], cache=cache)[0], expected(model, text[0])[-rest.shape[1] :])
+
+
+@settings(max_examples=15, deadline=None)
+@given(changes=memories(), block=BLOCKS, data=st.data())
+def test_a_packed_document_is_what_it_is_alone(changes, block, data):
+    model = make(changes)
+    rows = [data.draw(cuts(24)) for _ in range(2)]
+    positions = torch.stack([torch.cat([torch.arange(size) for size in row]) for row in rows])
+    ids = tokens(2, 24)
+    with torch.no_grad(), blocks_of(block):
+        found = model(ids, position_ids=positions, use_cache=False).logits
+    for row, sizes in enumerate(rows):
+        for document, logits in zip(ids[row].split(sizes), found[row].split(sizes), strict=True):
+            meant, clear = judged(model, document)
+            assume(clear)
+            close(logits, meant)
+
+
+@every_memory
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_hidden_states_are_those_of_the_tokens(changes, backend):
+    """Of as many columns as there are tokens, whatever memory tokens went through the layers; cut or not."""
+    model = make(changes | {"attn_implementation": backend})
+    ids = left_padded(tokens(17), tokens(9, seed=1))
+    layers = model.config.num_hidden_layers
+    with torch.no_grad():
+        whole = model(**ids, output_hidden_states=True, use_cache=False)
+        cache, parts = OlmemCache(model.config), []
+        for piece, mask in zip(*(each.split([4, 1, 12], dim=1) for each in ids.values()), strict=True):
+            parts.append(model(piece, attention_mask=mask, past_key_values=cache, output_hidden_states=True))
+        close(model.lm_head(whole.hidden_states[-1]), whole.logits)
+        close(whole.hidden_states[0], model.model.embed_tokens(ids["input_ids"]))
+    assert [tuple(each.shape) for each in whole.hidden_states] == [(2, 17, 24)] * (layers + 1)
+    real = ids["attention_mask"].bool()
+    for index, states in enumerate(whole.hidden_states):
+        in_parts = torch.cat([part.hidden_states[index] for part in parts], dim=1)
+        assert in_parts.shape == states.shape
+        close(in_parts[real], states[real])
+
+
+# No leak
+
+
+@every_memory
+@pytest.mark.parametrize("size", [1, 7, 28])
+def test_no_logit_knows_of_a_token_after_it_or_in_another_row(changes, size):
+    """Not by a bit, whether read at once or in pieces; the token itself is heard from there on."""
+    model = make(changes)
+    ids = tokens(2, 28)
+    for cached in (True, False):
+
+        def logits(each: torch.Tensor, cached: bool = cached) -> torch.Tensor:
+            return read(model, each.split(size, dim=1)) if cached else model(each, use_cache=False).logits.detach()
+
+        before = logits(ids)
+        for changed in (0, 4, 5, 6, 14, 19, 27):
+            other = ids.clone()
+            other[0, changed] = (other[0, changed] + 1) % 61
+            after = logits(other)
+            assert torch.equal(after[0, :changed], before[0, :changed])
+            assert torch.equal(after[1], before[1])
+            assert (after[0, changed] - before[0, changed]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("size", [1, 6, 30])
+def test_what_left_the_window_is_known_through_memory_only(size):
+    """In one layer. Memory tells of it from the next segment on for ever, as it was in view when that was written;
+    retrieval while it is among those kept; and a model with neither not at all."""
+    changed, window, segment, kept = 6, TINY["sliding_window"], 9, LOOKED_UP["retrieval_capacity"]
+    memory = {"num_memory_tokens": 2, "memory_segment_length": segment}
+    ids = tokens(1, 30)
+    other = ids.clone()
+    other[0, changed] = (other[0, changed] + 1) % 61
+    number = torch.arange(30)
+    in_window = (number >= changed) & (number < changed + window)
+    looked_up = (number >= changed + window) & (number < changed + window + kept)
+    remembered = number >= segment
+    cases = (
+        ({}, in_window),
+        (memory, in_window | remembered),
+        (LOOKED_UP, in_window | looked_up),
+        (memory | LOOKED_UP, in_window | looked_up | remembered),
+    )
+    for changes, heard in cases:
+        model = make(SINGLE | changes)
+        before, after = (read(model, each.split(size, dim=1))[0] for each in (ids, other))
+        differs = (after - before).abs().amax(-1)
+        assert torch.equal(differs > 0, heard), changes
+        assert (differs[heard] > 1e-5).all(), changes
+
+
+@pytest.mark.parametrize("changes", [MEMORY, RETRIEVAL, BOTH], ids=["memory", "retrieval", "both"])
+def test_a_packed_document_knows_nothing_of_another(changes):
+    model = make(MIXED | changes)
+    ids, sizes = tokens(1, 26), [11, 4, 11]
+    positions = torch.cat([torch.arange(size) for size in sizes])[None]
+    other = ids.clone()
+    other[:, 3] = (other[:, 3] + 1) % 61
+    with torch.no_grad():
+        before, after = (model(each, position_ids=positions, use_cache=False).logits[0] for each in (ids, other))
+    assert torch.equal(after[11:], before[11:])
+    assert ((after - before)[3:11].abs().amax(-1) > 0).all()
+
+
+# Gradients
+
+
+def gradients(model: OlmemForCausalLM, ids: torch.Tensor, **kwargs) -> dict[str, torch.Tensor]:
+    """Those of the mean square of the logits of ids (T,), by each parameter."""
+    model.zero_grad()
+    model(ids[None], **kwargs).logits.square().mean().backward()
+    return {
+        name: torch.zeros_like(weight) if weight.grad is None else weight.grad.clone()
+        for name, weight in model.named_parameters()
+    }
+
+
+def same(found: dict[str, torch.Tensor], meant: dict[str, torch.Tensor]) -> None:
+    for name, gradient in meant.items():
+        assert_close(
+            found[name].double(),
+            gradient,
+            rtol=1e-3,
+            atol=1e-5 + 1e-3 * float(gradient.abs().max()),
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+@every_memory
+@pytest.mark.parametrize("segments", [None, 1])
+def test_every_gradient_is_that_of_the_design(changes, segments):
+    """Through as many segments as `memory_bptt_segments` says, whole and in blocks, with a cache, and with each layer
+    computed twice."""
+    model, ids = make(changes | {"memory_bptt_segments": segments}), tokens(24, seed=5)
+    weights = weights_of(model)
+    expected(model, ids)
+    oracle(model, ids, weights=weights).square().mean().backward()
+    meant = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+    assert all(gradient.abs().max() > 0 for gradient in meant.values())
+    assert set(meant) == set(weights)
+    same(gradients(model, ids, use_cache=False), meant)
+    with blocks_of(3):
+        same(gradients(model, ids, use_cache=False), meant)
+        same(gradients(model, ids, past_key_values=OlmemCache(model.config)), meant)
+    model.train().gradient_checkpointing_enable()
+    with blocks_of(3):
+        same(gradients(model, ids), meant)
+
+
+@contextmanager
+def in_float64():
+    """Softmaxes that are of float32 by choice are of float64 if their input is, for differences to be exact."""
+    softmax = nn.functional.softmax
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.functional, "softmax", lambda x, dim=None, **_: softmax(x, dim=dim))
+        yield
+
+
+@pytest.mark.parametrize("kind", ["memory", "retrieval", "both"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layer_types": SLIDING, "num_sink_tokens": 1, "sliding_window": 2},
+        {"layer_types": CHUNKED, "attention_chunk_size": 2, "shared_projections": "key_value"},
+        {"layer_types": [CHUNKED, SLIDING], "attention_chunk_size": 2, "sliding_window": 3, "attn": "eager"},
+        {"layer_types": SLIDING, "sliding_window": 2, "position_embedding": ["linspace", "xpos"]},
+    ],
+    ids=["sliding", "chunked", "two kinds", "schemes"],
+)
+def test_gradients_are_those_of_finite_differences(changes, kind):
+    """In float64, of the embeddings that are read, the first memory, and the gates, over three ends of segments and
+    with more candidates than are looked up."""
+    sizes = {"hidden_size": 6, "intermediate_size": 6, "head_dim": 4, "num_attention_heads": 2, "vocab_size": 7}
+    sizes |= {"num_key_value_heads": 1, "norm_type": "layer", "rope_parameters": ROPE}
+    memory = {"num_memory_tokens": 2, "memory_segment_length": 3}
+    retrieval = {"retrieval_layers": [0, 1], "retrieval_top_k": 2, "retrieval_capacity": 4}
+    parts = {"memory": memory, "retrieval": retrieval, "both": memory | retrieval}[kind]
+    changes = dict(changes)
+    model = make(sizes | parts | {"attn_implementation": changes.pop("attn", "sdpa")} | changes).double()
+    names = [name for name, _ in model.named_parameters() if name.endswith(("memory_embeddings", "retrieval_gate"))]
+    assert len(names) == {"memory": 1, "retrieval": 2, "both": 3}[kind]
+    parameters = dict(model.named_parameters())
+    inputs = torch.randn(1, 10, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    given_inputs = [inputs.requires_grad_(), *(parameters[name].detach().clone().requires_grad_() for name in names)]
+
+    def logits(embeddings: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        kwargs = {"inputs_embeds": embeddings, "use_cache": False}
+        return torch.func.functional_call(model, dict(zip(names, values, strict=True)), kwargs=kwargs).logits
+
+    with in_float64():
+        assert torch.autograd.gradcheck(logits, given_inputs, eps=1e-6, atol=1e-5, rtol=1e-4)
+        with blocks_of(3):
+            assert torch.autograd.gradcheck(logits, given_inputs, eps=1e-6, atol=1e-5, rtol=1e-4, fast_mode=True)
+
+
+@pytest.mark.parametrize("length", [20, 18], ids=["whole segments", "a part at the end"])
+@pytest.mark.parametrize("read_before", [0, 6, 8], ids=str)
+@pytest.mark.parametrize("segments", [0, 1, 2, None])
+def test_no_gradient_goes_back_further_than_it_may(segments, read_before, length):
+    """Where memory is all that segments share: of the last segment's loss exactly zero for what is further back, and
+    not for what is nearer; of each row by its own count, also in a call that goes on from a cache."""
+    size = 4
+    model = make(
+        {
+            "layer_types": CHUNKED,
+            "attention_chunk_size": size,
+            "rope_parameters": ROPE,
+            "num_memory_tokens": 2,
+            "memory_segment_length": size,
+            "memory_bptt_segments": segments,
+        }
+    )
+    cache = OlmemCache(model.config)
+    if read_before:
+        read(model, [tokens(2, read_before)], cache=cache)
+    embeddings = model.model.embed_tokens(tokens(2, length, seed=1)).detach().requires_grad_()
+    mask = torch.ones(2, length, dtype=torch.long)
+    mask[1, :7] = 0
+    logits = model(inputs_embeds=embeddings, attention_mask=mask, past_key_values=cache).logits
+    logits[:, -1].square().sum().backward()
+    assert embeddings.grad is not None
+    heard = embeddings.grad.abs().amax(-1)
+    for row in range(2):
+        segment = (read_before + mask[row].cumsum(0) - 1) // size
+        reached = mask[row].bool()
+        if segments is not None:
+            reached &= segment >= segment[-1] - segments
+        # of the last segment's own tokens, and of all that were told to a memory that was read
+        assert torch.equal(heard[row] > 0, reached)
+
+
+@every_memory
+def test_gradients_of_many_calls_with_one_cache_are_those_of_each_alone(changes):
+    """Each goes back through what it read itself, as if the calls before had kept no graph, also once all are made."""
+    model = make(changes).train()
+    pieces = tokens(2, 24, seed=3).split([9, 4, 1, 10], dim=1)
+
+    def taken() -> list[torch.Tensor]:
+        found = [
+            torch.zeros_like(weight) if weight.grad is None else weight.grad.clone() for weight in model.parameters()
+        ]
+        model.zero_grad()
+        return found
+
+    one, before = OlmemCache(model.config), OlmemCache(model.config)
+    losses, meant = [], []
+    for piece in pieces:
+        losses.append(model(piece, past_key_values=one).logits.square().mean())
+        model(piece, past_key_values=copy.deepcopy(before)).logits.square().mean().backward()
+        meant.append(taken())
+        read(model, [piece], cache=before)
+    losses[-1].backward(retain_graph=True)
+    assert_close(taken(), meant[-1], rtol=1e-4, atol=1e-5)
+    torch.stack(losses).sum().backward()
+    assert_close(taken(), [sum(each) for each in zip(*meant, strict=True)], rtol=1e-4, atol=1e-4)
+
+
+# State
+
+
+def halves(changes: dict[str, Any]) -> tuple[Any, list[torch.Tensor], OlmemCache]:
+    """A model, three rows of one length each at another place of a segment, and a cache that has read them."""
+    model = make(changes)
+    rows = [tokens(length, seed=length) for length in (17, 12, 5)]
+    batch, cache = left_padded(*rows), OlmemCache(model.config)
+    read(model, [batch["input_ids"]], [batch["attention_mask"]], cache)
+    return model, rows, cache
+
+
+@every_memory
+@pytest.mark.parametrize(
+    "choose, chosen",
+    [
+        pytest.param(lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2], id="repeat"),
+        pytest.param(lambda cache: cache.batch_select_indices(torch.tensor([2, 0])), [2, 0], id="fewer"),
+        pytest.param(lambda cache: cache.batch_select_indices(torch.tensor([True, False, True])), [0, 2], id="mask"),
+        pytest.param(lambda cache: cache.reorder_cache(torch.tensor([1, 2, 1])), [1, 2, 1], id="reorder"),
+    ],
+)
+def test_rows_are_chosen_with_all_that_they_remember(changes, choose, chosen):
+    model, rows, cache = halves(changes)
+    choose(cache)
+    others = tokens(len(chosen), 9, seed=9)
+    found = read(model, others.split([1, 1, 7], dim=1), cache=cache)
+    for row, other, logits in zip(chosen, others, found, strict=True):
+        close(logits, alone(model, torch.cat((rows[row], other)))[-9:])
+
+
+@every_memory
+def test_a_copy_or_a_file_goes_on_where_the_cache_stood(changes, tmp_path):
+    """Each row in the midst of a segment of its own."""
+    model, rows, cache = halves(changes)
+    cache.save(tmp_path / "state.safetensors")
+    branch, others = copy.deepcopy(cache), tokens(3, 9, seed=9)
+    found = read(model, others.split([2, 7], dim=1), cache=cache)
+    for row, other, logits in zip(rows, others, found, strict=True):
+        close(logits, alone(model, torch.cat((row, other)))[-9:])
+    stored = OlmemCache.load(tmp_path / "state.safetensors", model.config)
+    assert stored.nbytes == branch.nbytes
+    for each in (branch, stored):
+        assert_close(read(model, others.split([2, 7], dim=1), cache=each), found, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("num_memory_tokens", 3), ("memory_segment_length", 6), ("retrieval_layers", [0]), ("retrieval_capacity", 8)],
+)
+def test_a_cache_of_another_memory_is_refused_with_the_field_that_differs(name, value, tmp_path):
+    model, other = make(MEMORIES["both"]), make(MEMORIES["both"] | {name: value})
+    cache = OlmemCache(model.config)
+    read(model, [tokens(1, 7)], cache=cache)
+    cache.save(tmp_path / "state.safetensors")
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        read(other, [tokens(1, 1)], cache=cache)
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        OlmemCache.load(tmp_path / "state.safetensors", other.config)
+
+
+@every_memory
+def test_reset_forgets_everything_and_keeps_the_room(changes):
+    model, _, cache = halves(changes)
+    nbytes, others = cache.nbytes, tokens(3, 12, seed=8)
+    cache.reset()
+    found = read(model, others.split([5, 1, 6], dim=1), cache=cache)
+    for other, logits in zip(others, found, strict=True):
+        close(logits, alone(model, other))
+    assert cache.nbytes == nbytes
+
+
+def test_nothing_of_before_comes_through_a_reset():
+    """0 times what is not a number is not a number, masked or not."""
+    for changes in MEMORIES.values():
+        model: Any = make(changes)
+        for forget in (OlmemCache.reset, model.reset_memory):
+            cache = OlmemCache(model.config)
+            with torch.no_grad():
+                model(inputs_embeds=torch.full((2, 17, 24), torch.nan), past_key_values=cache)
+            forget(cache)
+            assert read(model, tokens(2, 19).split([8, 1, 10], dim=1), cache=cache).isfinite().all()
+
+
+@every_memory
+@pytest.mark.parametrize("rows", [[1], torch.tensor([0, 2]), None, []], ids=["list", "tensor", "all", "none"])
+@pytest.mark.parametrize("of", ["causal model", "base model"])
+def test_reset_memory_lets_rows_begin_anew(changes, rows, of):
+    """Neither window, sinks, memory nor store of the conversation before is left in them; the others go on."""
+    model, before, cache = halves(changes)
+    owner = model if of == "causal model" else model.model
+    owner.reset_memory(cache, rows)
+    forgotten = range(3) if rows is None else [int(row) for row in rows]
+    others = tokens(3, 14, seed=7)
+    found = read(model, others.split([1, 6, 7], dim=1), cache=cache)
+    for row, (other, logits) in enumerate(zip(others, found, strict=True)):
+        text = other if row in forgotten else torch.cat((before[row], other))
+        close(logits, alone(model, text)[-14:])
+
+
+@pytest.mark.parametrize("changes", BOUNDED.values(), ids=BOUNDED)
+def test_the_state_is_as_large_after_any_number_of_tokens(changes):
+    model = make(changes)
+    cache = OlmemCache(model.config)
+    read(model, [tokens(2, 1)], cache=cache)
+    filled = 2 * (span(model) + model.config.retrieval_capacity + model.config.num_sink_tokens)
+    read(model, [tokens(2, filled)], cache=cache)
+    nbytes = cache.nbytes
+    plain = make({name: value for name, value in changes.items() if name not in BOTH})
+    without = OlmemCache(plain.config)
+    read(plain, [tokens(2, filled)], cache=without)
+    assert nbytes > without.nbytes
+    for length in (1, 1, 1, 1, 1, 30, 2):
+        read(model, [tokens(2, length)], cache=cache)
+        assert cache.nbytes == nbytes
+
+
+# What is refused
+
+kinds = pytest.mark.parametrize(
+    "changes, name",
+    [
+        (STREAMS["window"] | MEMORY, "num_memory_tokens"),
+        ({"layer_types": FULL} | MEMORY, "num_memory_tokens"),
+        (STREAMS["window"] | RETRIEVAL, "retrieval_layers"),
+    ],
+    ids=["memory", "memory in full layers", "retrieval"],
+)
+
+
+@kinds
+def test_caches_of_transformers_are_refused(changes, name):
+    model, ids = make(changes), tokens(1, 3)
+    for cache in (DynamicCache(config=model.config), DynamicCache(), StaticCache(model.config, max_cache_len=20)):
+        with pytest.raises(ValueError, match=f"`{name}`"):
+            read(model, [ids], cache=cache)  # pyright: ignore[reportArgumentType]
+        with pytest.raises(ValueError, match=f"`{name}`"):
+            write(model, ids, past_key_values=cache, max_new_tokens=2)
+    for kind in ("static", "dynamic"):
+        with pytest.raises(ValueError, match=f"`{name}`"):
+            write(model, ids, cache_implementation=kind, max_new_tokens=2)
+
+
+@kinds
+@pytest.mark.parametrize("backend", ["flex_attention", "flash_attention_2"])
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_backends_that_see_no_memory_are_refused(changes, name, backend, use_cache):
+    model = make(changes)
+    model.config._attn_implementation = backend  # as `set_attn_implementation` does, where it is installed
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        model(tokens(1, 3), use_cache=use_cache)
+
+
+@kinds
+def test_a_mask_of_the_callers_own_is_refused(changes, name):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        make(changes)(tokens(1, 3), attention_mask=torch.ones(1, 1, 3, 3).tril().bool(), use_cache=False)
+
+
+@kinds
+def test_no_token_is_taken_back(changes, name):
+    """Not even before a window has let go of one: memory may have been written since."""
+    model = make(changes)
+    cache = OlmemCache(model.config)
+    read(model, [tokens(1, 3)], cache=cache)
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        cache.crop(-1)
+    assert not cache.is_croppable
+    close(read(model, [tokens(1, 2)], cache=cache)[0], alone(model, torch.cat((tokens(3), tokens(2))))[-2:])
+
+
+@kinds
+def test_decoding_that_takes_tokens_back_is_refused(changes, name):
+    """For what assists too. Transformers refuses `_is_stateful` models before we can."""
+    model, plain, ids = make(changes), make({}), tokens(1, 5)
+    assert model._is_stateful and not plain._is_stateful
+    with pytest.raises(ValueError, match=f"`{name}`|stateful"):
+        write(model, ids, prompt_lookup_num_tokens=2, max_new_tokens=3)
+    with pytest.raises(ValueError, match=f"`{name}`|stateful"):
+        write(model, ids, assistant_model=plain, max_new_tokens=3)
+    with pytest.raises(ValueError, match=f"`{name}`|stateful"):
+        write(plain, ids, assistant_model=model, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_attention_weights_are_refused_with_memory_tokens(backend):
+    model = make(STREAMS["window"] | MEMORY | {"attn_implementation": backend})
+    with pytest.raises(ValueError, match="`num_memory_tokens`"):
+        model(tokens(1, 3), output_attentions=True)

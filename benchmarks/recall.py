@@ -33,12 +33,11 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-KEYS, VALUES, FILLER = 32, 32, 16  # kinds of tokens, numbered in this order; then the question mark
-QUESTION = KEYS + VALUES + FILLER
-WINDOW = 16  # tokens, of a segment too
-PAIRS = 4  # told, and asked for, in a row
+KEYS, VALUES, FILLER = 32, 32, 16  # kinds of tokens, numbered in this order
+WINDOW = 32  # tokens, of a segment too
+PAIRS = 8  # told in a row's first half window, and asked for in its last
 TRAINED = 7  # windows' distance at most: 8 segments
-DISTANCES = (1, 4, 7, 8, 16, 32, 64)
+DISTANCES = (0, 1, 4, 7, 8, 16, 64)
 VARIANTS: dict[str, dict[str, Any]] = {
     "window": {},
     "retrieval": {
@@ -79,7 +78,7 @@ HELP = {
 
 def make_config(variant: str, settings: Settings) -> OlmemConfig:
     return OlmemConfig(
-        vocab_size=QUESTION + 1,
+        vocab_size=KEYS + VALUES + FILLER,
         hidden_size=settings.width,
         intermediate_size=2 * settings.width,
         num_hidden_layers=settings.layers,
@@ -99,21 +98,18 @@ def make_rows(count: int, distance: int, generator: torch.Generator) -> tuple[to
         return torch.rand(count, size, generator=generator).argsort(-1)
 
     length = (distance + 1) * WINDOW
-    ids = QUESTION - 1 - torch.randint(FILLER, (count, length), generator=generator)
+    ids = KEYS + VALUES + torch.randint(FILLER, (count, length), generator=generator)
     keys = permutations(KEYS)[:, :PAIRS]
     values = KEYS + torch.randint(VALUES, (count, PAIRS), generator=generator)
-    told = 2 * permutations(WINDOW // 2)[:, :PAIRS]  # columns of the keys
-    ids.scatter_(1, told, keys).scatter_(1, told + 1, values)
     order = permutations(PAIRS)
-    asked = length - 3 * PAIRS + 3 * torch.arange(PAIRS).expand(count, -1)  # columns of the question marks
-    ids.scatter_(1, asked, QUESTION).scatter_(1, asked + 1, keys.gather(1, order))
-    ids.scatter_(1, asked + 2, values.gather(1, order))
-    return ids, asked + 2
+    ids[:, : 2 * PAIRS] = torch.stack((keys, values), dim=-1).flatten(1)
+    ids[:, -2 * PAIRS :] = torch.stack((keys.gather(1, order), values.gather(1, order)), dim=-1).flatten(1)
+    return ids, (length - 2 * PAIRS + 1 + 2 * torch.arange(PAIRS)).expand(count, -1)
 
 
 def answers(model: OlmemForCausalLM, ids: torch.Tensor, asked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of the values in these columns, and which of them are the likeliest."""
-    tail = 3 * PAIRS + 1  # the columns that predict
+    tail = 2 * PAIRS  # the columns that ask
     logits = model(ids, use_cache=False, logits_to_keep=tail).logits
     places = asked - 1 - (ids.shape[1] - tail)
     logits = logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1]))
@@ -127,14 +123,14 @@ def train(variant: str, seed: int, settings: Settings, device: str) -> dict[str,
     generator = torch.Generator().manual_seed(seed)
     model: Any = OlmemForCausalLM(make_config(variant, settings)).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, betas=(0.9, 0.95), weight_decay=0.01)
-    start, limit, step = time.perf_counter(), 1, 0
+    start, limit, step = time.perf_counter(), 0, 0
     longest: deque[float] = deque(maxlen=20)  # shares of right answers of the longest rows
-    reached = {1: 0}
+    reached = {0: 0}
     while time.perf_counter() - start < 60 * settings.minutes and not 0 < settings.steps <= step:
         spent = (time.perf_counter() - start) / (60 * settings.minutes)
         for group in optimizer.param_groups:
             group["lr"] = settings.rate * min(1.0, (step + 1) / 100, 4 * (1 - spent) + 0.01)
-        distance = limit if step % 2 else int(torch.randint(1, limit + 1, (), generator=generator))
+        distance = limit if step % 2 else int(torch.randint(limit + 1, (), generator=generator))
         ids, asked = (each.to(device) for each in make_rows(settings.batch, distance, generator))
         loss, right = answers(model, ids, asked)
         loss.backward()
@@ -145,7 +141,7 @@ def train(variant: str, seed: int, settings: Settings, device: str) -> dict[str,
         if distance == limit:
             longest.append(float(right.float().mean()))
             if len(longest) == longest.maxlen and statistics.fmean(longest) > 0.9 and limit < TRAINED:
-                limit = min(2 * limit, TRAINED)
+                limit = min(2 * limit or 1, TRAINED)
                 reached[limit] = step
                 longest.clear()
     found = {

@@ -48,6 +48,12 @@ def convert(
     native_config: NativeConfig = None,
     n_ctx: Window = None,
     act_fn: Activation = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="FIELD=VALUE", help="Switch a memory on, as in retrieval_layers=[20]; repeatable."
+        ),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare logits, weights and config with the native ones.")
     ] = True,
@@ -60,6 +66,7 @@ def convert(
     """Convert a checkpoint and verify that its logits are the same."""
     from .convert import convert as run
     from .export import export
+    from .memory import read_settings
 
     options = {
         "dtype": dtype,
@@ -70,13 +77,13 @@ def convert(
     }
     of_native = {"max_length": max_length, "native_config": native_config, "n_ctx": n_ctx, "act_fn": act_fn}
     if to is not None:
-        given = [name for name, value in of_native.items() if value is not None]
+        given = [name for name, value in (of_native | {"set": settings or None}).items() if value is not None]
         if given:
             raise typer.BadParameter(f"--{given[0].replace('_', '-')} has no meaning with --to")
         finish(lambda say: export(source, out, to, say=say, **options), as_json)
         return
     options |= of_native
-    finish(lambda say: run(source, out, say=say, **options), as_json)
+    finish(lambda say: run(source, out, say=say, memory=read_settings(settings or ()), **options), as_json)
 
 
 @app.command()

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
+from .card import CARD_NAME, is_own, write_card
 from .errors import CheckpointError
 from .formats import Checkpoint, Given
 from .formats.detect import open_checkpoint
+from .memory import listed, new_parameters, switched, with_memory
 from .plan import TOKEN_IDS, check_copies, make_config, make_tensors, tokens_of
 from .shards import check_size, write_shards
 from .tensors import LazyTensor, read_json, reading
@@ -40,6 +42,7 @@ def convert(
     native_config: str | Path | None = None,
     n_ctx: int | None = None,
     act_fn: str | None = None,
+    memory: Mapping[str, Any] | None = None,
     verify: bool = True,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
@@ -49,8 +52,10 @@ def convert(
     dtype: "float32", "bfloat16" or "float16"; the checkpoint's own by default. max_shard_size: of a weight file.
     tokenizer: a `tokenizer.json` or a folder with one; looked for in and beside `source` by default. max_length: the
     trained length in tokens, when it is not the config's. native_config, n_ctx, act_fn: a config file, or the window
-    and the activation, of a BakaLLM state dict that has no config.json beside it. overwrite: replace `out`, if it is an
-    Olmem folder. say: is told, line by line, what was found and done.
+    and the activation, of a BakaLLM state dict that has no config.json beside it. memory: fields of OlmemConfig that
+    switch a memory on, `{"num_memory_tokens": 16, "retrieval_layers": [20]}`, with new parameters beside the converted
+    ones; what is verified is the model with it off. overwrite: replace `out`, if it is an Olmem folder. say: is told,
+    line by line, what was found and done.
 
     Returns what was written. Raises CheckpointError, leaving nothing behind, when anything is amiss.
     """
@@ -61,8 +66,15 @@ def convert(
     checkpoint = open_checkpoint(source, max_length, given)
     stored = choose_dtype(checkpoint.tensors, dtype)
     config = make_config(checkpoint, stored)
-    tensors = make_tensors(checkpoint, config)
-    parameters = announce(checkpoint, config, tensors, say)
+    planned = with_memory(checkpoint, memory or {})
+    added = new_parameters(planned, checkpoint)
+    if added:
+        config = make_config(planned, stored)
+    tensors = make_tensors(planned, config)
+    announce(checkpoint, config, {name: tensor for name, tensor in tensors.items() if name not in added}, say)
+    if added:
+        say(f"memory: {listed(switched(planned, checkpoint))}, with {count(tensors, added):,} new parameters")
+    parameters = count(tensors)
 
     with written_whole(out, overwrite) as folder:
         needed = parameters * stored.itemsize
@@ -84,8 +96,10 @@ def convert(
             "bytes": needed,
             "notes": list(checkpoint.notes),
             "tokenizer": tokenizer_report,
+            "memory": switched(planned, checkpoint) or None,
             "verification": verify_checkpoint(folder, checkpoint, say) if verify else None,
         }
+        write_card(folder, read_json(folder / "config.json"), report["verification"])
         if not verify:
             say(f"not verified: `olmem verify {out} --against {source}{given.options}` does it")
     say(f"wrote {out}")
@@ -96,11 +110,16 @@ def announce(
     checkpoint: Checkpoint, config: OlmemConfig, tensors: Mapping[str, LazyTensor], say: Callable[[str], None]
 ) -> int:
     """Says what was found, and checks the copies of tied weights. Returns the number of parameters."""
-    parameters = sum(torch.Size(tensor.shape).numel() for tensor in tensors.values())
+    parameters = count(tensors)
     for line in describe(checkpoint, config, parameters):
         say(line)
     check_copies(checkpoint)
     return parameters
+
+
+def count(tensors: Mapping[str, LazyTensor], names: Iterable[str] | None = None) -> int:
+    """The numbers in the tensors of these names, or of all."""
+    return sum(torch.Size(tensors[name].shape).numel() for name in (tensors if names is None else names))
 
 
 def describe(checkpoint: Checkpoint, config: OlmemConfig, parameters: int) -> Iterator[str]:
@@ -207,10 +226,14 @@ WRITTEN = re.compile(
 def strays_of(out: Path) -> list[str]:
     """What in an existing `out` a conversion did not write, which must not go with it."""
     names = sorted(path.name for path in out.iterdir())
-    strays = [name for name in names if not WRITTEN.fullmatch(name) or not (out / name).is_file()]
+    strays = [name for name in names if not (is_own(out / name) if name == CARD_NAME else is_written(out / name))]
     if names and not strays and not is_of_olmem(out):
         return ["a model of another kind"]
     return strays
+
+
+def is_written(path: Path) -> bool:
+    return path.is_file() and WRITTEN.fullmatch(path.name) is not None
 
 
 def is_of_olmem(folder: Path) -> bool:

@@ -7,11 +7,15 @@ stored: a conversion to bfloat16 is compared with native weights rounded to bflo
 what the rounding itself costs is measured beside it, against float64.
 
 A prompt meets few rows of an embedding. So every weight is compared too, bit for bit, and every field of the config.
+
+Where the conversion has switched a memory on, which the native model does not have, all this is with it off. What its
+parameters do to the logits of the same prompt is measured, and that they are sound.
 """
 
 import json
+import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -20,17 +24,20 @@ from typing import Any
 import olmem
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from olmem import OlmemConfig, OlmemForCausalLM
 from olmem.configuration_olmem import OLMO_BLOCKS
 from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from .errors import CheckpointError
+from .card import write_card
+from .errors import CheckpointError, reason
 from .formats import Checkpoint, Given, is_dynamic
 from .formats.detect import open_checkpoint
+from .memory import OFF, listed, memory_of, new_parameters, switched, with_memory
 from .native_forward import native_forward
 from .plan import TOKEN_IDS, make_config, make_tensors
-from .shards import sha256
+from .shards import require_finite, sha256
 from .tensors import LazyTensor, LoadedOnDemand, read_json, read_safetensors, reading
 from .transformers_forward import transformers_forward
 
@@ -45,6 +52,12 @@ NOT_OF_THE_LOGITS = {
     *("transformers_version", "use_cache"),
 }
 SEED = 20
+
+
+class WithoutMemory(OlmemForCausalLM):
+    """Loads a folder that has a memory with it off, and its parameters stay where they are."""
+
+    _keys_to_ignore_on_load_unexpected = [r"model\.memory_embeddings$", r"\.retrieval_gate$"]  # noqa: RUF012
 
 
 def verify(
@@ -73,7 +86,10 @@ def verify(
             "when it is written."
         )
     (out / REPORT_NAME).unlink(missing_ok=True)  # an old report must not vouch for what is being checked
-    return verify_checkpoint(out, checkpoint, say)
+    write_card(out, config_as_written(out), None)
+    report = verify_checkpoint(out, checkpoint, say)
+    write_card(out, config_as_written(out), report)
+    return report
 
 
 def trained_length(out: Path) -> int | None:
@@ -91,17 +107,27 @@ def config_as_written(out: Path) -> dict[str, Any]:
 
 def verify_checkpoint(out: Path, checkpoint: Checkpoint, say: Callable[[str], None]) -> dict[str, Any]:
     """The same, for a checkpoint that is already open."""
-    model = load(out, torch.float32)
+    config = load_config(out)
+    model = load(out, torch.float32, WithoutMemory, **OFF)
     stored = stored_dtype(out)
-    input_ids = prompt(checkpoint)
+    input_ids = prompt(checkpoint, (config.memory_segment_length or 0) if config.num_memory_tokens else 0)
     stages = compare_stages(model, native_stages(checkpoint, input_ids, torch.float32, stored), input_ids)
-    config_differences, weight_differences = compare_files(model.config, out, checkpoint, stored)
+    remembering = with_memory(checkpoint, memory_of(config))
+    config_differences, weight_differences = compare_files(config, out, checkpoint, remembering, stored)
     report = make_report(out, checkpoint, input_ids, stored, stages)
     report |= {"config_differences": config_differences, "weight_differences": weight_differences}
     report["passed"] &= not config_differences and not weight_differences
+    logits = logits_of(model, input_ids) if config.has_memory and report["passed"] else None
     del model
     if stored != torch.float32:
-        report["rounding"] = rounding(load(out, stored), checkpoint, input_ids)
+        report["rounding"] = rounding(load(out, stored, WithoutMemory, **OFF), checkpoint, input_ids)
+    if logits is not None:
+        report["memory"] = {
+            "fields": switched(remembering, checkpoint),
+            "compared": "with memory off",
+            "new_parameters": sound_parameters(out, new_parameters(remembering, checkpoint)),
+            "relative_difference_when_on": relative_difference(load(out, torch.float32), input_ids, logits),
+        }
     write_report(out, report, "native")
     weights = "" if stored == torch.float32 else f" of the same weights rounded to {report['dtype']}"
     say(
@@ -113,6 +139,11 @@ def verify_checkpoint(out: Path, checkpoint: Checkpoint, say: Callable[[str], No
         say(
             f"cost of {report['dtype']}: run in it, logits are at most {rounded['max_difference']:.3g} off those of "
             f"unrounded weights in float64, {rounded['mean_difference']:.3g} on average"
+        )
+    if memory := report.get("memory"):
+        say(
+            f"memory: {listed(memory['fields'])} were switched on; logits above were compared with them off; on, they "
+            f"move the logits of this prompt by {100 * memory['relative_difference_when_on']:.3g} %"
         )
     return report
 
@@ -152,11 +183,19 @@ def write_report(out: Path, report: dict[str, Any], whose: str) -> None:
         )
 
 
-def load(out: Path, dtype: torch.dtype, model_class: Any = OlmemForCausalLM) -> Any:
+def load_config(out: Path) -> OlmemConfig:
+    with reading(out, "convert again"):
+        try:
+            return OlmemConfig.from_pretrained(out, local_files_only=True)
+        except StrictDataclassError as error:
+            raise CheckpointError(f"`{out / 'config.json'}` must describe a model: {reason(error)}") from error
+
+
+def load(out: Path, dtype: torch.dtype, model_class: Any = OlmemForCausalLM, **fields: Any) -> Any:
     with reading(out, "convert again"):
         # By its own class, so that no code that the folder names is ever asked for.
         loaded: Any = model_class.from_pretrained(
-            out, dtype=dtype, attn_implementation="sdpa", local_files_only=True, output_loading_info=True
+            out, dtype=dtype, attn_implementation="sdpa", local_files_only=True, output_loading_info=True, **fields
         )
     model, info = loaded
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
@@ -173,17 +212,24 @@ def stored_dtype(out: Path) -> torch.dtype:
     return dtype
 
 
-def prompt(checkpoint: Checkpoint) -> torch.Tensor:
-    """Random token ids (1, T), T past the window or in the middle of a later chunk, the same for every run."""
-    for name, tokens in (("sliding_window", checkpoint.window), ("attention_chunk_size", checkpoint.chunk)):
+def prompt(checkpoint: Checkpoint, segment: int = 0) -> torch.Tensor:
+    """Random token ids (1, T), T past the window or in the middle of a later chunk, and past the first segment of a
+    memory; the same for every run."""
+    for name, tokens in (
+        ("sliding_window", checkpoint.window),
+        ("attention_chunk_size", checkpoint.chunk),
+        ("memory_segment_length", segment),
+    ):
         if tokens > LONGEST_WINDOW:
             raise CheckpointError(
                 f"`{name}` must be at most {LONGEST_WINDOW} to be verified, by a prompt that is longer (got {tokens}); "
                 "correct it, or convert with --no-verify."
             )
-    length = max(checkpoint.window, checkpoint.chunk, PROMPT_BEYOND_WINDOW) + PROMPT_BEYOND_WINDOW
-    if checkpoint.chunk:
-        length = length // checkpoint.chunk * checkpoint.chunk + max(checkpoint.chunk // 2, 1)
+    longest = max(checkpoint.window, checkpoint.chunk, segment, PROMPT_BEYOND_WINDOW)
+    length = longest + PROMPT_BEYOND_WINDOW
+    if chunk := checkpoint.chunk:
+        length = length // chunk * chunk + max(chunk // 2, 1)
+        length += chunk * (length <= longest)
     if is_dynamic(checkpoint.olmem_config.get("rope_parameters") or {}):  # beyond, a call is another than its tokens
         length = min(length, checkpoint.olmem_config["max_position_embeddings"])
     highest = min(checkpoint.tokenizer_size, checkpoint.olmem_config["vocab_size"])
@@ -232,32 +278,68 @@ def compare_stages(
 
 
 def compare_files(
-    config: OlmemConfig, out: Path, checkpoint: Checkpoint, stored: torch.dtype
+    config: OlmemConfig, out: Path, checkpoint: Checkpoint, remembering: Checkpoint, stored: torch.dtype
 ) -> tuple[dict[str, list[Any]], list[str]]:
-    """Config fields that differ from the conversion's, with both values, and names of weights that differ in a bit."""
-    wanted = make_config(checkpoint, stored)
+    """Config fields that differ from the conversion's, with both values, and names of weights that differ in a bit.
+
+    `remembering` is the checkpoint with the memory that the folder says it has, whose parameters may have any values.
+    """
+    wanted = make_config(remembering, stored)
     names = [field.name for field in fields(config) if field.name not in NOT_OF_THE_LOGITS]
     config_differences = {
         name: [getattr(config, name), getattr(wanted, name)]
         for name in names
         if getattr(config, name) != getattr(wanted, name)
     }
-    return config_differences, weights_that_differ(out, make_tensors(checkpoint, wanted), stored)
+    added = new_parameters(remembering, checkpoint)
+    return config_differences, weights_that_differ(out, make_tensors(remembering, wanted), stored, added)
 
 
-def weights_that_differ(out: Path, made: Mapping[str, LazyTensor], stored: torch.dtype) -> list[str]:
+def weights_that_differ(
+    out: Path, made: Mapping[str, LazyTensor], stored: torch.dtype, of_any_values: Collection[str] = ()
+) -> list[str]:
     """Names of tensors that the folder holds and `made`, rounded to `stored`, has otherwise, or only one of them."""
-    written: dict[str, LazyTensor] = {}
-    for path in sorted(out.glob("*.safetensors")):
-        written |= read_safetensors(path)
+    written = weights_of(out)
 
     def same(name: str) -> bool:
         if name not in written or name not in made or written[name].dtype != stored:
             return False
+        if name in of_any_values:
+            return written[name].shape == made[name].shape
         return torch.equal(written[name].load(), made[name].load().to(stored))
 
     names = tqdm(sorted(set(written) | set(made)), desc="comparing weights", unit="tensor", disable=None)
     return [name for name in names if not same(name)]
+
+
+def weights_of(out: Path) -> dict[str, LazyTensor]:
+    return {
+        name: tensor for path in sorted(out.glob("*.safetensors")) for name, tensor in read_safetensors(path).items()
+    }
+
+
+def sound_parameters(out: Path, names: list[str]) -> list[str]:
+    """The names of these weights, once they are known to be finite."""
+    written = weights_of(out)
+    for name in names:
+        require_finite(name, written[name].load())
+    return names
+
+
+def relative_difference(model: Any, input_ids: torch.Tensor, logits: torch.Tensor) -> float:
+    """How far the model's logits are from these, which are the prompt's: norm of the difference by norm."""
+    moved = float((logits_of(model, input_ids) - logits).norm() / logits.norm())
+    if not math.isfinite(moved):
+        raise CheckpointError(
+            f"the logits with memory on must be finite (their distance from those with it off is {moved}); convert "
+            "again, or leave the memory off."
+        )
+    return moved
+
+
+@torch.no_grad()
+def logits_of(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids, use_cache=False, return_dict=True).logits
 
 
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> dict[str, Any]:
@@ -277,12 +359,11 @@ def difference(actual: torch.Tensor, expected: torch.Tensor) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
 def rounding(model: Any, checkpoint: Checkpoint, input_ids: torch.Tensor) -> dict[str, float]:
     """How far the logits in the stored dtype are from native float64 logits of unrounded weights."""
     stages = native_stages(checkpoint, input_ids, torch.float64)
     (_, reference) = deque(stages, maxlen=1).pop()
-    gap = (model(input_ids, use_cache=False, return_dict=True).logits.double() - reference).abs()
+    gap = (logits_of(model, input_ids).double() - reference).abs()
     return {"max_difference": float(gap.max()), "mean_difference": float(gap.mean())}
 
 

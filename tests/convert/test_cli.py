@@ -109,7 +109,10 @@ def test_wrong_use_ends_with_two(arguments, tmp_path, monkeypatch):
 def test_help_names_every_argument(verb):
     result = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
     assert result.exit_code == 0
-    for word in {"convert": ("SRC", "OUT", "--dtype", "--overwrite"), "verify": ("OUT", "--against", "--json")}[verb]:
+    for word in {
+        "convert": ("SRC", "OUT", "--dtype", "--set", "--overwrite"),
+        "verify": ("OUT", "--against", "--json"),
+    }[verb]:
         assert word in result.stdout
 
 

@@ -95,6 +95,7 @@ def test_demo_folder_is_complete(converted):
     folder = converted("demo")
     assert {path.name for path in folder.iterdir()} == {
         *CODE,
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",

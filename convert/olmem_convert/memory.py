@@ -1,0 +1,125 @@
+"""Memory that a converted checkpoint gains beside what it was trained with: fields of the config, new parameters.
+
+With all of it off the model is the checkpoint's, and that is what verification compares.
+"""
+
+import inspect
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from difflib import get_close_matches
+from typing import Any
+
+from huggingface_hub.dataclasses import type_validator
+from huggingface_hub.errors import StrictDataclassError
+from olmem import OlmemConfig
+from olmem.configuration_olmem import MEMORY_FIELDS
+
+from .errors import CheckpointError, reason
+from .formats import LARGEST_NUMBER, Checkpoint, Key
+
+OFF: dict[str, Any] = {"num_memory_tokens": 0, "retrieval_layers": []}
+KINDS: dict[str, Any] = {field.name: field.type for field in fields(OlmemConfig) if field.name in MEMORY_FIELDS}
+WORD = re.compile(r"[A-Za-z][\w:.-]*")
+
+
+def read_settings(texts: Iterable[str]) -> dict[str, Any]:
+    """Each `FIELD=VALUE` of the command line. VALUE is JSON, or a bare word, which is a string."""
+    settings: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise CheckpointError(
+                f"`--set` must be given FIELD=VALUE (got {text!r}); write it as in --set num_memory_tokens=16."
+            )
+        if name in settings:
+            raise CheckpointError(
+                f"`{name}` must be set once (got {json.dumps(settings[name])} and {value}); leave one of them out."
+            )
+        try:
+            settings[name] = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            if not WORD.fullmatch(value):
+                raise CheckpointError(
+                    f"`{name}` must be given as JSON or as a bare word (got {shortened(value)}); write it as in "
+                    "--set retrieval_layers=[20] or --set retrieval_device=cpu."
+                ) from error
+            settings[name] = value
+    return settings
+
+
+def with_memory(checkpoint: Checkpoint, memory: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint with these of MEMORY_FIELDS, and with rows in its key table for the parameters that they add.
+
+    A gate starts where `retrieval_gate_init` says. Memory tokens start as zeros: keys and values of a zero are zero
+    (but for biases), so that they disturb the untouched model least; QK-norm would give keys of full size to any draw.
+    """
+    if not memory:
+        return checkpoint
+    for name, value in memory.items():
+        check_field(name, value)
+    try:
+        config = OlmemConfig(**checkpoint.olmem_config | dict(memory))
+    except (StrictDataclassError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(reason(error)) from error
+    if not config.has_memory:
+        unused = [name for name in memory if name not in OFF]
+        if not unused:
+            return checkpoint
+        raise CheckpointError(
+            f"`{unused[0]}` must go with a memory that is on (got {memory[unused[0]]!r} without one); set "
+            "num_memory_tokens or retrieval_layers too."
+        )
+    gates = [f"model.layers.{layer}.self_attn.retrieval_gate" for layer in config.retrieval_layers]
+    added = [Key(None, (name,), fill=float(config.retrieval_gate_init)) for name in gates]
+    if config.num_memory_tokens:
+        added.append(Key(None, ("model.memory_embeddings",), fill=0.0))
+    made = memory_of(config) | {"retrieval_gate_init": float(config.retrieval_gate_init)}
+    return replace(checkpoint, olmem_config=checkpoint.olmem_config | made, keys=[*checkpoint.keys, *added])
+
+
+def new_parameters(checkpoint: Checkpoint, native: Checkpoint) -> list[str]:
+    """The names that `with_memory` has added."""
+    return [target for key in checkpoint.keys[len(native.keys) :] for target in key.targets]
+
+
+def memory_of(config: OlmemConfig) -> dict[str, Any]:
+    """The fields of a memory that is on, as `with_memory` takes them."""
+    return {name: getattr(config, name) for name in MEMORY_FIELDS} if config.has_memory else {}
+
+
+def switched(checkpoint: Checkpoint, native: Checkpoint) -> dict[str, Any]:
+    """Those of the fields that are not the native checkpoint's."""
+    before = OlmemConfig(**native.olmem_config)
+    given = {name: checkpoint.olmem_config[name] for name in MEMORY_FIELDS if name in checkpoint.olmem_config}
+    return {name: value for name, value in given.items() if value != getattr(before, name)}
+
+
+def listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={json.dumps(value)}" for name, value in values.items())
+
+
+def check_field(name: str, value: Any) -> None:
+    """Before OlmemConfig's rules: one of MEMORY_FIELDS, of its type, in numbers that are exact."""
+    if name not in MEMORY_FIELDS:
+        guesses = get_close_matches(name, MEMORY_FIELDS, n=3)
+        hint = f"did you mean {' or '.join(guesses)}?" if guesses else f"choose among {', '.join(MEMORY_FIELDS)}."
+        raise CheckpointError(
+            f"`{name}` must be a field of memory to be set (got {shortened(value)}), as any other would change what "
+            f"the checkpoint computes, which could then not be verified; {hint}"
+        )
+    numbers = [number for number in (value if isinstance(value, list) else [value]) if isinstance(number, int | float)]
+    if any(abs(number) >= LARGEST_NUMBER for number in numbers):
+        raise CheckpointError(f"`{name}` must be below 2**53 (got {shortened(value)}); give a number of a real size.")
+    try:
+        type_validator(name, value, KINDS[name])
+    except TypeError as error:
+        raise CheckpointError(
+            f"`{name}` must be of type {inspect.formatannotation(KINDS[name])} (got {shortened(value)}); correct it."
+        ) from error
+
+
+def shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"

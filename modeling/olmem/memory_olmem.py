@@ -142,6 +142,8 @@ class SegmentReader:
         self.cache = cache
         self.before = 0 if cache is None else cache.room_for(length, self.differentiable) or 0  # columns read
         self.memory = None if cache is None else cache.memory  # (B or 1, M, hidden_size)
+        if self.memory is not None and self.differentiable:
+            self.memory = self.memory.clone()
         # Of the piece before, where gradients are wanted: what the layers of each type have seen, and each layer.
         self.sights: dict[str, Sight] = {}
         self.trails: list[Trail] = []

@@ -132,7 +132,9 @@ class OlmemAttention(nn.Module):
             self.linspace_scale = nn.Parameter(torch.ones(self.head_dim))
         self.retrieves = layer_idx in config.retrieval_layers
         if self.retrieves:
-            self.retrieval_gate = nn.Parameter(torch.full((config.num_attention_heads,), config.retrieval_gate_init))
+            self.retrieval_gate = nn.Parameter(
+                torch.full((config.num_attention_heads,), float(config.retrieval_gate_init))
+            )
 
     def forward(
         self,
@@ -412,7 +414,7 @@ class OlmemModel(OlmemPreTrainedModel):
         last = self.norm(stages[-1])
         output = BaseModelOutputWithPast(last_hidden_state=last, past_key_values=past_key_values)
         if all_stages:
-            output.hidden_states = (*stages[:-1], last)
+            output.hidden_states = (whole, *stages[1:-1], last)
         return output
 
     def reset_memory(self, cache: OlmemCache, rows: int | list[int] | torch.Tensor | None = None) -> None:

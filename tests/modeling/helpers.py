@@ -374,13 +374,17 @@ def oracle(
 
 
 def judged(model: OlmemForCausalLM, ids: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """The oracle's logits of ids (T,), and whether float32 is sure to retrieve the same tokens."""
+    """The oracle's logits of ids (T,), and whether float32 is sure to agree: to retrieve the same tokens, and not to
+    have rounding grow from segment to segment. Nothing bounds the vectors of a memory; after nine segments of random
+    weights that are rounded to float32, the oracle itself may be as far off as 1e-4."""
     gaps: list[float] = []
-    return oracle(model, ids, gaps=gaps), min(gaps, default=1.0) > 2e-5
+    memory = model.config.num_memory_tokens and len(ids) > 8 * (model.config.memory_segment_length or 1)
+    return oracle(model, ids, gaps=gaps), min(gaps, default=1.0) > 2e-5 and not memory
 
 
 def expected(model: OlmemForCausalLM, ids: torch.Tensor) -> torch.Tensor:
     """The oracle's logits of ids (T,) that a test has chosen: others, if these leave a choice to rounding."""
-    logits, clear = judged(model, ids)
-    assert clear, "two tokens are as good as each other to be retrieved: take other ids"
+    gaps: list[float] = []
+    logits = oracle(model, ids, gaps=gaps)
+    assert min(gaps, default=1.0) > 2e-5, "two tokens are as good as each other to be retrieved: take other ids"
     return logits

@@ -32,6 +32,7 @@ from modeling.helpers import (
 )
 from modeling.test_streams import BLOCKS, alone, blocks_of, choices, cuts, make, read, write
 from olmem import OlmemCache, OlmemForCausalLM
+from olmem.cache_olmem import STORE_BLOCK
 from torch import nn
 from torch.testing import assert_close
 from transformers import DynamicCache, StaticCache
@@ -554,7 +555,8 @@ def test_the_state_is_as_large_after_any_number_of_tokens(changes):
     model = make(changes)
     cache = OlmemCache(model.config)
     read(model, [tokens(2, 1)], cache=cache)
-    filled = 2 * (span(model) + model.config.retrieval_capacity + model.config.num_sink_tokens)
+    kept = model.config.retrieval_capacity if model.config.retrieval_layers else 0
+    filled = 2 * (span(model) + kept + model.config.num_sink_tokens + STORE_BLOCK)
     read(model, [tokens(2, filled)], cache=cache)
     nbytes = cache.nbytes
     plain = make({name: value for name, value in changes.items() if name not in BOTH})

@@ -83,8 +83,9 @@ def make_config(variant: str, settings: Settings) -> OlmemConfig:
         intermediate_size=2 * settings.width,
         num_hidden_layers=settings.layers,
         num_attention_heads=settings.heads,
-        layer_types="sliding_attention",
+        layer_types=["sliding_attention"] * settings.layers,
         sliding_window=WINDOW,
+        norm_placement="pre",
         rope_parameters={"rope_theta": 10000.0},
         max_position_embeddings=WINDOW,
         **VARIANTS[variant],
@@ -121,7 +122,8 @@ def train(variant: str, seed: int, settings: Settings, device: str) -> dict[str,
     """One model, trained and tried: its share of right answers at each distance."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model: Any = OlmemForCausalLM(make_config(variant, settings)).to(device).train()
+    model: Any = OlmemForCausalLM(make_config(variant, settings))
+    model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, betas=(0.9, 0.95), weight_decay=0.01)
     start, limit, step = time.perf_counter(), 0, 0
     longest: deque[float] = deque(maxlen=20)  # shares of right answers of the longest rows

@@ -120,7 +120,8 @@ class OlmemConfig(PreTrainedConfig):
         num_memory_tokens (`int`): vectors M that carry on what the stream has said (Recurrent Memory Transformer,
             arXiv 2207.06881): each segment of a row is read with its M memory tokens in view, and writes those of the
             next. 0 has no memory.
-        memory_segment_length (`int`, *optional*): tokens of a segment. Defaults to `sliding_window`.
+        memory_segment_length (`int`, *optional*): tokens of a segment. Defaults to `sliding_window`, or where layers
+            are chunked and none slides, to `attention_chunk_size`.
         memory_bptt_segments (`int`, *optional*): segments that gradients go back through the memory, at most: those of
             a forward call's last segment so many, those of the others no more. 0 learns to read, not to write. None
             is all of the call.
@@ -223,9 +224,13 @@ class OlmemConfig(PreTrainedConfig):
             ]
         elif isinstance(self.layer_types, str):
             self.layer_types = [self.layer_types] * self.num_hidden_layers
-        self.retrieval_layers = sorted(self.retrieval_layers or [])
+        if self.retrieval_layers is None:
+            self.retrieval_layers = []
+        elif isinstance(self.retrieval_layers, list) and all(isinstance(layer, int) for layer in self.retrieval_layers):
+            self.retrieval_layers = sorted(self.retrieval_layers)  # anything else is refused in its turn
         if self.num_memory_tokens and self.memory_segment_length is None:
-            self.memory_segment_length = self.sliding_window
+            slides = "chunked_attention" not in self.layer_types or "sliding_attention" in self.layer_types
+            self.memory_segment_length = self.sliding_window if slides else self.attention_chunk_size
         schemes = self.position_embedding
         if isinstance(schemes, list) and len(schemes) == self.num_hidden_layers and len(set(schemes)) == 1:
             self.position_embedding = schemes[0]
@@ -501,7 +506,7 @@ class OlmemConfig(PreTrainedConfig):
             math.isfinite(self.retrieval_gate_init), "retrieval_gate_init", "must be finite", "-4 mixes in 2 %"
         )
         try:
-            torch.device(self.retrieval_device or "cpu")
+            torch.device("cpu" if self.retrieval_device is None else self.retrieval_device)
         except RuntimeError:
             self._require(False, "retrieval_device", "must be a device of torch", "'cpu', or leave it out")
 

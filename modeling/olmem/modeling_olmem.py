@@ -572,8 +572,8 @@ class OlmemModel(OlmemPreTrainedModel):
                 step = self.rotary_emb.phases_of_slots(sight.step_slots, layer_type, slots_below)
             return Rotations(at(sight.query_slots, slots_below), step=step)
         key = prefix = query = None
-        if one_tensor:  # so are these, from the first of them on
-            first = sight.key_places[:, :1].clamp(min=0)
+        if one_tensor:  # so are these, in a window from its first key on
+            first = 0 if context.span is None else sight.key_places[:, :1].clamp(min=0)
             token, key = at((sight.places - first).clamp(min=0)), at((sight.key_places - first).clamp(min=0))
         else:
             token = at(sight.places.clamp(min=0) if position_ids is None else position_ids)

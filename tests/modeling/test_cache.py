@@ -638,7 +638,7 @@ TAMPERED = {
     "gaps by row": ("gaps", lambda gaps: gaps.repeat(2)),
     "another number of heads": ("layers.0.keys", lambda keys: keys[:, :1].contiguous()),
     "another number of slots": ("layers.1.values", lambda values: values[:, :, 1:].contiguous()),
-    "sinks of another size": ("layers.0.sinks", lambda sinks: sinks[..., :4].contiguous()),
+    "sinks of another size": ("layers.0.prefix", lambda prefix: prefix[..., :4].contiguous()),
     "whole numbers": ("layers.2.keys", lambda keys: keys.long()),
 }
 
@@ -661,7 +661,7 @@ def test_a_file_whose_parts_do_not_fit_is_refused(name, change, saved, tmp_path)
         OlmemCache.load(tmp_path / "cache", tiny(**MIXED).config)
 
 
-@pytest.mark.parametrize("name", ["seen", "columns", "gaps", "layers.0.keys", "layers.1.sinks", "layers.2.values"])
+@pytest.mark.parametrize("name", ["seen", "columns", "gaps", "layers.0.keys", "layers.1.prefix", "layers.2.values"])
 def test_a_file_without_a_part_is_refused(name, saved, tmp_path):
     rewrite(tmp_path / "cache", saved, **{name: None})
     with pytest.raises(ValueError, match=DAMAGED):

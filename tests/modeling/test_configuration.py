@@ -17,6 +17,9 @@ BOTH = {"num_hidden_layers": 2, "layer_types": [SLIDING, FULL]}
 DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 500000.0}
 
 
+ROTARY_CLIP = {"clip_qkv": 1.0, "clip_qkv_stage": "rotary"}
+
+
 def refusal(make=OlmemConfig, *arguments, **changes) -> str:
     with pytest.raises((ValueError, StrictDataclassError)) as info:
         make(*arguments, **changes)
@@ -156,14 +159,55 @@ def test_generation_parameters_are_never_refused():
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "neutral"),
+    ("name", "value", "rule", "rest"),
     [
-        ("num_memory_tokens", 8, 0),
-        ("memory_segment_length", 16, None),
-        ("memory_bptt_segments", 2, None),
-        ("retrieval_layers", [1], []),
+        ("num_memory_tokens", -1, "must not be negative", {}),
+        ("num_memory_tokens", 4, "must be 0 with `clip_qkv_stage` 'rotary'", ROTARY_CLIP),
+        ("memory_segment_length", 0, "must be at least 1 with memory tokens", {"num_memory_tokens": 4}),
+        (
+            "memory_segment_length",
+            None,
+            "must be at least 1 with memory tokens",
+            {"num_memory_tokens": 4, "layer_types": FULL, "sliding_window": None},
+        ),
+        ("memory_bptt_segments", -1, "must not be negative", {}),
+        ("retrieval_layers", [0, 32], "must name layers 0 to 31, each once", {}),
+        ("retrieval_layers", [-1], "must name layers 0 to 31, each once", {}),
+        ("retrieval_layers", [0, 0], "must name layers 0 to 31, each once", {}),
+        ("retrieval_layers", [0], "must be empty with `clip_qkv_stage` 'rotary'", ROTARY_CLIP),
+        ("retrieval_top_k", 0, "must be at least 1", {}),
+        ("retrieval_capacity", 31, "must be at least `retrieval_top_k` = 32", {}),
+        ("retrieval_gate_init", float("nan"), "must be finite", {}),
+        ("retrieval_device", "drum", "must be a device of torch", {}),
+        ("retrieval_device", "", "must be a device of torch", {}),
     ],
 )
+def test_rules_of_memory(name, value, rule, rest):
+    message = refusal(**{name: value} | rest)
+    assert f"`{name}` {rule}" in message
+    assert f"(got {value!r}" in message
+
+
+def test_retrieval_in_a_full_layer_is_refused():
+    message = refusal(retrieval_layers=[1, 3, 7])
+    assert "`retrieval_layers` must name sliding or chunked layers (got [3, 7], of full attention" in message
+
+
+def test_fields_of_memory_are_completed(tmp_path):
+    config = OlmemConfig(num_hidden_layers=4, num_memory_tokens=2, sliding_window=7, retrieval_layers=[2, 0])
+    assert (config.memory_segment_length, config.retrieval_layers, config.has_memory) == (7, [0, 2], True)
+    assert OlmemConfig(retrieval_layers=[10, 9]).retrieval_layers == [9, 10]
+    for wrong in (2, "2", [1.5], ["1"], {"1": 2}):
+        assert "retrieval_layers" in refusal(retrieval_layers=wrong)
+    config.save_pretrained(tmp_path)
+    assert OlmemConfig.from_pretrained(tmp_path).to_diff_dict() == config.to_diff_dict()
+    plain = OlmemConfig(num_hidden_layers=4)
+    assert (plain.memory_segment_length, plain.retrieval_layers, plain.has_memory) == (None, [], False)
+    chunked = OlmemConfig(num_hidden_layers=4, layer_types=CHUNKED, attention_chunk_size=9, num_memory_tokens=1)
+    assert chunked.memory_segment_length == 9
+
+
+@pytest.mark.parametrize(("name", "value", "neutral"), [("partial_rotary_factor", 0.5, 1.0)])
 def test_fields_of_later_versions_are_refused_unless_they_ask_for_nothing(name, value, neutral):
     message = refusal(**{name: value})
     assert f"`{name}` is not supported yet (got {value!r})" in message
@@ -243,7 +287,8 @@ def test_overrides_are_expanded_and_validated_like_fields(load, tmp_path):
     assert config.num_labels == 5
     assert config.rope_parameters == {SLIDING: {"rope_type": "default", "rope_theta": 50.0}}
     assert "`qk_norm` must be one of" in refusal(load, tmp_path, qk_norm="width")
-    assert "`num_memory_tokens` is not supported yet" in refusal(load, tmp_path, num_memory_tokens=4)
+    assert load(tmp_path, num_memory_tokens=4, sliding_window=3).memory_segment_length == 3
+    assert "`partial_rotary_factor` is not supported yet" in refusal(load, tmp_path, partial_rotary_factor=0.5)
 
 
 def test_unused_keywords_are_returned(tmp_path):
@@ -511,7 +556,7 @@ def test_overrides_of_an_olmo_configuration(config_class, tmp_path):
     theta = 500000.0 if config_class is Olmo3Config else 10000.0
     assert config.rope_parameters == {SLIDING: {"rope_type": "default", "rope_theta": theta}}
     assert OlmemConfig.from_olmo(tmp_path, num_sink_tokens=4).num_sink_tokens == 4
-    assert "`num_memory_tokens` is not supported yet" in refusal(OlmemConfig.from_olmo, tmp_path, num_memory_tokens=4)
+    assert OlmemConfig.from_olmo(tmp_path, num_memory_tokens=4).num_memory_tokens == 4
 
 
 def test_fields_that_an_olmo_class_does_not_read_are_kept_but_not_followed(tmp_path):

@@ -120,7 +120,7 @@ def check_mask(sight: Sight) -> None:
     """A token sees what the table lists, each key once; padding sees something, and nothing sees it."""
     everything = slice(None)
     sinks = sight.context.num_sinks
-    mask = sight.mask(everything, everything, with_sinks=True)
+    mask = sight.mask(everything, everything, with_prefix=True)
     window = sight.mask(everything, everything)
     assert mask.shape[-1] == sinks + sight.key_numbers.shape[1]
     assert mask.any(-1).all()
@@ -229,12 +229,12 @@ def test_with_a_cache_every_key_is_where_the_sight_says(context, data):
         if not (in_place and length == 1):
             check_reach(sight, data.draw(st.integers(1, 4)))
         if in_place and length == 1:
-            for (number,), places in zip(numbers.tolist(), sight.sink_positions.tolist(), strict=True):
+            for (number,), places in zip(numbers.tolist(), sight.prefix_positions.tolist(), strict=True):
                 before_window, _ = listed(context, max(number, 0))
                 for sink in before_window if number >= 0 else ():
                     assert number - places[sink] == context.slot(number) - context.key_slot(number, sink)
         elif not in_place:
-            assert sight.sink_positions.tolist() == [list(range(context.num_sinks))]
+            assert sight.prefix_positions.tolist() == [list(range(context.num_sinks))]
         seen, columns = seen + real.sum(-1), columns + length
 
 

@@ -233,6 +233,17 @@ def test_hidden_states_are_those_of_the_tokens(changes, backend):
         close(in_parts[real], states[real])
 
 
+@pytest.mark.parametrize("scheme", ["rope", "xpos"])
+def test_keys_that_are_values_are_rotated_at_their_places_by_dynamic_frequencies(scheme):
+    """In a cache, where they are rotated as they are read: from the first slot, which is memory's."""
+    rope = {FULL: {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 5.0}}
+    shared = {"shared_projections": "key_value", "num_key_value_heads": 4, "position_embedding": scheme}
+    model = make(MEMORY | shared | {"layer_types": FULL, "rope_parameters": rope, "max_position_embeddings": 8})
+    ids = tokens(14)
+    for pieces in ([14], [3, 1, 10], [1] * 14):
+        close(read(model, ids[None].split(pieces, dim=1))[0], expected(model, ids))
+
+
 # No leak
 
 

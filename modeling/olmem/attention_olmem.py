@@ -247,8 +247,9 @@ def attend_window(
         if by_slot:
             slot = sight.query_slots
             query, key = place_by_slot(module, query, key, slot - slot, sight.step_slots - slot, turn)
-        if eager:
-            return attend_parts(module, query, key, value, sight.step_mask)
+        if eager or module.gates_memory:
+            output, weights = attend_parts(module, query, key, value, sight.step_mask, gate=memory_gate(module))
+            return output, weights if eager else None
         return attend_sdpa(module, query, key, value, sight.step_mask), None
 
     block = BLOCK.get(query.device.type, BLOCK_ELSEWHERE)
@@ -273,7 +274,8 @@ def attend_window(
             )
         mask = sight.mask(part, reach, prefix is not None)
         if eager or prefix is not None:
-            output, shares = attend_parts(module, block_query, block_key, block_value, mask, block_prefix, bias)
+            gate = None if sight.memory == "read" else memory_gate(module)
+            output, shares = attend_parts(module, block_query, block_key, block_value, mask, block_prefix, bias, gate)
             weights.append(shares)
         else:
             output = attend_sdpa(module, block_query, block_key, block_value, mask)
@@ -294,8 +296,9 @@ def attend_rotating(
     outputs, weights = [], []
     for heads, key in rotated_heads(stored, phases):
         some = query[:, heads.start * groups : heads.stop * groups], key, stored[:, heads], sight.step_mask
-        if eager:
-            output, shares = attend_parts(module, *some)
+        if eager or module.gates_memory:
+            gate = memory_gate(module, slice(heads.start * groups, heads.stop * groups))
+            output, shares = attend_parts(module, *some, gate=gate)
             weights.append(shares)
         else:
             output = attend_sdpa(module, *some)
@@ -385,10 +388,17 @@ def attend_sdpa(module, query, key, value, mask: torch.Tensor | None) -> torch.T
 
 
 def attend_parts(
-    module, query, key, value, mask: torch.Tensor | None, prefix: Prefix | None = None, bias: torch.Tensor | None = None
+    module,
+    query,
+    key,
+    value,
+    mask: torch.Tensor | None,
+    prefix: Prefix | None = None,
+    bias: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One block in plain operations, mask (R, T, [M + Z +] S): the scores of both parts side by side, one softmax.
-    `bias` (B, H, T, 1) is added to those of the prefix."""
+    `bias` (B, H, T, 1) is added to those of the prefix, `gate` (H, 1, 1) opens and closes memory."""
 
     def grouped(states: torch.Tensor) -> torch.Tensor:
         return (states * module.scaling).reshape(*key.shape[:2], -1, key.shape[-1])
@@ -399,7 +409,7 @@ def attend_parts(
         if bias is not None:
             before = before + bias.reshape(*before.shape[:3], 1)
         scores = torch.cat((before, scores), dim=-1)
-    weights = weigh(module, scores.view(*query.shape[:3], -1), mask).to(query.dtype)
+    weights = weigh(module, scores.view(*query.shape[:3], -1), mask, gate).to(query.dtype)
     shares = weights.view(*key.shape[:2], -1, weights.shape[-1])
     if prefix is None:
         output = shares @ value
@@ -409,11 +419,23 @@ def attend_parts(
     return output.reshape(query.shape).transpose(1, 2), weights
 
 
-def weigh(module, scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Weights of scores (B, H, T, S) where the mask (R, T, S) lets them be, softmax in float32."""
+def memory_gate(module: Any, heads: slice = slice(None)) -> torch.Tensor | None:
+    """(H, 1, 1) how far these heads open to memory, between 0 and 1; None where nothing gates it."""
+    return module.memory_gate[heads].sigmoid()[:, None, None] if module.gates_memory else None
+
+
+def weigh(module, scores: torch.Tensor, mask: torch.Tensor | None, gate: torch.Tensor | None = None) -> torch.Tensor:
+    """Weights of scores (B, H, T, S) where the mask (R, T, S) lets them be, softmax in float32. With a gate g (H, 1, 1)
+    they are g times those, and 1 − g times those of a softmax without memory."""
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None], -torch.inf)
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32)
+    if gate is not None:
+        count = module.config.num_memory_tokens
+        without = nn.functional.softmax(scores[..., count:], dim=-1, dtype=torch.float32)
+        without = nn.functional.pad(without, (count, 0)).nan_to_num()  # of padding that sees memory alone
+        weights = gate * weights + (1 - gate) * without
+    weights = weights.to(scores.dtype)
     return nn.functional.dropout(weights, p=module.dropout, training=module.training)
 
 

@@ -41,6 +41,7 @@ NO_MATTER = {
     "retrieval_gate_init",
     "retrieval_top_k",
     "memory_bptt_segments",
+    "memory_gate_init",
     "initializer_range",
     "use_cache",
     "logits_scaling",

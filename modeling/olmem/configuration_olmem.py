@@ -41,6 +41,7 @@ MEMORY_FIELDS = (
     "num_memory_tokens",
     "memory_segment_length",
     "memory_bptt_segments",
+    "memory_gate_init",
     "retrieval_layers",
     "retrieval_top_k",
     "retrieval_capacity",
@@ -125,6 +126,9 @@ class OlmemConfig(PreTrainedConfig):
         memory_bptt_segments (`int`, *optional*): segments that gradients go back through the memory, at most: those of
             a forward call's last segment so many, those of the others no more. 0 learns to read, not to write. None
             is all of the call.
+        memory_gate_init (`float`, *optional*): where gates start, as logits, one a head, that mix what is seen with
+            memory and what is seen without it; −4 mixes in 2 %, for a model that was trained without memory. None has
+            no gates: memory tokens are seen like others.
         retrieval_layers (`list[int]`): sliding or chunked layers that also look up what has left their window
             (Memorizing Transformers, arXiv 2203.08913): each query head, the `retrieval_top_k` tokens whose keys fit
             best, regardless of positions, mixed with what the window gives by a gate that each head learns.
@@ -185,6 +189,7 @@ class OlmemConfig(PreTrainedConfig):
     num_memory_tokens: int = 0
     memory_segment_length: int | None = None
     memory_bptt_segments: int | None = None
+    memory_gate_init: float | int | None = None
     retrieval_top_k: int = 32
     retrieval_capacity: int = 65536
     retrieval_gate_init: float | int = -4.0
@@ -502,9 +507,8 @@ class OlmemConfig(PreTrainedConfig):
             f"must be at least `retrieval_top_k` = {self.retrieval_top_k}",
             "keep more, or look up less",
         )
-        self._require(
-            math.isfinite(self.retrieval_gate_init), "retrieval_gate_init", "must be finite", "-4 mixes in 2 %"
-        )
+        for name in ("memory_gate_init", "retrieval_gate_init"):
+            self._require(math.isfinite(getattr(self, name) or 0), name, "must be finite", "-4 mixes in 2 %")
         try:
             torch.device("cpu" if self.retrieval_device is None else self.retrieval_device)
         except RuntimeError:

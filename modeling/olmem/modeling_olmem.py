@@ -130,11 +130,13 @@ class OlmemAttention(nn.Module):
             self.k_norm = make_norm(config, key_size if whole else self.head_dim)
         if self.position_embedding == "linspace":
             self.linspace_scale = nn.Parameter(torch.ones(self.head_dim))
+        heads = (config.num_attention_heads,)
+        self.gates_memory = config.num_memory_tokens > 0 and config.memory_gate_init is not None
+        if self.gates_memory:
+            self.memory_gate = nn.Parameter(torch.full(heads, float(config.memory_gate_init or 0)))
         self.retrieves = layer_idx in config.retrieval_layers
         if self.retrieves:
-            self.retrieval_gate = nn.Parameter(
-                torch.full((config.num_attention_heads,), float(config.retrieval_gate_init))
-            )
+            self.retrieval_gate = nn.Parameter(torch.full(heads, float(config.retrieval_gate_init)))
 
     def forward(
         self,
@@ -289,6 +291,8 @@ class OlmemPreTrainedModel(PreTrainedModel):
                 init.copy_(getattr(module, f"{layer_type}_inv_freq"), inverse_frequency)
         if isinstance(module, OlmemAttention) and module.position_embedding == "linspace":
             init.ones_(module.linspace_scale)
+        if isinstance(module, OlmemAttention) and module.gates_memory:
+            init.constant_(module.memory_gate, float(self.config.memory_gate_init or 0))
         if isinstance(module, OlmemAttention) and module.retrieves:
             init.constant_(module.retrieval_gate, self.config.retrieval_gate_init)
         if isinstance(module, OlmemModel) and self.config.num_memory_tokens:

@@ -19,7 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 DEMO_STEP = DEMO / "step1872"
 CODE = tuple(
     f"{name}_olmem.py"
-    for name in ("attention", "cache", "configuration", "context", "generation", "modeling", "positions")
+    for name in (
+        *("attention", "cache", "configuration", "context", "generation"),
+        *("memory", "modeling", "positions", "retrieval"),
+    )
 )
 
 

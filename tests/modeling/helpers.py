@@ -304,7 +304,12 @@ def oracle(
                     query @ place(layer, "k", other, shared, slot) / math.sqrt(size)
                     for slot, other in enumerate(listed)
                 ]
-                shares = torch.stack(scores).softmax(0) * attention_kept
+                shares = torch.stack(scores).softmax(0)
+                if role != "read" and layer.memory and config.memory_gate_init is not None:
+                    count, gate = len(layer.memory), weights[f"{prefix}.memory_gate"][head].sigmoid()
+                    without = torch.stack(scores[count:]).softmax(0)
+                    shares = gate * shares + (1 - gate) * torch.cat((shares.new_zeros(count), without))
+                shares = shares * attention_kept
                 seen = sum(
                     share * clip("rotary", other.values[shared]) for other, share in zip(listed, shares, strict=True)
                 )

@@ -178,6 +178,7 @@ def test_generation_parameters_are_never_refused():
         ("retrieval_top_k", 0, "must be at least 1", {}),
         ("retrieval_capacity", 31, "must be at least `retrieval_top_k` = 32", {}),
         ("retrieval_gate_init", float("nan"), "must be finite", {}),
+        ("memory_gate_init", float("inf"), "must be finite", {}),
         ("retrieval_device", "drum", "must be a device of torch", {}),
         ("retrieval_device", "", "must be a device of torch", {}),
     ],

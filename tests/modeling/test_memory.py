@@ -233,6 +233,28 @@ def test_hidden_states_are_those_of_the_tokens(changes, backend):
         close(in_parts[real], states[real])
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("changes", [MEMORIES["memory"], MEMORIES["both mixed"], MEMORIES["both in one tensor"]])
+def test_a_gate_mixes_what_is_seen_with_memory_and_without(changes, backend):
+    """Of queries that read and that write; closed, it leaves what the windows show, and open, all."""
+    model = make(changes | {"memory_gate_init": 1, "attn_implementation": backend})
+    ids = tokens(17)
+    logits = expected(model, ids)
+    for pieces in ([17], [3, 13, 1], [1] * 17):
+        close(read(model, ids[None].split(pieces, dim=1))[0], logits)
+    rows = left_padded(ids, ids[:6])
+    with torch.no_grad():
+        found = model(**rows, use_cache=False).logits
+    close(found[0], logits)
+    close(found[1, -6:], logits[:6])
+    for value, name in ((-1e4, "num_memory_tokens"), (1e4, "memory_gate_init")):
+        for layer in model.model.layers:
+            layer.self_attn.memory_gate.data.fill_(value)
+        other = make(changes | {"attn_implementation": backend, name: 0 if value < 0 else None})
+        other.load_state_dict(model.state_dict(), strict=False)
+        close(alone(model, ids), alone(other, ids))
+
+
 @pytest.mark.parametrize("scheme", ["rope", "xpos"])
 def test_keys_that_are_values_are_rotated_at_their_places_by_dynamic_frequencies(scheme):
     """In a cache, where they are rotated as they are read: from the first slot, which is memory's."""

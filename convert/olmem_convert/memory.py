@@ -19,6 +19,9 @@ from olmem.configuration_olmem import MEMORY_FIELDS
 from .errors import CheckpointError, reason
 from .formats import LARGEST_NUMBER, Checkpoint, Key
 
+# What memory tokens hold after their first segment is larger than any token, and no norm bounds it: at the −4 of
+# retrieval it would drown the windows of a model that was trained without.
+GATE = -10.0
 OFF: dict[str, Any] = {"num_memory_tokens": 0, "retrieval_layers": []}
 KINDS: dict[str, Any] = {field.name: field.type for field in fields(OlmemConfig) if field.name in MEMORY_FIELDS}
 WORD = re.compile(r"[A-Za-z][\w:.-]*")
@@ -52,11 +55,14 @@ def read_settings(texts: Iterable[str]) -> dict[str, Any]:
 def with_memory(checkpoint: Checkpoint, memory: Mapping[str, Any]) -> Checkpoint:
     """The checkpoint with these of MEMORY_FIELDS, and with rows in its key table for the parameters that they add.
 
-    A gate starts where `retrieval_gate_init` says. Memory tokens start as zeros: keys and values of a zero are zero
-    (but for biases), so that they disturb the untouched model least; QK-norm would give keys of full size to any draw.
+    Gates start where `retrieval_gate_init` and `memory_gate_init` say, the latter at −10 unless it is given. Memory
+    tokens start as zeros: keys and values of a zero are zero (but for biases), so that they disturb the untouched model
+    least; QK-norm would give keys of full size to any draw.
     """
     if not memory:
         return checkpoint
+    if memory.get("num_memory_tokens"):
+        memory = {"memory_gate_init": GATE, **memory}
     for name, value in memory.items():
         check_field(name, value)
     try:
@@ -75,7 +81,11 @@ def with_memory(checkpoint: Checkpoint, memory: Mapping[str, Any]) -> Checkpoint
     added = [Key(None, (name,), fill=float(config.retrieval_gate_init)) for name in gates]
     if config.num_memory_tokens:
         added.append(Key(None, ("model.memory_embeddings",), fill=0.0))
-    made = memory_of(config) | {"retrieval_gate_init": float(config.retrieval_gate_init)}
+    if config.num_memory_tokens and config.memory_gate_init is not None:
+        gates = [f"model.layers.{layer}.self_attn.memory_gate" for layer in range(config.num_hidden_layers)]
+        added += [Key(None, (name,), fill=float(config.memory_gate_init)) for name in gates]
+    made = memory_of(config)
+    made |= {name: float(made[name]) for name in ("retrieval_gate_init", "memory_gate_init") if made[name] is not None}
     return replace(checkpoint, olmem_config=checkpoint.olmem_config | made, keys=[*checkpoint.keys, *added])
 
 

@@ -40,7 +40,7 @@ from olmem_convert.verify import prompt
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-TOKENS = {"num_memory_tokens": 3, "memory_segment_length": 24}
+TOKENS = {"num_memory_tokens": 3, "memory_segment_length": 24, "memory_gate_init": -9.5}
 RETRIEVAL = {"retrieval_layers": [1], "retrieval_top_k": 4, "retrieval_capacity": 40, "retrieval_gate_init": -3.3}
 BOTH = TOKENS | RETRIEVAL
 SLIDING = "olmo_core_swa_yarn"
@@ -49,10 +49,13 @@ MEMORIES = {"olmo": TOKENS, "olmo1": TOKENS, "olmo_gqa_tied": TOKENS, SLIDING: B
 GATE, EMBEDDINGS = "model.layers.1.self_attn.retrieval_gate", "model.memory_embeddings"
 
 
-def parameters_of(memory: dict[str, Any]) -> set[str]:
-    return ({EMBEDDINGS} if "num_memory_tokens" in memory else set()) | (
-        {GATE} if "retrieval_layers" in memory else set()
-    )
+def memory_gates(out: Path) -> set[str]:
+    return {f"model.layers.{layer}.self_attn.memory_gate" for layer in range(read_config(out)["num_hidden_layers"])}
+
+
+def parameters_of(memory: dict[str, Any], out: Path) -> set[str]:
+    of_tokens = {EMBEDDINGS} | memory_gates(out) if "num_memory_tokens" in memory else set()
+    return of_tokens | ({GATE} if "retrieval_layers" in memory else set())
 
 
 def settings_of(memory: dict[str, Any]) -> list[str]:
@@ -89,11 +92,13 @@ def test_new_parameters_are_written_beside_the_same_weights(name, dtype, convert
     memory, out, kind = MEMORIES[name], tmp_path / "out", getattr(torch, dtype)
     report = convert(source(name), out, dtype=dtype, memory=memory, **options(name))
     weights, plain = load_weights(out), load_weights(converted(name, dtype))
-    assert weights.keys() - plain.keys() == parameters_of(memory) and plain.keys() <= weights.keys()
+    assert weights.keys() - plain.keys() == parameters_of(memory, out) and plain.keys() <= weights.keys()
     assert all(torch.equal(weights[key], plain[key]) for key in plain)
     assert {weight.dtype for weight in weights.values()} == {kind}
     config = read_config(out)
     assert torch.equal(weights[EMBEDDINGS], torch.zeros(3, config["hidden_size"], dtype=kind))
+    for gate in memory_gates(out):
+        assert torch.equal(weights[gate], torch.full((config["num_attention_heads"],), -9.5).to(kind))
     if GATE in weights:
         assert torch.equal(weights[GATE], torch.full((config["num_attention_heads"],), -3.3).to(kind))
     assert report["parameters"] == sum(weight.numel() for weight in weights.values())
@@ -118,7 +123,7 @@ def test_proof_is_that_of_the_model_without_memory(name, converted, tmp_path):
     assert len(report["stages"]) == len(json.loads((converted(name) / "verification.json").read_text())["stages"])
     entry = report["memory"]
     assert entry["fields"] == MEMORIES[name] and entry["compared"] == "with memory off"
-    assert set(entry["new_parameters"]) == parameters_of(MEMORIES[name])
+    assert set(entry["new_parameters"]) == parameters_of(MEMORIES[name], out)
     assert report["prompt"]["tokens"] > MEMORIES[name]["memory_segment_length"]
     off = AutoModelForCausalLM.from_pretrained(out, **OFF)
     plain = AutoModelForCausalLM.from_pretrained(converted(name))
@@ -131,7 +136,13 @@ def test_checkpoints_of_transformers_gain_a_memory_too(tmp_path):
     original = save(tmp_path / "original", "olmo3", layer_types=["sliding_attention", "full_attention"])
     convert(original, tmp_path / "plain")
     report = convert(original, tmp_path / "out", memory={"num_memory_tokens": 2, "retrieval_layers": [0]})
-    assert report["memory"] == {"num_memory_tokens": 2, "memory_segment_length": 5, "retrieval_layers": [0]}
+    assert report["memory"] == {
+        "num_memory_tokens": 2,
+        "memory_segment_length": 5,
+        "memory_gate_init": -10.0,
+        "retrieval_layers": [0],
+    }
+    assert report["verification"]["memory"]["relative_difference_when_on"] < 0.02
     assert report["verification"]["max_difference"] == 0.0
     verify(tmp_path / "out", original)
     off = OlmemForCausalLM.from_pretrained(tmp_path / "out", **OFF)
@@ -139,7 +150,9 @@ def test_checkpoints_of_transformers_gain_a_memory_too(tmp_path):
         assert torch.equal(off(IDS).logits, logits(original, load="from_olmo"))
     assert load_weights(tmp_path / "out").keys() - load_weights(tmp_path / "plain").keys() == {
         EMBEDDINGS,
+        "model.layers.0.self_attn.memory_gate",
         "model.layers.0.self_attn.retrieval_gate",
+        "model.layers.1.self_attn.memory_gate",
     }
 
 
@@ -264,7 +277,7 @@ def test_verify_is_told_nothing(remembering, spoilt, caplog):
 def test_parameters_that_were_trained_pass(spoilt):
     set_weights(spoilt, gate=torch.randn(load_weights(spoilt)[GATE].shape), embeddings=torch.randn(3, 64))
     report = verify(spoilt, source(SLIDING))
-    assert report["passed"] and set(report["memory"]["new_parameters"]) == {GATE, EMBEDDINGS}
+    assert report["passed"] and set(report["memory"]["new_parameters"]) == parameters_of(BOTH, spoilt)
 
 
 @pytest.mark.parametrize("name", ["gate", "embeddings"])

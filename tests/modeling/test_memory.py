@@ -30,7 +30,7 @@ from modeling.helpers import (
     tokens,
     weights_of,
 )
-from modeling.test_streams import BLOCKS, alone, blocks_of, choices, cuts, make, read, write
+from modeling.streams import BLOCKS, alone, blocks_of, choices, close, cuts, make, paddings, read, write
 from olmem import OlmemCache, OlmemForCausalLM
 from olmem.cache_olmem import STORE_BLOCK
 from torch import nn
@@ -61,10 +61,6 @@ def memories(draw) -> dict[str, Any]:
     }
 
 
-def close(found: torch.Tensor, logits: torch.Tensor) -> None:
-    assert_close(found.double(), logits.double(), rtol=0, atol=1e-4)
-
-
 # What is computed
 
 
@@ -90,20 +86,7 @@ def test_a_row_is_what_it_is_alone_whatever_it_is_padded_with(changes, block, da
     segments at different steps."""
     model = make(changes)
     pieces = data.draw(cuts(data.draw(st.integers(1, 20))))
-    ids, masks = tokens(2, sum(pieces)), []
-    for length in pieces:
-        column = torch.arange(length)
-        mask = torch.ones(2, length, dtype=torch.bool)
-        for row in range(2):
-            padding = data.draw(st.sampled_from(["none", "left", "right", "holes", "all"]))
-            if padding in ("left", "right"):
-                edge = data.draw(st.integers(0, length))
-                mask[row] = column >= edge if padding == "left" else column < edge
-            if padding == "holes":
-                mask[row] = torch.tensor(data.draw(st.lists(st.booleans(), min_size=length, max_size=length)))
-            if padding == "all":
-                mask[row] = False
-        masks.append(mask)
+    ids, masks = tokens(2, sum(pieces)), data.draw(paddings(2, pieces))
     mask = torch.cat(masks, dim=1)
     in_full = data.draw(st.booleans())  # or of the new columns only
     ends = torch.tensor(pieces).cumsum(0).tolist()

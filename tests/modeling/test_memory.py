@@ -117,6 +117,21 @@ def test_a_left_padded_row_is_read_as_the_design_says(changes, size):
         close(logits[mask[row].bool()], expected(model, ids))
 
 
+@every_memory
+@pytest.mark.parametrize("size", [1, 9])
+def test_padding_in_holes_and_at_the_end_of_a_piece_is_nothing(changes, size):
+    """Where stores are small and full, and each row ends its segments at steps of its own."""
+    model, ids = make(changes), tokens(3, 54, seed=2)
+    mask = torch.rand(3, 54, generator=torch.Generator().manual_seed(2)) < 0.6
+    mask[:, 8::9] = False
+    with blocks_of(4):
+        cache = OlmemCache(model.config)
+        found = read(model, ids.split(size, dim=1), mask.long().split(size, dim=1), cache)
+    assert cache.get_seq_length() == 54
+    for row in range(3):
+        close(found[row][mask[row]], alone(model, ids[row][mask[row]]))
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("count", [1, 3])
 def test_segments_that_see_nothing_else_are_a_recurrent_memory_transformer(count, backend):

@@ -56,8 +56,7 @@ def with_memory(checkpoint: Checkpoint, memory: Mapping[str, Any]) -> Checkpoint
     """The checkpoint with these of MEMORY_FIELDS, and with rows in its key table for the parameters that they add.
 
     Gates start where `retrieval_gate_init` and `memory_gate_init` say, the latter at −10 unless it is given. Memory
-    tokens start as zeros: keys and values of a zero are zero (but for biases), so that they disturb the untouched model
-    least; QK-norm would give keys of full size to any draw.
+    tokens start as they do in a new model, drawn with `initializer_range`: at zero the gradients of norms explode.
     """
     if not memory:
         return checkpoint
@@ -80,7 +79,7 @@ def with_memory(checkpoint: Checkpoint, memory: Mapping[str, Any]) -> Checkpoint
     gates = [f"model.layers.{layer}.self_attn.retrieval_gate" for layer in config.retrieval_layers]
     added = [Key(None, (name,), fill=float(config.retrieval_gate_init)) for name in gates]
     if config.num_memory_tokens:
-        added.append(Key(None, ("model.memory_embeddings",), fill=0.0))
+        added.append(Key(None, ("model.memory_embeddings",), fill=0.0, spread=config.initializer_range))
     if config.num_memory_tokens and config.memory_gate_init is not None:
         gates = [f"model.layers.{layer}.self_attn.memory_gate" for layer in range(config.num_hidden_layers)]
         added += [Key(None, (name,), fill=float(config.memory_gate_init)) for name in gates]

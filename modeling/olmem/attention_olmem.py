@@ -336,7 +336,8 @@ def place_block(module, query, key, prefix: Prefix | None, sight: Sight, part: s
         least = slot.amin(-1, keepdim=True)
         if module.position_embedding == "linspace":  # of one softmax with keys at other places
             shift = place - slot - first + least
-            bias = (query @ linspace_step(module)[:, None]) * shift[:, None, :, None] * module.scaling
+            step = linspace_step(module)
+            bias = (query.to(step.dtype) @ step[:, None] * shift[:, None, :, None] * module.scaling).to(query.dtype)
         placed = place_by_slot(module, prefix.query, prefix.key, slot - least, sight.prefix_slots - least, turn)
         prefix = Prefix(*placed, prefix.value)
     query, key = place_by_slot(module, query, key, place - first, sight.key_places[:, reach] - first, turn)
@@ -442,7 +443,7 @@ def weigh(module, scores: torch.Tensor, mask: torch.Tensor | None, gate: torch.T
 def weights_in_order(weights: torch.Tensor, sight: Sight) -> torch.Tensor:
     """Weights (B, H, T, [M + Z +] S) as a reader expects them. Without a cache: a column for each token (B, H, T, T).
     With one: a column for each key that was held, oldest first, after those of the sinks where these may have left."""
-    sinks = weights.shape[-1] - sight.key_numbers.shape[1]
+    sinks = weights.shape[-1] - sight.key_numbers.shape[1]  # there is no memory where weights are asked for
     before, window = (weights[..., :sinks], weights[..., sinks:]) if sinks else (weights, weights)
     if sight.in_place and sight.context.span is not None:
         order = sight.key_numbers.argsort(dim=-1, stable=True)[:, None, None]

@@ -91,6 +91,7 @@ class OlmemCacheLayer(CacheLayerMixin):
         self.is_sliding = context.span is not None
         self.limit = context.span or max_length  # tokens held at most; None grows
         self.at_once = max_length is not None
+        self.room = min(self.limit, max_length or self.limit) if self.limit else None  # tokens that ever find a place
         # Tokens in the store: those to look up, those still in the window, and a block that may enter at a time.
         self.store_limit = store_capacity and store_capacity + (context.span or 0) + STORE_BLOCK - 1
         self.store_device = store_device
@@ -140,7 +141,7 @@ class OlmemCacheLayer(CacheLayerMixin):
         """Makes room for that many tokens, at most for those that the layer ever holds. Where a step may be compiled
         (`length` is None then) all room is made at once, for its shapes to stay; on a CPU a short text takes little."""
         if length is None or self.at_once or self.buffers["keys"].device.type != "cpu":
-            length = self.limit or length or 0
+            length = self.room or length or 0
         elif self.limit is not None:
             length = min(length, self.limit)
         if length <= self.capacity:
@@ -347,6 +348,7 @@ class OlmemCache(Cache):
         self.columns = allocate(dtype=torch.long, device="cpu")  # () tokens and padding
         self.fresh = True  # nothing was read yet, as far as the host knows
         self.half_read = False  # a forward call has begun and not ended
+        self.began_anew = False  # some rows have: columns are no longer those of one text
         self.gaps = allocate(dtype=torch.bool, device="cpu")  # () whether a row had padding after its first token
 
     def begin(self, batch_size: int, device: torch.device) -> None:
@@ -359,11 +361,7 @@ class OlmemCache(Cache):
             if not torch.compiler.is_compiling():
                 for counter in (self.seen, self.columns, self.gaps):
                     torch._dynamo.mark_static_address(counter)
-        if self.half_read:
-            raise ValueError(
-                "`past_key_values` is half written: a forward call with it was broken off; `reset()` it, or go on from "
-                "a copy or a file made before."
-            )
+        self.refuse_half_read()
         if self.seen.device != device:
             raise ValueError(
                 f"`past_key_values` is on {self.seen.device}, the input on {device}; load it with "
@@ -375,6 +373,13 @@ class OlmemCache(Cache):
                 "for each batch, or `batch_repeat_interleave` and `batch_select_indices`."
             )
 
+    def refuse_half_read(self) -> None:
+        if self.half_read:
+            raise ValueError(
+                "`past_key_values` is half written: a forward call with it was broken off; `reset()` it, or go on from "
+                "a copy or a file made before."
+            )
+
     def remember(self, memory: torch.Tensor, rows: torch.Tensor | None = None) -> None:
         """Keeps the memory (B or 1, M, hidden_size) of segments that begin, in these rows of the batch or in all."""
         if self.memory is None:
@@ -383,14 +388,27 @@ class OlmemCache(Cache):
 
     def forget(self, rows: int | list[int] | torch.Tensor | None = None) -> None:
         """Has these rows of the batch, or all, begin anew: window, sinks, memory and what retrieval keeps."""
+        self.refuse_half_read()
         if not self.is_initialized:
             return
-        chosen = slice(None) if rows is None else rows
-        self.seen[chosen] = 0
-        self.gaps.fill_(True)  # columns are no longer those of one text
+        batch = len(self.seen)
+        chosen = torch.tensor(list(range(batch)) if rows is None else rows).flatten().cpu()
+        chosen = chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen.long()
+        if bool(((chosen < -batch) | (chosen >= batch)).any()):
+            raise ValueError(f"`rows` must be of the {batch} of the batch (got {rows!r}); count them from 0.")
+        if not len(chosen):
+            return
+        self.seen[chosen.to(self.seen.device)] = 0
+        if not bool(self.seen.any()):
+            self.reset()
+            return
+        self.began_anew = True
+        self.gaps.fill_(True)
+        self.columns.copy_(self.seen.max())  # all that needs room
         for layer in self.layers:
+            layer.length = self.get_seq_length()
             for buffer in layer.buffers.values():
-                buffer[chosen] = 0
+                buffer[chosen.to(buffer.device)] = 0
 
     def limit(self, context: Context) -> int | None:
         """Tokens that a layer of that context holds at most; None where it grows."""
@@ -485,8 +503,8 @@ class OlmemCache(Cache):
         """Forgets everything and keeps the room, for a batch of as many rows."""
         for counter in (self.seen, self.columns, self.gaps):
             counter.zero_()
-        self.half_read = False
-        self.memory = None
+        self.half_read = self.began_anew = False
+        self.fresh, self.memory = True, None
         for layer in self.layers:
             layer.length = 0
             for buffer in layer.buffers.values():
@@ -559,8 +577,9 @@ class OlmemCache(Cache):
         except ImportError as error:
             raise ImportError("`OlmemCache.save` needs safetensors: pip install safetensors") from error
 
-        if not self.is_initialized:
+        if not self.is_initialized or self.fresh:
             raise ValueError("`OlmemCache.save` needs a cache that has read something; pass it to the model first.")
+        self.refuse_half_read()
         tensors = {"seen": self.seen, "columns": self.columns, "gaps": self.gaps}
         if self.memory is not None:
             tensors["memory"] = self.memory
@@ -571,6 +590,7 @@ class OlmemCache(Cache):
             "format": FORMAT,
             "architecture": json.dumps(architecture(self.config)),
             "max_length": json.dumps(self.max_length),
+            "began_anew": json.dumps(self.began_anew),
         }
         path = Path(path)
         scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
@@ -617,9 +637,12 @@ class OlmemCache(Cache):
                     f"`path` must be a whole file of `OlmemCache.save` (got {path}: {problem}); save it anew."
                 )
 
-        saved, max_length = (parse(metadata.get(name)) for name in ("architecture", "max_length"))
+        saved, max_length, began_anew = (
+            parse(metadata.get(name)) for name in ("architecture", "max_length", "began_anew")
+        )
         require(isinstance(saved, dict), "its `architecture` is damaged")
         require(max_length is None or (type(max_length) is int and max_length > 0), "its `max_length` is damaged")
+        require(isinstance(began_anew, bool), "its `began_anew` is damaged")
         compare(saved, json.loads(json.dumps(architecture(config))))
         kinds = {"seen": (1, torch.long), "columns": (0, torch.long), "gaps": (0, torch.bool)}
         for name, (dimensions, dtype) in kinds.items():
@@ -634,7 +657,7 @@ class OlmemCache(Cache):
         cache.begin(batch, tensors["seen"].to(device).device)
         for name in kinds:
             getattr(cache, name).copy_(tensors[name])
-        cache.fresh = False
+        cache.fresh, cache.began_anew = False, began_anew
         if config.num_memory_tokens:
             memory, shape = tensors.get("memory"), (batch, config.num_memory_tokens, config.hidden_size)
             require(memory is not None and memory.shape == shape, "`memory` is damaged or missing")

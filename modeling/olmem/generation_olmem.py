@@ -65,6 +65,12 @@ class OlmemGenerationMixin(GenerationMixin):
         mask = model_kwargs.get("attention_mask")
         columns = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
         are_new = embeddings is None and (columns != given or given == 1)
+        if read and not are_new and embeddings is None and getattr(cache, "began_anew", False):
+            raise ValueError(
+                f"`input_ids` must be new ones, one a row (got {given}), where rows of `past_key_values` began anew: "
+                "read all but the last by `model(input_ids[:, :-1], past_key_values=past_key_values)`, then generate "
+                "from the last."
+            )
         if read and not are_new and given <= read:
             raise ValueError(
                 f"`input_ids` must be the whole text, of more than the {read} columns that `past_key_values` has read "

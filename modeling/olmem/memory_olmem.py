@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from .cache_olmem import STORE_BLOCK, OlmemCache, OlmemCacheLayer, gather_sinks
-from .context_olmem import Piece, Sight, cut_in_segments, last_numbers, place_in_pieces, ring_slot
+from .context_olmem import Context, Piece, Sight, cut_in_segments, last_numbers, place_in_pieces, ring_slot
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # keys and values
 
@@ -91,7 +91,9 @@ class Trail:
         both = [torch.cat(states, dim=2) for states in zip(*parts, strict=True)]
         return both[0], both[1]
 
-    def recall(self, keys: torch.Tensor, values: torch.Tensor, sight: Sight):
+    def recall(
+        self, keys: torch.Tensor, values: torch.Tensor, sight: Sight, capacity: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys, not rotated, values (B, K, S, D) and numbers (B, S) of all that may be looked up: what the pieces
         before have read, or the cache had, and the new ones."""
         numbers = sight.numbers.expand(len(keys), -1)
@@ -104,12 +106,26 @@ class Trail:
                 self.layer.store(keys, values, self.writing, part)
         self.candidates = keys, values, numbers
         if past is not None:
-            both = torch.cat((past[0], keys), dim=2), torch.cat((past[1], values), dim=2)
-            self.candidates = *both, torch.cat((past[2], numbers), dim=1)
+            first = first_candidate(past[2], numbers, sight.context, capacity)  # of those before, for these or later
+            both = torch.cat((past[0][:, :, first:], keys), dim=2), torch.cat((past[1][:, :, first:], values), dim=2)
+            self.candidates = *both, torch.cat((past[2][:, first:], numbers), dim=1)
         return self.candidates
 
 
-def stored_candidates(layer: OlmemCacheLayer, sight: Sight, device: torch.device):
+def first_candidate(past: torch.Tensor, numbers: torch.Tensor, context: Context, capacity: int) -> int:
+    """The first column of past tokens (B, P) that one of these numbers (B, T) may look up, or any later token."""
+    if torch.compiler.is_compiling():
+        return 0
+    first = numbers.where(numbers >= 0, torch.iinfo(numbers.dtype).max).amin(-1, keepdim=True)
+    none = first == torch.iinfo(numbers.dtype).max  # of rows that read nothing now: what they last read counts
+    oldest = context.start(first.where(~none, past.amax(-1, keepdim=True).clamp(min=0))) - capacity
+    wanted = (past >= 0) & (past >= oldest)
+    return int(wanted.any(0).int().argmax()) if bool(wanted.any()) else past.shape[1]
+
+
+def stored_candidates(
+    layer: OlmemCacheLayer, sight: Sight, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """Keys, values and numbers of what a cache's store held before a call, oldest first."""
     assert sight.seen is not None
     before = (sight.length or 0) - sight.numbers.shape[1]
@@ -237,7 +253,7 @@ class SegmentReader:
             trail = trails[index] if trails else None
             states = layer(states, past_key_values=self.cache, trail=trail, **arguments[layer_type], **kwargs)
             stages.append(states)
-        return stages if all_stages else stages[-1:]
+        return [each.to(self.device) for each in (stages if all_stages else stages[-1:])]
 
     def begin_segments(self, piece: Piece, keep: torch.Tensor | None, trails: list[Trail], **kwargs) -> None:
         """Where a piece begins a segment: its memory is written, unless it is a stream's first, and read. Gradients go
@@ -316,4 +332,30 @@ class SegmentReader:
         return (last - first + 1 - index) % (depth + 1) != 0
 
 
-__all__ = ["SegmentReader", "Trail"]
+def read_documents(
+    model: Any, hidden_states: torch.Tensor, documents: list[list[tuple[int, int]]], all_stages: bool, **kwargs
+) -> list[torch.Tensor]:
+    """As `SegmentReader.read`, of rows (B, T, hidden_size) that packed documents make up, `documents` telling where
+    they start and stop: each is read as a row of its own, beside others of about its length."""
+    device = hidden_states.device
+    spans = [(row, start, stop - start) for row, parts in enumerate(documents) for start, stop in parts]
+    groups: dict[int, list[tuple[int, int, int]]] = {}
+    for span in spans:
+        groups.setdefault(span[2].bit_length(), []).append(span)
+    found, order = [], []
+    for group in groups.values():
+        row, start, size = torch.tensor(group, device=device).T[:, :, None]
+        longest = max(span[2] for span in group)
+        column = torch.arange(longest, device=device)[None]
+        real = column < size
+        states = hidden_states[row, (start + column).clamp(max=hidden_states.shape[1] - 1)]
+        reader = SegmentReader(model, None, len(group), longest, device)
+        padded = any(span[2] < longest for span in group)
+        stages = reader.read(states, torch.where(real, column, -1) if padded else column, padded, all_stages, **kwargs)
+        found.append([each[real] for each in stages])
+        order.append((row * hidden_states.shape[1] + start + column)[real])
+    back = torch.cat(order).argsort()
+    return [torch.cat(parts)[back].view(hidden_states.shape) for parts in zip(*found, strict=True)]
+
+
+__all__ = ["SegmentReader", "Trail", "read_documents"]

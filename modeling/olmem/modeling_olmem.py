@@ -7,7 +7,8 @@ under the same parameter names, so their checkpoints load without renaming. What
 - where the norms stand, and what kind they are (`norm_placement`, `norm_type`, `qk_norm`);
 - clipping of queries, keys and values (`clip_qkv`), scaled logits (`logits_scaling`), residual dropout;
 - RoPE by layer type, scaled on full-attention layers only;
-- windows that slide or step, sinks before them, and a cache that holds no more than they need (`OlmemCache`).
+- windows that slide or step, sinks before them, and a cache that holds no more than they need (`OlmemCache`);
+- memory of what has left them, by memory tokens or by retrieval.
 
 Shapes: B batch, H query heads, K key/value heads, T queries, S keys, D head dim.
 """
@@ -45,7 +46,7 @@ from .cache_olmem import OlmemCache
 from .configuration_olmem import BY_SLOT, HUB_ARGUMENTS, NOT_YET, ROTATING, OlmemConfig
 from .context_olmem import Context, Sight, find_documents
 from .generation_olmem import OlmemGenerationMixin, is_olmem_cache
-from .memory_olmem import SegmentReader, Trail
+from .memory_olmem import SegmentReader, Trail, read_documents
 from .positions_olmem import OlmemRotaryEmbedding, Rotation, rotate
 
 MASK_FUNCTIONS = {
@@ -390,10 +391,15 @@ class OlmemModel(OlmemPreTrainedModel):
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Segments one after another, each with the memory that the one before has written."""
-        if kwargs.get("output_attentions", self.config.output_attentions) and self.config.num_memory_tokens:
+        if kwargs.get("output_attentions", self.config.output_attentions):
+            if self.config.num_memory_tokens:
+                raise ValueError(
+                    f"`num_memory_tokens` must be 0 (got {self.config.num_memory_tokens}) to return attentions, whose "
+                    "columns are tokens; leave `output_attentions` out."
+                )
             raise ValueError(
-                f"`num_memory_tokens` must be 0 (got {self.config.num_memory_tokens}) to return attentions, whose "
-                "columns are tokens; leave `output_attentions` out."
+                f"`retrieval_layers` must be empty (got {self.config.retrieval_layers}) to return attentions with a "
+                "cache and gradients; read under `torch.no_grad()`, or pass use_cache=False."
             )
         for layer in self.layers if self.gradient_checkpointing and self.training else ():
             if getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False):
@@ -403,22 +409,16 @@ class OlmemModel(OlmemPreTrainedModel):
                 )
         all_stages = bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
         numbers, padded, documents = self.count(hidden_states, attention_mask, position_ids, past_key_values)
-        whole, real = hidden_states, None
-        if documents is not None:  # each becomes a row
-            spans = [(row, start, stop - start) for row, parts in enumerate(documents) for start, stop in parts]
-            row, start, size = torch.tensor(spans, device=numbers.device).T[:, :, None]
-            real = numbers < size
-            hidden_states = whole[row, (start + numbers).clamp(max=whole.shape[1] - 1)]
-            numbers, padded = torch.where(real, numbers, -1), not bool(real.all())
-        batch, length = hidden_states.shape[:2]
-        reader = SegmentReader(self, past_key_values, batch, length, hidden_states.device)
-        stages = reader.read(hidden_states, numbers, padded, all_stages, **kwargs)
-        if real is not None:
-            stages = [states[real].view(whole.shape) for states in stages]
+        if documents is not None:
+            stages = read_documents(self, hidden_states, documents, all_stages, **kwargs)
+        else:
+            batch, length = hidden_states.shape[:2]
+            reader = SegmentReader(self, past_key_values, batch, length, hidden_states.device)
+            stages = reader.read(hidden_states, numbers, padded, all_stages, **kwargs)
         last = self.norm(stages[-1])
         output = BaseModelOutputWithPast(last_hidden_state=last, past_key_values=past_key_values)
         if all_stages:
-            output.hidden_states = (whole, *stages[1:-1], last)
+            output.hidden_states = (hidden_states, *stages[1:-1], last)
         return output
 
     def reset_memory(self, cache: OlmemCache, rows: int | list[int] | torch.Tensor | None = None) -> None:
@@ -503,8 +503,11 @@ class OlmemModel(OlmemPreTrainedModel):
         numbers = column[None] if mask is None else mask.cumsum(-1) - 1
         documents = None
         if past_key_values is None:
-            if position_ids is not None and attention_mask is None:
+            whole = attention_mask is None or (mask is None and self.config.has_memory)
+            if position_ids is not None and whole:
                 documents = find_documents(position_ids.expand(batch, -1))
+            elif position_ids is not None and self.config.has_memory and mask is not None and length > 1:
+                self.refuse_packed_padding(position_ids, mask)
             if documents is not None:
                 longest = max(stop - start for row in documents for start, stop in row)
                 numbers = column[None, :longest]
@@ -522,6 +525,15 @@ class OlmemModel(OlmemPreTrainedModel):
                     "packed documents or positions of your own pass use_cache=False."
                 )
         return numbers, mask is not None, documents
+
+    @staticmethod
+    def refuse_packed_padding(position_ids: torch.Tensor, mask: torch.Tensor) -> None:
+        follow = position_ids[:, 1:] == position_ids[:, :-1] + 1
+        if not bool((follow | ~mask[:, 1:] | ~mask[:, :-1]).all()):
+            raise ValueError(
+                "`position_ids` must count a row's tokens one by one beside an `attention_mask` with padding (got "
+                "others); pass packed documents without a mask, and without padding."
+            )
 
     def look(self, hidden_states, attention_mask, position_ids, past_key_values) -> dict[str, dict]:
         """What the layers of each type are told: the `Sight` and the rotations that go with it."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from .cache_olmem import STORE_BLOCK, OlmemCacheLayer
 from .context_olmem import Context, Sight
@@ -29,7 +30,7 @@ def retrieve(module: Any, query, key, value, seen: torch.Tensor, sight: Sight, p
     else:
         numbers = sight.numbers
         if past is not None:
-            key, value, numbers = past.recall(key, value, sight)
+            key, value, numbers = past.recall(key, value, sight, module.config.retrieval_capacity)
         found, any_found = look_up_in(module, query, key, value, sight, numbers)
     gate = module.retrieval_gate.sigmoid()[:, None].to(seen.dtype)
     mixed = gate * found.to(seen).transpose(1, 2) + (1 - gate) * seen
@@ -138,7 +139,7 @@ def take(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def weigh_chosen(query, keys, values, chosen, scaling: float) -> torch.Tensor:
     """query (B, H, T, D), keys and values (B, H, T, k, D) -> (B, H, T, D), softmax in float32 or better."""
     scores = (keys @ query[..., None])[..., 0] * scaling
-    scores = scores.masked_fill(~chosen, -torch.inf)
+    scores = scores.masked_fill(~chosen, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     weights = torch.where(chosen, weights, 0).to(values.dtype)
     return (weights[..., None, :] @ values)[..., 0, :]
@@ -157,7 +158,8 @@ class ReadChosen(torch.autograd.Function):
         return torch.cat(outputs, dim=2)
 
     @staticmethod
-    def backward(ctx: Any, *gradients):
+    @once_differentiable
+    def backward(ctx: Any, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]  by its decorator
         query, keys, values, index, chosen = ctx.saved_tensors
         totals = [torch.zeros_like(keys), torch.zeros_like(values)]
         of_query = []

@@ -130,3 +130,121 @@ def test_compiled_steps_write_the_same_and_compile_once(batch, stream):
         if bounded:
             assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
             assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+MEMORY = {"num_memory_tokens": 3, "memory_segment_length": 13}
+RETRIEVAL = {"retrieval_layers": [0, 2], "retrieval_top_k": 4, "retrieval_capacity": 24}
+MEMORIES = {
+    "memory": MEMORY,
+    "retrieval": RETRIEVAL,
+    "both with sinks": MEMORY | RETRIEVAL | {"layer_types": "sliding_attention", "num_sink_tokens": 3},
+    "both in one tensor": MEMORY | RETRIEVAL | {"shared_projections": "key_value", "num_sink_tokens": 2},
+}
+# Of all that a model computes: by how much what is the same may be apart. A half-precision score may choose otherwise.
+APART = {torch.float32: 2e-4, torch.bfloat16: 0.1}
+memories = pytest.mark.parametrize("memory", MEMORIES)
+dtypes = pytest.mark.parametrize("dtype", APART, ids=["float32", "bfloat16"])
+
+
+def remembering(memory: str, dtype: torch.dtype = torch.float32, **changes):
+    model = make_model(**MEMORIES[memory] | changes)
+    for name, parameter in model.named_parameters():
+        if name.endswith("retrieval_gate"):
+            torch.nn.init.constant_(parameter, -1.0)
+    return model.to(dtype)
+
+
+def assert_same(found, expected, dtype):
+    assert found.isfinite().all()
+    assert (found.float() - expected.float()).norm() <= APART[dtype] * expected.float().norm()
+
+
+def read_in_pieces(model, batch, **kwargs):
+    """Logits of a left-padded batch, and the cache that it was read with."""
+    input_ids, attention_mask = (each.to(model.device) for each in batch)
+    cache, found, stop = OlmemCache(model.config, **kwargs), [], 0
+    for size in (24, 1, 1, 5, 9, *[1] * 12, 15):
+        start, stop = stop, stop + size
+        mask = attention_mask[:, :stop]
+        found.append(model(input_ids[:, start:stop], attention_mask=mask, past_key_values=cache).logits)
+    return torch.cat(found, dim=1).cpu(), cache
+
+
+@memories
+@dtypes
+@torch.no_grad()
+def test_memory_is_the_same_whole_and_in_pieces(batch, memory, dtype):
+    """And in float32 what it is on a CPU."""
+    model, real = remembering(memory, dtype), batch[1].bool()
+    on_cpu = model(batch[0], attention_mask=batch[1], use_cache=False).logits
+    model.cuda()
+    whole = model(batch[0].cuda(), attention_mask=batch[1].cuda(), use_cache=False).logits.cpu()
+    assert_same(read_in_pieces(model, batch)[0][real], whole[real], dtype)
+    if dtype == torch.float32:
+        assert_same(whole[real], on_cpu[real], dtype)
+
+
+@pytest.mark.parametrize("memory", [name for name in MEMORIES if name != "memory"])
+@dtypes
+@torch.no_grad()
+def test_a_store_in_host_memory_gives_the_same(batch, memory, dtype, tmp_path):
+    """Also once it has come from a file."""
+    model, real = remembering(memory, dtype).cuda(), batch[1].bool()
+    expected, on_gpu = read_in_pieces(model, batch)
+    found, cache = read_in_pieces(model, batch, retrieval_device="cpu")
+    assert_same(found[real], expected[real], dtype)
+    for each, kind in ((on_gpu, "cuda"), (cache, "cpu")):
+        layer = each.layers[0]
+        assert {layer.buffers[name].device.type for name in layer.store_names} == {kind}
+        assert layer.buffers["keys"].device.type == "cuda"
+    cache.save(tmp_path / "cache")
+    loaded = OlmemCache.load(tmp_path / "cache", model.config, "cuda", retrieval_device="cpu")
+    last = [model(batch[0][:, :9].cuda(), past_key_values=each).logits for each in (on_gpu, cache, loaded)]
+    assert loaded.layers[0].buffers["store_keys"].device.type == "cpu"
+    for each in last[1:]:
+        assert_same(each, last[0], dtype)
+
+
+@memories
+@dtypes
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_memory_goes_on_while_generating(batch, memory, dtype, padded):
+    """What is written is what the whole text, read at once, has as likeliest; in float32 also a CPU's tokens."""
+    model = remembering(memory, dtype)
+    mask = batch[1] if padded else torch.ones_like(batch[1])
+    options = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(batch[0], attention_mask=mask, **options) if dtype == torch.float32 else None
+    model.cuda()
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    found = model.generate(batch[0].cuda(), attention_mask=mask.cuda(), **options)
+    assert isinstance(found.past_key_values, OlmemCache)
+    assert expected is None or found.sequences.tolist() == expected.tolist()
+    mask = torch.nn.functional.pad(mask, (0, 40), value=1).cuda()
+    whole = model(found.sequences, attention_mask=mask, use_cache=False).logits[:, -41:-1]
+    assert_same(torch.stack(found.logits, dim=1), whole, dtype)
+
+
+@memories
+@dtypes
+def test_memory_trains_the_same_with_layers_computed_twice(batch, memory, dtype):
+    """In float32 also with the gradients of a CPU."""
+    model = remembering(memory, dtype, memory_bptt_segments=3).train()
+
+    def gradients():
+        model.zero_grad()
+        input_ids, attention_mask = (each.to(model.device) for each in batch)
+        labels = input_ids.where(attention_mask.bool() & attention_mask.bool().roll(1, dims=1), -100)
+        model(input_ids, attention_mask=attention_mask, labels=labels, use_cache=False).loss.backward()
+        return {name: parameter.grad.clone().cpu() for name, parameter in model.named_parameters()}
+
+    expected = [gradients()] if dtype == torch.float32 else []
+    model.cuda()
+    expected.append(gradients())
+    model.gradient_checkpointing_enable()
+    found = gradients()
+    for each in expected:
+        for name, gradient in each.items():
+            assert found[name].isfinite().all()
+            apart = (found[name].float() - gradient.float()).norm()
+            assert apart <= 10 * APART[dtype] * gradient.float().norm() + 1e-6, name

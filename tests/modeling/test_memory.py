@@ -30,8 +30,8 @@ from modeling.helpers import (
     tokens,
     weights_of,
 )
-from modeling.test_streams import BLOCKS, alone, blocks_of, choices, cuts, make, read, write
-from olmem import OlmemCache, OlmemForCausalLM
+from modeling.streams import BLOCKS, alone, blocks_of, choices, close, cuts, make, paddings, read, write
+from olmem import OlmemCache, OlmemForCausalLM, memory_olmem
 from olmem.cache_olmem import STORE_BLOCK
 from torch import nn
 from torch.testing import assert_close
@@ -61,10 +61,6 @@ def memories(draw) -> dict[str, Any]:
     }
 
 
-def close(found: torch.Tensor, logits: torch.Tensor) -> None:
-    assert_close(found.double(), logits.double(), rtol=0, atol=1e-4)
-
-
 # What is computed
 
 
@@ -90,20 +86,7 @@ def test_a_row_is_what_it_is_alone_whatever_it_is_padded_with(changes, block, da
     segments at different steps."""
     model = make(changes)
     pieces = data.draw(cuts(data.draw(st.integers(1, 20))))
-    ids, masks = tokens(2, sum(pieces)), []
-    for length in pieces:
-        column = torch.arange(length)
-        mask = torch.ones(2, length, dtype=torch.bool)
-        for row in range(2):
-            padding = data.draw(st.sampled_from(["none", "left", "right", "holes", "all"]))
-            if padding in ("left", "right"):
-                edge = data.draw(st.integers(0, length))
-                mask[row] = column >= edge if padding == "left" else column < edge
-            if padding == "holes":
-                mask[row] = torch.tensor(data.draw(st.lists(st.booleans(), min_size=length, max_size=length)))
-            if padding == "all":
-                mask[row] = False
-        masks.append(mask)
+    ids, masks = tokens(2, sum(pieces)), data.draw(paddings(2, pieces))
     mask = torch.cat(masks, dim=1)
     in_full = data.draw(st.booleans())  # or of the new columns only
     ends = torch.tensor(pieces).cumsum(0).tolist()
@@ -132,6 +115,21 @@ def test_a_left_padded_row_is_read_as_the_design_says(changes, size):
     found = read(model, pieces, [mask[:, :end] for end in ends])
     for row, (ids, logits) in enumerate(zip(rows, found, strict=True)):
         close(logits[mask[row].bool()], expected(model, ids))
+
+
+@every_memory
+@pytest.mark.parametrize("size", [1, 9])
+def test_padding_in_holes_and_at_the_end_of_a_piece_is_nothing(changes, size):
+    """Where stores are small and full, and each row ends its segments at steps of its own."""
+    model, ids = make(changes), tokens(3, 54, seed=2)
+    mask = torch.rand(3, 54, generator=torch.Generator().manual_seed(2)) < 0.6
+    mask[:, 8::9] = False
+    with blocks_of(4):
+        cache = OlmemCache(model.config)
+        found = read(model, ids.split(size, dim=1), mask.long().split(size, dim=1), cache)
+    assert cache.get_seq_length() == 54
+    for row in range(3):
+        close(found[row][mask[row]], alone(model, ids[row][mask[row]]))
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
@@ -255,6 +253,16 @@ def test_a_gate_mixes_what_is_seen_with_memory_and_without(changes, backend):
         close(alone(model, ids), alone(other, ids))
 
 
+def test_hidden_states_may_be_asked_for_by_the_configuration():
+    model, ids = make(MEMORIES["both"]), tokens(1, 7)
+    with torch.no_grad():
+        asked = model(ids, output_hidden_states=True).hidden_states
+        assert model(ids).hidden_states is None
+        model.config.output_hidden_states = True
+        assert_close(model(ids).hidden_states, asked)
+        assert model(ids, output_hidden_states=False).hidden_states is None
+
+
 @pytest.mark.parametrize("scheme", ["rope", "xpos"])
 def test_keys_that_are_values_are_rotated_at_their_places_by_dynamic_frequencies(scheme):
     """In a cache, where they are rotated as they are read: from the first slot, which is memory's."""
@@ -274,20 +282,19 @@ def test_keys_that_are_values_are_rotated_at_their_places_by_dynamic_frequencies
 def test_no_logit_knows_of_a_token_after_it_or_in_another_row(changes, size):
     """Not by a bit, whether read at once or in pieces; the token itself is heard from there on."""
     model = make(changes)
-    ids = tokens(2, 28)
-    for cached in (True, False):
-
-        def logits(each: torch.Tensor, cached: bool = cached) -> torch.Tensor:
-            return read(model, each.split(size, dim=1)) if cached else model(each, use_cache=False).logits.detach()
-
-        before = logits(ids)
-        for changed in (0, 4, 5, 6, 14, 19, 27):
-            other = ids.clone()
-            other[0, changed] = (other[0, changed] + 1) % 61
-            after = logits(other)
-            assert torch.equal(after[0, :changed], before[0, :changed])
-            assert torch.equal(after[1], before[1])
-            assert (after[0, changed] - before[0, changed]).abs().max() > 1e-3
+    changes_at = (0, 4, 5, 6, 14, 19, 27)
+    ids = tokens(28).repeat(len(changes_at) + 1, 1)
+    other = ids.clone()
+    for row, changed in enumerate(changes_at):
+        other[row, changed] = (other[row, changed] + 1) % 61
+    found = [[read(model, each.split(size, dim=1)) for each in (ids, other)]]
+    if size == 28:
+        found.append([model(each, use_cache=False).logits.detach() for each in (ids, other)])
+    for before, after in found:
+        assert torch.equal(after[-1], before[-1])
+        for row, changed in enumerate(changes_at):
+            assert torch.equal(after[row, :changed], before[row, :changed])
+            assert (after[row, changed] - before[row, changed]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("size", [1, 6, 30])
@@ -360,9 +367,9 @@ def test_every_gradient_is_that_of_the_design(changes, segments):
     """Through as many segments as `memory_bptt_segments` says, whole and in blocks, with a cache, and with each layer
     computed twice."""
     model, ids = make(changes | {"memory_bptt_segments": segments}), tokens(24, seed=5)
-    weights = weights_of(model)
-    expected(model, ids)
-    oracle(model, ids, weights=weights).square().mean().backward()
+    weights, gaps = weights_of(model), []
+    oracle(model, ids, weights=weights, gaps=gaps).square().mean().backward()
+    assert min(gaps, default=1.0) > 2e-5, "take other ids"
     meant = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
     assert all(gradient.abs().max() > 0 for gradient in meant.values())
     assert set(meant) == set(weights)
@@ -567,6 +574,27 @@ def test_nothing_of_before_comes_through_a_reset():
             assert read(model, tokens(2, 19).split([8, 1, 10], dim=1), cache=cache).isfinite().all()
 
 
+def test_a_call_that_is_broken_off_between_segments_leaves_no_cache_to_go_on_from():
+    model = make(MEMORIES["memory"])
+    cache, calls_left = OlmemCache(model.config), [0]
+
+    def fail(*_) -> None:
+        calls_left[0] -= 1
+        if not calls_left[0]:
+            raise KeyboardInterrupt
+
+    hook = model.model.layers[0].register_forward_pre_hook(fail)
+    for calls in (2, 3, 4, 5):  # the first segment; the second one's memory, as it is written and read; that segment
+        calls_left[0] = calls
+        with pytest.raises(KeyboardInterrupt):
+            read(model, [tokens(1, 12)], cache=cache)
+        with pytest.raises(ValueError, match="half written"):
+            read(model, [tokens(1, 12)], cache=cache)
+        cache.reset()
+    hook.remove()
+    close(read(model, [tokens(1, 12)], cache=cache)[0], alone(model, tokens(12)))
+
+
 @every_memory
 @pytest.mark.parametrize("rows", [[1], torch.tensor([0, 2]), None, []], ids=["list", "tensor", "all", "none"])
 @pytest.mark.parametrize("of", ["causal model", "base model"])
@@ -581,6 +609,31 @@ def test_reset_memory_lets_rows_begin_anew(changes, rows, of):
     for row, (other, logits) in enumerate(zip(others, found, strict=True)):
         text = other if row in forgotten else torch.cat((before[row], other))
         close(logits, alone(model, text)[-14:])
+
+
+def test_reset_memory_is_of_an_olmem_cache_that_may_be_new():
+    model: Any = make(MEMORIES["both"])
+    with pytest.raises(ValueError, match="`cache`"):
+        model.reset_memory(DynamicCache(config=model.config))
+    cache = OlmemCache(model.config)
+    model.reset_memory(cache, [0])
+    close(read(model, [tokens(1, 9)], cache=cache)[0], alone(model, tokens(9)))
+
+
+def test_no_token_is_taken_back_where_a_row_began_anew():
+    """Nor without memory: columns are no longer those of one text."""
+    model: Any = make({"layer_types": FULL})
+    cache = OlmemCache(model.config)
+    read(model, [tokens(2, 5)], cache=cache)
+    model.reset_memory(cache, [1])
+    with pytest.raises(ValueError, match="`crop`"):
+        cache.crop(-1)
+
+
+@every_memory
+def test_a_step_is_not_compiled(changes):
+    """Where memory begins, and what a store holds, is for the host to know."""
+    assert not OlmemCache(make(changes).config, 20).is_compileable
 
 
 @pytest.mark.parametrize("changes", BOUNDED.values(), ids=BOUNDED)
@@ -673,3 +726,173 @@ def test_attention_weights_are_refused_with_memory_tokens(backend):
     model = make(STREAMS["window"] | MEMORY | {"attn_implementation": backend})
     with pytest.raises(ValueError, match="`num_memory_tokens`"):
         model(tokens(1, 3), output_attentions=True)
+    model.config._attn_implementation = "eager"
+    model.config.output_attentions = True
+    with pytest.raises(ValueError, match="`num_memory_tokens`"):
+        model(tokens(1, 3))
+    assert model(tokens(1, 3), output_attentions=False).attentions is None
+
+
+def test_reentrant_checkpointing_is_refused_with_memory_tokens():
+    """It would leave out what a layer is told beside its input: gradients would be wrong, and nobody the wiser."""
+    model = make(MEMORIES["memory"]).train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="`use_reentrant`"):
+        model(tokens(1, 7))
+    with torch.no_grad():
+        close(model.eval()(tokens(1, 7)).logits[0], expected(model, tokens(7)))
+
+
+def test_the_first_memory_begins_as_embeddings_do():
+    model = make(MEMORIES["memory"] | {"num_memory_tokens": 60, "initializer_range": 0.3})
+    memory = OlmemForCausalLM(model.config).model.memory_embeddings
+    assert memory.shape == (60, 24)
+    assert abs(float(memory.mean())) < 0.03 and 0.27 < float(memory.std()) < 0.33
+
+
+# What a review found
+
+
+@torch.no_grad()
+def test_generation_goes_on_after_a_reset():
+    """All rows: as in a cache that has read nothing. Some rows: ids can only be new ones."""
+    model, ids = make(MEMORIES["both mixed"]), tokens(2, 20)
+    fresh = write(model, ids, past_key_values=OlmemCache(model.config), max_new_tokens=5).sequences
+    cache = OlmemCache(model.config)
+    write(model, ids[:, :4], past_key_values=cache, max_new_tokens=3)
+    model.reset_memory(cache)
+    assert torch.equal(write(model, ids, past_key_values=cache, max_new_tokens=5).sequences, fresh)
+    model.reset_memory(cache, [1])
+    with pytest.raises(ValueError, match="`input_ids` must be new ones"):
+        write(model, tokens(2, 40), past_key_values=cache, max_new_tokens=2)
+    read(model, [ids[:, :-1]], cache=cache)
+    written = write(model, ids[:, -1:], past_key_values=cache, max_new_tokens=5).sequences
+    assert torch.equal(written[1, 1:], fresh[1, 20:])
+
+
+@pytest.mark.parametrize("rows", [None, [0, 1], [0]], ids=str)
+def test_a_reset_gives_room_back(rows):
+    model = make(MEMORIES["both mixed"])
+    cache, sizes = OlmemCache(model.config, max_length=24), []
+    for _ in range(4):
+        read(model, [tokens(2, 8)], cache=cache)
+        model.reset_memory(cache, rows)
+        model.reset_memory(cache, [1])
+        sizes.append(cache.nbytes)
+    assert sizes[0] == sizes[-1]
+
+
+def test_rows_that_are_not_there_are_refused_before_anything_is_forgotten():
+    model, ids = make(MEMORIES["both"]), tokens(2, 9)
+    cache = OlmemCache(model.config)
+    read(model, [ids[:, :8]], cache=cache)
+    with pytest.raises(ValueError, match="`rows` must be of the 2 of the batch"):
+        model.reset_memory(cache, [0, 5])
+    model.reset_memory(cache, [])
+    assert not cache.began_anew
+    for row, logits in enumerate(read(model, [ids[:, 8:]], cache=cache)):
+        close(logits[0], expected(model, ids[row])[8])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("changes", [*MEMORIES.values(), *STREAMS.values()], ids=[*MEMORIES, *STREAMS])
+@torch.no_grad()
+def test_models_of_half_precision_read_whole_and_in_pieces(changes, dtype, tmp_path):
+    make(changes).save_pretrained(tmp_path)
+    exact = OlmemForCausalLM.from_pretrained(tmp_path).eval()
+    model = OlmemForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+    ids = tokens(1, 12)
+    near = exact(ids, use_cache=False).logits
+    for found in (model(ids, use_cache=False).logits, read(model, ids.split([7, 1, 4], dim=1))):
+        assert found.dtype == dtype
+        assert (found.float() - near).norm() < 0.25 * near.norm()
+
+
+def test_a_half_written_cache_is_not_saved(tmp_path):
+    model, cache = make(MEMORIES["both"]), OlmemCache(make(MEMORIES["both"]).config)
+    handle = model.model.layers[-1].mlp.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        read(model, [tokens(1, 8)], cache=cache)
+    handle.remove()
+    cache.fresh = False
+    for forbidden in (lambda: cache.save(tmp_path / "cache"), lambda: model.reset_memory(cache)):
+        with pytest.raises(ValueError, match="half written"):
+            forbidden()
+    cache.reset()
+    with pytest.raises(ValueError, match="has read something"):
+        cache.save(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["memory", "retrieval", "both mixed"])
+@torch.no_grad()
+def test_packed_documents_beside_a_mask(name):
+    """A mask without padding says nothing; beside padding, positions that start anew are refused."""
+    model, ids = make(MEMORIES[name]), tokens(1, 30)
+    positions = torch.cat([torch.arange(10), torch.arange(20)])[None]
+    mask = torch.ones_like(ids)
+    apart = model(ids, position_ids=positions, use_cache=False).logits
+    assert_close(model(ids, position_ids=positions, attention_mask=mask, use_cache=False).logits, apart)
+    close(apart[0, :10], alone(model, ids[0, :10]))
+    mask[:, -1] = 0
+    with pytest.raises(ValueError, match="`position_ids` must count a row's tokens one by one"):
+        model(ids, position_ids=positions, attention_mask=mask, use_cache=False)
+    left = (mask.flip(-1).cumsum(-1) - 1).clamp(min=0)  # as `generate` has them
+    found = model(ids, position_ids=left, attention_mask=mask.flip(-1), use_cache=False).logits
+    close(found[0, 1:], alone(model, ids[0, 1:]))
+
+
+@torch.no_grad()
+def test_many_short_documents_cost_no_more_than_their_tokens():
+    model, seen = make(MEMORIES["memory"]), []
+    model.model.layers[0].register_forward_hook(lambda _, inputs, output: seen.append(output.shape[:2].numel()))
+    sizes = [64, *[2] * 40]
+    positions = torch.cat([torch.arange(size) for size in sizes])[None]
+    model(tokens(1, sum(sizes)), position_ids=positions, use_cache=False)
+    assert sum(seen) < 4 * sum(sizes)
+
+
+def test_attentions_are_refused_where_gradients_go_through_a_store():
+    model = make(MEMORIES["retrieval"] | {"attn_implementation": "eager"})
+    with pytest.raises(ValueError, match="`retrieval_layers` must be empty"):
+        model(tokens(1, 9), output_attentions=True)
+    with torch.no_grad():
+        assert len(model(tokens(1, 9), output_attentions=True).attentions) == model.config.num_hidden_layers
+
+
+def test_second_derivatives_are_refused_and_anomalies_found_nowhere():
+    model, ids = make(MEMORIES["both"]), tokens(1, 30)
+    with torch.autograd.set_detect_anomaly(True):
+        model(ids, use_cache=False).logits.square().sum().backward()
+    model = make(MEMORIES["retrieval"])
+    embeddings = model.model.embed_tokens(ids).detach().requires_grad_()
+    loss = model(inputs_embeds=embeddings, use_cache=False).logits.square().sum()
+    (gradient,) = torch.autograd.grad(loss, embeddings, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.square().sum().backward()
+
+
+def test_what_goes_back_holds_as_much_as_may_be_looked_up(monkeypatch):
+    model = make(MEMORIES["both"] | {"retrieval_capacity": 6})
+    kept, original = [], memory_olmem.Trail.recall
+
+    def recall(*arguments):
+        found = original(*arguments)
+        kept.append(found[0].shape[2])
+        return found
+
+    monkeypatch.setattr(memory_olmem.Trail, "recall", recall)
+    model(tokens(1, 200), use_cache=False)
+    assert max(kept) <= 6 + 2 * span(model) + model.config.memory_segment_length
+
+
+def test_a_short_text_takes_little_room(monkeypatch):
+    model = make(MEMORIES["memory"] | {"sliding_window": 4096, "memory_segment_length": 4096})
+    made = []
+
+    def make_cache(*arguments, **options):
+        made.append(OlmemCache(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(memory_olmem, "OlmemCache", make_cache)
+    alone(model, tokens(5))
+    assert made[0].nbytes < 100_000

@@ -20,7 +20,7 @@ from modeling.helpers import (
     tiny,
     tokens,
 )
-from modeling.test_streams import alone, blocks_of, choices, make, read
+from modeling.streams import alone, blocks_of, choices, close, make, read
 from olmem import OlmemCache, OlmemForCausalLM
 from torch.testing import assert_close
 
@@ -127,7 +127,7 @@ def test_a_store_in_host_memory_gives_the_same(changes, top_k, more, data):
         read(model, pieces, cache=OlmemCache(model.config, **placed)),
         alone(on_host, ids)[None],
     ):
-        assert_close(found[0].double(), meant, rtol=0, atol=1e-4)
+        close(found[0], meant)
 
 
 @every_window
@@ -140,7 +140,7 @@ def test_a_store_is_a_ring_of_the_last_that_left(changes, capacity):
     for size in (1, 3, 2 * capacity + 1, len(ids)):
         with blocks_of(2):
             found = read(model, ids[None].split(size, dim=1))[0]
-        assert_close(found.double(), meant, rtol=0, atol=1e-4)
+        close(found, meant)
 
 
 def test_a_token_is_known_at_64_windows_distance():

@@ -38,14 +38,15 @@ class Key:
 
     A native tensor becomes the target of the same values; or, with `order`, of the same rows in that order; or, with
     `rows`, several targets stacked along its first dimension in that order. Without a native name, the target is filled
-    with a constant that the native model leaves out. Without a target, the native tensor is dropped: it must repeat
-    another one, `same_as`, or its `numbers` are in the config.
+    with a constant that the native model leaves out, or with draws that `spread` around it. Without a target, the
+    native tensor is dropped: it must repeat another one, `same_as`, or its `numbers` are in the config.
     """
 
     native: str | None
     targets: tuple[str, ...]
     rows: tuple[int, ...] = ()
     fill: float = 1.0
+    spread: float = 0.0
     same_as: str | None = None
     order: PairsToHalves | None = None
     numbers: tuple[float, ...] = ()
@@ -91,7 +92,7 @@ def to_olmem(
         if key.native is None:
             for target in key.targets:
                 if target in shapes:
-                    made[target] = filled(shapes[target], dtype, key.fill)
+                    made[target] = filled(shapes[target], dtype, key.fill, key.spread)
             continue
         tensor = native[key.native]
         if not tensor.dtype.is_floating_point:
@@ -140,8 +141,15 @@ def to_native(keys: Iterable[Key], olmem: Mapping[str, torch.Tensor]) -> dict[st
     return native
 
 
-def filled(shape: tuple[int, ...], dtype: torch.dtype, value: float) -> LazyTensor:
-    return LazyTensor(shape, dtype, lambda: torch.full(shape, value, dtype=dtype))
+def filled(shape: tuple[int, ...], dtype: torch.dtype, value: float, spread: float) -> LazyTensor:
+    """The same numbers, or the same draws, whenever it is loaded."""
+
+    def load() -> torch.Tensor:
+        if not spread:
+            return torch.full(shape, value, dtype=dtype)
+        return torch.empty(shape).normal_(value, spread, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    return LazyTensor(shape, dtype, load)
 
 
 def complain(verb: str, names: set[str] | set[str | None]) -> None:

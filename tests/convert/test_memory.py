@@ -192,7 +192,7 @@ def test_memory_of_a_folder_that_loads_by_name(remembering):
     model = AutoModelForCausalLM.from_pretrained(remembering)
     assert model.config.has_memory and {name: getattr(model.config, name) for name in BOTH} == BOTH
     state = model.state_dict()
-    assert not state[EMBEDDINGS].any() and torch.equal(state[GATE], torch.full_like(state[GATE], -3.3))
+    assert state[EMBEDDINGS].any() and torch.equal(state[GATE], torch.full_like(state[GATE], -3.3))
 
 
 # What is measured

@@ -221,7 +221,7 @@ class OlmemCacheLayer(CacheLayerMixin):
             memory = self.context.num_memory
             sinks = stored[0][:, :, memory:], stored[-1][:, :, memory:]
             new = gather_sinks(key_states, value_states, sight, sinks)
-            before = [place[:, :, :memory].clone() for place in stored]
+            before = [place[:, :, :memory] for place in stored]
             for place, states in zip(sinks, new, strict=False):
                 place.copy_(states.detach())
             return torch.cat((before[0], new[0]), dim=2), torch.cat((before[-1], new[1]), dim=2)

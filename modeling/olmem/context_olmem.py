@@ -234,7 +234,7 @@ class Sight:
 
     @classmethod
     def after(cls, earlier: Self, numbers: torch.Tensor, padded: bool, **of_cache) -> Self:
-        """Of the next tokens of a call, where the keys of those before are at hand, in their order."""
+        """Of the next tokens of a call, which begin in the first column, where the keys of those before are at hand."""
         past = earlier.key_numbers[:, earlier.first_kept :]
         return cls(
             earlier.context,

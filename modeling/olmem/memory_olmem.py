@@ -37,7 +37,7 @@ class Trail:
         self.batch_size = batch_size
         self.layer = layer
         self.before = before
-        self.writing = writing  # the piece as the cache sees it
+        self.counted = writing  # the piece as the cache sees it
         self.one_tensor = layer is not None and layer.one_tensor
         self.window: Pair | None = None  # (B, K, S, D), those that the piece's sight numbers
         self.candidates: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # (B, K, S, D), numbers (B, S)
@@ -50,6 +50,12 @@ class Trail:
             self.memory = stored[0][:, :, :count], stored[-1][:, :, :count]
             self.sinks = stored[0][:, :, count:], stored[-1][:, :, count:]
         self.old_memory, self.old_sinks = self.memory, self.sinks
+
+    def writing(self, device: torch.device) -> Sight | None:
+        """The piece as the cache sees it, where a layer is."""
+        if self.counted is not None and self.counted.numbers.device != device:
+            self.counted = self.counted.to(device)
+        return self.counted
 
     def keep_memory(self, keys: torch.Tensor, values: torch.Tensor, sight: Sight) -> None:
         """As a cache's layer."""
@@ -66,7 +72,7 @@ class Trail:
         past = self.window if sight.memory else self.before and self.before.window
         found = keys, values
         if self.layer is not None and sight.memory is None:
-            found = self.layer.update(keys, values, self.writing)
+            found = self.layer.update(keys, values, self.writing(keys.device))
         if past is not None:
             count = sight.key_numbers.shape[1] - sight.numbers.shape[1]
             rows = slice(None) if sight.chosen is None else sight.chosen
@@ -80,8 +86,9 @@ class Trail:
         """As a cache's layer: keys, not rotated, and values (B, K, M + Z, D) of memory and sinks."""
         if sight.memory is None and sight.context.num_sinks:
             self.sinks = gather_sinks(keys, values, sight, self.old_sinks)
-        if sight.memory is None and self.layer is not None and self.writing is not None:
-            self.layer.update_prefix(keys, values, self.writing)
+        writing = self.writing(keys.device)
+        if sight.memory is None and self.layer is not None and writing is not None:
+            self.layer.update_prefix(keys, values, writing)
         parts = []
         for pair in (self.memory, self.sinks):
             if pair is not None and pair[0].shape[2]:
@@ -98,12 +105,13 @@ class Trail:
         before have read, or the cache had, and the new ones."""
         numbers = sight.numbers.expand(len(keys), -1)
         past = self.before and self.before.candidates
-        if self.before is None and self.layer is not None and self.writing is not None:
-            past = stored_candidates(self.layer, self.writing, keys.device)
-        if self.layer is not None and self.writing is not None:
+        writing = self.writing(keys.device)
+        if self.before is None and self.layer is not None and writing is not None:
+            past = stored_candidates(self.layer, writing, keys.device)
+        if self.layer is not None and writing is not None:
             for start in range(0, keys.shape[2], STORE_BLOCK):
                 part = slice(start, min(start + STORE_BLOCK, keys.shape[2]))
-                self.layer.store(keys, values, self.writing, part)
+                self.layer.store(keys, values, writing, part)
         self.candidates = keys, values, numbers
         if past is not None:
             first = first_candidate(past[2], numbers, sight.context, capacity)  # of those before, for these or later

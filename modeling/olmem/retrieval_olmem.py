@@ -22,9 +22,9 @@ from .context_olmem import Context, Sight
 SCORES = 2**22  # of one part of the candidates, at most
 
 
-def retrieve(module: Any, query, key, value, seen: torch.Tensor, sight: Sight, past: Any) -> torch.Tensor:
-    """What a layer's heads make of the window, `seen` (B, T, H, D), mixed with what they look up. query (B, H, T, D),
-    key and value (B, K, T, D) of the new tokens, not rotated; `past` takes them in."""
+def retrieve(module: Any, query, key, value, of_window: torch.Tensor, sight: Sight, past: Any) -> torch.Tensor:
+    """What a layer's heads make of their windows (B, T, H, D), mixed with what they look up. query (B, H, T, D), key
+    and value (B, K, T, D) of the new tokens, not rotated; `past` takes them in."""
     if isinstance(past, OlmemCacheLayer):
         found, any_found = look_up_in_store(module, query, key, value, sight, past)
     else:
@@ -32,12 +32,14 @@ def retrieve(module: Any, query, key, value, seen: torch.Tensor, sight: Sight, p
         if past is not None:
             key, value, numbers = past.recall(key, value, sight, module.config.retrieval_capacity)
         found, any_found = look_up_in(module, query, key, value, sight, numbers)
-    gate = module.retrieval_gate.sigmoid()[:, None].to(seen.dtype)
-    mixed = gate * found.to(seen).transpose(1, 2) + (1 - gate) * seen
-    return torch.where(any_found.to(seen.device)[:, :, None, None], mixed, seen)
+    gate = module.retrieval_gate.sigmoid()[:, None].to(of_window.dtype)
+    mixed = gate * found.to(of_window).transpose(1, 2) + (1 - gate) * of_window
+    return torch.where(any_found.to(of_window.device)[:, :, None, None], mixed, of_window)
 
 
-def look_up_in_store(module, query, key, value, sight: Sight, past: OlmemCacheLayer):
+def look_up_in_store(
+    module: Any, query, key, value, sight: Sight, past: OlmemCacheLayer
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Through a cache's store, which the new tokens enter a block at a time. Returns (B, H, T, D), and (R, T) whether
     there was anything to look up."""
     config, length = module.config, query.shape[2]
@@ -54,7 +56,9 @@ def look_up_in_store(module, query, key, value, sight: Sight, past: OlmemCacheLa
     return torch.cat(outputs, dim=2), torch.cat(any_found, dim=1)
 
 
-def look_up_in(module, query, key, value, sight: Sight, numbers: torch.Tensor):
+def look_up_in(
+    module: Any, query, key, value, sight: Sight, numbers: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Through keys and values (B, K, S, D) of these numbers (R, S), gradients and all. Returns (B, H, T, D), and
     (R, T) whether there was anything to look up."""
     config, length = module.config, query.shape[2]
@@ -104,7 +108,9 @@ def search(
     return index, best > -torch.inf
 
 
-def candidate_columns(numbers: torch.Tensor, looks_from: torch.Tensor, context: Context, capacity: int):
+def candidate_columns(
+    numbers: torch.Tensor, looks_from: torch.Tensor, context: Context, capacity: int
+) -> tuple[int, int]:
     """The first and the last column, plus one, of candidates, or more than that where asking costs more."""
     columns = numbers.shape[1]
     if not context.lets_go(columns):

@@ -248,3 +248,35 @@ def test_memory_trains_the_same_with_layers_computed_twice(batch, memory, dtype)
             assert found[name].isfinite().all()
             apart = (found[name].float() - gradient.float()).norm()
             assert apart <= 10 * APART[dtype] * gradient.float().norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("shared", ["none", "key_value"])
+def test_memory_of_a_model_on_two_devices(batch, shared, tmp_path):
+    """Layers that a device map splits between a CPU and a GPU, with a cache and with gradients."""
+    input_ids, attention_mask = batch
+    model = make_model(
+        num_memory_tokens=3,
+        memory_segment_length=11,
+        retrieval_layers=[0, 2],
+        retrieval_top_k=3,
+        retrieval_capacity=20,
+        num_sink_tokens=2,
+        shared_projections=shared,
+    )
+    model.save_pretrained(tmp_path)
+    names = {"model.embed_tokens": "cpu", "model.memory_embeddings": "cpu", "model.norm": 0, "lm_head": 0}
+    names |= {"model.rotary_emb": "cpu"} | {f"model.layers.{index}": "cpu" if index < 2 else 0 for index in range(4)}
+    split = OlmemForCausalLM.from_pretrained(tmp_path, device_map=names).eval()
+    expected = model(input_ids, attention_mask=attention_mask, use_cache=False).logits
+    real = attention_mask.bool()
+    cache = OlmemCache(split.config)
+    with torch.no_grad():
+        pieces = zip(input_ids.split([30, 1, 36], dim=1), attention_mask.split([30, 1, 36], dim=1), strict=True)
+        found = [split(ids, attention_mask=mask, past_key_values=cache).logits.cpu() for ids, mask in pieces]
+    torch.testing.assert_close(torch.cat(found, dim=1)[real], expected[real], rtol=1e-3, atol=1e-3)
+    for options in ({"use_cache": False}, {"past_key_values": OlmemCache(split.config)}):
+        logits = split(input_ids, attention_mask=attention_mask, **options).logits.cpu()
+        torch.testing.assert_close(logits[real], expected[real], rtol=1e-3, atol=1e-3)
+        logits[real].square().mean().backward()
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in split.parameters())
+    split.reset_memory(cache, torch.tensor([0]))

@@ -266,7 +266,7 @@ class SegmentReader:
     def begin_segments(self, piece: Piece, keep: torch.Tensor | None, trails: list[Trail], **kwargs) -> None:
         """Where a piece begins a segment: its memory is written, unless it is a stream's first, and read. Gradients go
         back to what rows have written where `keep` (B or 1,) says so."""
-        first, initial = piece.numbers[:, 0], self.model.memory_embeddings[None]
+        first, initial = piece.numbers[:, 0], self.model.memory_embeddings[None].to(self.device)
         if self.cache is None and piece.begins is not None:  # known without asking the device
             rows, writers = None, None if self.memory is None else slice(None)
         else:
@@ -285,7 +285,7 @@ class SegmentReader:
         elif rows is not None and len(rows) == len(writers):
             memory = self.write(writers, first, keep, **kwargs)
         else:
-            memory = initial.to(self.device).expand(self.batch_size, -1, -1)
+            memory = initial.expand(self.batch_size, -1, -1)
             memory = memory.index_copy(0, writers, self.write(writers, first, keep, **kwargs))
             memory = memory if rows is None else memory[rows]
         if self.cache is not None:  # which has a place for each row

@@ -497,10 +497,11 @@ class OlmemModel(OlmemPreTrainedModel):
                     f"`attention_mask` must cover the input's {batch} rows of {length} tokens, and may cover those "
                     f"before (got {tuple(attention_mask.shape)}); give a column for each token."
                 )
-            mask = attention_mask[:, -length:] != 0
+            mask = attention_mask[:, -length:].to(device) != 0
             if (length > 1 or device.type == "cpu") and not is_tracing(mask) and bool(mask.all()):
                 mask = None
         numbers = column[None] if mask is None else mask.cumsum(-1) - 1
+        position_ids = None if position_ids is None else position_ids.to(device)
         documents = None
         if past_key_values is None:
             whole = attention_mask is None or (mask is None and self.config.has_memory)

@@ -278,5 +278,6 @@ def test_memory_of_a_model_on_two_devices(batch, shared, tmp_path):
         logits = split(input_ids, attention_mask=attention_mask, **options).logits.cpu()
         torch.testing.assert_close(logits[real], expected[real], rtol=1e-3, atol=1e-3)
         logits[real].square().mean().backward()
-    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in split.parameters())
+    on_gpu = [weight for weight in split.parameters() if weight.device.type == "cuda"]  # accelerate offloads others
+    assert on_gpu and all(weight.grad is not None and weight.grad.isfinite().all() for weight in on_gpu)
     split.reset_memory(cache, torch.tensor([0]))

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,3 +145,38 @@ def test_positions_share_batches_and_differ(load, monkeypatch, capsys, tmp_path)
     assert all(rows.equal(batches["rope", 0]) for rows in batches.values())
     assert len({row["validation"] for row in found["trainings"]}) == len(found["trainings"])
     assert set(found["table"]["rope"]) == {f"{factor}× {part}" for factor in (1, 2, 4) for part in ("all", "last")}
+
+
+@pytest.mark.parametrize("distance", [0, 1, 5])
+def test_recall_asks_for_what_it_has_told(load, distance):
+    recall = load("recall")
+    ids, asked = recall.make_rows(20, distance, torch.Generator().manual_seed(3))
+    assert ids.shape == (20, (distance + 1) * recall.WINDOW)
+    told = ids[:, : 2 * recall.PAIRS].unflatten(1, (-1, 2))
+    for row, columns in enumerate(asked.tolist()):
+        pairs = dict(told[row].tolist())
+        assert len(pairs) == recall.PAIRS == len({int(ids[row, column - 1]) for column in columns})
+        assert all(pairs[int(ids[row, column - 1])] == int(ids[row, column]) for column in columns)
+        between = ids[row, 2 * recall.PAIRS : -2 * recall.PAIRS]
+        assert (between >= recall.KEYS + recall.VALUES).all()
+    values = ids.gather(1, asked)
+    assert (values >= recall.KEYS).all() and (values < recall.KEYS + recall.VALUES).all()
+    assert len(values.unique()) > recall.VALUES // 2
+
+
+def test_recall_counts_right_answers(load):
+    """A model that knows the row says every value; one that says the next value instead, none."""
+    recall = load("recall")
+    ids, asked = recall.make_rows(6, 2, torch.Generator().manual_seed(3))
+
+    def knows(shift: int):
+        def model(rows, use_cache, logits_to_keep):
+            following = torch.cat((rows[:, 1:], rows[:, :1]), dim=1)[:, -logits_to_keep:]
+            size = recall.KEYS + recall.VALUES + recall.FILLER
+            return SimpleNamespace(logits=20.0 * torch.nn.functional.one_hot((following + shift) % size, size))
+
+        return model
+
+    for shift, share in ((0, 1.0), (1, 0.0)):
+        loss, right = recall.answers(knows(shift), ids, asked)
+        assert right.float().mean() == share and (loss < 0.01) == (shift == 0)

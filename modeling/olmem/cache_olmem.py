@@ -431,6 +431,29 @@ class OlmemCache(Cache):
             )
         return before
 
+    def look(
+        self,
+        contexts: dict[str, Context],
+        numbers: torch.Tensor,
+        padded: bool,
+        before: int | None,
+        differentiable: bool,
+    ) -> dict[str, Sight]:
+        """What the layers of each type see of new tokens (B, T), `before` as `room_for` has it. Where gradients are
+        wanted, no key is read where the cache has it."""
+        return {
+            layer_type: Sight.with_cache(
+                context,
+                numbers,
+                padded,
+                self.seen,
+                before,
+                limit=self.limit(context),
+                in_place=not differentiable and (numbers.shape[1] == 1 or context.span is None),
+            )
+            for layer_type, context in contexts.items()
+        }
+
     def open(self, layer_idx: int, dtype: torch.dtype) -> OlmemCacheLayer:
         """A layer to be written. From the first of them to `advance` the cache is half written; a refusal before that
         leaves it as it was."""
@@ -543,10 +566,9 @@ class OlmemCache(Cache):
         if not removed:
             return
         if self.config.has_memory:
-            name = "num_memory_tokens" if self.config.num_memory_tokens else "retrieval_layers"
             raise ValueError(
-                f"`crop` cannot take back what memory has taken in: `{name}` is {getattr(self.config, name)} (got "
-                f"{removed} columns to go); go on from a copy made before."
+                f"`crop` cannot take back what memory has taken in (got {removed} columns to go): "
+                f"{self.config.memory_rule}; go on from a copy made before."
             )
         for index, layer in enumerate(self.layers):
             if layer.context.span is not None and columns > layer.context.span:

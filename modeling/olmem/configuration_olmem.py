@@ -406,6 +406,13 @@ class OlmemConfig(PreTrainedConfig):
         return self.num_memory_tokens > 0 or bool(self.retrieval_layers)
 
     @property
+    def memory_rule(self) -> str:
+        """What an error says of memory where there can be none."""
+        if self.num_memory_tokens:
+            return f"`num_memory_tokens` must be 0 (got {self.num_memory_tokens})"
+        return f"`retrieval_layers` must be empty (got {self.retrieval_layers})"
+
+    @property
     def logit_scale(self) -> float:
         """`logits_scaling` as a factor, the name by which serving engines look for it."""
         return 1.0 / self.logits_scaling

@@ -34,11 +34,9 @@ class OlmemGenerationMixin(GenerationMixin):
                 model_kwargs["past_key_values"] = self.model.make_cache()
                 return None
             if self.config.has_memory:
-                of_tokens = self.config.num_memory_tokens
-                name, none = ("num_memory_tokens", "0") if of_tokens else ("retrieval_layers", "empty")
                 raise ValueError(
-                    f"`{name}` must be {none} (got {getattr(self.config, name)!r}) to assist or be assisted, which "
-                    "takes tokens back; use no assistant and no `prompt_lookup_num_tokens`."
+                    f"{self.config.memory_rule} to assist or be assisted, which takes tokens back; use no assistant "
+                    "and no `prompt_lookup_num_tokens`."
                 )
             by_slot = set(BY_SLOT) & set(self.config.layer_position_embeddings)
             if by_slot:

@@ -218,18 +218,7 @@ class SegmentReader:
         numbers, padded, cache, cached = piece.numbers, piece.padded, self.cache, {}
         contexts = self.model.contexts
         if cache is not None:
-            cached = {
-                layer_type: Sight.with_cache(
-                    context,
-                    numbers,
-                    padded,
-                    cache.seen,
-                    self.before,
-                    limit=cache.limit(context),
-                    in_place=not self.differentiable and (numbers.shape[1] == 1 or context.span is None),
-                )
-                for layer_type, context in contexts.items()
-            }
+            cached = cache.look(contexts, numbers, padded, self.before, self.differentiable)
         if not self.differentiable:
             return cached, [], cached
         sights = cached
@@ -248,14 +237,7 @@ class SegmentReader:
         self, states: torch.Tensor, sights: dict[str, Sight], trails: list[Trail], all_stages: bool = False, **kwargs
     ) -> list[torch.Tensor]:
         """All layers, one after another."""
-        one_tensor = self.config.caches_one_tensor and self.cache is not None
-        arguments = {
-            layer_type: {
-                "sight": sight,
-                "position_embeddings": self.model.rotations(states, layer_type, sight, None, one_tensor),
-            }
-            for layer_type, sight in sights.items()
-        }
+        arguments = self.model.tell(states, sights, self.cache)
         stages = [states]
         for index, (layer, layer_type) in enumerate(zip(self.model.layers, self.config.layer_types, strict=True)):
             trail = trails[index] if trails else None

@@ -392,15 +392,10 @@ class OlmemModel(OlmemPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Segments one after another, each with the memory that the one before has written."""
         if kwargs.get("output_attentions", self.config.output_attentions):
-            if self.config.num_memory_tokens:
-                raise ValueError(
-                    f"`num_memory_tokens` must be 0 (got {self.config.num_memory_tokens}) to return attentions, whose "
-                    "columns are tokens; leave `output_attentions` out."
-                )
-            raise ValueError(
-                f"`retrieval_layers` must be empty (got {self.config.retrieval_layers}) to return attentions with a "
-                "cache and gradients; read under `torch.no_grad()`, or pass use_cache=False."
-            )
+            remedy = ", whose columns are tokens; leave `output_attentions` out."
+            if not self.config.num_memory_tokens:
+                remedy = " with a cache and gradients; read under `torch.no_grad()`, or pass use_cache=False."
+            raise ValueError(f"{self.config.memory_rule} to return attentions{remedy}")
         for layer in self.layers if self.gradient_checkpointing and self.training else ():
             if getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False):
                 raise ValueError(
@@ -464,9 +459,8 @@ class OlmemModel(OlmemPreTrainedModel):
         types = set(self.config.layer_types)
         if self.config.num_sink_tokens and types != {"full_attention"}:
             raise ValueError(f"`num_sink_tokens` must be 0 (got {self.config.num_sink_tokens}) with {reason}.")
-        for name, none in (("num_memory_tokens", "0"), ("retrieval_layers", "empty")):
-            if value := getattr(self.config, name):
-                raise ValueError(f"`{name}` must be {none} (got {value!r}: memory is an OlmemCache's) with {reason}.")
+        if self.config.has_memory:
+            raise ValueError(f"{self.config.memory_rule}, as memory is an OlmemCache's, with {reason}.")
         by_slot = set(BY_SLOT) & set(self.config.layer_position_embeddings)
         if by_slot:
             raise ValueError(
@@ -547,21 +541,14 @@ class OlmemModel(OlmemPreTrainedModel):
             }
         else:
             position_ids = None  # the cache has counted
-            length, differentiable = hidden_states.shape[1], torch.is_grad_enabled()  # of any layer's weights
-            before = past_key_values.room_for(length, differentiable)
-            sights = {
-                layer_type: Sight.with_cache(
-                    context,
-                    numbers,
-                    padded,
-                    past_key_values.seen,
-                    before,
-                    limit=past_key_values.limit(context),
-                    in_place=not differentiable and (length == 1 or context.span is None),
-                )
-                for layer_type, context in self.contexts.items()
-            }
-        one_tensor = self.config.caches_one_tensor and past_key_values is not None
+            differentiable = torch.is_grad_enabled()  # of any layer's weights, whatever the input
+            before = past_key_values.room_for(hidden_states.shape[1], differentiable)
+            sights = past_key_values.look(self.contexts, numbers, padded, before, differentiable)
+        return self.tell(hidden_states, sights, past_key_values, position_ids)
+
+    def tell(self, hidden_states, sights: dict[str, Sight], cache: Cache | None, position_ids=None) -> dict[str, dict]:
+        """The same, of what the layers of each type see."""
+        one_tensor = self.config.caches_one_tensor and cache is not None
         return {
             layer_type: {
                 "sight": sight,

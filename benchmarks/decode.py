@@ -205,6 +205,17 @@ def quiet(threads: int | None) -> None:
     transformers.logging.disable_progress_bar()
 
 
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What memory.py takes too."""
+    parser.add_argument("--threads", type=int, help="fewer than there are cores, where others compute too")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--intermediate", type=int, default=2752)
+    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--json", action="store_true")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").replace("%", "%%"), formatter_class=argparse.RawDescriptionHelpFormatter
@@ -220,13 +231,7 @@ def main() -> None:
     parser.add_argument("--prefill-window", type=int, default=512, help="%(default)s")
     parser.add_argument("--lengths", type=numbers, default=[8192, 16384, 32768], help="of prompts (8192,16384,32768)")
     parser.add_argument("--full", action="store_true", help="Olmo3 at the largest length too")
-    parser.add_argument("--threads", type=int, help="fewer than there are cores, where others compute too")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--intermediate", type=int, default=2752)
-    parser.add_argument("--vocab", type=int, default=8192)
-    parser.add_argument("--json", action="store_true")
+    add_model_arguments(parser)
     arguments = parser.parse_args()
     sections = arguments.sections.split(",")
     if unknown := set(sections) - {"decode", "prefill"}:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode import MIB, quartiles, quiet, save_weights
+from decode import MIB, add_model_arguments, quartiles, quiet, save_weights
 from olmem import OlmemCache, OlmemForCausalLM
 
 MEMORY: dict[str, Any] = {"num_memory_tokens": 16}
@@ -79,13 +79,7 @@ def main() -> None:
     parser.add_argument("--segments", type=int, default=6, help="measured (%(default)s)")
     parser.add_argument("--window", type=int, default=512, help="%(default)s")
     parser.add_argument("--block", type=int, default=16, help="tokens in a turn (%(default)s)")
-    parser.add_argument("--threads", type=int, help="fewer than there are cores, where others compute too")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--intermediate", type=int, default=2752)
-    parser.add_argument("--vocab", type=int, default=8192)
-    parser.add_argument("--json", action="store_true")
+    add_model_arguments(parser)
     arguments = parser.parse_args()
     quiet(arguments.threads)
     with tempfile.TemporaryDirectory() as scratch:

@@ -30,7 +30,7 @@ from olmem.configuration_olmem import OLMO_BLOCKS
 from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from .card import write_card
+from .card import CARD_NAME, write_card
 from .errors import CheckpointError, reason
 from .formats import Checkpoint, Given, is_dynamic
 from .formats.detect import open_checkpoint
@@ -42,6 +42,7 @@ from .tensors import LazyTensor, LoadedOnDemand, read_json, read_safetensors, re
 from .transformers_forward import transformers_forward
 
 REPORT_NAME = "verification.json"
+UNSEALED = (REPORT_NAME, CARD_NAME, "evaluation.json")  # written after a verification, which does not vouch for them
 # Of the largest value, at least 1. Another order of float32 sums stays below 1.5e-6 in all checkpoints at hand; the
 # least of the mistakes, another generation's epsilon, moves some stage by 7e-6 and more.
 TOLERANCE = 4e-6
@@ -157,6 +158,7 @@ def make_report(
         "source": checkpoint.description,
         "prompt": {
             "tokens": input_ids.shape[1],
+            "vocabulary": drawn_from(checkpoint),
             "seed": SEED,
             "sliding_window": checkpoint.window or None,
             "attention_chunk_size": checkpoint.chunk or None,
@@ -167,7 +169,9 @@ def make_report(
         "mean_difference": logits["mean_difference"],
         "tolerance": logits["tolerance"],
         "stages": stages,
-        "sha256": {path.name: sha256(path) for path in sorted([*out.glob("*.safetensors"), out / "config.json"])},
+        "sha256": {
+            path.name: sha256(path) for path in sorted(out.iterdir()) if path.is_file() and path.name not in UNSEALED
+        },
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "olmem": olmem.__version__},
     }
 
@@ -232,8 +236,17 @@ def prompt(checkpoint: Checkpoint, segment: int = 0) -> torch.Tensor:
         length += chunk * (length <= longest)
     if is_dynamic(checkpoint.olmem_config.get("rope_parameters") or {}):  # beyond, a call is another than its tokens
         length = min(length, checkpoint.olmem_config["max_position_embeddings"])
-    highest = min(checkpoint.tokenizer_size, checkpoint.olmem_config["vocab_size"])
-    return torch.randint(highest, (1, length), generator=torch.Generator().manual_seed(SEED))
+    return draw_prompt(length, drawn_from(checkpoint), SEED)
+
+
+def drawn_from(checkpoint: Checkpoint) -> int:
+    """The tokens that were trained, of whose ids prompts are made."""
+    return min(checkpoint.tokenizer_size, checkpoint.olmem_config["vocab_size"])
+
+
+def draw_prompt(tokens: int, vocabulary: int, seed: int) -> torch.Tensor:
+    """The prompt (1, T) that `prompt` in verification.json describes."""
+    return torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 def native_stages(

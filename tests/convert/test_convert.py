@@ -13,6 +13,7 @@ import torch
 from convert.checkpoints import DEMO, EXACT, FOLDERS, GOLDEN, expected, read_config, snapshot, source
 from olmem_convert import CheckpointError, convert
 from olmem_convert.shards import INDEX_NAME, sha256
+from olmem_convert.verify import draw_prompt
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
@@ -59,9 +60,11 @@ def test_report_vouches_for_the_files_that_are_there(name, converted):
     folder = converted(name)
     report = json.loads((folder / "verification.json").read_text())
     assert report["passed"] is True and report["max_difference"] <= report["tolerance"]
-    assert report["sha256"] == {
-        path.name: sha256(path) for path in [*folder.glob("*.safetensors"), folder / "config.json"]
-    }
+    written_later = ("verification.json", "README.md")
+    assert report["sha256"] == {path.name: sha256(path) for path in folder.iterdir() if path.name not in written_later}
+    prompt = report["prompt"]
+    drawn = draw_prompt(prompt["tokens"], prompt["vocabulary"], prompt["seed"])
+    assert drawn.shape == (1, prompt["tokens"]) and int(drawn.max()) < prompt["vocabulary"]
     assert {stage["equal"] for stage in report["stages"]} == {True}
     assert len(report["stages"]) == len(read_config(folder)["layer_types"]) + 3
 

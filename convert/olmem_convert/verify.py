@@ -38,8 +38,9 @@ from .memory import OFF, listed, memory_of, new_parameters, switched, with_memor
 from .native_forward import native_forward
 from .plan import TOKEN_IDS, make_config, make_tensors
 from .shards import require_finite, sha256
-from .tensors import LazyTensor, LoadedOnDemand, read_json, read_safetensors, reading
+from .tensors import LazyTensor, LoadedOnDemand, read_json, reading
 from .transformers_forward import transformers_forward
+from .weight_files import read_safetensors
 
 REPORT_NAME = "verification.json"
 UNSEALED = (REPORT_NAME, CARD_NAME, "evaluation.json")  # written after a verification, which does not vouch for them

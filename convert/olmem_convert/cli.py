@@ -103,6 +103,19 @@ def verify(
 
 
 @app.command()
+def evaluate(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A converted folder.")],
+    text: Annotated[list[Path], typer.Option(metavar="FILE", help="Plain text in UTF-8; repeatable.")],
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Of each text, its first so many tokens.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the loss on plain texts, and write evaluation.json for the card to quote."""
+    from .evaluate import evaluate as run
+
+    finish(lambda say: run(out, text, max_tokens=max_tokens, say=say), as_json)
+
+
+@app.command()
 def card(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A converted folder.")],
     license: Annotated[

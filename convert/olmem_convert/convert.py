@@ -100,7 +100,7 @@ def convert(
             "memory": switched(planned, checkpoint) or None,
             "verification": verify_checkpoint(folder, checkpoint, say) if verify else None,
         }
-        write_card(folder, kept)
+        write_card(folder, kept, (report["verification"] or {}).get("sha256"))
         if not verify:
             say(f"not verified: `olmem verify {out} --against {source}{given.options}` does it")
     say(f"wrote {out}")

@@ -88,7 +88,7 @@ def verify(
     (out / REPORT_NAME).unlink(missing_ok=True)  # an old report must not vouch for what is being checked
     write_card(out, kept)
     report = verify_checkpoint(out, checkpoint, say)
-    write_card(out, kept)
+    write_card(out, kept, report["sha256"])
     return report
 
 

@@ -184,7 +184,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self.receive(request, half=kind == "half")
             if kind in ("cut", "hang"):
-                hub.closed.wait(seconds)
+                hub.closed.wait(seconds if kind == "hang" else 0)
                 raise Cut
             if callable(kind):
                 kind()

@@ -192,8 +192,7 @@ class Handler(BaseHTTPRequestHandler):
             answer = self.refusal(kind, seconds) if isinstance(kind, int) else hub.handle(request)
             if kind == "lost":
                 raise Cut
-            request.status = answer.status
-            self.reply(answer, half=kind == "half")
+            self.reply(request, answer, half=kind == "half")
         except ConnectionError:
             self.close_connection = True
         finally:
@@ -238,7 +237,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Cut
         return data
 
-    def reply(self, answer: Answer, half: bool) -> None:
+    def reply(self, request: Request, answer: Answer, half: bool) -> None:
         content, headers = answer.content, answer.headers | {"X-Request-Id": secrets.token_hex(8)}
         if not isinstance(content, bytes | Path):
             content, headers["Content-Type"] = json.dumps(content).encode(), "application/json; charset=utf-8"
@@ -246,16 +245,17 @@ class Handler(BaseHTTPRequestHandler):
         start, stop = 0, size
         if isinstance(content, Path):
             headers["Accept-Ranges"] = "bytes"
-            if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", "")):
                 start, stop = int(asked[1]), min(size, int(asked[2] or size) + 1)
                 answer.status, headers["Content-Range"] = 206, f"bytes {start}-{stop - 1}/{size}"
                 if start >= size:
                     start, stop, answer.status, headers["Content-Range"] = 0, 0, 416, f"bytes */{size}"
+        request.status = answer.status
         self.send_response(answer.status)
         for key, value in (headers | {"Content-Length": str(stop - start)}).items():
             self.send_header(key, value)
         self.end_headers()
-        if self.command == "HEAD":
+        if request.method == "HEAD":
             return
         if half:
             stop = (start + stop) // 2

@@ -20,7 +20,7 @@ In the process of the test itself, Xet must be off: `huggingface_hub.constants.H
     server.branches("tester/m"), server.tags("tester/m"), server.pulls("tester/m")      # {name: commit id}
     server.commit("tester/m", {"a.txt": b"1", "b.txt": None}, "main")   # somebody else's commit; None deletes; its id
     server.repos["tester/m"].private             # and `del server.repos["tester/m"]`
-    server.requests                              # [Request(method, path, headers, body, status)], as they came
+    server.requests                              # [Request(method, path, headers, body, status, storage)], as they came
     server.tokens["hf_reader"] = "read"          # another known token; writing with it is 403
     server.page = 2                              # entries of a listing in one answer; 1000, as at the Hub
     server.part_size = 1 << 20                   # larger files are uploaded in parts; 5 GiB
@@ -41,6 +41,7 @@ import json
 import re
 import secrets
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -165,6 +166,10 @@ class Port(ThreadingHTTPServer):
         self.connections.discard(request)
         super().shutdown_request(request)
 
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
     def server_close(self):
         super().server_close()
         for connection in list(self.connections):
@@ -174,6 +179,7 @@ class Port(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     server: Port
 
     def answer(self) -> None:

@@ -42,7 +42,7 @@ from .tensors import LazyTensor, LoadedOnDemand, read_json
 from .transformers_forward import transformers_forward
 from .verify import (
     compare_stages,
-    load,
+    load_bounded,
     make_report,
     nonfinite_weights,
     prompt,
@@ -292,7 +292,7 @@ def verify_export(
     input_ids, tensors, stored = prompt(checkpoint), files.tensors, files.dtype
     nonfinite = nonfinite_weights(out, allow_nonfinite)
     expected = transformers_forward(OlmemForCausalLM, config, LoadedOnDemand(checkpoint.tensors, stored), input_ids)
-    stages = compare_stages(load(out, torch.float32, model_class), expected, input_ids, bool(nonfinite))
+    stages = compare_stages(load_bounded(out, torch.float32, model_class), expected, input_ids, bool(nonfinite))
     report = make_report(out, checkpoint, input_ids, stored, stages)
     report |= {"config_differences": {}, "weight_differences": weights_that_differ(out, tensors, stored)}
     report["nonfinite"] = nonfinite

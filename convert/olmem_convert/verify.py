@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import olmem
+import psutil
 import torch
 import transformers
 from olmem import OlmemConfig, OlmemForCausalLM
@@ -46,6 +47,7 @@ UNSEALED = (REPORT_NAME, CARD_NAME, EVALUATION_NAME)  # written after a verifica
 # least of the mistakes, another generation's epsilon, moves some stage by 7e-6 and more.
 TOLERANCE = 4e-6
 PROMPT_BEYOND_WINDOW, LONGEST_WINDOW = 32, 2**17
+ROWS = 256  # of activations that are compared at a time
 NOT_OF_THE_LOGITS = {
     *TOKEN_IDS,
     *("architectures", "attention_dropout", "dtype", "id2label", "initializer_range", "label2id", "residual_dropout"),
@@ -113,7 +115,7 @@ def verify_checkpoint(
     """The same, for a checkpoint that is already open."""
     config = load_config(out)
     nonfinite = nonfinite_weights(out, allow_nonfinite)
-    model = load(out, torch.float32, WithoutMemory, **OFF)
+    model = load_bounded(out, torch.float32, WithoutMemory, **OFF)
     stored = stored_dtype(out)
     input_ids = prompt(checkpoint, (config.memory_segment_length or 0) if config.num_memory_tokens else 0)
     native = native_stages(checkpoint, input_ids, torch.float32, stored)
@@ -127,13 +129,13 @@ def verify_checkpoint(
     logits = logits_of(model, input_ids) if config.has_memory and report["passed"] else None
     del model
     if stored != torch.float32:
-        report["rounding"] = rounding(load(out, stored, WithoutMemory, **OFF), checkpoint, input_ids)
+        report["rounding"] = rounding(load_bounded(out, stored, WithoutMemory, **OFF), checkpoint, input_ids)
     if logits is not None:
         report["memory"] = {
             "fields": switched(remembering, checkpoint),
             "compared": "with memory off",
             "new_parameters": new_parameters(remembering, checkpoint),
-            "relative_difference_when_on": relative_difference(load(out, torch.float32), input_ids, logits),
+            "relative_difference_when_on": relative_difference(load_bounded(out, torch.float32), input_ids, logits),
         }
     write_report(out, report, "native")
     weights = "" if stored == torch.float32 else f" of the same weights rounded to {report['dtype']}"
@@ -212,6 +214,15 @@ def load(out: Path, dtype: torch.dtype, model_class: Any = OlmemForCausalLM, **f
     if wrong:
         raise CheckpointError(f"`{out}` must load without missing or unexpected weights (got {wrong}); convert again.")
     return model.eval()
+
+
+def load_bounded(out: Path, dtype: torch.dtype, model_class: Any = OlmemForCausalLM, **fields: Any) -> Any:
+    """As `load`, on the CPU: what does not fit into half of the free memory stays in its files until it is called."""
+    return load(out, dtype, model_class, device_map="auto", max_memory={"cpu": free_memory() // 2}, **fields)
+
+
+def free_memory() -> int:
+    return psutil.virtual_memory().available
 
 
 def stored_dtype(out: Path) -> torch.dtype:
@@ -372,20 +383,23 @@ def difference(actual: torch.Tensor, expected: torch.Tensor, nonfinite: bool = F
             f"the converted model must have the native shapes (got {tuple(actual.shape)} for {tuple(expected.shape)}); "
             "OUT is of another checkpoint."
         )
-    if nonfinite:
-        alike = (actual.isnan() & expected.isnan()) | (actual.isinf() & (actual == expected))
-        actual, expected = actual[~alike], expected[~alike]
-    gap = (actual.double() - expected.double()).abs()
-    if not gap.numel():
-        return {"max_difference": 0.0, "mean_difference": 0.0, "tolerance": TOLERANCE, "equal": True, "compared": 0}
-    tolerance = TOLERANCE * max(1.0, float(expected.abs().max()))
-    largest = float(gap.max())
+    largest, total, count, scale = [torch.tensor(0.0).double()], 0.0, 0, 1.0
+    for one, other in zip(actual.flatten(0, -2).split(ROWS), expected.flatten(0, -2).split(ROWS), strict=True):
+        if nonfinite:
+            alike = (one.isnan() & other.isnan()) | (one.isinf() & (one == other))
+            one, other = one[~alike], other[~alike]
+        if one.numel():
+            gap = (one.double() - other.double()).abs()
+            largest.append(gap.max())
+            total, count = total + float(gap.sum()), count + gap.numel()
+            scale = max(scale, float(other.abs().max()))
+    maximum = float(torch.stack(largest).max())
     return {
-        "max_difference": largest,
-        "mean_difference": float(gap.mean()),
-        "tolerance": tolerance,
-        "equal": largest <= tolerance,  # false for NaN
-        "compared": gap.numel(),
+        "max_difference": maximum,
+        "mean_difference": total / max(count, 1),
+        "tolerance": TOLERANCE * scale,
+        "equal": maximum <= TOLERANCE * scale,  # false for NaN
+        "compared": count,
     }
 
 

@@ -181,5 +181,5 @@ app()
 
 
 def test_library_names():
-    assert set(olmem_convert.__all__) == {"CheckpointError", "convert", "export", "verify"}
+    assert set(olmem_convert.__all__) == {"CheckpointError", "card", "convert", "evaluate", "export", "verify"}
     assert all(callable(getattr(olmem_convert, name)) for name in olmem_convert.__all__)

@@ -3,6 +3,7 @@
 from .convert import convert
 from .errors import CheckpointError
 from .export import export
+from .hub import push
 from .verify import verify
 
-__all__ = ["CheckpointError", "convert", "export", "verify"]
+__all__ = ["CheckpointError", "convert", "export", "push", "verify"]

@@ -1,4 +1,4 @@
-"""`olmem convert | verify`: parses and calls."""
+"""`olmem convert | verify | push`: parses and calls."""
 
 import json
 import signal
@@ -100,6 +100,24 @@ def verify(
 
     options = {"native_config": native_config, "n_ctx": n_ctx, "act_fn": act_fn}
     finish(lambda say: run(out, against, say=say, **options), as_json)
+
+
+@app.command()
+def push(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A converted and verified folder.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="user/name or organization/name, of a model.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, created from main if need be; main by default.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="As a pull request to main.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Of a repository that is created.")] = False,
+    tag: Annotated[str | None, typer.Option(metavar="vX", help="Tag of the commit, once it is verified.")] = None,
+    execute: Annotated[bool, typer.Option("--execute", help="Do what is planned; without it, nothing is sent.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what of a verified folder would go to the Hub and, with --execute, publish it whole or not at all."""
+    from .hub import push as run
+
+    options = {"revision": revision, "create_pr": create_pr, "private": private, "tag": tag, "execute": execute}
+    finish(lambda say: run(out, repo_id, say=say, **options), as_json)
 
 
 def finish(run: Callable[[Callable[[str], None]], dict[str, Any]], as_json: bool) -> None:

@@ -110,7 +110,7 @@ def push(
     create_pr: Annotated[bool, typer.Option("--create-pr", help="As a pull request to main.")] = False,
     private: Annotated[bool, typer.Option("--private", help="Of a repository that is created.")] = False,
     tag: Annotated[str | None, typer.Option(metavar="vX", help="Tag of the commit, once it is verified.")] = None,
-    execute: Annotated[bool, typer.Option("--execute", help="Do what is planned; without it, nothing is sent.")] = False,
+    execute: Annotated[bool, typer.Option("--execute", help="Do what is planned; else nothing is sent.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what of a verified folder would go to the Hub and, with --execute, publish it whole or not at all."""

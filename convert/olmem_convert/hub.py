@@ -25,7 +25,16 @@ from tqdm import tqdm
 from .card import CARD_NAME
 from .errors import CheckpointError
 from .release import LocalFile, check_release
-from .remote import NETWORK_ERRORS, OF_THE_HUB, WAITS, Remote, differences, is_passing, persistently, quiet_hub, wait_for
+from .remote import (
+    NETWORK_ERRORS,
+    WAITS,
+    Remote,
+    differences,
+    is_passing,
+    persistently,
+    quiet_hub,
+    wait_for,
+)
 from .tensors import read_json
 from .verify import REPORT_NAME, draw_prompt, stored_dtype
 
@@ -153,8 +162,8 @@ def make_plan(
     tree = remote.tree(head) if head else {}
     if ".gitignore" in tree:
         raise CheckpointError(
-            f"`.gitignore` must not be on `{branch}` of {repo_id}, as the Hub leaves out files by it (it is); remove it "
-            "there first."
+            f"`.gitignore` must not be on `{branch}` of {repo_id}, as the Hub leaves out files by it (it is); "
+            "remove it there first."
         )
     found = differences(files, tree)
     plan = Plan(
@@ -262,11 +271,12 @@ class Push:
         if plan.creates_repo:
             persistently(remote.api.create_repo, plan.repo_id, private=self.private, exist_ok=True)
             self.created.append(plan.repo_id)
+            persistently(remote.api.list_repo_refs, plan.repo_id, also=(404,))  # which it may be until all of it knows
             self.plan = make_plan(remote, self.files, plan.branch, False, self.private, plan.tag)
             if others := [*self.plan.deleted, *self.plan.changed, *self.plan.unchanged]:
                 raise CheckpointError(
-                    f"`{plan.repo_id}` must be empty, as it did not exist when this was planned (it holds {others[0]}): "
-                    "somebody else has created it; nothing of this push was committed: run it again."
+                    f"`{plan.repo_id}` must be empty, as it did not exist when this was planned (it holds "
+                    f"{others[0]}): somebody else has created it; nothing of this push was committed: run it again."
                 )
         if self.plan.creates_branch:
             head = str(self.plan.head)
@@ -315,18 +325,20 @@ class Push:
             found = differences(self.files, remote.tree(since[-1].commit_id))
             if not (found["new"] or found["changed"] or found["deleted"]):
                 return since[-1].commit_id, None
-        before, after = ({name: file.blob_id for name, file in remote.tree(str(at)).items()} for at in (plan.head, head))
+        before, after = (
+            {name: file.blob_id for name, file in remote.tree(str(at)).items()} for at in (plan.head, head)
+        )
         changed = sorted(name for name in before | after if before.get(name) != after.get(name))
         by = "; ".join(f"{commit.commit_id} {commit.title!r} by {', '.join(commit.authors)}" for commit in since)
         raise CheckpointError(
-            f"`{plan.branch}` of {plan.repo_id} must stay at {plan.head} while it is pushed to (it is at {head} now, by "
-            f"{by or 'another history'}; files changed: {', '.join(changed) or 'none'}); nothing of this push was "
+            f"`{plan.branch}` of {plan.repo_id} must stay at {plan.head} while it is pushed to (it is at {head} now, "
+            f"by {by or 'another history'}; files changed: {', '.join(changed) or 'none'}); nothing of this push was "
             "committed: run it without --execute for a plan on top of that."
         )
 
     def check_checksums(self, commit: str) -> None:
         """The Hub's files, as listed, are those that were checked here before anything was sent."""
-        found = differences(self.files, self.remote.tree(commit, also=(404,)))  # which it may be until all of it knows
+        found = differences(self.files, self.remote.tree(commit, also=(404,)))
         wrong = {kind: sorted(found[kind]) for kind in ("new", "changed", "deleted") if found[kind]}
         if wrong:
             words = {"new": "missing", "changed": "different", "deleted": "extra"}
@@ -350,7 +362,9 @@ class Push:
             self.check_room(scratch, weights)
             offload = weights > MOST_OF_MEMORY * memory_size()
             if offload and installed:
-                self.say("the model is larger than memory: layers are read from disk as they are needed, which takes long")
+                self.say(
+                    "the model is larger than memory: layers are read from disk as they are needed, which takes long"
+                )
             task = {
                 "model": str(self.folder) if installed else self.plan.repo_id,
                 "installed": installed,
@@ -374,6 +388,7 @@ class Push:
             "HF_ENDPOINT": self.remote.api.endpoint,
             "HF_TOKEN": self.remote.token,
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }
         command = [sys.executable, "-P", str(Path(__file__).with_name("reload.py"))]
         for seconds in (*WAITS, None):
@@ -381,7 +396,8 @@ class Push:
             if done.returncode == 0:
                 return json.loads(done.stdout.splitlines()[-1])
             why = self.remote.without_token((done.stderr.strip().splitlines() or ["nothing"])[-1])
-            error = CheckpointError(f"the model must load and run (in a new process it ended with {done.returncode}: {why})")
+            remedy = "; convert again: nothing was sent" if task["installed"] else ""
+            error = CheckpointError(f"the model must load and run (a new process ended with {why!r}){remedy}.")
             if done.returncode != TRY_AGAIN or task["installed"] or seconds is None:
                 raise error
             wait_for(error, seconds)
@@ -415,10 +431,14 @@ class Push:
             yield
         except (CheckpointError, *NETWORK_ERRORS) as error:
             why = str(error).rstrip(".") if isinstance(error, CheckpointError) else self.remote.explain(error)
-            place = "in a pull request" if self.plan.create_pr else f"on `{self.plan.branch}`"
+            place, way_out = (
+                f"on `{self.plan.branch}`",
+                "run it again with --tag, which sends what differs and verifies",
+            )
+            if self.plan.create_pr:
+                place, way_out = "in a pull request", "close it, and run it again"
             raise CheckpointError(
-                f"commit {commit} is {place} of {self.plan.repo_id}, but was not verified and not tagged: {why}; run it "
-                "again with --tag, which verifies it anew and sends what differs."
+                f"commit {commit} is {place} of {self.plan.repo_id}, but not verified and not tagged: {why}; {way_out}."
             ) from None
 
 

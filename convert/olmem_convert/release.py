@@ -7,7 +7,7 @@ made of, so that whoever loads it with `trust_remote_code` runs nothing else.
 import hashlib
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers.dynamic_module_utils import custom_object_save
 
-from .card import CARD_NAME, check_card
+from .card import check_card
 from .convert import WRITTEN
 from .errors import CheckpointError
 from .plan import TOKEN_IDS
@@ -54,19 +54,14 @@ def check_release(out: str | Path) -> dict[str, LocalFile]:
     paths = sorted(folder.iterdir())
     for path in paths:
         check_kind(path)
-    if not (folder / REPORT_NAME).is_file():
-        raise CheckpointError(
-            f"`{REPORT_NAME}` must be in {folder} (it is not): only what was verified is published; run "
-            "`olmem verify OUT --against SRC`."
-        )
-    report = read_json(folder / REPORT_NAME)
-    check_card(folder)
+    report = check_report(folder)
     config = check_config(folder)
-    files = read_all(paths)
-    check_seal(folder, report, files)
-    check_code(folder, files)
+    check_code(folder)
     check_weights(folder, config, read_weights(folder), stored_dtype(folder))
     check_tokens(folder, config)
+    check_card(folder)
+    files = read_all(paths)
+    check_seal(folder, report["sha256"], files)
     return files
 
 
@@ -108,6 +103,30 @@ def is_text(path: Path) -> bool:
     return b"\0" not in data
 
 
+def check_report(folder: Path) -> dict[str, Any]:
+    """verification.json, of a verification that passed."""
+    path = folder / REPORT_NAME
+    if not path.is_file():
+        raise CheckpointError(
+            f"`{REPORT_NAME}` must be in {folder} (it is not): only what was verified is published; run "
+            "`olmem verify OUT --against SRC`."
+        )
+    report = read_json(path)
+    if report.get("passed") is not True:
+        raise CheckpointError(
+            f"`passed` of {path} must be true (got {report.get('passed')!r}): the logits were not proved; convert "
+            "again."
+        )
+    prompt = report.get("prompt")
+    numbers = [prompt.get(name) for name in ("tokens", "vocabulary", "seed")] if isinstance(prompt, dict) else [None]
+    if not isinstance(report.get("sha256"), dict) or not all(type(number) is int and number > 0 for number in numbers):
+        raise CheckpointError(
+            f"`sha256` and `prompt` of {path} must be as `olmem verify` writes them now (it is of an older version); "
+            "run `olmem verify OUT --against SRC`."
+        )
+    return report
+
+
 def check_config(folder: Path) -> OlmemConfig:
     raw = read_json(folder / "config.json")
     for name, wanted in (("model_type", "olmem"), ("auto_map", OlmemForCausalLM.auto_map())):
@@ -143,20 +162,8 @@ def read_all(paths: list[Path]) -> dict[str, LocalFile]:
     return files
 
 
-def check_seal(folder: Path, report: Mapping[str, Any], files: Mapping[str, LocalFile]) -> None:
-    """The verification passed, and the files are those that it saw."""
-    if report.get("passed") is not True:
-        raise CheckpointError(
-            f"`passed` of {folder / REPORT_NAME} must be true (got {report.get('passed')!r}): the logits were not "
-            "proved; convert again."
-        )
-    seal, prompt = report.get("sha256"), report.get("prompt")
-    numbers = [prompt.get(name) for name in ("tokens", "vocabulary", "seed")] if isinstance(prompt, dict) else []
-    if not isinstance(seal, dict) or not numbers or not all(type(number) is int and number > 0 for number in numbers):
-        raise CheckpointError(
-            f"`sha256` and `prompt` of {folder / REPORT_NAME} must be as `olmem verify` writes them; run `olmem verify "
-            "OUT --against SRC`."
-        )
+def check_seal(folder: Path, seal: Mapping[str, Any], files: Mapping[str, LocalFile]) -> None:
+    """The files are those that the verification saw."""
     now = {name: file.sha256 for name, file in files.items() if name not in UNSEALED}
     differences = {
         "changed": [name for name in now if name in seal and now[name] != seal[name]],
@@ -171,13 +178,13 @@ def check_seal(folder: Path, report: Mapping[str, Any], files: Mapping[str, Loca
         )
 
 
-def check_code(folder: Path, files: Mapping[str, LocalFile]) -> None:
+def check_code(folder: Path) -> None:
     """The code is this package's, byte for byte, and all of it."""
     with tempfile.TemporaryDirectory() as scratch:
         with torch.device("meta"):
             custom_object_save(OlmemForCausalLM(OlmemConfig(num_hidden_layers=1)), scratch)
         own = {path.name: path.read_bytes() for path in Path(scratch).glob("*.py")}
-    found = {name: file.path.read_bytes() for name, file in files.items() if name.endswith(".py")}
+    found = {path.name: path.read_bytes() for path in folder.glob("*.py")}
     others = sorted(name for name in found | own if found.get(name) != own.get(name))
     if others:
         raise CheckpointError(
@@ -252,7 +259,9 @@ def ids(path: Path, name: str) -> set[int]:
     value = read_json(path).get(name)
     numbers = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(number) is int for number in numbers):
-        raise CheckpointError(f"`{name}` of {path} must be a token's id, or a list of them (got {value!r}); correct it.")
+        raise CheckpointError(
+            f"`{name}` of {path} must be a token's id, or a list of them (got {value!r}); correct it."
+        )
     return set(numbers)
 
 

@@ -22,7 +22,7 @@ def main() -> None:
     if task["offload"]:
         options |= {"device_map": "auto", "offload_folder": task["offload"]}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             task["model"],
             trust_remote_code=not task["installed"],
             dtype=getattr(torch, task["dtype"]),
@@ -33,6 +33,7 @@ def main() -> None:
     except (HTTPError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(75)
+    model, info = loaded
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if wrong:
         sys.exit(f"weights are missing or unexpected: {wrong}")

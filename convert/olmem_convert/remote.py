@@ -1,4 +1,4 @@
-"""What a push asks a repository of the Hub, and tells it: persistent where a server or a connection fails for a while."""
+"""What a push asks a repository of the Hub and tells it, persistently where a server or a connection fails."""
 
 import json
 import time
@@ -109,7 +109,7 @@ class Remote:
         try:
             refs = persistently(self.api.list_repo_refs, self.repo_id)
         except RepositoryNotFoundError as error:
-            if error.response.status_code == 401:
+            if error.response.status_code != 404:  # 401 of the token, 403 of a gated one
                 raise
             return None
         return Refs(*({ref.name: ref.target_commit for ref in named} for named in (refs.branches, refs.tags)))
@@ -159,7 +159,9 @@ class Remote:
         errors = persistently(ask).get("errors") or []
         if errors:
             said = "; ".join(" ".join(str(error.get("message")).split()) for error in errors)
-            raise CheckpointError(f"the front matter of `{path}` must be valid on the Hub (it says: {said}); correct it.")
+            raise CheckpointError(
+                f"the front matter of `{path}` must be valid on the Hub (it says: {said}); correct it."
+            )
 
     @contextmanager
     def telling(self, state: Callable[[], str]) -> Iterator[None]:

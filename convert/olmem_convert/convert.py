@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
-from .card import CARD_NAME, is_own, write_card
+from .card import CARD_NAME, REPORT_NAME, is_own, kept_metadata, write_card
 from .errors import CheckpointError
 from .formats import Checkpoint, Given
 from .formats.detect import open_checkpoint
@@ -26,7 +26,7 @@ from .plan import TOKEN_IDS, check_copies, make_config, make_tensors, tokens_of
 from .shards import check_size, write_shards
 from .tensors import LazyTensor, read_json, reading
 from .tokenizer import COMPANIONS, carry_tokenizer, find_tokenizer, write_tokenizer
-from .verify import REPORT_NAME, verify_checkpoint
+from .verify import verify_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -62,6 +62,7 @@ def convert(
     source, out = Path(source), Path(os.path.abspath(out))
     check_options(dtype, max_shard_size, tokenizer)
     check_out(source, out, overwrite)
+    kept = kept_metadata(out)  # of a folder to be replaced
     given = Given(Path(native_config) if native_config else None, n_ctx, act_fn)
     checkpoint = open_checkpoint(source, max_length, given)
     stored = choose_dtype(checkpoint.tensors, dtype)
@@ -99,7 +100,7 @@ def convert(
             "memory": switched(planned, checkpoint) or None,
             "verification": verify_checkpoint(folder, checkpoint, say) if verify else None,
         }
-        write_card(folder, read_json(folder / "config.json"), report["verification"])
+        write_card(folder, kept)
         if not verify:
             say(f"not verified: `olmem verify {out} --against {source}{given.options}` does it")
     say(f"wrote {out}")
@@ -219,7 +220,7 @@ def check_out(source: Path, out: Path, overwrite: bool) -> None:
 
 WRITTEN = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|((generation|tokenizer)_)?config\.json"
-    r"|tokenizer\.json|verification\.json|\w+_olmem\.py|" + "|".join(map(re.escape, COMPANIONS))
+    r"|tokenizer\.json|(verification|evaluation)\.json|\w+_olmem\.py|" + "|".join(map(re.escape, COMPANIONS))
 )
 
 

@@ -1,5 +1,6 @@
 """What a native checkpoint becomes: the configuration and, still unread, the tensors of its Olmem model."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from .errors import CheckpointError, reason
 from .formats import Checkpoint, to_olmem
-from .tensors import LazyTensor
+from .tensors import LazyTensor, reading
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -27,6 +28,14 @@ def make_config(checkpoint: Checkpoint, dtype: torch.dtype) -> OlmemConfig:
                     "it."
                 )
     return config
+
+
+def load_config(out: Path) -> OlmemConfig:
+    with reading(out, "convert again"):
+        try:
+            return OlmemConfig.from_pretrained(out, local_files_only=True)
+        except StrictDataclassError as error:
+            raise CheckpointError(f"`{out / 'config.json'}` must describe a model: {reason(error)}") from error
 
 
 def tokens_of(config: PreTrainedConfig, name: str) -> list[int]:

@@ -1,0 +1,547 @@
+"""What is published, and what state the Hub is in whatever happens on the way, against a Hub on this machine."""
+
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from convert.checkpoints import edit_json, load_weights, save_weights, snapshot, source
+from hub_server import HubServer
+from olmem_convert import CheckpointError, convert, hub, push
+from olmem_convert.card import card
+from olmem_convert.cli import app
+from olmem_convert.release import check_release
+from olmem_convert.shards import sha256
+from olmem_convert.verify import UNSEALED
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+REPO = "tester/model"
+TOKEN = "hf_loopback"
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+COMMIT, UPLOAD, TREE = r"POST .*/commit/", r"PUT ", r"GET .*/tree/"
+
+
+@pytest.fixture(scope="session")
+def released(tmp_path_factory, converted) -> Path:
+    """A small folder that may be published, of one file of weights."""
+    out = tmp_path_factory.mktemp("released") / "out"
+    shutil.copytree(converted("olmo_core_swa"), out)
+    card(out, license="apache-2.0")
+    return out
+
+
+@pytest.fixture(scope="session")
+def sharded(tmp_path_factory) -> Path:
+    """The same in several files."""
+    out = tmp_path_factory.mktemp("sharded") / "out"
+    convert(source("olmo_core_swa"), out, max_shard_size="50KB")
+    card(out, license="apache-2.0")
+    return out
+
+
+@pytest.fixture
+def out(released, tmp_path) -> Path:
+    return Path(shutil.copytree(released, tmp_path / "out"))
+
+
+@pytest.fixture
+def server(monkeypatch):
+    with HubServer(token=TOKEN) as server:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        yield server
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """Models are not loaded, which takes two processes: the Hub's are the local ones where their files are."""
+    monkeypatch.setattr(hub.Push, "logits", lambda *arguments, **named: "the same")
+
+
+def reseal(out: Path) -> None:
+    """As if the folder had been verified as it is now."""
+    seal = {path.name: sha256(path) for path in out.iterdir() if path.is_file() and path.name not in UNSEALED}
+    edit_json(out / "verification.json", sha256=seal)
+    card(out)
+
+
+def refuse(out: Path, *words: str) -> None:
+    before = snapshot(out)
+    with pytest.raises(CheckpointError) as caught:
+        check_release(out)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+    assert "\n" not in str(caught.value) and snapshot(out) == before
+
+
+def write_zip(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data.pkl", b"x")
+
+
+STRAYS = {
+    "pickle by name": ("weights.pt", lambda path: path.write_bytes(b""), "a pickle by its name"),
+    "pickle inside": ("LICENSE", lambda path: path.write_bytes(pickle.dumps([1], 2)), "by its first bytes"),
+    "zip inside": ("chat_template.jinja", write_zip, "by its first bytes"),
+    "torch file inside": ("NOTICE.txt", lambda path: torch.save({}, path), "by its first bytes"),
+    "folder": ("runs", Path.mkdir, "a folder"),
+    "link": ("LICENSE", lambda path: path.symlink_to(ROOT / "LICENSE"), "symbolic link"),
+    "hidden": (".env", lambda path: path.write_text("A=1"), "hidden"),
+    "partial": ("model.safetensors.incomplete", lambda path: path.write_bytes(b"x"), "not on the list"),
+    "code": ("setup.py", lambda path: path.write_text("print()"), "not on the list"),
+    "bytes for text": ("merges.txt", lambda path: path.write_bytes(b"\xff\xfe"), "not text"),
+    "zip for safetensors": ("model-00001-of-00001.safetensors", write_zip, "model-00001"),
+}
+
+
+@pytest.mark.parametrize("kind", STRAYS)
+def test_files_that_are_not_published(kind, out):
+    name, make, words = STRAYS[kind]
+    make(out / name)
+    if not (out / name).is_dir():
+        reseal_anyway(out)
+    refuse(out, name, *([] if kind == "zip for safetensors" else [words]))
+
+
+def reseal_anyway(out: Path) -> None:
+    seal = {path.name: sha256(path) for path in out.iterdir() if path.is_file() and path.name not in UNSEALED}
+    edit_json(out / "verification.json", sha256=seal)
+
+
+def test_a_verification_must_have_passed(out):
+    edit_json(out / "verification.json", passed=False)
+    refuse(out, "`passed`", "False", "convert again")
+    (out / "verification.json").unlink()
+    refuse(out, "`verification.json`", "olmem verify OUT --against SRC")
+
+
+def test_the_verification_must_be_of_these_files(out):
+    weights = load_weights(out)
+    save_weights(out, weights | {"model.norm.weight": weights["model.norm.weight"] + 1})
+    (out / "LICENSE").write_text("mine\n")
+    seal = json.loads((out / "verification.json").read_text())["sha256"]
+    edit_json(out / "verification.json", sha256=seal | {"merges.txt": "0" * 64})
+    refuse(out, "changed: model.safetensors", "missing: merges.txt", "extra: LICENSE", "olmem verify")
+
+
+def test_code_is_the_package_s_own(out):
+    path = out / "modeling_olmem.py"
+    path.write_text(path.read_text() + "\nimport os\n")
+    reseal(out)
+    refuse(out, "modeling_olmem.py", "byte for byte")
+    shutil.copy(ROOT / "modeling" / "olmem" / path.name, path)
+    (out / "extra_olmem.py").write_text("")
+    reseal(out)
+    refuse(out, "extra_olmem.py", "byte for byte")
+    (out / "extra_olmem.py").rename(out / "README.md.bak")
+    (out / "README.md.bak").unlink()
+    (out / "cache_olmem.py").unlink()
+    reseal(out)
+    refuse(out, "cache_olmem.py", "is missing")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("auto_map", {"AutoModelForCausalLM": "other/repo--modeling_olmem.OlmemForCausalLM"}), ("model_type", "olmo3")],
+)
+def test_config_names_this_model_and_its_own_code(field, value, out):
+    edit_json(out / "config.json", **{field: value})
+    reseal_anyway(out)
+    refuse(out, f"`{field}`", "config.json")
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_caches_are_used(name, out):
+    edit_json(out / name, use_cache=False)
+    reseal(out)
+    refuse(out, "`use_cache`", name, "set it to true")
+
+
+def test_card_needs_a_license(out):
+    text = (out / "README.md").read_text()
+    (out / "README.md").write_text(text.replace("license: apache-2.0\n", ""))
+    refuse(out, "`license`", "olmem card", "--license")
+    (out / "README.md").write_text(text.replace("---\n", "---\n[", 1))
+    refuse(out, "README.md")
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "words"),
+    [
+        ("generation_config.json", {"eos_token_id": None}, ("`eos_token_id`", "none in generation_config.json")),
+        ("generation_config.json", {"eos_token_id": [1]}, ("`eos_token_id`", "[1] in generation_config.json")),
+        ("generation_config.json", {"pad_token_id": 3}, ("`pad_token_id`", "[3] in generation_config.json")),
+        ("generation_config.json", {"bos_token_id": 10**6}, ("`bos_token_id`", "`vocab_size` 2048")),
+        ("generation_config.json", {"eos_token_id": "end"}, ("`eos_token_id`", "'end'")),
+        ("tokenizer_config.json", {"eos_token": "the"}, ("`eos_token_id`", "tokenizer_config.json")),
+        ("tokenizer_config.json", {"eos_token": "<|absent|>"}, ("`eos_token`", "<|absent|>")),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["t.T", None]}}, ("`auto_map`",)),
+    ],
+    ids=str,
+)
+def test_ids_agree(file, fields, words, changeable):
+    out = changeable("demo")
+    edit_json(out / file, **fields)
+    card(out, license="apache-2.0")
+    reseal(out)
+    refuse(out, *words)
+
+
+def test_an_end_may_have_several_ids(changeable):
+    out = changeable("demo")
+    end = json.loads((out / "config.json").read_text())["eos_token_id"]
+    edit_json(out / "generation_config.json", eos_token_id=[end, 5])
+    card(out, license="apache-2.0")
+    reseal(out)
+    assert "tokenizer.json" in check_release(out)
+
+
+def test_vocabulary_covers_the_tokenizer(changeable, released):
+    out = changeable("demo")
+    for name in ("config.json", "model.safetensors", "verification.json", "generation_config.json"):
+        shutil.copy(released / name, out / name)
+    card(out, license="apache-2.0")
+    reseal(out)
+    refuse(out, "`vocab_size`", "2048 ids")
+
+
+def test_weights_are_the_config_s(out):
+    weights = load_weights(out)
+    name = "model.norm.weight"
+    for change in ({name: weights[name][1:]}, {name: weights[name].half()}, {"spare": weights[name]}):
+        save_weights(out, weights | change)
+        reseal(out)
+        refuse(out, f"`{next(iter(change))}`", "by config.json")
+    save_weights(out, {key: value for key, value in weights.items() if key != name})
+    reseal(out)
+    refuse(out, f"`{name}`", "got nothing")
+
+
+def test_shards_are_those_of_the_index(sharded, tmp_path):
+    out = Path(shutil.copytree(sharded, tmp_path / "out"))
+    index = out / "model.safetensors.index.json"
+    assert len(check_release(out)) > 10
+    edit_json(index, metadata={"total_size": 1})
+    reseal(out)
+    refuse(out, "`total_size`", "got 1")
+    shutil.copy(sharded / index.name, index)
+    first, second = sorted(out.glob("*.safetensors"))[:2]
+    both = load_file(first) | load_file(second)
+    save_file(both, first)
+    reseal(out)
+    refuse(out, first.name, "must hold the tensors that")
+    shutil.copy(sharded / first.name, first)
+    second.unlink()
+    reseal(out)
+    refuse(out, second.name, "must exist")
+
+
+def test_a_folder_that_was_converted_may_be_published(released):
+    files = check_release(released)
+    assert files.keys() == snapshot(released).keys()
+    assert {name: file.sha256 for name, file in files.items()} == snapshot(released)
+    blob = subprocess.run(["git", "hash-object", released / "config.json"], capture_output=True, text=True)
+    assert files["config.json"].git_sha1 == blob.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"repo_id": "model"}, ("`REPO_ID`", "'model'")),
+        ({"revision": "refs/pr/1"}, ("`revision`",)),
+        ({"tag": "v 1"}, ("`tag`", "'v 1'")),
+        ({"tag": "v1", "create_pr": True}, ("`tag`", "--create-pr")),
+        ({"revision": "next", "create_pr": True}, ("`revision`", "--create-pr")),
+        ({"tag": "next", "revision": "next"}, ("`next`", "branch and a tag")),
+        ({"create_pr": True}, ("`REPO_ID`", "must exist for a pull request")),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be(options, words, released, server):
+    with pytest.raises(CheckpointError) as caught:
+        push(released, **{"repo_id": REPO, "execute": True} | options)
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert not server.repos
+
+
+def test_a_refused_folder_asks_nothing_of_the_hub(out, server):
+    (out / "weights.pkl").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="pickle"):
+        push(out, REPO, execute=True)
+    assert server.requests == []
+
+
+def run(*arguments) -> object:
+    return CliRunner().invoke(app, ["push", *map(str, arguments)])
+
+
+def test_plan(out, server, unloaded):
+    result = run(out, REPO, "--tag", "v1")
+    assert result.exit_code == 0, result.output
+    assert "creates tester/model, public" in result.stdout and "--execute" in result.stdout
+    assert re.search(r"new +model\.safetensors +\d", result.stdout) and "tag v1: after verification" in result.stdout
+    assert not server.repos and {request.method for request in server.requests} <= {"GET", "HEAD", "POST"}
+    report = json.loads(run(out, REPO, "--json").stdout)
+    assert report["commit"] is None and report["plan"]["creates_repo"]
+    sizes = {path.name: path.stat().st_size for path in out.iterdir()}
+    assert report["plan"]["new"] == sizes and report["plan"]["upload"] == sum(sizes.values())
+
+    push(out, REPO, execute=True)
+    server.commit(REPO, {"old.txt": b"1", "sub/old.txt": b"2"})
+    (out / "README.md").write_text((out / "README.md").read_text().replace("<!--", "<!-- mine -->\n<!--"))
+    text = re.sub(r"<!-- Written by olmem.*?-->", "", (out / "README.md").read_text())
+    (out / "README.md").write_text(text)
+    plan = push(out, REPO)["plan"]
+    assert plan["new"] == {} and plan["changed"] == {"README.md": len(text.encode())}
+    assert plan["deleted"] == {"old.txt": 1, "sub/old.txt": 1} and "model.safetensors" in plan["unchanged"]
+    assert plan["upload"] == len(text.encode()) and plan["head"] == server.branches(REPO)["main"]
+    push(out, REPO, execute=True)
+    assert is_published(server, out)
+
+
+def is_published(server: HubServer, out: Path, revision: str = "main") -> bool:
+    """The revision holds the folder's files, bit for bit, and what the Hub made itself."""
+    files = server.files(REPO, revision)
+    held = {name: server.read(REPO, name, revision) for name in files if name != ".gitattributes"}
+    return ".gitattributes" in files and held == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_push_then_nothing_to_do_then_a_tag(out, server, unloaded):
+    result = run(out, REPO, "--private", "--execute", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert is_published(server, out) and server.repos[REPO].private
+    (commit, initial) = server.commits(REPO, "main")
+    assert report["commit"] == commit.id and commit.parent == initial.id and report["verified"]
+    again = run(out, REPO, "--execute")
+    assert again.exit_code == 0 and "nothing to do" in again.stdout
+    assert push(out, REPO, tag="v1", execute=True)["tagged"] == "v1"
+    assert "nothing to do" in run(out, REPO, "--tag", "v1", "--execute").stdout
+    assert server.tags(REPO) == {"v1": commit.id} and len(server.commits(REPO, "main")) == 2
+
+
+def test_a_tag_stays_where_it_is(out, server, unloaded):
+    push(out, REPO, tag="v1", execute=True)
+    (out / "README.md").write_text((out / "README.md").read_text().split("<!--")[0] + "# Mine\n")
+    before = server.branches(REPO)
+    with pytest.raises(CheckpointError, match="`tag` must be new"):
+        push(out, REPO, tag="v1", execute=True)
+    assert server.branches(REPO) == before
+    assert push(out, REPO, tag="v2", execute=True)["tagged"] == "v2"
+
+
+def test_branch(out, server, unloaded):
+    push(out, REPO, execute=True)
+    (out / "README.md").write_text((out / "README.md").read_text().split("<!--")[0] + "# Mine\n")
+    main = server.branches(REPO)["main"]
+    assert push(out, REPO, revision="next/one")["plan"]["creates_branch"] and "next/one" not in server.branches(REPO)
+    commit = push(out, REPO, revision="next/one", tag="v2", execute=True)["commit"]
+    assert server.branches(REPO) == {"main": main, "next/one": commit} and server.tags(REPO) == {"v2": commit}
+    assert server.commits(REPO, "next/one")[0].parent == main and is_published(server, out, "next/one")
+
+
+def test_pull_request_is_made_once(out, server, unloaded):
+    push(out, REPO, execute=True)
+    main = server.branches(REPO)["main"]
+    (out / "README.md").write_text((out / "README.md").read_text().split("<!--")[0] + "# Mine\n")
+    server.fail(COMMIT, "lost")
+    report = push(out, REPO, create_pr=True, execute=True)
+    assert server.branches(REPO) == {"main": main}
+    assert server.pulls(REPO) == {"refs/pr/1": report["commit"]} and report["pull_request"].endswith("/discussions/1")
+    assert is_published(server, out, "refs/pr/1")
+    again = push(out, REPO, create_pr=True, execute=True)
+    assert again["pull_request"] == report["pull_request"] and len(server.pulls(REPO)) == 1
+
+
+def test_a_public_repository_does_not_turn_private(out, server, unloaded):
+    push(out, REPO, execute=True)
+    with pytest.raises(CheckpointError, match="`private`"):
+        push(out, REPO, private=True)
+
+
+def test_the_hub_s_own_rules_for_cards(out, server, monkeypatch):
+    server.fail(r"POST /api/validate-yaml", 400)
+    with pytest.raises(CheckpointError):
+        push(out, REPO, execute=True)
+    assert not server.repos
+
+
+@pytest.mark.parametrize("kind", [429, 500, 503, "cut", "half", "lost"])
+@pytest.mark.parametrize("place", [COMMIT, UPLOAD, TREE, r"POST .*/create$", r"POST .*/batch", r"POST .*/tag/", "refs"])
+def test_what_passes_is_overcome(kind, place, out, server, unloaded):
+    fault = server.fail(place, kind, times=2)
+    assert push(out, REPO, tag="v1", execute=True)["tagged"] == "v1"
+    assert fault.hits == 2 or (kind == "lost" and place in (COMMIT, r"POST .*/tag/"))
+    assert is_published(server, out, "v1") and len(server.commits(REPO, "main")) == 2
+
+
+@pytest.mark.parametrize("kind", [401, 403, 404, 500, "cut", "half"])
+@pytest.mark.parametrize("place", [COMMIT, UPLOAD, TREE, r"POST .*/batch"])
+def test_what_stays_leaves_the_remote_as_it_was(kind, place, out, server, unloaded):
+    push(out, REPO, execute=True)
+    save_weights(out, {name: value + 1 for name, value in load_weights(out).items()})
+    reseal(out)
+    before = (server.branches(REPO), server.tags(REPO), server.files(REPO))
+    server.fail(place, kind, times=math.inf)
+    result = run(out, REPO, "--tag", "v2", "--execute")
+    assert result.exit_code == 1 and TOKEN not in result.output
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert ("nothing was sent" if place == TREE else "the remote is unchanged") in error
+    assert kind not in (401, 403) or place in (UPLOAD, TREE) or "hf auth login" in error
+    assert before == (server.branches(REPO), server.tags(REPO), server.files(REPO))
+
+
+def test_a_connection_that_ends_for_good(out, server, unloaded):
+    """Nobody can then say what the remote holds, and the next run finds out."""
+    push(out, REPO, execute=True)
+    (out / "README.md").write_text((out / "README.md").read_text().split("<!--")[0] + "# Mine\n")
+
+    def end():
+        server.fail("", "cut", times=math.inf)
+
+    server.fail(COMMIT, end)
+    with pytest.raises(CheckpointError, match="the Hub does not say whether anything changed"):
+        push(out, REPO, execute=True)
+    server.faults.clear()
+    push(out, REPO, tag="v2", execute=True)
+    assert len(server.commits(REPO, "main")) == 3 and is_published(server, out, "v2")
+
+
+def test_a_race_is_told_and_not_overwritten(out, server, unloaded):
+    push(out, REPO, execute=True)
+    (out / "README.md").write_text((out / "README.md").read_text().split("<!--")[0] + "# Mine\n")
+    made = []
+    server.fail(COMMIT, lambda: made.append(server.commit(REPO, {"theirs.txt": b"1"}, title="Theirs")))
+    with pytest.raises(CheckpointError) as caught:
+        push(out, REPO, tag="v2", execute=True)
+    for word in (made[0], "'Theirs'", "theirs.txt", "nothing of this push was committed"):
+        assert word in str(caught.value)
+    assert server.branches(REPO)["main"] == made[0] and not server.tags(REPO)
+
+
+def test_a_repository_that_somebody_else_creates_meanwhile(out, server, unloaded):
+    def create():
+        huggingface_hub.HfApi(token=TOKEN).create_repo(REPO)
+        server.commit(REPO, {"theirs.txt": b"1"})
+
+    server.fail(r"POST .*/create$", create)
+    with pytest.raises(CheckpointError, match="somebody else has created it"):
+        push(out, REPO, execute=True)
+    assert set(server.files(REPO)) == {".gitattributes", "theirs.txt"}
+
+
+def test_somebody_s_commit_on_top_of_one_whose_answer_was_lost(out, server, unloaded):
+    push(out, REPO, execute=True)
+    (out / "README.md").write_text((out / "README.md").read_text().split("<!--")[0] + "# Mine\n")
+    server.fail(COMMIT, "lost")
+    server.fail(r"GET .*/refs", lambda: server.commit(REPO, {"theirs.txt": b"1"}), after=1)
+    commit = push(out, REPO, tag="v2", execute=True)["commit"]
+    theirs, ours, _, _ = server.commits(REPO, "main")
+    assert ours.id == commit == server.tags(REPO)["v2"] and theirs.parent == ours.id
+    assert is_published(server, out, "v2")
+
+
+@pytest.mark.parametrize("place", [UPLOAD, COMMIT])
+def test_wrong_checksums_are_found_and_not_tagged(place, out, server, unloaded):
+    server.fail(place, "corrupt")
+    with pytest.raises(CheckpointError) as caught:
+        push(out, REPO, tag="v1", execute=True)
+    commit = server.branches(REPO)["main"]
+    for word in (commit, "`main`", "not tagged", "different: ", "run it again"):
+        assert word in str(caught.value)
+    assert not server.tags(REPO)
+    push(out, REPO, tag="v1", execute=True)
+    assert is_published(server, out, "v1")
+
+
+def test_other_logits_are_not_tagged(out, server, monkeypatch):
+    monkeypatch.setattr(hub.Push, "logits", lambda self, installed, commit: f"{installed}")
+    with pytest.raises(CheckpointError) as caught:
+        push(out, REPO, tag="v1", execute=True)
+    assert "not tagged" in str(caught.value) and "logits" in str(caught.value) and not server.tags(REPO)
+    assert server.branches(REPO)["main"] in str(caught.value)
+
+
+@pytest.mark.parametrize("role", [None, "read"])
+def test_tokens_that_may_not(role, out, server, monkeypatch, unloaded):
+    if role:
+        server.tokens["hf_other"] = role
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    result = run(out, REPO, "--execute")
+    assert result.exit_code == 1 and "hf auth login" in result.stderr and "hf_other" not in result.output
+    assert "unchanged" in result.stderr or "nothing was sent" in result.stderr
+    assert not server.repos
+
+
+def test_without_token_or_network_on_purpose(out, server, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(CheckpointError, match="hf auth login"):
+        push(out, REPO)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="`HF_HUB_OFFLINE` must be unset"):
+        push(out, REPO)
+    assert server.requests == []
+
+
+LOADS = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], revision="v1", trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules.")
+torch.save(model(torch.arange(40)[None] % 7).logits, sys.argv[2])
+"""
+
+
+def test_from_push_to_a_user_who_loads_it(out, server, tmp_path, monkeypatch):
+    """Whole: in processes of their own, by the command, with nothing left out; then without the network."""
+    result = run(out, REPO, "--tag", "v1", "--execute")
+    assert result.exit_code == 0, result.output
+    assert "verified: the same logits, bit for bit" in result.stdout and TOKEN not in result.output
+    home = ENVIRONMENT | server.env | {"HF_HOME": str(tmp_path / "home")}
+    loads = [sys.executable, "-c", LOADS, REPO]
+    subprocess.run([*loads, tmp_path / "loaded"], env=home, check=True)
+    asked = len(server.requests)
+    subprocess.run([*loads, tmp_path / "offline"], env=home | {"HF_HUB_OFFLINE": "1"}, check=True)
+    assert len(server.requests) == asked
+    from olmem import OlmemForCausalLM
+
+    expected = OlmemForCausalLM.from_pretrained(out)(torch.arange(40)[None] % 7).logits
+    for name in ("loaded", "offline"):
+        assert torch.equal(torch.load(tmp_path / name), expected)
+    written = [path for folder in (out, tmp_path) for path in folder.rglob("*") if path.is_file()]
+    assert not any(TOKEN.encode() in path.read_bytes() for path in written)
+    assert all(TOKEN not in request.path for request in server.requests)
+
+
+PUSHES = """
+import sys
+from olmem_convert import hub
+hub.Push.logits = lambda *arguments, **named: "the same"
+hub.push(sys.argv[1], sys.argv[2], tag="v1", execute=True)
+"""
+
+
+@pytest.mark.parametrize("place", [UPLOAD, COMMIT, r"POST .*/tag/"])
+def test_a_push_that_is_killed_is_gone_on_with(place, out, server, unloaded):
+    process = subprocess.Popen([sys.executable, "-c", PUSHES, out, REPO], env=ENVIRONMENT | server.env)
+    server.fail(place, lambda: process.send_signal(signal.SIGKILL))
+    assert process.wait(60) == -signal.SIGKILL
+    push(out, REPO, tag="v1", execute=True)
+    assert is_published(server, out, "v1") and len(server.commits(REPO, "main")) == 2

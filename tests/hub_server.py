@@ -20,7 +20,7 @@ In the process of the test itself, Xet must be off: `huggingface_hub.constants.H
     server.branches("tester/m"), server.tags("tester/m"), server.pulls("tester/m")      # {name: commit id}
     server.commit("tester/m", {"a.txt": b"1", "b.txt": None}, "main")   # somebody else's commit; None deletes; its id
     server.repos["tester/m"].private             # and `del server.repos["tester/m"]`
-    server.requests                              # [Request(method, path, headers, body, status)], as they came
+    server.requests                              # [Request(method, path, headers, body, status, storage)], as they came
     server.tokens["hf_reader"] = "read"          # another known token; writing with it is 403
     server.page = 2                              # entries of a listing in one answer; 1000, as at the Hub
     server.part_size = 1 << 20                   # larger files are uploaded in parts; 5 GiB
@@ -41,6 +41,7 @@ import json
 import re
 import secrets
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -165,6 +166,10 @@ class Port(ThreadingHTTPServer):
         self.connections.discard(request)
         super().shutdown_request(request)
 
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
     def server_close(self):
         super().server_close()
         for connection in list(self.connections):
@@ -174,6 +179,7 @@ class Port(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     server: Port
 
     def answer(self) -> None:
@@ -184,7 +190,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self.receive(request, half=kind == "half")
             if kind in ("cut", "hang"):
-                hub.closed.wait(seconds)
+                hub.closed.wait(seconds if kind == "hang" else 0)
                 raise Cut
             if callable(kind):
                 kind()
@@ -192,8 +198,7 @@ class Handler(BaseHTTPRequestHandler):
             answer = self.refusal(kind, seconds) if isinstance(kind, int) else hub.handle(request)
             if kind == "lost":
                 raise Cut
-            request.status = answer.status
-            self.reply(answer, half=kind == "half")
+            self.reply(request, answer, half=kind == "half")
         except ConnectionError:
             self.close_connection = True
         finally:
@@ -238,7 +243,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Cut
         return data
 
-    def reply(self, answer: Answer, half: bool) -> None:
+    def reply(self, request: Request, answer: Answer, half: bool) -> None:
         content, headers = answer.content, answer.headers | {"X-Request-Id": secrets.token_hex(8)}
         if not isinstance(content, bytes | Path):
             content, headers["Content-Type"] = json.dumps(content).encode(), "application/json; charset=utf-8"
@@ -246,16 +251,17 @@ class Handler(BaseHTTPRequestHandler):
         start, stop = 0, size
         if isinstance(content, Path):
             headers["Accept-Ranges"] = "bytes"
-            if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", "")):
                 start, stop = int(asked[1]), min(size, int(asked[2] or size) + 1)
                 answer.status, headers["Content-Range"] = 206, f"bytes {start}-{stop - 1}/{size}"
                 if start >= size:
                     start, stop, answer.status, headers["Content-Range"] = 0, 0, 416, f"bytes */{size}"
+        request.status = answer.status
         self.send_response(answer.status)
         for key, value in (headers | {"Content-Length": str(stop - start)}).items():
             self.send_header(key, value)
         self.end_headers()
-        if self.command == "HEAD":
+        if request.method == "HEAD":
             return
         if half:
             stop = (start + stop) // 2

@@ -29,6 +29,7 @@ from .verify import REPORT_NAME, UNSEALED, load_config, stored_dtype
 ALLOWED = re.compile(WRITTEN.pattern + r"|README\.md|evaluation\.json|(LICENSE|NOTICE)(\.md|\.txt)?")
 PICKLES = (".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth", ".mar")
 PICKLE_MAGIC = (*(bytes([0x80, protocol]) for protocol in range(1, 6)), b"PK\x03\x04", b"PK\x05\x06", b"\x1f\x8b")
+SINGLE_NAME = "model.safetensors"
 BLOCK = 2**20  # bytes read at once
 
 
@@ -207,9 +208,14 @@ def check_weights(folder: Path, config: OlmemConfig, weights: Mapping[str, LazyT
             raise CheckpointError(
                 f"`{name}` in the safetensors of {folder} must be {must} by config.json (got {held}); convert again."
             )
-    index = folder / INDEX_NAME
+    index, files = folder / INDEX_NAME, {path.name for path in folder.glob("*.safetensors")}
+    if not index.is_file() and files != {SINGLE_NAME}:
+        others = ", ".join(sorted(files - {SINGLE_NAME}))
+        raise CheckpointError(
+            f"`{folder}` must hold its weights in {SINGLE_NAME}, or in files of an index (there is no index, and also "
+            f"{others}); move what does not belong here away."
+        )
     if index.is_file():
-        files = {str(path.name) for path in folder.glob("*.safetensors")}
         count = {f"{len(files):05}.safetensors"}
         total = sum(tensor.nbytes for tensor in weights.values())
         stated = (read_json(index).get("metadata") or {}).get("total_size")

@@ -152,12 +152,12 @@ class Remote:
                 json={"content": path.read_text(encoding="utf-8"), "repoType": "model"},
                 headers=build_hf_headers(token=self.token),
             )
-            if response.status_code != 400:
-                hf_raise_for_status(response)
-            return response.json()
+            if response.status_code == 400 and "errors" in response.json():
+                return response.json()["errors"]
+            hf_raise_for_status(response)
+            return []
 
-        errors = persistently(ask).get("errors") or []
-        if errors:
+        if errors := persistently(ask):
             said = "; ".join(" ".join(str(error.get("message")).split()) for error in errors)
             raise CheckpointError(
                 f"the front matter of `{path}` must be valid on the Hub (it says: {said}); correct it."

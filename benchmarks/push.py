@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from hub_server import HubServer  # noqa: E402  of the tests
+from hub_server import HubServer  # noqa: E402  # pyright: ignore[reportMissingImports]
 from olmem_convert import convert  # noqa: E402
 from olmem_convert.card import card  # noqa: E402
 

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, get_token, is_offline_mode
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from tqdm import tqdm
 
 from .card import CARD_NAME
@@ -40,8 +42,7 @@ from .verify import REPORT_NAME, draw_prompt, stored_dtype
 
 MAIN = "main"
 TITLE = "Model verified by olmem"
-REF_NAME = re.compile(r"(?!refs/)[A-Za-z0-9][\w.+-]*(/[A-Za-z0-9][\w.+-]*)*(?<!\.)(?<!\.lock)")
-REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+REF_NAME = re.compile(r"(?!refs/)(?!.*\.\.)[a-z0-9][\w.+-]*(/[a-z0-9][\w.+-]*)*(?<!\.)(?<!\.lock)", re.ASCII | re.I)
 TRY_AGAIN = 75  # exit code of reload.py
 MOST_OF_MEMORY = 0.8  # of which weights may take this much before they are offloaded
 
@@ -122,7 +123,12 @@ def push(
 
 
 def check_options(repo_id: str, revision: str | None, create_pr: bool, tag: str | None) -> None:
-    if not REPO_ID.fullmatch(repo_id):
+    try:
+        validate_repo_id(repo_id)
+        is_full = repo_id.count("/") == 1
+    except HFValidationError:
+        is_full = False
+    if not is_full:
         raise CheckpointError(f"`REPO_ID` must be user/name or organization/name (got {repo_id!r}); write it so.")
     for name, value in (("revision", revision), ("tag", tag)):
         if value is not None and not REF_NAME.fullmatch(value):

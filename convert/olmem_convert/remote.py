@@ -18,7 +18,7 @@ from .errors import CheckpointError
 from .release import LocalFile
 
 OF_THE_HUB = ".gitattributes"
-PASSING = (408, 409, 423, 425, 429, 500, 502, 503, 504)  # statuses that another try may not meet
+PASSING = (408, 429, 500, 502, 503, 504)  # statuses that another try may not meet
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each further try
 LONGEST_WAIT = 300.0  # seconds, of those that the Hub asks for
 NETWORK_ERRORS = (HTTPError, OSError, ValueError, RuntimeError)  # huggingface_hub wraps those of uploads

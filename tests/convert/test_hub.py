@@ -267,6 +267,8 @@ def test_a_folder_that_was_converted_may_be_published(released):
     ("options", "words"),
     [
         ({"repo_id": "model"}, ("`REPO_ID`", "'model'")),
+        ({"repo_id": "a/b/c"}, ("`REPO_ID`", "'a/b/c'")),
+        ({"repo_id": "a/--b"}, ("`REPO_ID`", "'a/--b'")),
         ({"revision": "refs/pr/1"}, ("`revision`",)),
         ({"tag": "v 1"}, ("`tag`", "'v 1'")),
         ({"tag": "v1", "create_pr": True}, ("`tag`", "--create-pr")),
@@ -382,7 +384,7 @@ def test_the_hub_s_own_rules_for_cards(out, server, monkeypatch):
     """They are asked before a repository is created; this Hub's refuse what check_card lets pass."""
     monkeypatch.setattr(release, "check_card", lambda folder: None)
     (out / "README.md").write_text("---\nlicense: apache-2.0\ntags: 1\n---\n")
-    with pytest.raises(CheckpointError, match="front matter of .*README.md.* must be valid on the Hub .*tags"):
+    with pytest.raises(CheckpointError, match=r"front matter of .*README.md.* must be valid on the Hub .*tags"):
         push(out, REPO, execute=True)
     assert not server.repos
 
@@ -481,6 +483,13 @@ def test_other_logits_are_not_tagged(out, server, monkeypatch):
     assert server.branches(REPO)["main"] in str(caught.value)
 
 
+def test_a_model_that_does_not_load_is_not_sent(out, server, monkeypatch):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(CheckpointError, match=r"the model must load and run .*nothing was sent"):
+        push(out, REPO, execute=True)
+    assert not server.repos
+
+
 @pytest.mark.parametrize("role", [None, "read"])
 def test_tokens_that_may_not(role, out, server, monkeypatch, unloaded):
     if role:
@@ -530,8 +539,14 @@ torch.save(model(torch.arange(40)[None] % 7).logits, sys.argv[2])
 """
 
 
-def test_from_push_to_a_user_who_loads_it(out, server, tmp_path, monkeypatch):
-    """Whole: in processes of their own, by the command, with nothing left out; then without the network."""
+def test_from_push_to_a_user_who_loads_it(server, tmp_path):
+    """Whole, with a memory and in bfloat16: in processes of their own, by the command, with nothing left out, and a
+    download that ends too early; then without the network."""
+    out = tmp_path / "out"
+    memory = {"num_memory_tokens": 2, "memory_segment_length": 16, "retrieval_layers": [1]}
+    convert(source("olmo_core_swa"), out, dtype="bfloat16", memory=memory)
+    card(out, license="apache-2.0")
+    server.fail(r"GET .*/modeling_olmem.py", "half")
     result = run(out, REPO, "--tag", "v1", "--execute")
     assert result.exit_code == 0, result.output
     assert "verified: the same logits, bit for bit" in result.stdout and TOKEN not in result.output

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,10 @@ from .verify import REPORT_NAME, draw_prompt, stored_dtype
 MAIN = "main"
 TITLE = "Model verified by olmem"
 REF_NAME = re.compile(r"(?!refs/)(?!.*\.\.)[a-z0-9][\w.+-]*(/[a-z0-9][\w.+-]*)*(?<!\.)(?<!\.lock)", re.ASCII | re.I)
+OF_THE_USER = {  # variables of places and rules that a process with an empty cache must not know
+    *("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_XET_CACHE", "HF_ASSETS_CACHE", "TRANSFORMERS_CACHE"),
+    "HF_HUB_DISABLE_IMPLICIT_TOKEN",
+}
 TRY_AGAIN = 75  # exit code of reload.py
 MOST_OF_MEMORY = 0.8  # of which weights may take this much before they are offloaded
 
@@ -226,27 +230,17 @@ def shown(size: int) -> str:
     return tqdm.format_sizeof(size, "B")
 
 
+@dataclass
 class Push:
     """A plan that is being carried out."""
 
-    def __init__(
-        self,
-        remote: Remote,
-        folder: Path,
-        files: Mapping[str, LocalFile],
-        plan: Plan,
-        private: bool,
-        say: Callable[[str], None],
-    ):
-        self.remote, self.folder, self.files, self.plan, self.private, self.say = (
-            remote,
-            folder,
-            files,
-            plan,
-            private,
-            say,
-        )
-        self.created: list[str] = []
+    remote: Remote
+    folder: Path
+    files: Mapping[str, LocalFile]
+    plan: Plan
+    private: bool
+    say: Callable[[str], None]
+    created: list[str] = field(default_factory=list)
 
     def run(self) -> dict[str, Any]:
         pull_request = None
@@ -297,7 +291,8 @@ class Push:
             CommitOperationAdd(name, self.files[name].path) for name in sorted([*plan.new, *plan.changed])
         ]
         operations += [CommitOperationDelete(name) for name in sorted(plan.deleted)]
-        for seconds in (*WAITS, None):
+        waits = [*WAITS]
+        while True:
             try:
                 made = self.remote.api.create_commit(
                     plan.repo_id,
@@ -312,10 +307,9 @@ class Push:
             except NETWORK_ERRORS as error:
                 if found := self.made_since():
                     return found
-                if seconds is None or not is_passing(error):
+                if not waits or not is_passing(error):
                     raise
-                wait_for(error, seconds)
-        raise AssertionError("the last try returns or raises")
+                wait_for(error, waits.pop(0))
 
     def made_since(self) -> tuple[str, str | None] | None:
         """The commit on the planned head that holds these files, if it was made after all. An error when the branch has
@@ -387,8 +381,7 @@ class Push:
 
     def reload(self, task: dict[str, Any], scratch: str) -> dict[str, Any]:
         """Runs reload.py, away from the user's caches; the token goes by the environment, as to any program."""
-        caches = {"HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_XET_CACHE", "HF_ASSETS_CACHE", "TRANSFORMERS_CACHE"}
-        environment = {name: value for name, value in os.environ.items() if name not in caches} | {
+        environment = {name: value for name, value in os.environ.items() if name not in OF_THE_USER} | {
             "HF_HOME": scratch,
             "HF_MODULES_CACHE": f"{scratch}/modules",
             "HF_ENDPOINT": self.remote.api.endpoint,
@@ -397,17 +390,17 @@ class Push:
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }
         command = [sys.executable, "-P", str(Path(__file__).with_name("reload.py"))]
-        for seconds in (*WAITS, None):
+        waits = [*WAITS]
+        while True:
             done = subprocess.run(command, input=json.dumps(task), env=environment, capture_output=True, text=True)
             if done.returncode == 0:
                 return json.loads(done.stdout.splitlines()[-1])
             why = self.remote.without_token((done.stderr.strip().splitlines() or ["nothing"])[-1])
             remedy = "; convert again: nothing was sent" if task["installed"] else ""
             error = CheckpointError(f"the model must load and run (a new process ended with {why!r}){remedy}.")
-            if done.returncode != TRY_AGAIN or task["installed"] or seconds is None:
+            if done.returncode != TRY_AGAIN or task["installed"] or not waits:
                 raise error
-            wait_for(error, seconds)
-        raise AssertionError("the last try returns or raises")
+            wait_for(error, waits.pop(0))
 
     def check_room(self, scratch: str, needed: int) -> None:
         free = shutil.disk_usage(scratch).free

@@ -71,8 +71,8 @@ def check_kind(path: Path) -> None:
     way_out = "move it away"
     if path.is_symlink():
         what, way_out = "a symbolic link", "put the file itself in its place"
-    elif path.is_dir():
-        what = "a folder"
+    elif not path.is_file():
+        what = "a folder" if path.is_dir() else "no plain file"
     elif path.suffix.lower() in PICKLES:
         what, way_out = "a pickle by its name", "publish safetensors only, and move it away"
     elif is_pickle(path):

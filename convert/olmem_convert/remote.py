@@ -63,14 +63,14 @@ def wait_for(error: BaseException, seconds: float) -> None:
 
 def persistently(call: Callable[..., Any], *args: Any, also: tuple[int, ...] = (), **kwargs: Any) -> Any:
     """The call's value; tried again where a server or a connection failed, or gave a status of `also`."""
-    for seconds in WAITS:
+    waits = [*WAITS]
+    while True:
         try:
             return call(*args, **kwargs)
         except NETWORK_ERRORS as error:
-            if not is_passing(error) and status_of(error) not in also:
+            if not waits or not (is_passing(error) or status_of(error) in also):
                 raise
-            wait_for(error, seconds)
-    return call(*args, **kwargs)
+            wait_for(error, waits.pop(0))
 
 
 def differences(files: Mapping[str, LocalFile], tree: Mapping[str, RepoFile]) -> dict[str, dict[str, int]]:
@@ -176,7 +176,7 @@ class Remote:
         lost = next((cause for cause in causes(error) if isinstance(cause, HTTPError)), error)
         if answer is None:
             kind = f"{type(lost).__name__}: " if isinstance(lost, HTTPError) else ""
-            why = "the connection to the Hub must hold" if kind else "the Hub must take it"
+            why = "the connection to the Hub must hold" if kind else "the Hub must accept it"
             return self.without_token(f"{why} (got {kind}{' '.join(str(lost).split())})")
         status = answer.response.status_code
         said = " ".join(str(answer.server_message or answer.response.reason_phrase).split())
@@ -185,7 +185,7 @@ class Remote:
             403: f"the token must be allowed to write to {self.repo_id}: run `hf auth login` with one that is",
             404: f"{self.repo_id} must exist and be visible to the token: check the name, or run `hf auth login`",
             429: "the Hub must have requests left for this token: wait some minutes",
-        }.get(status, "the Hub must take it")
+        }.get(status, "the Hub must accept it")
         return self.without_token(f"{way_out} (got {status}: {said})")
 
     def without_token(self, text: str) -> str:

@@ -5,6 +5,7 @@ from .convert import convert
 from .errors import CheckpointError
 from .evaluate import evaluate
 from .export import export
+from .hub import push
 from .verify import verify
 
-__all__ = ["CheckpointError", "card", "convert", "evaluate", "export", "verify"]
+__all__ = ["CheckpointError", "card", "convert", "evaluate", "export", "push", "verify"]

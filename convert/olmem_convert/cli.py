@@ -1,4 +1,4 @@
-"""`olmem convert | verify | evaluate | card`: parses and calls."""
+"""`olmem convert | verify | card | push`: parses and calls."""
 
 import json
 import signal
@@ -150,6 +150,24 @@ def card(
 
     told = {"license": license, "license_name": license_name, "license_link": license_link, "base_model": base_model}
     finish(lambda say: run(out, language=language or (), datasets=dataset or (), say=say, **told), as_json)
+
+
+@app.command()
+def push(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A converted and verified folder.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="user/name or organization/name, of a model.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, created from main if need be; main by default.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="As a pull request to main.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Of a repository that is created.")] = False,
+    tag: Annotated[str | None, typer.Option(metavar="vX", help="Tag of the commit, once it is verified.")] = None,
+    execute: Annotated[bool, typer.Option("--execute", help="Do what is planned; else nothing is sent.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what of a verified folder would go to the Hub and, with --execute, publish it whole or not at all."""
+    from .hub import push as run
+
+    options = {"revision": revision, "create_pr": create_pr, "private": private, "tag": tag, "execute": execute}
+    finish(lambda say: run(out, repo_id, say=say, **options), as_json)
 
 
 def tell_script(figures: dict[str, float | None]) -> None:

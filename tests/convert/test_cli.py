@@ -95,6 +95,8 @@ def test_overwrite(tmp_path):
         ["verify", "a", "--against", "b", "--n-ctx", "x"],
         ["verify", "a"],
         ["verify", "--against", "a"],
+        ["push", "a"],
+        ["push", "a", "b/c", "--token", "x"],
     ],
     ids=" ".join,
 )
@@ -105,13 +107,14 @@ def test_wrong_use_ends_with_two(arguments, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("verb", ["convert", "verify"])
+@pytest.mark.parametrize("verb", ["convert", "verify", "push"])
 def test_help_names_every_argument(verb):
     result = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
     assert result.exit_code == 0
     for word in {
         "convert": ("SRC", "OUT", "--dtype", "--set", "--overwrite"),
         "verify": ("OUT", "--against", "--json"),
+        "push": ("OUT", "REPO_ID", "--revision", "--create-pr", "--private", "--tag", "--execute", "--json"),
     }[verb]:
         assert word in result.stdout
 
@@ -181,5 +184,6 @@ app()
 
 
 def test_library_names():
-    assert set(olmem_convert.__all__) == {"CheckpointError", "card", "convert", "evaluate", "export", "verify"}
+    verbs = {"card", "convert", "evaluate", "export", "push", "verify"}
+    assert set(olmem_convert.__all__) == {"CheckpointError", *verbs}
     assert all(callable(getattr(olmem_convert, name)) for name in olmem_convert.__all__)

@@ -23,8 +23,9 @@ from .convert import WRITTEN
 from .errors import CheckpointError
 from .plan import TOKEN_IDS
 from .shards import INDEX_NAME
-from .tensors import LazyTensor, read_json, read_weights, reading
+from .tensors import LazyTensor, read_json, reading
 from .verify import REPORT_NAME, UNSEALED, load_config, stored_dtype
+from .weight_files import read_weights
 
 ALLOWED = re.compile(WRITTEN.pattern + r"|README\.md|evaluation\.json|(LICENSE|NOTICE)(\.md|\.txt)?")
 PICKLES = (".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth", ".mar")

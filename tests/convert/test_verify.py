@@ -293,7 +293,7 @@ def test_nan_in_the_weights_is_no_equality(changeable):
     tensors = load_weights(out)
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
     save_weights(out, tensors)
-    with pytest.raises(CheckpointError, match="up_proj.* must be finite"):
+    with pytest.raises(CheckpointError, match=r"up_proj.* must be finite"):
         verify(out, source("olmo"))
     assert not (out / "verification.json").exists()
     with pytest.raises(CheckpointError, match="native logits"):

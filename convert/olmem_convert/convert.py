@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import olmem
@@ -107,7 +108,7 @@ def convert(
         }
         write_card(folder, kept, (report["verification"] or {}).get("sha256"))
         if not verify:
-            say(f"not verified: `olmem verify {out} --against {source}{given.options}` does it")
+            say(f"not verified: `olmem verify {quote(str(out))} --against {quote(str(source))}{given.options}` does it")
     say(f"wrote {out}")
     return report
 

@@ -105,6 +105,8 @@ def written_whole(
         for parent in absent:
             with suppress(OSError):
                 parent.rmdir()
+        if isinstance(error, CheckpointError) and str(folder) in str(error):
+            raise CheckpointError(str(error).replace(str(folder), str(out))) from error
         if isinstance(error, OSError):
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             remedy = "free space, or choose another disk" if full else "choose another folder"

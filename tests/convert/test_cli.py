@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -57,6 +58,13 @@ def test_no_verify_says_how_to(tmp_path):
     assert not (tmp_path / "out" / "verification.json").exists()
     result = run("verify", tmp_path / "out", "--against", source("olmo"))
     assert result.exit_code == 0 and (tmp_path / "out" / "verification.json").exists()
+
+
+def test_paths_in_a_command_that_is_proposed_are_quoted(tmp_path):
+    folder = write_olmo(tmp_path / "my runs" / "step 1", "model.pt")
+    result = run("convert", folder, tmp_path / "my out", "--no-verify")
+    command = next(line for line in result.stdout.splitlines() if line.startswith("not verified")).split("`")[1]
+    assert run(*shlex.split(command)[1:]).exit_code == 0
 
 
 def test_options_reach_the_conversion(tmp_path):

@@ -212,6 +212,16 @@ def test_a_failure_with_resume_keeps_what_is_finished(monkeypatch, tmp_path):
     assert report["bytes_found"] == report["bytes"]
 
 
+def test_errors_name_out_and_not_where_it_is_written(monkeypatch, tmp_path):
+    def fail(folder, *_):
+        raise CheckpointError(f"`{folder / 'config.json'}` must be so")
+
+    monkeypatch.setattr("olmem_convert.partial.sync", fail)
+    with pytest.raises(CheckpointError) as refusal:
+        convert(source("olmo"), tmp_path / "out", verify=False)
+    assert str(refusal.value) == f"`{tmp_path / 'out' / 'config.json'}` must be so"
+
+
 def test_export_resumes_too(converted, kill, monkeypatch, tmp_path):
     kill(20)
     with pytest.raises(Killed):

@@ -223,13 +223,14 @@ def test_errors_name_out_and_not_where_it_is_written(monkeypatch, tmp_path):
 
 
 def test_export_resumes_too(converted, kill, monkeypatch, tmp_path):
+    folder = converted("demo")
     kill(20)
     with pytest.raises(Killed):
-        export(converted("demo"), tmp_path / "out", "olmo3", **SMALL)
+        export(folder, tmp_path / "out", "olmo3", **SMALL)
     monkeypatch.undo()
-    report = export(converted("demo"), tmp_path / "out", "olmo3", resume=True, **SMALL)
+    report = export(folder, tmp_path / "out", "olmo3", resume=True, **SMALL)
     assert 0 < report["bytes_found"] < report["bytes"]
-    export(converted("demo"), tmp_path / "whole", "olmo3", **SMALL)
+    export(folder, tmp_path / "whole", "olmo3", **SMALL)
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
 
 

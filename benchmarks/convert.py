@@ -5,8 +5,8 @@
 
 Makes a checkpoint of OLMo-core (8 ranks) and a legacy one (`model.pt`), each of `--gib` in float32, and converts both
 to bfloat16 without verification, which computes and is no copying. `cp -r` of the same files, on the same disk, is
-timed before and after; all of them begin with nothing of the files in the disk cache, and end when what they wrote is on the
-disk. Imports of Python count. Memory is the process's peak. `--peer` names the Python of an environment that has
+timed before and after. All of them begin with nothing of the files in the disk cache, and end when what they wrote is
+on the disk; imports of Python count. Memory is the process's peak. `--peer` names the Python of an environment that has
 ai2-olmo-core 3, whose converter then converts the OLMo-core checkpoint too, to float32 as it does, without validation.
 
 The second form kills conversions with SIGKILL at random moments, goes on with --resume, and compares what comes out in

@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from olmem import OlmemConfig
@@ -72,7 +73,7 @@ def card(
             "hand, or move it away."
         )
     given = {"license": license, "license_name": license_name, "license_link": license_link, "base_model": base_model}
-    metadata = merged(kept_metadata(out), given | {"language": list(language), "datasets": list(datasets)})
+    metadata = merged(said(path), given | {"language": list(language), "datasets": list(datasets)})
     text = make_card(metadata, values)
     replace_text(path, text)
     say(f"wrote {path}")
@@ -88,36 +89,41 @@ def card(
     }
 
 
-def write_card(folder: Path, kept: Mapping[str, Any]) -> None:
+def write_card(folder: Path, kept: Mapping[str, Any], known: Mapping[str, str] | None = None) -> None:
     """Writes the card with the metadata `kept`, never over one that is somebody's own. What of the folder's files
-    cannot be read, or is of another state of the folder, the card does not say."""
+    cannot be read, or is of another state of the folder, the card does not say. known: sha256 by file, if computed."""
     path = folder / CARD_NAME
     if path.exists() and not is_own(path):
         return
     values = {}
-    for read in (config_values, verification_values, evaluation_values):
+    made_of = digests(folder, known)
+    for read in READERS:
         with suppress(CheckpointError):
-            values |= read(folder)
+            values |= read(folder, made_of)
     replace_text(path, make_card(kept, values))
 
 
-def check_card(folder: Path) -> None:
+def check_card(folder: Path, known: Mapping[str, str] | None = None) -> None:
     """Raises CheckpointError, which says the way out, for a card that must not be published.
 
     A card of Olmem's must be what the folder's files give now, and say that the model is verified. Any card must have
-    valid metadata, a license, and of the texts in evaluation.json no other figures than those there.
+    valid metadata, a license, and of the texts in evaluation.json no other figures than those there. known: the sha256
+    of files by name, where the caller has computed them.
     """
     path = folder / CARD_NAME
     if not path.is_file():
         raise CheckpointError(f"`{CARD_NAME}` must exist ({path} does not); run `olmem card {folder} --license …`.")
     data = read_front_matter(path)
     metadata = checked({name: data[name] for name in FIELDS if name in data})
-    values = read_values(folder)
+    values = read_values(folder, known)
     for name, wanted in OURS.items():
         if data.get(name) != wanted:
             raise CheckpointError(f"`{name}` of {path} must be {wanted} (got {data.get(name)!r}); correct it.")
     if "license" not in metadata:
         raise CheckpointError(f"`license` of {path} must be named; run `olmem card {folder} --license …`, or add it.")
+    link = metadata.get("license_link", "")
+    if link.startswith("LICENSE") and not (folder / link).is_file():
+        raise CheckpointError(f"`license_link` of {path} must be a file beside it (got {link}); add the file.")
     if is_own(path) and "verification" not in values:
         raise CheckpointError(
             f"`{CARD_NAME}` must say how the model was verified (there is no passing {REPORT_NAME}); run `olmem verify "
@@ -130,11 +136,12 @@ def check_card(folder: Path) -> None:
         )
     measured = {(result.dataset_name, result.metric_type): result.metric_value for result in results_of(values)}
     for result in ModelCardData(**data).eval_results or []:
-        value = result.metric_value
-        if measured.get((result.dataset_name, result.metric_type), value) != value:
+        what, value = (result.dataset_name, result.metric_type), result.metric_value
+        if measured.get(what, value) != value:
+            name, metric = map(one_line, what)
             raise CheckpointError(
-                f"`model-index` of {path} must have the figures of {EVALUATION_NAME} (got {result.metric_type} "
-                f"{value!r} on {one_line(result.dataset_name)!r}); correct it, or remove the entry."
+                f"`model-index` of {path} must have the figures of {EVALUATION_NAME} (got {metric} {value!r} on "
+                f"{name!r}); correct it, or remove the entry."
             )
 
 
@@ -144,11 +151,13 @@ def is_own(path: Path) -> bool:
 
 def kept_metadata(folder: Path) -> dict[str, Any]:
     """What the folder's card, if it is Olmem's, says that no other file knows."""
-    path = folder / CARD_NAME
-    if not is_own(path):
-        return {}
-    data = read_front_matter(path)
-    return checked({name: data[name] for name in FIELDS if name in data})
+    return checked(said(folder / CARD_NAME))
+
+
+def said(path: Path) -> dict[str, Any]:
+    """The same, as it stands there."""
+    data = read_front_matter(path) if is_own(path) else {}
+    return {name: data[name] for name in FIELDS if name in data}
 
 
 def read_front_matter(path: Path) -> dict[str, Any]:
@@ -173,14 +182,35 @@ def replace_text(path: Path, text: str) -> None:
 # What the folder's files say
 
 
-def read_values(folder: Path) -> dict[str, Any]:
-    """Of the template's variables, what the folder's files say. Raises CheckpointError for one that is damaged."""
+def read_values(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Of the template's variables, what the folder's files say. Raises CheckpointError for a file that is damaged, or
+    of another state of the folder."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"`OUT` must be a converted folder ({folder} has no config.json); convert SRC first.")
-    return config_values(folder) | verification_values(folder) | evaluation_values(folder)
+    made_of, values = digests(folder, known), {}
+    for read in READERS:
+        values |= read(folder, made_of)
+    return values
 
 
-def config_values(folder: Path) -> dict[str, Any]:
+def digests(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The sha256 of each file that a verification or an evaluation is of, if there is one; not computed if known."""
+    if known is None and not any((folder / name).is_file() for name in (REPORT_NAME, EVALUATION_NAME)):
+        return {}
+    names = ["config.json", "tokenizer.json", "tokenizer_config.json", INDEX_NAME]
+    names += sorted(path.name for path in folder.glob("*.safetensors"))
+    found = known or {}
+    return {name: found.get(name) or sha256(folder / name) for name in names if (folder / name).is_file()}
+
+
+def check_digests(name: str, report: Mapping[str, Any], made_of: Mapping[str, str], remedy: str) -> None:
+    if changed := [file for file, digest in made_of.items() if report["sha256"].get(file) != digest]:
+        raise CheckpointError(
+            f"`{name}` must be of the folder's own files ({', '.join(changed)} changed since); {remedy}."
+        )
+
+
+def config_values(folder: Path, made_of: Mapping[str, str]) -> dict[str, Any]:
     raw = read_json(folder / "config.json")
     if raw.get("model_type") != "olmem":
         raise CheckpointError(
@@ -188,10 +218,12 @@ def config_values(folder: Path) -> dict[str, Any]:
             "those have a card."
         )
     config = load_config(folder)
+    if not isinstance(config.dtype, torch.dtype):
+        raise CheckpointError(f"`dtype` of {folder / 'config.json'} must name the weights' dtype; convert again.")
     given = {name: getattr(config, name) for name in MEMORY_FIELDS} if config.has_memory else {}
     return {
         "config": config,
-        "dtype": one_line(str(config.dtype).removeprefix("torch.")),
+        "dtype": str(config.dtype).removeprefix("torch."),
         "layers": describe_layers(config),
         "bounded": all(Context.of(config, layer_type).span for layer_type in config.layer_types),
         "tokenizer": (folder / "tokenizer.json").is_file(),
@@ -215,7 +247,7 @@ def describe_layers(config: OlmemConfig) -> str:
     return ", ".join(f"{count} with {kinds[kind]}" for kind, count in counts.items() if count)
 
 
-def verification_values(folder: Path) -> dict[str, Any]:
+def verification_values(folder: Path, made_of: Mapping[str, str]) -> dict[str, Any]:
     """Nothing where there is no verification, or it failed."""
     path = folder / REPORT_NAME
     if not path.is_file():
@@ -223,7 +255,9 @@ def verification_values(folder: Path) -> dict[str, Any]:
     report = read_json(path)
     if report.get("passed") is not True:
         return {}
-    with reading(path, f"verify again: `olmem verify {folder} --against SRC`"):
+    remedy = f"verify again: `olmem verify {folder} --against SRC`"
+    with reading(path, remedy):
+        check_digests(REPORT_NAME, report, made_of, remedy)
         prompt = report["prompt"]
         windows = {name: prompt[name] for name in ("sliding_window", "attention_chunk_size") if prompt[name]}
         past = " and ".join(f"{name} {whole(value)}" for name, value in windows.items())
@@ -244,7 +278,7 @@ def verification_values(folder: Path) -> dict[str, Any]:
     return {"verification": verification}
 
 
-def evaluation_values(folder: Path) -> dict[str, Any]:
+def evaluation_values(folder: Path, made_of: Mapping[str, str]) -> dict[str, Any]:
     """Nothing where there is no evaluation."""
     path = folder / EVALUATION_NAME
     if not path.is_file():
@@ -252,7 +286,7 @@ def evaluation_values(folder: Path) -> dict[str, Any]:
     report = read_json(path)
     remedy = f"evaluate again: `olmem evaluate {folder} --text FILE`, or remove it"
     with reading(path, remedy):
-        made_of = dict(report["sha256"])
+        check_digests(EVALUATION_NAME, report, made_of, remedy)
         evaluation = {
             "window": None if report["window"] is None else whole(report["window"]),
             "dtype": one_line(report["dtype"]),
@@ -269,22 +303,10 @@ def evaluation_values(folder: Path) -> dict[str, Any]:
                 for text in report["texts"]
             ],
         }
-    if changed := sorted(name for name, digest in digests(folder).items() if made_of.get(name) != digest):
-        raise CheckpointError(
-            f"`{EVALUATION_NAME}` must be of the folder's own files ({', '.join(changed)} changed since); {remedy}."
-        )
     return {"evaluation": evaluation}
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """The sha256 of each file that an evaluation depends on, taken from verification.json where that has it."""
-    names = ["config.json", "tokenizer.json", "tokenizer_config.json", INDEX_NAME]
-    names += sorted(path.name for path in folder.glob("*.safetensors"))
-    known: Any = {}
-    with suppress(CheckpointError):
-        known = read_json(folder / REPORT_NAME).get("sha256")
-    known = known if isinstance(known, dict) else {}
-    return {name: known.get(name) or sha256(folder / name) for name in names if (folder / name).is_file()}
+READERS = (config_values, verification_values, evaluation_values)
 
 
 # The card

@@ -1,4 +1,4 @@
-"""`olmem convert | verify | card | push`: parses and calls."""
+"""`olmem convert | verify | evaluate | card | push`: parses and calls."""
 
 import json
 import signal
@@ -28,6 +28,7 @@ Window = Annotated[
 Activation = Annotated[
     str | None, typer.Option("--act-fn", help="Its activation: silu (001_pristine) or elephant (002_baka_elephant).")
 ]
+Nonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Carry NaN and infinite weights over.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output, and nothing else.")]
 
 
@@ -58,6 +59,10 @@ def convert(
         bool, typer.Option("--verify/--no-verify", help="Compare logits, weights and config with the native ones.")
     ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, if Olmem wrote it.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where it was killed; when stopped, keep what is finished.")
+    ] = False,
+    allow_nonfinite: Nonfinite = False,
     to: Annotated[
         str | None, typer.Option(metavar="CLASS", help="Back to Transformers' olmo, olmo2 or olmo3; SRC is of Olmem.")
     ] = None,
@@ -74,6 +79,9 @@ def convert(
         "tokenizer": tokenizer,
         "verify": verify,
         "overwrite": overwrite,
+        "resume": resume,
+        "allow_nonfinite": allow_nonfinite,
+        "tell": tell_script if as_json else None,
     }
     of_native = {"max_length": max_length, "native_config": native_config, "n_ctx": n_ctx, "act_fn": act_fn}
     if to is not None:
@@ -93,13 +101,27 @@ def verify(
     native_config: NativeConfig = None,
     n_ctx: Window = None,
     act_fn: Activation = None,
+    allow_nonfinite: Nonfinite = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare the logits of a converted folder with the native checkpoint's, and write verification.json."""
     from .verify import verify as run
 
-    options = {"native_config": native_config, "n_ctx": n_ctx, "act_fn": act_fn}
+    options = {"native_config": native_config, "n_ctx": n_ctx, "act_fn": act_fn, "allow_nonfinite": allow_nonfinite}
     finish(lambda say: run(out, against, say=say, **options), as_json)
+
+
+@app.command()
+def evaluate(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A converted folder.")],
+    text: Annotated[list[Path], typer.Option(metavar="FILE", help="Plain text in UTF-8; repeatable.")],
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Of each text, its first so many tokens.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the loss on plain texts, and write evaluation.json for the card to quote."""
+    from .evaluate import evaluate as run
+
+    finish(lambda say: run(out, text, max_tokens=max_tokens, say=say), as_json)
 
 
 @app.command()
@@ -146,6 +168,10 @@ def push(
 
     options = {"revision": revision, "create_pr": create_pr, "private": private, "tag": tag, "execute": execute}
     finish(lambda say: run(out, repo_id, say=say, **options), as_json)
+
+
+def tell_script(figures: dict[str, float | None]) -> None:
+    typer.echo(json.dumps({"progress": figures}), err=True)
 
 
 def finish(run: Callable[[Callable[[str], None]], dict[str, Any]], as_json: bool) -> None:

@@ -23,10 +23,11 @@ from .convert import WRITTEN
 from .errors import CheckpointError
 from .plan import TOKEN_IDS
 from .shards import INDEX_NAME
-from .tensors import LazyTensor, read_json, read_weights, reading
+from .tensors import LazyTensor, read_json, reading
 from .verify import REPORT_NAME, UNSEALED, load_config, stored_dtype
+from .weight_files import read_weights
 
-ALLOWED = re.compile(WRITTEN.pattern + r"|README\.md|evaluation\.json|(LICENSE|NOTICE)(\.md|\.txt)?")
+ALLOWED = re.compile(WRITTEN.pattern + r"|README\.md|(LICENSE|NOTICE)(\.md|\.txt)?")
 PICKLES = (".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth", ".mar")
 PICKLE_MAGIC = (*(bytes([0x80, protocol]) for protocol in range(1, 6)), b"PK\x03\x04", b"PK\x05\x06", b"\x1f\x8b")
 SINGLE_NAME = "model.safetensors"
@@ -60,9 +61,9 @@ def check_release(out: str | Path) -> dict[str, LocalFile]:
     check_code(folder)
     check_weights(folder, config, read_weights(folder), stored_dtype(folder))
     check_tokens(folder, config)
-    check_card(folder)
     files = read_all(paths)
     check_seal(folder, report["sha256"], files)
+    check_card(folder)
     return files
 
 

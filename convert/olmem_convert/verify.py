@@ -36,9 +36,10 @@ from .formats.detect import open_checkpoint
 from .memory import OFF, listed, memory_of, new_parameters, switched, with_memory
 from .native_forward import native_forward
 from .plan import TOKEN_IDS, load_config, make_config, make_tensors
-from .shards import require_finite, sha256
-from .tensors import LazyTensor, LoadedOnDemand, read_json, read_safetensors, reading
+from .shards import PIECE, count_nonfinite, is_finite, refuse_nonfinite, sha256
+from .tensors import LazyTensor, LoadedOnDemand, read_json, reading, same_bits
 from .transformers_forward import transformers_forward
+from .weight_files import read_safetensors
 
 UNSEALED = (REPORT_NAME, CARD_NAME, EVALUATION_NAME)  # written after a verification, which does not vouch for them
 # Of the largest value, at least 1. Another order of float32 sums stays below 1.5e-6 in all checkpoints at hand; the
@@ -67,11 +68,12 @@ def verify(
     native_config: str | Path | None = None,
     n_ctx: int | None = None,
     act_fn: str | None = None,
+    allow_nonfinite: bool = False,
 ) -> dict[str, Any]:
     """Compares the converted folder `out` with the native checkpoint `source`, writes `verification.json`.
 
-    native_config, n_ctx, act_fn: as `convert` was given them. Returns the report. Raises CheckpointError, after writing
-    a report that says so, when the logits differ.
+    native_config, n_ctx, act_fn, allow_nonfinite: as `convert` was given them. Returns the report. Raises
+    CheckpointError, after writing a report that says so, when the logits differ.
     """
     out = Path(out)
     if not (out / "config.json").is_file():
@@ -87,8 +89,8 @@ def verify(
     kept = kept_metadata(out)
     (out / REPORT_NAME).unlink(missing_ok=True)  # an old report must not vouch for what is being checked
     write_card(out, kept)
-    report = verify_checkpoint(out, checkpoint, say)
-    write_card(out, kept)
+    report = verify_checkpoint(out, checkpoint, say, allow_nonfinite)
+    write_card(out, kept, report["sha256"])
     return report
 
 
@@ -105,17 +107,22 @@ def config_as_written(out: Path) -> dict[str, Any]:
     return {}
 
 
-def verify_checkpoint(out: Path, checkpoint: Checkpoint, say: Callable[[str], None]) -> dict[str, Any]:
+def verify_checkpoint(
+    out: Path, checkpoint: Checkpoint, say: Callable[[str], None], allow_nonfinite: bool = False
+) -> dict[str, Any]:
     """The same, for a checkpoint that is already open."""
     config = load_config(out)
+    nonfinite = nonfinite_weights(out, allow_nonfinite)
     model = load(out, torch.float32, WithoutMemory, **OFF)
     stored = stored_dtype(out)
     input_ids = prompt(checkpoint, (config.memory_segment_length or 0) if config.num_memory_tokens else 0)
-    stages = compare_stages(model, native_stages(checkpoint, input_ids, torch.float32, stored), input_ids)
+    native = native_stages(checkpoint, input_ids, torch.float32, stored)
+    stages = compare_stages(model, native, input_ids, bool(nonfinite))
     remembering = with_memory(checkpoint, memory_of(config))
     config_differences, weight_differences = compare_files(config, out, checkpoint, remembering, stored)
     report = make_report(out, checkpoint, input_ids, stored, stages)
     report |= {"config_differences": config_differences, "weight_differences": weight_differences}
+    report["nonfinite"] = nonfinite
     report["passed"] &= not config_differences and not weight_differences
     logits = logits_of(model, input_ids) if config.has_memory and report["passed"] else None
     del model
@@ -125,7 +132,7 @@ def verify_checkpoint(out: Path, checkpoint: Checkpoint, say: Callable[[str], No
         report["memory"] = {
             "fields": switched(remembering, checkpoint),
             "compared": "with memory off",
-            "new_parameters": sound_parameters(out, new_parameters(remembering, checkpoint)),
+            "new_parameters": new_parameters(remembering, checkpoint),
             "relative_difference_when_on": relative_difference(load(out, torch.float32), input_ids, logits),
         }
     write_report(out, report, "native")
@@ -134,8 +141,8 @@ def verify_checkpoint(out: Path, checkpoint: Checkpoint, say: Callable[[str], No
         f"verified: logits differ by at most {report['max_difference']:.3g} from the native forward pass{weights}, "
         f"{report['mean_difference']:.3g} on average ({input_ids.shape[1]} tokens, computed in float32)"
     )
-    if stored != torch.float32:
-        rounded = report["rounding"]
+    tell_nonfinite(report, say)
+    if rounded := report.get("rounding"):
         say(
             f"cost of {report['dtype']}: run in it, logits are at most {rounded['max_difference']:.3g} off those of "
             f"unrounded weights in float64, {rounded['mean_difference']:.3g} on average"
@@ -146,6 +153,14 @@ def verify_checkpoint(out: Path, checkpoint: Checkpoint, say: Callable[[str], No
             f"move the logits of this prompt by {100 * memory['relative_difference_when_on']:.3g} %"
         )
     return report
+
+
+def tell_nonfinite(report: dict[str, Any], say: Callable[[str], None]) -> None:
+    if counts := report["nonfinite"]:
+        say(
+            f"note: {sum(counts.values()):,} numbers of {', '.join(counts)} are NaN or infinite, carried over bit for "
+            f"bit; {report['stages'][-1]['compared']:,} logits are numbers, which were compared"
+        )
 
 
 def make_report(
@@ -254,9 +269,10 @@ def native_stages(
 
 @torch.no_grad()
 def compare_stages(
-    model: Any, native: Iterator[tuple[str, torch.Tensor]], input_ids: torch.Tensor
+    model: Any, native: Iterator[tuple[str, torch.Tensor]], input_ids: torch.Tensor, nonfinite: bool = False
 ) -> list[dict[str, Any]]:
-    """One row for embeddings, each block, the last norm and the logits, in the order of the forward pass.
+    """One row for embeddings, each block, the last norm and the logits, in the order of the forward pass. With
+    `nonfinite` weights, what is NaN or infinite on both sides alike is no difference.
 
     The model's stages call for the native ones as they are reached, so that its activations do not pile up.
     """
@@ -266,7 +282,7 @@ def compare_stages(
 
         def compare_next(actual: torch.Tensor) -> None:
             name, expected = next(native)
-            rows.append({"stage": name} | difference(actual, expected))
+            rows.append({"stage": name} | difference(actual, expected, nonfinite))
             bar.update()
 
         hooks = [module.register_forward_hook(lambda _, __, output: compare_next(output)) for module in modules]
@@ -310,7 +326,7 @@ def weights_that_differ(
             return False
         if name in of_any_values:
             return written[name].shape == made[name].shape
-        return torch.equal(written[name].load(), made[name].load().to(stored))
+        return written[name].shape == made[name].shape and same_bits(written[name], made[name], stored)
 
     names = tqdm(sorted(set(written) | set(made)), desc="comparing weights", unit="tensor", disable=None)
     return [name for name in names if not same(name)]
@@ -322,12 +338,16 @@ def weights_of(out: Path) -> dict[str, LazyTensor]:
     }
 
 
-def sound_parameters(out: Path, names: list[str]) -> list[str]:
-    """The names of these weights, once they are known to be finite."""
-    written = weights_of(out)
-    for name in names:
-        require_finite(name, written[name].load())
-    return names
+def nonfinite_weights(out: Path, allowed: bool) -> dict[str, int]:
+    """How many numbers of the folder's weights are NaN or infinite, by name; unless that is allowed, an error."""
+    found: dict[str, int] = {}
+    for name, tensor in weights_of(out).items():
+        for piece in tensor.pieces(PIECE):
+            if not is_finite(piece):
+                if not allowed:
+                    refuse_nonfinite(name, tensor)
+                found[name] = found.get(name, 0) + count_nonfinite(piece)
+    return found
 
 
 def relative_difference(model: Any, input_ids: torch.Tensor, logits: torch.Tensor) -> float:
@@ -346,13 +366,18 @@ def logits_of(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids, use_cache=False, return_dict=True).logits
 
 
-def difference(actual: torch.Tensor, expected: torch.Tensor) -> dict[str, Any]:
+def difference(actual: torch.Tensor, expected: torch.Tensor, nonfinite: bool = False) -> dict[str, Any]:
     if actual.shape != expected.shape:
         raise CheckpointError(
             f"the converted model must have the native shapes (got {tuple(actual.shape)} for {tuple(expected.shape)}); "
             "OUT is of another checkpoint."
         )
+    if nonfinite:
+        alike = (actual.isnan() & expected.isnan()) | (actual.isinf() & (actual == expected))
+        actual, expected = actual[~alike], expected[~alike]
     gap = (actual.double() - expected.double()).abs()
+    if not gap.numel():
+        return {"max_difference": 0.0, "mean_difference": 0.0, "tolerance": TOLERANCE, "equal": True, "compared": 0}
     tolerance = TOLERANCE * max(1.0, float(expected.abs().max()))
     largest = float(gap.max())
     return {
@@ -360,6 +385,7 @@ def difference(actual: torch.Tensor, expected: torch.Tensor) -> dict[str, Any]:
         "mean_difference": float(gap.mean()),
         "tolerance": tolerance,
         "equal": largest <= tolerance,  # false for NaN
+        "compared": gap.numel(),
     }
 
 
@@ -368,7 +394,8 @@ def rounding(model: Any, checkpoint: Checkpoint, input_ids: torch.Tensor) -> dic
     stages = native_stages(checkpoint, input_ids, torch.float64)
     (_, reference) = deque(stages, maxlen=1).pop()
     gap = (logits_of(model, input_ids).double() - reference).abs()
-    return {"max_difference": float(gap.max()), "mean_difference": float(gap.mean())}
+    gap = gap[gap.isfinite()]
+    return {"max_difference": float(gap.max()), "mean_difference": float(gap.mean())} if gap.numel() else {}
 
 
 def explain(report: dict[str, Any]) -> str:

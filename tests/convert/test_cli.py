@@ -158,12 +158,12 @@ def test_signal_leaves_nothing(number, code, overwrite, tmp_path):
     script = f"""
 import importlib, sys, time
 module = importlib.import_module("olmem_convert.convert")
-written = module.write_shards
+written = module.write_weights
 def wait(*args):
     written(*args)
     print("ready", flush=True)
     time.sleep(60)
-module.write_shards = wait
+module.write_weights = wait
 sys.argv = ["olmem", "convert", {str(source_folder)!r}, {str(out)!r}] + ["--overwrite"] * {overwrite}
 from olmem_convert.cli import app
 app()
@@ -184,5 +184,5 @@ app()
 
 
 def test_library_names():
-    assert set(olmem_convert.__all__) == {"CheckpointError", "convert", "export", "push", "verify"}
+    assert set(olmem_convert.__all__) == {"CheckpointError", "card", "convert", "evaluate", "export", "push", "verify"}
     assert all(callable(getattr(olmem_convert, name)) for name in olmem_convert.__all__)

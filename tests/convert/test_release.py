@@ -145,8 +145,7 @@ def test_card_needs_a_license(out):
 def test_ids_agree(file, fields, words, changeable):
     out = changeable("demo")
     edit_json(out / file, **fields)
-    card(out, license="apache-2.0")
-    reseal(out)
+    reseal(out, license="apache-2.0")
     refuse(out, *words)
 
 
@@ -154,8 +153,7 @@ def test_an_end_may_have_several_ids(changeable):
     out = changeable("demo")
     end = json.loads((out / "config.json").read_text())["eos_token_id"]
     edit_json(out / "generation_config.json", eos_token_id=[end, 5])
-    card(out, license="apache-2.0")
-    reseal(out)
+    reseal(out, license="apache-2.0")
     assert "tokenizer.json" in check_release(out)
 
 
@@ -163,8 +161,7 @@ def test_vocabulary_covers_the_tokenizer(changeable, released):
     out = changeable("demo")
     for name in ("config.json", "model.safetensors", "verification.json", "generation_config.json"):
         shutil.copy(released / name, out / name)
-    card(out, license="apache-2.0")
-    reseal(out)
+    reseal(out, license="apache-2.0")
     refuse(out, "`vocab_size`", "2048 ids")
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 from olmem.configuration_olmem import OLMO_BLOCKS
 
 from ..errors import CheckpointError
-from ..tensors import WEIGHTS, find_weights, read_json, read_pickle
+from ..pickles import read_pickle
+from ..tensors import read_json
+from ..weight_files import WEIGHTS, find_weights
 from . import Checkpoint, Given, baka, olmo, olmo_core, transformers_olmo
 
 FORMATS = (olmo, olmo_core, baka, transformers_olmo)

@@ -12,16 +12,11 @@ from typing import Any
 
 import yaml
 
+from ..distributed import read_distributed
 from ..errors import CheckpointError
-from ..tensors import (
-    LazyTensor,
-    decode_pickled_key,
-    read_distributed,
-    read_flat_shards,
-    read_pickle,
-    read_safetensors,
-    reading,
-)
+from ..pickles import decode_pickled_key, read_pickle
+from ..tensors import LazyTensor, reading
+from ..weight_files import read_flat_shards, read_safetensors
 from . import NO_EFFECT, Checkpoint, Field, Key, carried, check_layers, expand, read_fields, required
 
 LAYOUTS: dict[str, tuple[str, Callable[[Path], dict[str, LazyTensor]]]] = {

@@ -13,7 +13,8 @@ from olmem.configuration_olmem import OLMO_BLOCKS
 from transformers import GenerationConfig
 
 from ..errors import CheckpointError, reason
-from ..tensors import LazyTensor, find_weights, read_json, read_weights
+from ..tensors import LazyTensor, read_json
+from ..weight_files import find_weights, read_weights
 from . import Checkpoint, Key, check_common, check_layers, expand, is_dynamic, typed
 
 # Of RoPE, in files of older releases, which computed it from the config all the same.

@@ -110,20 +110,8 @@ def check_card(folder: Path, known: Mapping[str, str] | None = None) -> None:
     valid metadata, a license, and of the texts in evaluation.json no other figures than those there. known: the sha256
     of files by name, where the caller has computed them.
     """
-    path = folder / CARD_NAME
-    if not path.is_file():
-        raise CheckpointError(f"`{CARD_NAME}` must exist ({path} does not); run `olmem card {folder} --license …`.")
-    data = read_front_matter(path)
-    metadata = checked({name: data[name] for name in FIELDS if name in data})
+    path, (data, metadata) = folder / CARD_NAME, check_metadata(folder)
     values = read_values(folder, known)
-    for name, wanted in OURS.items():
-        if data.get(name) != wanted:
-            raise CheckpointError(f"`{name}` of {path} must be {wanted} (got {data.get(name)!r}); correct it.")
-    if "license" not in metadata:
-        raise CheckpointError(f"`license` of {path} must be named; run `olmem card {folder} --license …`, or add it.")
-    link = metadata.get("license_link", "")
-    if link.startswith("LICENSE") and not (folder / link).is_file():
-        raise CheckpointError(f"`license_link` of {path} must be a file beside it (got {link}); add the file.")
     if is_own(path) and "verification" not in values:
         raise CheckpointError(
             f"`{CARD_NAME}` must say how the model was verified (there is no passing {REPORT_NAME}); run `olmem verify "
@@ -143,6 +131,24 @@ def check_card(folder: Path, known: Mapping[str, str] | None = None) -> None:
                 f"`model-index` of {path} must have the figures of {EVALUATION_NAME} (got {metric} {value!r} on "
                 f"{name!r}); correct it, or remove the entry."
             )
+
+
+def check_metadata(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The card's front matter, and what of it no file knows, once it is valid and has a license."""
+    path = folder / CARD_NAME
+    if not path.is_file():
+        raise CheckpointError(f"`{CARD_NAME}` must exist ({path} does not); run `olmem card {folder} --license …`.")
+    data = read_front_matter(path)
+    metadata = checked({name: data[name] for name in FIELDS if name in data})
+    for name, wanted in OURS.items():
+        if data.get(name) != wanted:
+            raise CheckpointError(f"`{name}` of {path} must be {wanted} (got {data.get(name)!r}); correct it.")
+    if "license" not in metadata:
+        raise CheckpointError(f"`license` of {path} must be named; run `olmem card {folder} --license …`, or add it.")
+    link = metadata.get("license_link", "")
+    if link.startswith("LICENSE") and not (folder / link).is_file():
+        raise CheckpointError(f"`license_link` of {path} must be a file beside it (got {link}); add the file.")
+    return data, metadata
 
 
 def is_own(path: Path) -> bool:

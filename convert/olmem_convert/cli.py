@@ -1,4 +1,4 @@
-"""`olmem convert | verify | card | push`: parses and calls."""
+"""`olmem convert | verify | evaluate | card | push`: parses and calls."""
 
 import json
 import signal

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers.dynamic_module_utils import custom_object_save
 
-from .card import check_card
+from .card import check_card, check_metadata
 from .convert import WRITTEN
 from .errors import CheckpointError
 from .plan import TOKEN_IDS
@@ -27,7 +27,7 @@ from .tensors import LazyTensor, read_json, reading
 from .verify import REPORT_NAME, UNSEALED, load_config, stored_dtype
 from .weight_files import read_weights
 
-ALLOWED = re.compile(WRITTEN.pattern + r"|README\.md|evaluation\.json|(LICENSE|NOTICE)(\.md|\.txt)?")
+ALLOWED = re.compile("|".join([WRITTEN.pattern, *map(re.escape, sorted(UNSEALED))]))
 PICKLES = (".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth", ".mar")
 PICKLE_MAGIC = (*(bytes([0x80, protocol]) for protocol in range(1, 6)), b"PK\x03\x04", b"PK\x05\x06", b"\x1f\x8b")
 SINGLE_NAME = "model.safetensors"
@@ -56,14 +56,15 @@ def check_release(out: str | Path) -> dict[str, LocalFile]:
     paths = sorted(folder.iterdir())
     for path in paths:
         check_kind(path)
+    check_metadata(folder)
     report = check_report(folder)
     config = check_config(folder)
     check_code(folder)
     check_weights(folder, config, read_weights(folder), stored_dtype(folder))
     check_tokens(folder, config)
-    check_card(folder)
     files = read_all(paths)
     check_seal(folder, report["sha256"], files)
+    check_card(folder, {name: file.sha256 for name, file in files.items()})
     return files
 
 

@@ -42,7 +42,10 @@ from .tensors import LazyTensor, LoadedOnDemand, read_json, reading, same_bits
 from .transformers_forward import transformers_forward
 from .weight_files import read_safetensors
 
-UNSEALED = (REPORT_NAME, CARD_NAME, EVALUATION_NAME)  # written after a verification, which does not vouch for them
+# What a verification does not vouch for, and may come after it.
+UNSEALED = {REPORT_NAME, CARD_NAME, EVALUATION_NAME} | {
+    f"{name}{suffix}" for name in ("LICENSE", "NOTICE") for suffix in ("", ".md", ".txt")
+}
 # Of the largest value, at least 1. Another order of float32 sums stays below 1.5e-6 in all checkpoints at hand; the
 # least of the mistakes, another generation's epsilon, moves some stage by 7e-6 and more.
 TOLERANCE = 4e-6

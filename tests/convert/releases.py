@@ -8,12 +8,12 @@ from olmem_convert.shards import sha256
 from olmem_convert.verify import UNSEALED
 
 
-def reseal(out: Path, with_card: bool = True) -> None:
-    """As if the folder had been verified as it is now."""
+def reseal(out: Path, with_card: bool = True, license: str | None = None) -> None:
+    """As if the folder had been verified as it is now, and its card written after that."""
     seal = {path.name: sha256(path) for path in out.iterdir() if path.is_file() and path.name not in UNSEALED}
     edit_json(out / "verification.json", sha256=seal)
     if with_card:
-        card(out)
+        card(out, license=license)
 
 
 def write_own_card(out: Path) -> None:

@@ -279,6 +279,31 @@ def test_a_model_that_does_not_load_is_not_sent(out, server, monkeypatch):
     assert not server.repos
 
 
+PYTHON = """#!/bin/sh
+echo "$@" >> arguments
+case $(cat) in
+*'"installed": true'*) echo '{"logits": "x", "module": "olmem.modeling_olmem"}'; exit ;;
+esac
+echo >> tries
+[ $(wc -l < tries) -gt $FAILS ] || { echo "OSError: cut $HF_TOKEN" >&2; exit 75; }
+echo '{"logits": "x", "module": "transformers_modules.modeling_olmem"}'
+"""
+
+
+@pytest.mark.parametrize("fails", [2, 9])
+def test_a_download_that_ends_too_early_is_tried_again(fails, out, server, monkeypatch, tmp_path):
+    """The processes that load a model are played by a script, which the token does not reach as an argument."""
+    (tmp_path / "python").write_text(PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("FAILS", str(fails))
+    monkeypatch.chdir(tmp_path)
+    result = run(out, REPO, "--tag", "v1", "--execute")
+    assert result.exit_code == (fails > 5) and TOKEN not in result.output + (tmp_path / "arguments").read_text()
+    assert server.tags(REPO) == ({} if fails > 5 else {"v1": server.branches(REPO)["main"]})
+    assert fails < 5 or ("OSError: cut hf_…" in result.stderr and "not verified and not tagged" in result.stderr)
+
+
 @pytest.mark.parametrize("role", [None, "read"])
 def test_tokens_that_may_not(role, out, server, monkeypatch, unloaded):
     if role:
@@ -329,13 +354,12 @@ torch.save(model(torch.arange(40)[None] % 7).logits, sys.argv[2])
 
 
 def test_from_push_to_a_user_who_loads_it(server, tmp_path):
-    """Whole, with a memory and in bfloat16: in processes of their own, by the command, with nothing left out, and a
-    download that ends too early; then without the network."""
+    """Whole, with a memory and in bfloat16: in processes of their own, by the command, with nothing left out; then
+    without the network."""
     out = tmp_path / "out"
     memory = {"num_memory_tokens": 2, "memory_segment_length": 16, "retrieval_layers": [1]}
     convert(source("olmo_core_swa"), out, dtype="bfloat16", memory=memory)
     card(out, license="apache-2.0")
-    server.fail(r"GET .*/modeling_olmem.py", "half")
     result = run(out, REPO, "--private", "--tag", "v1", "--execute")
     assert result.exit_code == 0, result.output
     assert "verified: the same logits, bit for bit" in result.stdout and TOKEN not in result.output

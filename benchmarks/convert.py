@@ -70,10 +70,8 @@ def sizes_of(gib: float) -> dict[str, int]:
     layers = round(numbers / (4 * HIDDEN**2 + 3 * HIDDEN * INTERMEDIATE))
     if layers < 1:
         raise SystemExit(f"--gib must be at least 2, of which embeddings are 1.5 (got {gib}).")
-    return {
-        "vocabulary": VOCABULARY, "hidden": HIDDEN, "intermediate": INTERMEDIATE, "heads": HEADS, "layers": layers,
-        "length": 4096, "window": 0,
-    }  # fmt: skip
+    width = {"vocabulary": VOCABULARY, "hidden": HIDDEN, "intermediate": INTERMEDIATE, "heads": HEADS}
+    return width | {"layers": layers, "length": 4096, "window": 0}
 
 
 def native_config(sizes: dict[str, int]) -> dict[str, Any]:
@@ -263,52 +261,56 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-def killed_or_done(command: list[str], delay: float | None) -> bool:
-    """Runs the command, and kills it so many seconds after it has found the checkpoint. Whether it was killed."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def run(command: list[str], delay: float | None = None) -> dict[str, Any] | None:
+    """Runs the command, and kills it so many seconds after it has found the checkpoint. Its report, with the seconds
+    since then; None when it was killed."""
+    process = subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     while (line := process.stdout.readline()) and not line.startswith("found"):
         pass
+    start = time.perf_counter()
     if delay is not None:
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
     rest, _ = process.communicate()
-    if process.returncode not in (0, -signal.SIGKILL):
+    if process.returncode == -signal.SIGKILL:
+        return None
+    if process.returncode:
         raise SystemExit(f"the conversion failed: {line}{rest}")
-    return process.returncode != 0
+    return json.loads(rest.splitlines()[-1]) | {"since_found": time.perf_counter() - start}
 
 
 def kill(kills: int, scratch: Path, seed: int) -> dict[str, Any]:
-    sizes = {
-        "vocabulary": 8192, "hidden": 512, "intermediate": 2048, "heads": 8, "layers": 6, "length": 256, "window": 64,
-    }  # fmt: skip
+    """Two of three moments are drawn while weights are written, the others from all that follows."""
+    width = {"vocabulary": 16384, "hidden": 1024, "intermediate": 4096, "heads": 16}
+    sizes = width | {"layers": 6, "length": 256, "window": 64}
     made_apart("OLMo-core", scratch / "source", sizes)
-    options = ["--max-shard-size", "8MB", "--dtype", "bfloat16"]
-    killed_or_done([*CONVERT, str(scratch / "source"), str(scratch / "whole"), *options], None)
-    whole, out = digests(scratch / "whole"), scratch / "out"
+    out, whole = scratch / "out", scratch / "whole"
+    options = ["--max-shard-size", "16MB", "--dtype", "bfloat16"]
+    report = run([*CONVERT, str(scratch / "source"), str(whole), *options])
+    assert report is not None
+    writing, after = report["seconds"], report["since_found"] - report["seconds"]
+    wanted, files = digests(whole), len(list(whole.glob("*.safetensors")))
     command = [*CONVERT, str(scratch / "source"), str(out), *options, "--resume"]
-    start = time.perf_counter()
-    killed_or_done(command, 0.0)
-    longest = max(2.0, 0.6 * (time.perf_counter() - start))  # of writing and verifying, about: more ends uninterrupted
     generator, found, conversions = random.Random(seed), [], 0
     with tqdm(total=kills, desc="kills", disable=None) as bar:
-        while len(found) < kills:
-            if killed_or_done(command, generator.uniform(0, longest)):
+        while len(found) < kills or not out.exists():
+            written = found and found[-1] == files  # then it comes to its end every other time
+            enough = len(found) == kills or (written and generator.random() < 0.5)
+            early = generator.random() < 2 / 3 and not written
+            delay = generator.uniform(0, writing) if early else generator.uniform(0, writing + after)
+            if run(command, None if enough else delay) is None:
                 journal = scratch / ".out.partial.jsonl"
-                finished = len(journal.read_text().splitlines()) - 1 if journal.exists() else 0
-                found.append({"finished_files": max(finished, 0), "out": "whole" if out.exists() else "absent"})
+                found.append(len(journal.read_text().splitlines()) - 1 if journal.exists() else -1)
                 bar.update()
-                if not out.exists():
-                    continue
-            conversions += 1
-            if digests(out) != whole:
-                raise SystemExit(f"a resumed conversion differs from an uninterrupted one, in {out}")
-            shutil.rmtree(out)
-    if not out.exists():
-        killed_or_done(command, None)
-        conversions += 1
+            if out.exists():
+                if digests(out) != wanted:
+                    raise SystemExit(f"a resumed conversion differs from an uninterrupted one, in {out}")
+                conversions += 1
+                if len(found) < kills:
+                    shutil.rmtree(out)
     left = sorted(path.name for path in scratch.iterdir() if path.name.startswith("."))
-    return {"kills": found, "conversions": conversions, "identical": digests(out) == whole, "left_behind": left}
+    return {"finished_files": found, "files": files, "conversions": conversions, "left_behind": left}
 
 
 def main() -> None:
@@ -328,11 +330,13 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(found, indent=2))
     elif arguments.kills:
-        states = [(entry["out"], entry["finished_files"]) for entry in found["kills"]]
-        print(f"{len(states)} kills in {found['conversions']} conversions; OUT was then absent, or whole:")
-        for state in sorted(set(states)):
-            print(f"  {state[0]:<7} {state[1]:>3} weight files finished: {states.count(state):>3}")
-        print(f"resumed to the same bytes: {found['identical']}; left beside OUT: {found['left_behind'] or 'nothing'}")
+        counts = found["finished_files"]
+        print(f"{len(counts)} kills, by weight files that were finished, of {found['files']} (-1: nothing was begun):")
+        print("  ".join(f"{number}: {counts.count(number)}" for number in sorted(set(counts))))
+        print(f"{found['conversions']} conversions came to their end, each with the bytes of an uninterrupted one;")
+        print(
+            f"at every kill OUT was absent, or the whole; left beside it: {', '.join(found['left_behind']) or 'nothing'}"
+        )
     else:
         show(found)
 

@@ -334,9 +334,7 @@ def main() -> None:
         print(f"{len(counts)} kills, by weight files that were finished, of {found['files']} (-1: nothing was begun):")
         print("  ".join(f"{number}: {counts.count(number)}" for number in sorted(set(counts))))
         print(f"{found['conversions']} conversions came to their end, each with the bytes of an uninterrupted one;")
-        print(
-            f"at every kill OUT was absent, or the whole; left beside it: {', '.join(found['left_behind']) or 'nothing'}"
-        )
+        print(f"OUT was at any kill absent or whole; left beside it: {', '.join(found['left_behind']) or 'nothing'}")
     else:
         show(found)
 

@@ -7,7 +7,7 @@ Makes a checkpoint of OLMo-core (8 ranks) and a legacy one (`model.pt`), each of
 to bfloat16 without verification, which computes and is no copying. `cp -r` of the same files, on the same disk, is
 timed before and after. All of them begin with nothing of the files in the disk cache, and end when what they wrote is
 on the disk; imports of Python count. Memory is the process's peak. `--peer` names the Python of an environment that has
-ai2-olmo-core 3, whose converter then converts the OLMo-core checkpoint too, to float32 as it does, without validation.
+ai2-olmo-core 3, whose converter then converts the OLMo-core checkpoint likewise, without its validation.
 
 The second form kills conversions with SIGKILL at random moments, goes on with --resume, and compares what comes out in
 the end with what an uninterrupted one gives, byte by byte.
@@ -35,7 +35,18 @@ GIB, RANKS = 2**30, 8
 VOCABULARY, HIDDEN, INTERMEDIATE, HEADS = 100352, 2048, 8192, 16
 OLMO2_32B = 32_234_279_936  # parameters
 CONVERT = [sys.executable, "-m", "olmem_convert", "convert"]
-PEER = "from olmo_core.nn.hf.convert_checkpoint import main; main()"
+PEER = """
+import json, sys
+from olmo_core.config import DType
+from olmo_core.nn.hf.convert_checkpoint import convert_checkpoint_to_hf
+source, out, tokenizer = sys.argv[1:]
+model = json.load(open(f"{source}/config.json"))["model"]
+size = model["vocab_size"]
+convert_checkpoint_to_hf(
+    source, out, model, {"vocab_size": size, "eos_token_id": size - 2, "pad_token_id": size - 1},
+    dtype=DType.bfloat16, tokenizer_id=tokenizer, max_sequence_length=4096, validate=False,
+)
+"""  # its function, as its script calls it; a tokenizer is compulsory
 
 
 def block_shapes(hidden: int, intermediate: int) -> dict[str, tuple[int, ...]]:
@@ -76,7 +87,14 @@ def sizes_of(gib: float) -> dict[str, int]:
 
 def native_config(sizes: dict[str, int]) -> dict[str, Any]:
     norm = {"name": "rms", "eps": 1e-6, "bias": False}
-    attention: dict[str, Any] = {"n_heads": sizes["heads"], "bias": False, "qk_norm": norm, "rope": {"theta": 500000}}
+    attention: dict[str, Any] = {
+        "type": "attention",
+        "name": "default",
+        "n_heads": sizes["heads"],
+        "bias": False,
+        "qk_norm": norm,
+        "rope": {"theta": 500000},
+    }
     if sizes["window"]:
         attention["sliding_window"] = {"pattern": [sizes["window"]], "force_full_attention_on_first_layer": False}
     model = {
@@ -203,6 +221,19 @@ def timed(command: list[str], source: Path, out: Path) -> dict[str, Any]:
     return {"seconds": seconds, "peak_bytes": usage.ru_maxrss * scale, "failure": failure}
 
 
+def make_tokenizer(folder: Path) -> Path:
+    """Of as many tokens as the models have, which all mean nothing."""
+    from tokenizers import Tokenizer, models
+
+    folder.mkdir()
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY - 2)}, unk_token="w0"))
+    tokenizer.add_special_tokens(["<end>", "<pad>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
 def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
@@ -215,18 +246,8 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> list[dict[str, Any]
         copy = ["cp", "-r", str(source), str(out)]
         commands = [("cp", copy), ("olmem", [*CONVERT, str(source), str(out), "--dtype", "bfloat16", "--no-verify"])]
         if arguments.peer and kind == "OLMo-core":
-            options = [
-                "-i",
-                str(source),
-                "-o",
-                str(out),
-                "--skip-validation",
-                "-s",
-                "4096",
-                "-t",
-                "allenai/dolma2-tokenizer",
-            ]
-            commands.append(("ai2-olmo-core", [arguments.peer, "-c", PEER, *options]))
+            tokenizer = make_tokenizer(scratch / "tokenizer")
+            commands.append(("ai2-olmo-core", [arguments.peer, "-c", PEER, str(source), str(out), str(tokenizer)]))
         commands.append(("cp", copy))
         for name, command in tqdm(commands, desc=kind, disable=None):
             rows.append({"checkpoint": kind, "command": name, "bytes": size_of(source)} | timed(command, source, out))

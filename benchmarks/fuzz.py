@@ -16,6 +16,7 @@ memory    MiB that one case added, at most
 """
 
 import argparse
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -35,7 +36,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / part) for part in ("tests", "convert", "modeling")]
-os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RUST_BACKTRACE": "0"}
 sys.dont_write_bytecode = True
 
 import torch  # noqa: E402  after what it reads from the environment
@@ -256,6 +257,7 @@ def again(reader: str, seed: str, case: int) -> None:
     place.lay(reader, make(rng, reader))
     print(f"the checkpoint is {place.source}", flush=True)
     started = time.perf_counter()
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
     with standing_in(folder):
         try:
             outcome = place.attempt(reader, rng, whole=rng.randrange(WHOLE) == 0)
@@ -323,6 +325,7 @@ def main() -> None:
             with_atheris(arguments.reader, arguments.cases)
         return
 
+    tqdm.monitor_interval = 0  # no thread, whose locks a forked process would find taken
     rows = {name: Row() for name in readers}
     started = time.perf_counter()
     with tqdm(total=arguments.cases, unit="case", disable=None) as bar:

@@ -6,6 +6,7 @@ takes tokenizer.json as it stands. What was written is loaded again and compared
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,9 +17,13 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from .errors import CheckpointError
-from .tensors import read_json
+from .files import LARGEST_TOKENIZER, read_bytes, read_json, read_text, require_numbers, require_own
 
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
+LONGEST_TEXT = 1e31  # of `model_max_length`, which Transformers sets to 1e30 where there is no limit
+# Of a tokenizer.json: characters of its rules, beside vocabulary and added tokens; times that they lengthen a text; and
+# added tokens. Those in use have 2**19, 2**3 and 2**13.
+LARGEST_RULES, LARGEST_GROWTH, MOST_ADDED = 2**21, 2**16, 2**14
 WAY_OUT = "--tokenizer chooses another tokenizer"
 
 # Texts on which splitting rules, normalizers and byte fallbacks are known to part.
@@ -137,20 +142,21 @@ def carry_tokenizer(source: Path, out: Path, vocab_size: int, say: Callable[[str
     content, tokenizer, size = _read(path, vocab_size)
     (out / path.name).write_bytes(content)
     config = read_json(config_path) if os.path.lexists(config_path) else {}
+    _check_config(config, config_path)
     wanted = config | {"tokenizer_class": TOKENIZER_CLASS}
     if config.get("tokenizer_class") in ("TokenizersBackend", TOKENIZER_CLASS):
         wanted = dict(config)
     if wanted.pop("auto_map", None):
         say("note: tokenizer_config.json names code (`auto_map`), which is not run: what goes along is tokenizer.json")
     if wanted == config:
-        (out / config_path.name).write_bytes(config_path.read_bytes())
+        (out / config_path.name).write_bytes(read_bytes(config_path))
     else:
         (out / config_path.name).write_text(json.dumps(wanted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for name in COMPANIONS:
         if os.path.isfile(source / name):
             if name.endswith(".json"):
-                read_json(source / name)
-            (out / name).write_bytes((source / name).read_bytes())
+                require_numbers(read_json(source / name), str(source / name))
+            (out / name).write_bytes(read_bytes(source / name))
     if os.path.isdir(source / "additional_chat_templates"):
         say("note: additional_chat_templates does not go along: copy it by hand if the model needs it")
     expected = {
@@ -177,12 +183,55 @@ def _given_template(source: Path, config: dict[str, Any]) -> Any:
 def _read(path: Path, vocab_size: int) -> tuple[bytes, Tokenizer, int]:
     """A tokenizer.json: its bytes, the tokenizer, and its size (highest id + 1), at most `vocab_size`."""
     with _refusing(f"{path} must be a readable tokenizer.json", WAY_OUT):
-        content = path.read_bytes()
+        content = read_bytes(path, LARGEST_TOKENIZER)
+        _check_rules(read_json(path, LARGEST_TOKENIZER), path)
         tokenizer = Tokenizer.from_buffer(content)
     size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     if not 0 < size <= vocab_size:
         raise CheckpointError(f"`vocab_size` must cover the {size} tokens of {path} (got {vocab_size}); {WAY_OUT}")
     return content, tokenizer, size
+
+
+def _check_config(config: dict[str, Any], path: Path) -> None:
+    require_numbers(config, str(path))
+    template, length = config.get("chat_template"), config.get("model_max_length")
+    entries = template if isinstance(template, list) else []
+    named = all(
+        isinstance(entry, dict) and all(isinstance(entry.get(part), str) for part in ("name", "template"))
+        for entry in entries
+    )
+    if not isinstance(template, str | list | None) or not named:
+        raise CheckpointError(
+            f"`chat_template` of {path} must be a text or a list of named ones (got {template!r}); correct or remove it."
+        )
+    number = isinstance(length, int | float) and not isinstance(length, bool)
+    if length is not None and not (number and 0 < length <= LONGEST_TEXT):
+        raise CheckpointError(f"`model_max_length` of {path} must be a positive number (got {length!r}); correct it.")
+
+
+def _check_rules(tree: dict[str, Any], path: Path) -> None:
+    """Before the tokenizer is made, and a text of it: sizes at which either has no end."""
+    rules = {name: part for name, part in tree.items() if name not in ("model", "added_tokens")}
+    size, growth = len(json.dumps(rules)), _growth(rules)
+    added = tree.get("added_tokens")
+    number = len(added) if isinstance(added, list) else 0
+    for what, got, most in (
+        ("rules of at most {} characters", size, LARGEST_RULES),
+        ("rules that lengthen a text at most {} times", growth, LARGEST_GROWTH),
+        ("at most {} added tokens", number, MOST_ADDED),
+    ):
+        if got > most:
+            raise CheckpointError(f"{path} must have {what.format(f'{most:,}')} (got {got:,}); {WAY_OUT}")
+
+
+def _growth(node: Any) -> int:
+    """How many times longer a text may become by all the replacements below."""
+    if isinstance(node, list):
+        return min(math.prod(map(_growth, node)), LARGEST_GROWTH + 1)
+    if not isinstance(node, dict):
+        return 1
+    own = 1 + len(str(node.get("content"))) if node.get("type") == "Replace" else 1
+    return min(own * _growth(list(node.values())), LARGEST_GROWTH + 1)
 
 
 def _special(tokenizer: Tokenizer) -> dict[int, str]:
@@ -220,8 +269,8 @@ def _read_chat_template(folder: Path) -> str | None:
     jinja, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     with _refusing(f"the chat template in {folder} must be readable", "repair or remove the file"):
         if os.path.lexists(jinja):
-            return jinja.read_text(encoding="utf-8")
-        template = json.loads(config.read_bytes()).get("chat_template") if os.path.lexists(config) else None
+            return read_text(jinja)
+        template = read_json(config).get("chat_template") if os.path.lexists(config) else None
     if not isinstance(template, str | None):
         raise CheckpointError(
             f"`chat_template` must be one string (got a {type(template).__name__} in {config}); "

@@ -16,7 +16,8 @@ import torch
 from olmem.positions_olmem import inverse_frequencies
 
 from ..errors import CheckpointError
-from ..tensors import LazyTensor, pickle_mentions, read_json, read_pickle
+from ..files import read_json
+from ..tensors import LazyTensor, pickle_mentions, read_pickle
 from . import Checkpoint, Field, Given, Key, PairsToHalves, carried, expand, read_fields
 
 ACTIVATIONS = {

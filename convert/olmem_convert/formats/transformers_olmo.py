@@ -13,7 +13,8 @@ from olmem.configuration_olmem import OLMO_BLOCKS
 from transformers import GenerationConfig
 
 from ..errors import CheckpointError, reason
-from ..tensors import LazyTensor, find_weights, read_json, read_weights
+from ..files import read_json, require_numbers
+from ..tensors import LazyTensor, find_weights, read_weights
 from . import Checkpoint, Key, check_common, check_layers, expand, is_dynamic, typed
 
 # Of RoPE, in files of older releases, which computed it from the config all the same.
@@ -32,7 +33,12 @@ def recognise(folder: Path) -> str | None:
 
 def open_checkpoint(folder: Path, max_length: int | None) -> Checkpoint:
     raw = read_json(folder / "config.json")
+    require_numbers(raw, "config.json")
     architectures = raw.get("architectures")
+    if not isinstance(architectures, list | None):
+        raise CheckpointError(
+            f"`architectures` of config.json must be a list of names (got {architectures!r}); correct or remove it."
+        )
     if architectures and not all(str(name).endswith("ForCausalLM") for name in architectures):
         raise CheckpointError(
             f"`architectures` of config.json must be a causal language model's (got {architectures}); the bodies of "

@@ -15,6 +15,7 @@ from convert.fuzzing.archives import mutate_archive, mutate_state
 from convert.fuzzing.headers import mutate_encoded_name, mutate_safetensors
 from convert.fuzzing.metadata import mutate_distributed
 from convert.fuzzing.pickles import mutate_pickle
+from convert.fuzzing.rules import mutate_tokenizer
 from convert.fuzzing.seeds import READERS, Files, seeds
 from convert.fuzzing.texts import mutate_json, mutate_text, mutate_yaml
 
@@ -126,6 +127,7 @@ KNOWING: tuple[tuple[str, tuple[Callable[[Random, Tree, str], None], ...]], ...]
     (r"(.*/)?(\.metadata|__\d+_\d+\.distcp)", (distributed,)),
     (r"model\.safetensors", (in_place(mutate_safetensors), in_place(mutate_encoded_name))),
     (r".*\.safetensors", (in_place(mutate_safetensors),)),
+    (r"(.*/)?tokenizer\.json", (in_place(mutate_tokenizer), in_place(mutate_json))),
     (r".*\.json", (in_place(mutate_json),)),
     (r".*\.yaml", (in_place(mutate_yaml),)),
     (r".*\.(jinja|txt)", (in_place(mutate_text),)),

@@ -49,7 +49,16 @@ from tqdm import tqdm  # noqa: E402
 SECONDS = 10
 WHOLE = 25  # one case of so many is converted and verified
 ROOM = 2**31  # bytes that a worker may map beyond those at its start
-STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "pty.spawn")
+STARTS = (
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.fork",
+    "os.forkpty",
+    "pty.spawn",
+)
 CALLS = ("socket.connect", "socket.getaddrinfo", "socket.bind", "urllib.Request", "pickle.find_class")
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.chmod", "os.truncate")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -334,7 +343,9 @@ def main() -> None:
             if result.escaped:
                 bar.write(f"{result.reader} --case {result.case}: {result.outcome}", file=sys.stderr)
     if arguments.json:
-        print(json.dumps({"seed": arguments.seed, "readers": {name: asdict(row) for name, row in rows.items()}}, indent=2))
+        print(
+            json.dumps({"seed": arguments.seed, "readers": {name: asdict(row) for name, row in rows.items()}}, indent=2)
+        )
     else:
         print(table(rows))
         print(f"{arguments.cases:,} cases in {time.perf_counter() - started:.0f} s, seed {arguments.seed}")

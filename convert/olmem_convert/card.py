@@ -1,59 +1,370 @@
-"""The model card of a converted folder, from what its own JSON files say."""
+"""The model card of an Olmem folder, made of what its own JSON files say, and the check of a card before publishing.
+
+A card that Olmem wrote bears `MARK`, and is at any time what `make_card` makes of the folder. What no file knows, the
+license for one, stands in its front matter alone, and is taken from there when the card is written anew.
+"""
 
 import json
-from collections.abc import Mapping
+import math
+import os
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from olmem import OlmemConfig
 from olmem.configuration_olmem import MEMORY_FIELDS
+from olmem.context_olmem import Context
+
+from .errors import CheckpointError
+from .files import read_json, reading
+from .metadata import FIELDS, checked, merged
+from .plan import load_config
+from .shards import INDEX_NAME, sha256
 
 CARD_NAME = "README.md"
-TEMPLATE = Path(__file__).with_name("card.md")
-DEFAULTS = {field.name: field.default for field in fields(OlmemConfig)}
+REPORT_NAME = "verification.json"
+EVALUATION_NAME = "evaluation.json"
 MARK = "Written by olmem, which replaces this text until this line is removed."
+NOT_VERIFIED = "Not verified."
+DEFAULTS = {field.name: field.default for field in fields(OlmemConfig)}
+OURS = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+TEXT = "text"  # the type of a data set of plain text files, as the `datasets` library calls it
+# Of what a text was measured: the name in evaluation.json, in a card's metadata, and for people.
+METRICS = {
+    "nats_per_token": ("loss", "nats per token"),
+    "perplexity": ("perplexity", "perplexity"),
+    "bits_per_byte": ("bits_per_byte", "bits per byte"),
+}
+LONGEST = 200
 
 
-def write_card(folder: Path, config: Mapping[str, Any], report: Mapping[str, Any] | None) -> None:
-    """Writes the card by `config.json` and, if it passed, `verification.json`; never over a card of somebody's own."""
+def card(
+    out: str | Path,
+    *,
+    license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    base_model: str | None = None,
+    language: Sequence[str] = (),
+    datasets: Sequence[str] = (),
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Writes the card of the Olmem folder `out`, in which what is given replaces what the card said of it before.
+
+    license: an identifier of the Hub; for "other" also license_name and license_link, an address or LICENSE.
+    base_model, datasets: ids of repositories on the Hub. language: of ISO 639, as en, or "code" or "multilingual".
+
+    Returns the card's metadata and whether it is verified and evaluated. Raises CheckpointError, having written
+    nothing, when a value is not one that the Hub takes, when a file of the folder is damaged or of another state of
+    the folder, and when the card is somebody's own.
+    """
+    out = Path(out)
+    path = out / CARD_NAME
+    values = read_values(out)
+    if path.exists() and not is_own(path):
+        raise CheckpointError(
+            f"`{CARD_NAME}` must be a card that olmem wrote, to be written anew ({path} is somebody's own); edit it by "
+            "hand, or move it away."
+        )
+    given = {"license": license, "license_name": license_name, "license_link": license_link, "base_model": base_model}
+    metadata = merged(kept_metadata(out), given | {"language": list(language), "datasets": list(datasets)})
+    text = make_card(metadata, values)
+    replace_text(path, text)
+    say(f"wrote {path}")
+    if "license" not in metadata:
+        say("note: it names no license, which publishing needs: add --license")
+    if "verification" not in values:
+        say(f"note: it says that the model is not verified: `olmem verify {out} --against SRC`, then this again")
+    return {
+        "card": str(path),
+        "metadata": ModelCard(text).data.to_dict(),
+        "verified": "verification" in values,
+        "evaluated": "evaluation" in values,
+    }
+
+
+def write_card(folder: Path, kept: Mapping[str, Any], known: Mapping[str, str] | None = None) -> None:
+    """Writes the card with the metadata `kept`, never over one that is somebody's own. What of the folder's files
+    cannot be read, or is of another state of the folder, the card does not say. known: sha256 by file, if computed."""
     path = folder / CARD_NAME
-    if not path.exists() or is_own(path):
-        path.write_text(make_card(config, report), encoding="utf-8")
+    if path.exists() and not is_own(path):
+        return
+    values = {}
+    made_of = digests(folder, known)
+    for read in READERS:
+        with suppress(CheckpointError):
+            values |= read(folder, made_of)
+    replace_text(path, make_card(kept, values))
+
+
+def check_card(folder: Path, known: Mapping[str, str] | None = None) -> None:
+    """Raises CheckpointError, which says the way out, for a card that must not be published.
+
+    A card of Olmem's must be what the folder's files give now, and say that the model is verified. Any card must have
+    valid metadata, a license, and of the texts in evaluation.json no other figures than those there. known: the sha256
+    of files by name, where the caller has computed them.
+    """
+    path = folder / CARD_NAME
+    if not path.is_file():
+        raise CheckpointError(f"`{CARD_NAME}` must exist ({path} does not); run `olmem card {folder} --license …`.")
+    data = read_front_matter(path)
+    metadata = checked({name: data[name] for name in FIELDS if name in data})
+    values = read_values(folder, known)
+    for name, wanted in OURS.items():
+        if data.get(name) != wanted:
+            raise CheckpointError(f"`{name}` of {path} must be {wanted} (got {data.get(name)!r}); correct it.")
+    if "license" not in metadata:
+        raise CheckpointError(f"`license` of {path} must be named; run `olmem card {folder} --license …`, or add it.")
+    if is_own(path) and "verification" not in values:
+        raise CheckpointError(
+            f"`{CARD_NAME}` must say how the model was verified (there is no passing {REPORT_NAME}); run `olmem verify "
+            f"{folder} --against SRC`."
+        )
+    if is_own(path) and path.read_text(encoding="utf-8") != make_card(metadata, values):
+        raise CheckpointError(
+            f"`{CARD_NAME}` must say what the folder's files say now ({path} does not); run `olmem card {folder}`, or "
+            "remove the comment at its top if it is yours."
+        )
+    measured = {(result.dataset_name, result.metric_type): result.metric_value for result in results_of(values)}
+    for result in ModelCardData(**data).eval_results or []:
+        value = result.metric_value
+        if measured.get((result.dataset_name, result.metric_type), value) != value:
+            raise CheckpointError(
+                f"`model-index` of {path} must have the figures of {EVALUATION_NAME} (got {one_line(result.metric_type)} "
+                f"{value!r} on {one_line(result.dataset_name)!r}); correct it, or remove the entry."
+            )
 
 
 def is_own(path: Path) -> bool:
     return path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
-def make_card(config: Mapping[str, Any], report: Mapping[str, Any] | None) -> str:
-    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["olmem"])
-    values: dict[str, Any] = {"mark": MARK, "verified": report is not None, "dtype": one_line(config.get("dtype"))}
-    if config.get("num_memory_tokens") or config.get("retrieval_layers"):
-        given = {name: config[name] for name in MEMORY_FIELDS if config.get(name) not in (None, [], DEFAULTS[name])}
-        values["memory"] = {name: json.dumps(value) for name, value in given.items()}
-    if report is not None:
+def kept_metadata(folder: Path) -> dict[str, Any]:
+    """What the folder's card, if it is Olmem's, says that no other file knows."""
+    path = folder / CARD_NAME
+    if not is_own(path):
+        return {}
+    data = read_front_matter(path)
+    return checked({name: data[name] for name in FIELDS if name in data})
+
+
+def read_front_matter(path: Path) -> dict[str, Any]:
+    with reading(path, "correct the lines between --- and --- at its top, or remove the file"):
+        text = path.read_text(encoding="utf-8")
+        if not REGEX_YAML_BLOCK.search(text):
+            raise ValueError("it has no metadata")
+        return ModelCard(text).data.to_dict()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes the file whole, or leaves it as it was."""
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+# What the folder's files say
+
+
+def read_values(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Of the template's variables, what the folder's files say. Raises CheckpointError for a file that is damaged, or
+    of another state of the folder."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"`OUT` must be a converted folder ({folder} has no config.json); convert SRC first.")
+    made_of, values = digests(folder, known), {}
+    for read in READERS:
+        values |= read(folder, made_of)
+    return values
+
+
+def digests(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The sha256 of each file that a verification or an evaluation is of, if there is one; not computed if known."""
+    if known is None and not any((folder / name).is_file() for name in (REPORT_NAME, EVALUATION_NAME)):
+        return {}
+    names = ["config.json", "tokenizer.json", "tokenizer_config.json", INDEX_NAME]
+    names += sorted(path.name for path in folder.glob("*.safetensors"))
+    found = known or {}
+    return {name: found.get(name) or sha256(folder / name) for name in names if (folder / name).is_file()}
+
+
+def check_digests(name: str, report: Mapping[str, Any], made_of: Mapping[str, str], remedy: str) -> None:
+    if changed := [file for file, digest in made_of.items() if report["sha256"].get(file) != digest]:
+        raise CheckpointError(
+            f"`{name}` must be of the folder's own files ({', '.join(changed)} changed since); {remedy}."
+        )
+
+
+def config_values(folder: Path, made_of: Mapping[str, str]) -> dict[str, Any]:
+    raw = read_json(folder / "config.json")
+    if raw.get("model_type") != "olmem":
+        raise CheckpointError(
+            f"`OUT` must be an Olmem folder (got `model_type` {one_line(raw.get('model_type'))!r} in {folder}); only "
+            "those have a card."
+        )
+    config = load_config(folder)
+    given = {name: getattr(config, name) for name in MEMORY_FIELDS} if config.has_memory else {}
+    return {
+        "config": config,
+        "dtype": one_line(str(config.dtype).removeprefix("torch.")),
+        "layers": describe_layers(config),
+        "bounded": all(Context.of(config, layer_type).span for layer_type in config.layer_types),
+        "tokenizer": (folder / "tokenizer.json").is_file(),
+        "memory": {
+            name: one_line(json.dumps(value))
+            for name, value in given.items()
+            if value not in (None, [], DEFAULTS[name])
+        },
+    }
+
+
+def describe_layers(config: OlmemConfig) -> str:
+    lookback = config.attention_chunk_lookback
+    kinds = {
+        "full_attention": "full attention",
+        "sliding_attention": f"a sliding window of {config.sliding_window} tokens",
+        "chunked_attention": f"attention within chunks of {config.attention_chunk_size} tokens"
+        + (f" and to the {lookback} before" if lookback else ""),
+    }
+    counts = {kind: config.layer_types.count(kind) for kind in kinds}
+    return ", ".join(f"{count} with {kinds[kind]}" for kind, count in counts.items() if count)
+
+
+def verification_values(folder: Path, made_of: Mapping[str, str]) -> dict[str, Any]:
+    """Nothing where there is no verification, or it failed."""
+    path = folder / REPORT_NAME
+    if not path.is_file():
+        return {}
+    report = read_json(path)
+    if report.get("passed") is not True:
+        return {}
+    remedy = f"verify again: `olmem verify {folder} --against SRC`"
+    with reading(path, remedy):
+        check_digests(REPORT_NAME, report, made_of, remedy)
         prompt = report["prompt"]
-        past = [f"{name} {prompt[name]}" for name in ("sliding_window", "attention_chunk_size") if prompt[name]]
-        values |= {
+        windows = {name: prompt[name] for name in ("sliding_window", "attention_chunk_size") if prompt[name]}
+        past = " and ".join(f"{name} {whole(value)}" for name, value in windows.items())
+        verification: dict[str, Any] = {
             "source": one_line(report["source"]),
-            "tokens": prompt["tokens"],
-            "past": f", past {' and '.join(past)}" if past else "",
-            "rounding": shown(report.get("rounding", {})),
-            **shown({name: report[name] for name in ("max_difference", "mean_difference", "tolerance")}),
+            "tokens": whole(prompt["tokens"]),
+            "past": f", past {past}" if past else "",
+            **{name: shown(report[name]) for name in ("max_difference", "mean_difference", "tolerance")},
         }
+        if rounding := report.get("rounding"):
+            verification["rounding"] = {name: shown(rounding[name]) for name in ("max_difference", "mean_difference")}
         if memory := report.get("memory"):
-            values["memory"] = {name: json.dumps(value) for name, value in memory["fields"].items()}
-            values["new_parameters"] = ", ".join(f"`{name}`" for name in memory["new_parameters"])
-            values["moved"] = f"{100 * memory['relative_difference_when_on']:.3g}"
-    return str(ModelCard.from_template(data, template_path=str(TEMPLATE), **values)).rstrip() + "\n"
+            verification["switched"] = {
+                one_line(name): one_line(json.dumps(value)) for name, value in memory["fields"].items()
+            }
+            verification["new_parameters"] = [one_line(name) for name in memory["new_parameters"]]
+            verification["moved"] = shown(100 * memory["relative_difference_when_on"])
+    return {"verification": verification}
 
 
-def shown(figures: Mapping[str, float]) -> dict[str, str]:
-    return {name: f"{value:.3g}" for name, value in figures.items()}
+def evaluation_values(folder: Path, made_of: Mapping[str, str]) -> dict[str, Any]:
+    """Nothing where there is no evaluation."""
+    path = folder / EVALUATION_NAME
+    if not path.is_file():
+        return {}
+    report = read_json(path)
+    remedy = f"evaluate again: `olmem evaluate {folder} --text FILE`, or remove it"
+    with reading(path, remedy):
+        check_digests(EVALUATION_NAME, report, made_of, remedy)
+        evaluation = {
+            "window": None if report["window"] is None else whole(report["window"]),
+            "dtype": one_line(report["dtype"]),
+            "attention": one_line(report["attention"]),
+            "bos": bool(report["bos_token"]),
+            "texts": [
+                {
+                    "name": one_line(text["name"]),
+                    "sha256": one_line(text["sha256"]),
+                    "tokens": whole(text["tokens"]),
+                    **{name: figure(text[name]) for name in METRICS},
+                    **{part: shown((text[part] or {}).get("nats_per_token"), 5) for part in ("within", "beyond")},
+                }
+                for text in report["texts"]
+            ],
+        }
+    return {"evaluation": evaluation}
+
+
+READERS = (config_values, verification_values, evaluation_values)
+
+
+# The card
+
+
+def make_card(metadata: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+    """The card's text, of its metadata and the variables that `read_values` reads."""
+    results = results_of(values)
+    said: dict[str, Any] = {**metadata, **OURS}
+    data = ModelCardData(**said, tags=["olmem"], model_name="olmem" if results else None, eval_results=results or None)
+    template = ModelCard.from_template(data, template_str=read_template(), **variables(values))
+    return str(template).rstrip() + "\n"
+
+
+def variables(values: Mapping[str, Any]) -> dict[str, Any]:
+    none = dict.fromkeys(("config", "verification", "evaluation", "memory"))
+    return none | {"mark": MARK, "not_verified": NOT_VERIFIED, "metrics": METRICS, "cell": cell} | dict(values)
+
+
+def read_template() -> str:
+    """`model_cards/card.md`, of the repository or, as installed, beside this file."""
+    here = Path(__file__)
+    installed = here.with_name("card.md")
+    return (installed if installed.is_file() else here.parents[2] / "model_cards" / "card.md").read_text("utf-8")
+
+
+def results_of(values: Mapping[str, Any]) -> list[EvalResult]:
+    """What a card's `model-index` says of the texts that were evaluated."""
+    return [
+        EvalResult(
+            task_type=OURS["pipeline_tag"],
+            dataset_type=TEXT,
+            dataset_name=text["name"],
+            dataset_revision=text["sha256"],
+            metric_type=metric,
+            metric_name=title,
+            metric_value=text[name],
+        )
+        for text in (values.get("evaluation") or {"texts": ()})["texts"]
+        for name, (metric, title) in METRICS.items()
+    ]
+
+
+def shown(value: Any, digits: int = 3) -> str:
+    return "" if value is None else f"{figure(value, digits):.{digits}g}"
+
+
+def figure(value: Any, digits: int = 5) -> float:
+    """A finite number of a JSON file, rounded to so many digits."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no figure")
+    return float(f"{value:.{digits}g}")
+
+
+def whole(value: Any) -> int:
+    if type(value) is not int:
+        raise ValueError(f"{value!r} is no whole number")
+    return value
 
 
 def one_line(text: Any) -> str:
     """What a checkpoint says, as it may stand in a code span."""
-    return " ".join(str(text).replace("`", "'").split())
+    line = " ".join(str(text).replace("`", "'").split())
+    line = "".join(sign if sign.isprintable() else "\ufffd" for sign in line)
+    return (line[: LONGEST - 1] + "…" if len(line) > LONGEST else line) or "?"
+
+
+def cell(text: str) -> str:
+    """The same in a table."""
+    return text.replace("|", r"\|")

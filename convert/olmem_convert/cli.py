@@ -1,4 +1,4 @@
-"""`olmem convert | verify`: parses and calls."""
+"""`olmem convert | verify | evaluate | card`: parses and calls."""
 
 import json
 import signal
@@ -100,6 +100,47 @@ def verify(
 
     options = {"native_config": native_config, "n_ctx": n_ctx, "act_fn": act_fn}
     finish(lambda say: run(out, against, say=say, **options), as_json)
+
+
+@app.command()
+def evaluate(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A converted folder.")],
+    text: Annotated[list[Path], typer.Option(metavar="FILE", help="Plain text in UTF-8; repeatable.")],
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Of each text, its first so many tokens.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the loss on plain texts, and write evaluation.json for the card to quote."""
+    from .evaluate import evaluate as run
+
+    finish(lambda say: run(out, text, max_tokens=max_tokens, say=say), as_json)
+
+
+@app.command()
+def card(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A converted folder.")],
+    license: Annotated[
+        str | None, typer.Option(help="The Hub's identifier of the weights' license, such as apache-2.0, or other.")
+    ] = None,
+    license_name: Annotated[str | None, typer.Option(help="Its name, with --license other.")] = None,
+    license_link: Annotated[
+        str | None, typer.Option(help="Its address, or LICENSE, the file in OUT, with --license other.")
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(metavar="REPO", help="The model on the Hub that this one was made from.")
+    ] = None,
+    language: Annotated[
+        list[str] | None, typer.Option(help="Language of its texts, as en, or code, or multilingual; repeatable.")
+    ] = None,
+    dataset: Annotated[
+        list[str] | None, typer.Option(metavar="REPO", help="Data set on the Hub that it was trained on; repeatable.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the model card from the folder's own files; what it was told before stays unless told anew."""
+    from .card import card as run
+
+    told = {"license": license, "license_name": license_name, "license_link": license_link, "base_model": base_model}
+    finish(lambda say: run(out, language=language or (), datasets=dataset or (), say=say, **told), as_json)
 
 
 def finish(run: Callable[[Callable[[str], None]], dict[str, Any]], as_json: bool) -> None:

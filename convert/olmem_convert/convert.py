@@ -17,16 +17,17 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
-from .card import CARD_NAME, is_own, write_card
+from .card import CARD_NAME, REPORT_NAME, is_own, kept_metadata, write_card
 from .errors import CheckpointError
+from .files import read_bytes, read_json, reading, require_numbers
 from .formats import Checkpoint, Given
 from .formats.detect import open_checkpoint
 from .memory import listed, new_parameters, switched, with_memory
 from .plan import TOKEN_IDS, check_copies, make_config, make_tensors, tokens_of
 from .shards import check_size, write_shards
-from .tensors import LazyTensor, read_json, reading
+from .tensors import LazyTensor
 from .tokenizer import COMPANIONS, carry_tokenizer, find_tokenizer, write_tokenizer
-from .verify import REPORT_NAME, verify_checkpoint
+from .verify import verify_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -62,6 +63,7 @@ def convert(
     source, out = Path(source), Path(os.path.abspath(out))
     check_options(dtype, max_shard_size, tokenizer)
     check_out(source, out, overwrite)
+    kept = kept_metadata(out)  # of a folder to be replaced
     given = Given(Path(native_config) if native_config else None, n_ctx, act_fn)
     checkpoint = open_checkpoint(source, max_length, given)
     stored = choose_dtype(checkpoint.tensors, dtype)
@@ -99,7 +101,7 @@ def convert(
             "memory": switched(planned, checkpoint) or None,
             "verification": verify_checkpoint(folder, checkpoint, say) if verify else None,
         }
-        write_card(folder, read_json(folder / "config.json"), report["verification"])
+        write_card(folder, kept, (report["verification"] or {}).get("sha256"))
         if not verify:
             say(f"not verified: `olmem verify {out} --against {source}{given.options}` does it")
     say(f"wrote {out}")
@@ -191,10 +193,10 @@ def carry_generation_config(source: Path, folder: Path) -> None:
     """The one of a Transformers folder, as it is, if it has one."""
     path = source / "generation_config.json"
     if path.is_file():
-        read_json(path)
+        require_numbers(read_json(path), str(path))
         with reading(path):
             GenerationConfig.from_pretrained(source, local_files_only=True)
-        (folder / path.name).write_bytes(path.read_bytes())
+        (folder / path.name).write_bytes(read_bytes(path))
 
 
 def check_out(source: Path, out: Path, overwrite: bool) -> None:
@@ -219,7 +221,7 @@ def check_out(source: Path, out: Path, overwrite: bool) -> None:
 
 WRITTEN = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|((generation|tokenizer)_)?config\.json"
-    r"|tokenizer\.json|verification\.json|\w+_olmem\.py|" + "|".join(map(re.escape, COMPANIONS))
+    r"|tokenizer\.json|(verification|evaluation)\.json|\w+_olmem\.py|" + "|".join(map(re.escape, COMPANIONS))
 )
 
 

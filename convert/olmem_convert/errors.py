@@ -1,6 +1,5 @@
 """The error of the converter."""
 
-
 LONGEST = 8000  # characters of a message, which may repeat what a damaged file says
 
 

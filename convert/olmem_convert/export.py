@@ -33,13 +33,15 @@ from .convert import (
     written_whole,
 )
 from .errors import CheckpointError, reason
+from .files import read_json
 from .formats import Checkpoint, check_common, check_layers, expand, typed
 from .formats.transformers_olmo import key_table
 from .plan import TOKEN_IDS, make_tensors
 from .shards import write_shards
-from .tensors import LazyTensor, LoadedOnDemand, read_json, read_weights
+from .tensors import LazyTensor, LoadedOnDemand
 from .transformers_forward import transformers_forward
 from .verify import compare_stages, load, make_report, prompt, weights_that_differ, write_report
+from .weight_files import read_weights
 
 LAYER_TYPES = ("full_attention", "sliding_attention")  # of Olmo3; the others have full attention alone
 NOT_OF_THE_MODEL = {"architectures", "dtype", "residual_dropout", "transformers_version"}

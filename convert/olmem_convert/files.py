@@ -117,7 +117,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
             if depth > DEEPEST:
                 raise too_deep(path)
             if isinstance(event, yaml.AliasEvent):
-                raise CheckpointError(f"`{path}` must hold no alias (got *{event.anchor}); write out what it stands for.")
+                raise CheckpointError(
+                    f"`{path}` must hold no alias (got *{event.anchor}); write out what it stands for."
+                )
         value = yaml.load(text, loader)
     if not isinstance(value, dict):
         raise CheckpointError(f"`{path}` must hold a mapping (got {type(value).__name__}); copy it again.")

@@ -1,5 +1,6 @@
 """What a native checkpoint becomes: the configuration and, still unread, the tensors of its Olmem model."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from olmem import OlmemConfig, OlmemForCausalLM
 from transformers import PreTrainedConfig
 
 from .errors import CheckpointError, reason
-from .files import require_numbers
+from .files import reading, require_numbers
 from .formats import LARGEST_NUMBER, Checkpoint, to_olmem
 from .tensors import LazyTensor
 
@@ -51,7 +52,17 @@ def require_meaning(config: OlmemConfig) -> None:
                 rule = "positive" if least == 0 else "zero or more"
                 raise CheckpointError(f"{where}[{name!r}]` must be {rule} (got {value!r}); correct it.")
         if not isinstance(entry.get("truncate"), bool | None):
-            raise CheckpointError(f"{where}['truncate']` must be true or false (got {entry['truncate']!r}); correct it.")
+            raise CheckpointError(
+                f"{where}['truncate']` must be true or false (got {entry['truncate']!r}); correct it."
+            )
+
+
+def load_config(out: Path) -> OlmemConfig:
+    with reading(out, "convert again"):
+        try:
+            return OlmemConfig.from_pretrained(out, local_files_only=True)
+        except StrictDataclassError as error:
+            raise CheckpointError(f"`{out / 'config.json'}` must describe a model: {reason(error)}") from error
 
 
 def tokens_of(config: PreTrainedConfig, name: str) -> list[int]:

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from .errors import CheckpointError
-from .files import LARGEST_TOKENIZER, read_bytes, read_json, read_text, require_numbers, require_own
+from .files import LARGEST_TOKENIZER, read_bytes, read_json, read_text, require_numbers
 
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 LONGEST_TEXT = 1e31  # of `model_max_length`, which Transformers sets to 1e30 where there is no limit

@@ -24,25 +24,25 @@ from typing import Any
 import olmem
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from olmem import OlmemConfig, OlmemForCausalLM
 from olmem.configuration_olmem import OLMO_BLOCKS
 from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from .card import CARD_NAME, write_card
-from .errors import CheckpointError, reason
+from .card import CARD_NAME, EVALUATION_NAME, REPORT_NAME, kept_metadata, write_card
+from .errors import CheckpointError
+from .files import read_json, reading
 from .formats import Checkpoint, Given, is_dynamic
 from .formats.detect import open_checkpoint
 from .memory import OFF, listed, memory_of, new_parameters, switched, with_memory
 from .native_forward import native_forward
-from .plan import TOKEN_IDS, make_config, make_tensors
+from .plan import TOKEN_IDS, load_config, make_config, make_tensors
 from .shards import require_finite, sha256
-from .tensors import LazyTensor, LoadedOnDemand, read_json, read_safetensors, reading
+from .tensors import LazyTensor, LoadedOnDemand
 from .transformers_forward import transformers_forward
+from .weight_files import read_safetensors
 
-REPORT_NAME = "verification.json"
-UNSEALED = (REPORT_NAME, CARD_NAME, "evaluation.json")  # written after a verification, which does not vouch for them
+UNSEALED = (REPORT_NAME, CARD_NAME, EVALUATION_NAME)  # written after a verification, which does not vouch for them
 # Of the largest value, at least 1. Another order of float32 sums stays below 1.5e-6 in all checkpoints at hand; the
 # least of the mistakes, another generation's epsilon, moves some stage by 7e-6 and more.
 TOLERANCE = 4e-6
@@ -86,10 +86,11 @@ def verify(
             f"`OUT` must be an Olmem folder (got `model_type` {model_type!r} in {out}); what --to writes is verified "
             "when it is written."
         )
+    kept = kept_metadata(out)
     (out / REPORT_NAME).unlink(missing_ok=True)  # an old report must not vouch for what is being checked
-    write_card(out, config_as_written(out), None)
+    write_card(out, kept)
     report = verify_checkpoint(out, checkpoint, say)
-    write_card(out, config_as_written(out), report)
+    write_card(out, kept, report["sha256"])
     return report
 
 
@@ -185,14 +186,6 @@ def write_report(out: Path, report: dict[str, Any], whose: str) -> None:
             f"the converted model must compute the {whose} logits with the {whose} weights (it does not); do not "
             f"publish it, convert again.\n{explain(report)}"
         )
-
-
-def load_config(out: Path) -> OlmemConfig:
-    with reading(out, "convert again"):
-        try:
-            return OlmemConfig.from_pretrained(out, local_files_only=True)
-        except StrictDataclassError as error:
-            raise CheckpointError(f"`{out / 'config.json'}` must describe a model: {reason(error)}") from error
 
 
 def load(out: Path, dtype: torch.dtype, model_class: Any = OlmemForCausalLM, **fields: Any) -> Any:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cache_olmem import OlmemCacheLayer, gather_sinks
+from .cache_layer_olmem import OlmemCacheLayer, gather_sinks
 from .configuration_olmem import BY_SLOT
 from .context_olmem import Context, Sight
 from .memory_olmem import Trail

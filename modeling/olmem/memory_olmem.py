@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from .cache_olmem import STORE_BLOCK, OlmemCache, OlmemCacheLayer, gather_sinks
+from .cache_layer_olmem import STORE_BLOCK, OlmemCacheLayer, gather_sinks
+from .cache_olmem import OlmemCache
 from .context_olmem import Context, Piece, Sight, cut_in_segments, last_numbers, place_in_pieces, ring_slot
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # keys and values

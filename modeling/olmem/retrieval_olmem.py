@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .cache_olmem import STORE_BLOCK, OlmemCacheLayer
+from .cache_layer_olmem import STORE_BLOCK, OlmemCacheLayer
 from .context_olmem import Context, Sight
 
 SCORES = 2**22  # of one part of the candidates, at most

@@ -21,7 +21,7 @@ DEMO_STEP = DEMO / "step1872"
 CODE = tuple(
     f"{name}_olmem.py"
     for name in (
-        *("attention", "cache", "configuration", "context", "generation"),
+        *("attention", "cache", "cache_layer", "configuration", "context", "generation"),
         *("memory", "modeling", "positions", "retrieval"),
     )
 )

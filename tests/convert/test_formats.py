@@ -810,5 +810,5 @@ def test_field_from_the_future_is_refused(tmp_path):
 
 
 def test_lazy_tensor_is_all_that_the_tables_need():
-    tensor = LazyTensor((2, 3), torch.float16, lambda: torch.zeros(2, 3, dtype=torch.float16))
+    tensor = LazyTensor.whole((2, 3), torch.float16, lambda: torch.zeros(2, 3, dtype=torch.float16))
     assert tensor.nbytes == 12

@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def lazy(tensor: torch.Tensor) -> LazyTensor:
-    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+    return LazyTensor.whole(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 def written(folder: Path) -> dict[str, torch.Tensor]:
@@ -84,7 +84,9 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path):
         alive.add(tensor)
         return tensor
 
-    write_shards(tmp_path, {f"w{i}": LazyTensor((100,), torch.float32, load) for i in range(6)}, torch.bfloat16, 900)
+    write_shards(
+        tmp_path, {f"w{i}": LazyTensor.whole((100,), torch.float32, load) for i in range(6)}, torch.bfloat16, 900
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

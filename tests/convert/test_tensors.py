@@ -19,18 +19,12 @@ from convert.checkpoints import FOLDERS, golden
 from convert.writers import encoded, olmo_state, write_distributed, write_flat_shards, write_olmo
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from olmem_convert import CheckpointError, tensors
+from olmem_convert import CheckpointError
+from olmem_convert.distributed import Chunk, overlap, read_distributed
 from olmem_convert.formats.detect import open_checkpoint
-from olmem_convert.shards import write_shards
-from olmem_convert.tensors import (
-    LazyTensor,
-    LoadedOnDemand,
-    decode_pickled_key,
-    read_distributed,
-    read_flat_shards,
-    read_pickle,
-    read_safetensors,
-)
+from olmem_convert.pickles import decode_pickled_key, read_pickle
+from olmem_convert.tensors import LazyTensor, LoadedOnDemand, Span
+from olmem_convert.weight_files import read_flat_shards, read_safetensors
 from safetensors.torch import save_file
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -172,7 +166,7 @@ def test_rows_are_a_part_still_unread():
         reads.append(1)
         return values(6, 4)
 
-    rows = LazyTensor((6, 4), torch.float32, load).rows(2, 5)
+    rows = LazyTensor.whole((6, 4), torch.float32, load).rows(2, 5)
     assert (rows.shape, rows.dtype, rows.nbytes, reads) == ((3, 4), torch.float32, 48, [])
     assert torch.equal(rows.load(), values(6, 4)[2:5]) and reads == [1]
     again = rows.rows(1, 2)
@@ -183,7 +177,7 @@ def test_mapping_reads_what_is_looked_up_and_rounds_it():
     reads = []
 
     def lazy(name):
-        return LazyTensor((2,), torch.float32, lambda: reads.append(name) or torch.tensor([1.0, 1 / 3]))
+        return LazyTensor.whole((2,), torch.float32, lambda: reads.append(name) or torch.tensor([1.0, 1 / 3]))
 
     mapping = LoadedOnDemand({name: lazy(name) for name in "abc"}, torch.bfloat16)
     assert (list(mapping), len(mapping), reads) == (["a", "b", "c"], 3, [])
@@ -204,36 +198,76 @@ def test_distributed_reads_no_other_tensors_bytes(tmp_path):
         read["b"].load()
 
 
-@pytest.mark.parametrize("layout", ["model.safetensors", "model/metadata.json"])
-def test_safetensors_read_no_other_tensor(layout, monkeypatch, tmp_path):
-    asked = []
+@pytest.fixture
+def reads(monkeypatch) -> list[tuple[str, int]]:
+    """The file and the number of bytes of every read of values."""
+    made, values = [], Span.values
 
-    class Counting:
-        def __init__(self, *args, **kwargs):
-            self.file = safe_open(*args, **kwargs)
+    def spy(span, first, count, dtype):
+        made.append((span.path.name, count * dtype.itemsize))
+        return values(span, first, count, dtype)
 
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-        def get_tensor(self, key):
-            asked.append(key)
-            return self.file.get_tensor(key)
-
-    safe_open = tensors.safe_open
-    monkeypatch.setattr(tensors, "safe_open", Counting)
-    name = "transformer.ln_f.weight"
-    checkpoint = open_checkpoint(write_olmo(tmp_path, layout))
-    assert asked == []
-    assert torch.equal(checkpoint.tensors[name].load(), olmo_state()[name])
-    assert set(asked) == ({encoded(name)} if layout == "model.safetensors" else {name})
+    monkeypatch.setattr(Span, "values", spy)
+    return made
 
 
-def test_state_dict_is_mapped_and_no_code_is_allowed_for(monkeypatch, tmp_path):
-    torch.save({"w": torch.zeros(4, 2)}, tmp_path / "model.pt")
-    load, options = torch.load, []
-    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: options.append(kwargs) or load(*args, **kwargs))
-    read_pickle(tmp_path / "model.pt")
-    assert options == [{"map_location": "cpu", "mmap": True, "weights_only": True}]
+LAYOUTS = ("model.pt", "model.safetensors", "model/metadata.json", "model_and_optim/.metadata")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_other_bytes_are_read_than_those_of_the_rows_asked_for(layout, reads, tmp_path):
+    name = "transformer.wte.weight"
+    tensor = open_checkpoint(write_olmo(tmp_path, layout)).tensors[name]
+    assert reads == []
+    assert torch.equal(tensor.rows(3, 8).rows(1, 4).load(), olmo_state()[name][4:7])
+    assert sum(nbytes for _, nbytes in reads) == 3 * 8 * 4
+    reads.clear()
+    assert torch.equal(tensor.load(), olmo_state()[name])
+    assert sum(nbytes for _, nbytes in reads) == tensor.nbytes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@given(nbytes=st.integers(1, 500))
+@settings(max_examples=10)
+def test_pieces_are_the_tensor(layout, nbytes):
+    with tempfile.TemporaryDirectory() as folder:
+        for name, tensor in open_checkpoint(write_olmo(Path(folder), layout)).tensors.items():
+            pieces = list(tensor.pieces(nbytes))
+            assert torch.equal(torch.cat(pieces), olmo_state()[name])
+            row = tensor.nbytes // tensor.shape[0]
+            assert all(piece.nbytes <= max(nbytes, row) for piece in pieces)
+
+
+def test_pieces_of_what_is_read_whole():
+    tensor = LazyTensor.whole((6, 4), torch.float32, lambda: values(6, 4))
+    (piece,) = tensor.pieces(1)
+    assert torch.equal(piece, values(6, 4))
+    (number,) = LazyTensor.whole((), torch.float32, lambda: torch.tensor(3.0)).pieces(1)
+    assert number.shape == () and number == 3
+    assert list(LazyTensor.whole((0, 4), torch.float32, lambda: values(0, 4)).pieces(1)) == []
+
+
+def test_pickles_are_not_given_to_torch(monkeypatch, tmp_path):
+    def refuse(*args, **kwargs):
+        raise AssertionError("torch.load was called")
+
+    write_olmo(tmp_path / "olmo", "model.pt")
+    write_distributed(tmp_path / "core", {"model.w": values(3)})
+    monkeypatch.setattr(torch, "load", refuse)
+    monkeypatch.setattr(pickle, "load", refuse)
+    monkeypatch.setattr(pickle, "loads", refuse)
+    assert_same(read_pickle(tmp_path / "olmo" / "model.pt"), olmo_state())
+    assert_same(read_distributed(tmp_path / "core"), {"w": values(3)})
+
+
+def test_weights_of_modules_are_read(tmp_path):
+    """Parameters, their own classes, tied ones, and the versions that a state dict notes of its modules."""
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
+    module[1].bias = module[0].bias
+    state = module.state_dict(keep_vars=True)
+    state["buffer"] = torch.nn.Buffer(values(3))
+    torch.save(state, tmp_path / "model.pt")
+    assert_same(read_pickle(tmp_path / "model.pt"), {name: value.detach() for name, value in state.items()})
 
 
 # Damage
@@ -351,11 +385,25 @@ def test_chunk_of_another_tensor_is_refused(one, other, tmp_path):
         read_distributed(tmp_path)["one"].load()
 
 
-def test_chunks_that_overlap_leave_a_gap_that_is_not_written(tmp_path):
+def test_chunks_that_overlap_are_refused(tmp_path):
+    """They add up to the tensor's size all the same."""
     boxes = {"model.w": [((0, 0), (2, 3)), ((2, 0), (2, 3))]}
     write_distributed(tmp_path, {"model.w": values(4, 3)}, boxes, 2, overlapping)
-    with pytest.raises(CheckpointError, match="`w`"):
-        write_shards(tmp_path, read_distributed(tmp_path), torch.float32, "5GB")
+    with pytest.raises(CheckpointError, match=r"`\S*\.metadata` must cover 'model.w' .*overlap"):
+        read_distributed(tmp_path)
+
+
+@given(st.data())
+@settings(max_examples=200)
+def test_overlap_is_found_where_two_boxes_share_a_value(data):
+    dims = data.draw(st.integers(0, 3))
+    numbers = st.lists(st.integers(0, 4), min_size=dims, max_size=dims)
+    boxes = data.draw(st.lists(st.tuples(numbers, numbers.map(lambda sizes: [1 + size for size in sizes])), max_size=6))
+    count = torch.zeros((10,) * dims, dtype=torch.int64)
+    for offsets, sizes in boxes:
+        count[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))] += 1
+    chunks = [Chunk("w", tuple(o), tuple(s), torch.float32, Path("x"), 0, 0) for o, s in boxes]
+    assert (overlap(chunks) is not None) == bool((count > 1).any())
 
 
 FLAT_DAMAGE = {

@@ -28,7 +28,7 @@ from modeling.helpers import (
     tiny,
     tokens,
 )
-from olmem import OlmemCache, OlmemConfig, OlmemForCausalLM, attention_olmem, cache_olmem
+from olmem import OlmemCache, OlmemConfig, OlmemForCausalLM, attention_olmem, cache_layer_olmem
 from olmem.configuration_olmem import POSITION_EMBEDDINGS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -128,7 +128,7 @@ def test_a_step_makes_nothing_of_the_size_of_the_window(window, sinks, backend):
 def test_a_full_layer_grows_in_blocks():
     model = tiny(layer_types=FULL, num_hidden_layers=1)
     cache, rooms = OlmemCache(model.config), []
-    for step in range(3 * cache_olmem.GROWTH):
+    for step in range(3 * cache_layer_olmem.GROWTH):
         read(model, tokens(1, 1, seed=step), cache)
         rooms.append(cache.layers[0].buffers["keys"].shape[2])
     assert len(set(rooms)) <= 3

@@ -32,7 +32,7 @@ from modeling.helpers import (
 )
 from modeling.streams import BLOCKS, alone, blocks_of, choices, close, cuts, make, paddings, read, write
 from olmem import OlmemCache, OlmemForCausalLM, memory_olmem
-from olmem.cache_olmem import STORE_BLOCK
+from olmem.cache_layer_olmem import STORE_BLOCK
 from torch import nn
 from torch.testing import assert_close
 from transformers import DynamicCache, StaticCache

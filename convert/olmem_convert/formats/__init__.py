@@ -149,7 +149,7 @@ def filled(shape: tuple[int, ...], dtype: torch.dtype, value: float, spread: flo
             return torch.full(shape, value, dtype=dtype)
         return torch.empty(shape).normal_(value, spread, generator=torch.Generator().manual_seed(0)).to(dtype)
 
-    return LazyTensor(shape, dtype, load)
+    return LazyTensor.whole(shape, dtype, load)
 
 
 def complain(verb: str, names: set[str] | set[str | None]) -> None:

@@ -17,7 +17,8 @@ from olmem.positions_olmem import inverse_frequencies
 
 from ..errors import CheckpointError
 from ..files import read_json
-from ..tensors import LazyTensor, pickle_mentions, read_pickle
+from ..pickles import pickle_mentions, read_pickle
+from ..tensors import LazyTensor
 from . import Checkpoint, Field, Given, Key, PairsToHalves, carried, expand, read_fields
 
 ACTIVATIONS = {

@@ -7,11 +7,20 @@ from olmem.configuration_olmem import OLMO_BLOCKS
 
 from ..errors import CheckpointError, reason
 from ..files import read_json
-from ..tensors import WEIGHTS, find_weights, read_pickle
+from ..pickles import read_pickle
+from ..weight_files import WEIGHTS, find_weights
 from . import Checkpoint, Given, baka, olmo, olmo_core, transformers_olmo
 
 FORMATS = (olmo, olmo_core, baka, transformers_olmo)
-CONFIG_ERRORS = (StrictDataclassError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+CONFIG_ERRORS = (
+    StrictDataclassError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def open_checkpoint(source: Path, max_length: int | None = None, given: Given | None = None) -> Checkpoint:

@@ -10,16 +10,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..distributed import read_distributed
 from ..errors import CheckpointError
 from ..files import read_yaml, require_numbers, require_own
-from ..tensors import (
-    LazyTensor,
-    decode_pickled_key,
-    read_distributed,
-    read_flat_shards,
-    read_pickle,
-    read_safetensors,
-)
+from ..pickles import decode_pickled_key, read_pickle
+from ..tensors import LazyTensor
+from ..weight_files import read_flat_shards, read_safetensors
 from . import NO_EFFECT, Checkpoint, Field, Key, carried, check_layers, expand, read_fields, required
 
 LAYOUTS: dict[str, tuple[str, Callable[[Path], dict[str, LazyTensor]]]] = {

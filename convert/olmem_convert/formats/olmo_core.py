@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..distributed import read_distributed
 from ..errors import CheckpointError
 from ..files import read_json, require_numbers, require_own
-from ..tensors import read_distributed
 from . import NO_EFFECT, Checkpoint, Field, Key, carried, check_layers, expand, read_fields, required, typed
 
 NORM_TYPES = {"rms": "rms", "fused_rms": "rms", "cute_rms": "rms", "qwen_rms": "rms", "default": "layer"}

@@ -14,7 +14,8 @@ from transformers import GenerationConfig
 
 from ..errors import CheckpointError, reason
 from ..files import read_json, require_numbers
-from ..tensors import LazyTensor, find_weights, read_weights
+from ..tensors import LazyTensor
+from ..weight_files import find_weights, read_weights
 from . import Checkpoint, Key, check_common, check_layers, expand, is_dynamic, typed
 
 # Of RoPE, in files of older releases, which computed it from the config all the same.

@@ -74,7 +74,9 @@ def zipped(
         out += struct.pack("<IQHHIIQQQQ", 0x06064B50, 44, 20, 20, 0, 0, number, number, len(directory), zip64_end)
         out += struct.pack("<IIQI", 0x07064B50, 0, end, 1)
     shown_start = 0xFFFFFFFF if zip64_end is not None else (start + directory_shift) & 0xFFFFFFFF
-    out += struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, *(2 * (number & 0xFFFF,)), len(directory), shown_start, len(comment))
+    out += struct.pack(
+        "<IHHHHIIH", 0x06054B50, 0, 0, *(2 * (number & 0xFFFF,)), len(directory), shown_start, len(comment)
+    )
     return bytes(out + comment)
 
 

@@ -50,7 +50,9 @@ def mutate_safetensors(rng: Random, data: bytes) -> bytes:
         elif kind == 4:
             header[name] = header.pop(rng.choice(names), {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]})
         elif kind == 5:
-            header[rng.choice(("", "../x", "a\0b", "x" * 5000, "\ud800", "__metadata__", MARK.format(f"again {name}")))] = entry
+            header[
+                rng.choice(("", "../x", "a\0b", "x" * 5000, "\ud800", "__metadata__", MARK.format(f"again {name}")))
+            ] = entry
         elif kind == 6:
             length = rng.choice((*LENGTHS, len(data), len(data) - 8, len(data) - 7))
         elif kind == 7:

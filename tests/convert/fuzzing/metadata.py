@@ -16,7 +16,18 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkSto
 NUMBERS = (0, 1, -1, 2, HUGE, -HUGE, 2**63, 2**100, 3.5, float("nan"), True, None, "x", "9", (1,), [])
 DTYPES = (torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool, "float32", None, 7)
 PATHS = (
-    *("../config.json", "/etc/passwd", "..", ".", "", ".metadata", "a\0b", "x" * 5000, "__0_0.distcp/", "./__0_0.distcp"),
+    *(
+        "../config.json",
+        "/etc/passwd",
+        "..",
+        ".",
+        "",
+        ".metadata",
+        "a\0b",
+        "x" * 5000,
+        "__0_0.distcp/",
+        "./__0_0.distcp",
+    ),
     *("nowhere.distcp", None, 3, PurePosixPath("__0_0.distcp"), PurePosixPath("/etc/passwd"), b"__0_0.distcp", ("a",)),
 )
 

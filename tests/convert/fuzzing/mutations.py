@@ -86,8 +86,17 @@ def drop(rng: Random, files: Tree, name: str) -> None:
 
 
 def rename(rng: Random, files: Tree, name: str) -> None:
-    others = (f"{name}x", f"x{name.replace('/', '')}", name.upper(), f"deep/{name}", "model.safetensors", "pytorch_model.bin")
-    files[rng.choice((*others, "model.pt", "rank0.pt", "x.bin", "step1", "model-00009-of-00009.safetensors"))] = files[name]
+    others = (
+        f"{name}x",
+        f"x{name.replace('/', '')}",
+        name.upper(),
+        f"deep/{name}",
+        "model.safetensors",
+        "pytorch_model.bin",
+    )
+    files[rng.choice((*others, "model.pt", "rank0.pt", "x.bin", "step1", "model-00009-of-00009.safetensors"))] = files[
+        name
+    ]
     if rng.random() < 0.5:
         del files[name]
 

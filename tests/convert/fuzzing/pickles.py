@@ -56,7 +56,11 @@ CALLS: tuple[tuple[str, str, tuple[bytes, ...]], ...] = (
     ("torch", "serialization.os.mkdir", (MADE,)),
     ("torch.serialization", "os.mkdir", (MADE,)),
     ("torch._utils", "torch.serialization.os.mkdir", (MADE,)),
-    ("torch.storage", "_load_from_bytes", (b"C" + bytes([40]) + b"cos\nmkdir\n(X\x06\x00\x00\x00CANARYtR." + b" " * 7,)),
+    (
+        "torch.storage",
+        "_load_from_bytes",
+        (b"C" + bytes([40]) + b"cos\nmkdir\n(X\x06\x00\x00\x00CANARYtR." + b" " * 7,),
+    ),
     ("torch.hub", "download_url_to_file", (text("file:///etc/hosts"), MADE)),
     ("torch.utils.cpp_extension", "load_inline", (text("x"), CODE)),
     ("numpy", "save", (MADE, b"K\x01")),
@@ -165,7 +169,9 @@ ODD = (
     lambda rng: rng.choice((b"h\xff", b"g99\n", b"g-1\n", b"g\n")),
     lambda rng: rng.choice((b"\x82\x01", b"\x83\x01\x00", b"\x84\x01\x00\x00\x00", b"\x84\xff\xff\xff\xff")),  # EXT
     lambda rng: rng.choice((b"Q", b"Pid\n", b"NQ", text("x") + b"Q", b"(tQ", b"(" + text("storage") + b"tQ")),
-    lambda rng: rng.choice((b"\x97", b"\x98", b"\x94", b"2", b"0", b"1", b"(", b"t", b"e", b"u", b"s", b"b", b"R", b".")),
+    lambda rng: rng.choice(
+        (b"\x97", b"\x98", b"\x94", b"2", b"0", b"1", b"(", b"t", b"e", b"u", b"s", b"b", b"R", b".")
+    ),
     lambda rng: nested(b"(", b"t", rng),
     lambda rng: nested(b"]", b"a", rng),
     lambda rng: b")" + b"\x85" * rng.choice((50, 900, 100_000)),
@@ -175,8 +181,12 @@ ODD = (
     lambda rng: b"}" + shared(rng) + b"N(tRs",
     lambda rng: b"\x8f(" + shared(rng) + b"\x90",  # a set of it
     loop,
-    lambda rng: rng.choice((text("../x"), text("/etc/passwd"), text("a\0b"), text("x" * 5000), text("\ud800"), text(""))),
-    lambda rng: rng.choice((b"V\\ud800\n", b"S'x\n", b"S'\\x'\n", b"Inope\n", b"L9L\n", b"F1e999\n", b"Fx\n", b"c\n\n", b"cos\n")),
+    lambda rng: rng.choice(
+        (text("../x"), text("/etc/passwd"), text("a\0b"), text("x" * 5000), text("\ud800"), text(""))
+    ),
+    lambda rng: rng.choice(
+        (b"V\\ud800\n", b"S'x\n", b"S'\\x'\n", b"Inope\n", b"L9L\n", b"F1e999\n", b"Fx\n", b"c\n\n", b"cos\n")
+    ),
     lambda rng: b"\x80" + bytes([rng.choice((0, 5, 6, 255))]),
 )
 
@@ -225,7 +235,9 @@ def mutate_pickle(rng: Random, data: bytes) -> bytes:
 def replaced(rng: Random, data: bytes, found: tuple[tuple[int, int, str], ...]) -> bytes:
     """A number or a text of the pickle becomes another one."""
     if rng.random() < 0.6:
-        numbers = [entry for entry in found if entry[2] in ("BININT", "BININT1", "BININT2", "LONG1", "NEWTRUE", "NEWFALSE")]
+        numbers = [
+            entry for entry in found if entry[2] in ("BININT", "BININT1", "BININT2", "LONG1", "NEWTRUE", "NEWFALSE")
+        ]
         if not numbers:
             return data
         start, stop, _ = rng.choice(numbers)
@@ -238,7 +250,20 @@ def replaced(rng: Random, data: bytes, found: tuple[tuple[int, int, str], ...]) 
         module, attribute = rng.choice((*KNOWN, *((m, n) for m, n, _ in CALLS)))
         return data[:start] + f"c{module}\n{attribute}\n".encode() + data[stop:]
     old = data[start:stop]
-    words = ("cuda:0", "meta", "cpu", "../x", "/etc/passwd", "0", "", "a\0b", "x" * 300, "data.pkl", "\ud800", "lm_head.weight")
+    words = (
+        "cuda:0",
+        "meta",
+        "cpu",
+        "../x",
+        "/etc/passwd",
+        "0",
+        "",
+        "a\0b",
+        "x" * 300,
+        "data.pkl",
+        "\ud800",
+        "lm_head.weight",
+    )
     other, end, _ = rng.choice(texts)
     return data[:start] + rng.choice((text(rng.choice(words)), data[other:end], old + b"0" + old)) + data[stop:]
 

@@ -37,7 +37,12 @@ def pre_tokenizer(rng: Random) -> dict[str, Any]:
         (
             {"type": "Split", "pattern": pattern(rng), "behavior": rng.choice(("Isolated", "Removed")), "invert": True},
             {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-            {"type": "Metaspace", "replacement": rng.choice(("▁", "", "ab")), "prepend_scheme": "always", "split": True},
+            {
+                "type": "Metaspace",
+                "replacement": rng.choice(("▁", "", "ab")),
+                "prepend_scheme": "always",
+                "split": True,
+            },
             {"type": "Digits", "individual_digits": True},
             {"type": "Whitespace"},
             {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}] * rng.choice((0, 2, 5000))},
@@ -73,8 +78,18 @@ def model(rng: Random) -> dict[str, Any]:
     return rng.choice(
         (
             {"type": "WordLevel", "vocab": words, "unk_token": rng.choice(("a", "nope"))},
-            {"type": "WordPiece", "vocab": words, "unk_token": "a", "continuing_subword_prefix": "", "max_input_chars_per_word": 9},
-            {"type": "Unigram", "vocab": [["a", 0.0], ["b", rng.choice((-1e308, 1e308, 0))]], "unk_id": rng.choice((0, 9))},
+            {
+                "type": "WordPiece",
+                "vocab": words,
+                "unk_token": "a",
+                "continuing_subword_prefix": "",
+                "max_input_chars_per_word": 9,
+            },
+            {
+                "type": "Unigram",
+                "vocab": [["a", 0.0], ["b", rng.choice((-1e308, 1e308, 0))]],
+                "unk_id": rng.choice((0, 9)),
+            },
             {"type": "Unigram", "vocab": [["", 0.0]] * rng.choice((0, 1, 20)), "unk_id": 0},
             {"type": "BPE", "vocab": words | {"x": number}, "merges": []},
             {"type": "BPE", "vocab": words, "merges": [["a", "nope"]]},

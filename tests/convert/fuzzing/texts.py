@@ -92,7 +92,18 @@ VALUES: tuple[Any, ...] = (
     *(None, True, False, -1, 0, 1, 2, 3, 7, 8, 16, 255, 0.5, -0.5, -0.0, 1e-320, 1e-9, 1e30, 1e308),
     *(2**31, 2**31 - 1, 2**53, 2**60, 2**63, 2**64, 10**30, 10**400, -(2**63), 100_000, 1000, 65536),
     *("", "x", "0", "1", "1e-6", "nan", "inf", "true", "../x", "..", "/etc/passwd", "/etc/", "a\0b", "x" * 5000),
-    *("é\u202e\ud800", "{{ x }}", "{% for", "cuda", "float32", "float8_e4m3fn", "olmo", "olmo3", "olmem", "LlamaTokenizer"),
+    *(
+        "é\u202e\ud800",
+        "{{ x }}",
+        "{% for",
+        "cuda",
+        "float32",
+        "float8_e4m3fn",
+        "olmo",
+        "olmo3",
+        "olmem",
+        "LlamaTokenizer",
+    ),
     *([], {}, [[]], [None], [1], ["x"], [0.5, "x"], [-1], {"": None}, {"x": {"y": 1}}, [[[[[]]]]]),
     *("full_attention", "sliding_attention", "chunked_attention", ["full_attention"], ["sliding_attention"]),
     *({"rope_type": "yarn"}, {"rope_type": "dynamic", "factor": 2.0}, {"type": "linear", "factor": -1.0}),
@@ -100,10 +111,27 @@ VALUES: tuple[Any, ...] = (
 )
 # Fields that configs and tokenizers of other models have, or that ask for something.
 NAMES = (
-    *("auto_map", "quantization_config", "torch_dtype", "dtype", "num_labels", "id2label", "architectures", "model_type"),
+    *(
+        "auto_map",
+        "quantization_config",
+        "torch_dtype",
+        "dtype",
+        "num_labels",
+        "id2label",
+        "architectures",
+        "model_type",
+    ),
     *("_name_or_path", "rope_scaling", "rope_theta", "rope_parameters", "layer_types", "sliding_window", "head_dim"),
     *("hidden_act", "clip_qkv", "return_dict", "is_causal", "pruned_heads", "problem_type", "transformers_version"),
-    *("tie_word_embeddings", "__class__", "__init__", "self", "chat_template", "tokenizer_class", "extra_special_tokens"),
+    *(
+        "tie_word_embeddings",
+        "__class__",
+        "__init__",
+        "self",
+        "chat_template",
+        "tokenizer_class",
+        "extra_special_tokens",
+    ),
     *("additional_special_tokens", "added_tokens_decoder", "processor_class", "tokenizer_file", "vocab_file", "cls"),
     *("model_max_length", "attn_implementation", "_attn_implementation", "_commit_hash", "experts_implementation"),
     *("olmo_config", "n_layers", "block_overrides", "block", "vocab_size", "num_hidden_layers", "attention_bias"),
@@ -192,7 +220,9 @@ def mutate_json(rng: Random, data: bytes) -> bytes:
 
 def mutate_yaml(rng: Random, data: bytes) -> bytes:
     tree = mutate_tree(rng, yaml.safe_load(data), RAW_YAML)
-    text = yaml.dump(tree, Dumper=PlainDumper, width=10**6, allow_unicode=False, default_flow_style=rng.choice((False, True)))
+    text = yaml.dump(
+        tree, Dumper=PlainDumper, width=10**6, allow_unicode=False, default_flow_style=rng.choice((False, True))
+    )
     return encoded(rng, unmarked(text, RAW_YAML, "[\"']?"))
 
 
@@ -217,7 +247,12 @@ def mutate_text(rng: Random, data: bytes) -> bytes:
     """A chat template or a list of merges."""
     pieces = (
         *("{{ messages }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% for", "{{", "{#", "x" * 5000, "\0"),
-        *("{% include '/etc/passwd' %}", f"{{{{ cycler.__init__.__globals__.os.mkdir('{CANARY}') }}}}", "a b", "\n" * 900),
+        *(
+            "{% include '/etc/passwd' %}",
+            f"{{{{ cycler.__init__.__globals__.os.mkdir('{CANARY}') }}}}",
+            "a b",
+            "\n" * 900,
+        ),
         "{% for i in range(10**9) %}{{ i }}{% endfor %}",
         "(" * 100_000,
     )

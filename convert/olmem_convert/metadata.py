@@ -1,0 +1,101 @@
+"""What a card says that no file of the folder can know: license, base model, languages, data sets."""
+
+import re
+from collections.abc import Mapping
+from reprlib import repr
+from typing import Any
+
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from .errors import CheckpointError
+
+FIELDS = ("license", "license_name", "license_link", "base_model", "language", "datasets")
+SEVERAL = ("language", "datasets")
+# The identifiers that the Hub accepts: hf.co/docs/hub/repositories-licenses, and its own error over any other.
+LICENSES = """
+apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
+afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
+cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
+cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
+cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0
+lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl
+openmdw-1.0 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license
+fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma unknown
+other
+"""
+LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
+LICENSE_NAME = re.compile(r"[a-z0-9][a-z0-9.+-]{0,95}")
+LICENSE_LINK = re.compile(r"https?://[\x21-\x7e]{1,2000}|LICENSE(\.md|\.txt)?")
+
+
+def merged(kept: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a card said, with what is given now in its place."""
+    given = {name: value for name, value in given.items() if value}
+    if "license" in given:
+        kept = {name: value for name, value in kept.items() if name not in ("license_name", "license_link")}
+    return checked({**kept, **given})
+
+
+def checked(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields as they stand in a card, in order, each language and data set once. Raises CheckpointError for what
+    the Hub would not take."""
+    made = {name: metadata[name] for name in FIELDS if metadata.get(name) is not None}
+    for name in SEVERAL:
+        if name in made:
+            values = [made[name]] if isinstance(made[name], str) else made[name]
+            if not isinstance(values, list | tuple) or not values:
+                raise CheckpointError(f"`{name}` must be a list (got {repr(values)}); correct it, or remove it.")
+            made[name] = [value for index, value in enumerate(values) if value not in values[:index]]
+    check_license(made)
+    for value in made.get("language", ()):
+        if not isinstance(value, str) or not LANGUAGE.fullmatch(value):
+            raise CheckpointError(
+                f"`language` must be of two or three small letters, as in ISO 639, or code, or multilingual (got "
+                f"{repr(value)}); correct it (in YAML, write 'no' in quotes)."
+            )
+    bases = made.get("base_model", [])
+    for name, values in (
+        ("base_model", bases if isinstance(bases, list) else [bases]),
+        ("datasets", made.get("datasets", [])),
+    ):
+        for value in values:
+            check_repo_id(name, value)
+    return made
+
+
+def check_license(metadata: Mapping[str, Any]) -> None:
+    license, name, link = (metadata.get(field) for field in ("license", "license_name", "license_link"))
+    if license is not None and (not isinstance(license, str) or license not in LICENSES.split()):
+        raise CheckpointError(
+            f"`license` must be one that the Hub knows, such as apache-2.0 or mit (got {repr(license)}); look it up at "
+            "hf.co/docs/hub/repositories-licenses, or use other with --license-name and --license-link."
+        )
+    if license == "other":
+        if not isinstance(name, str) or not LICENSE_NAME.fullmatch(name):
+            raise CheckpointError(
+                f"`license_name` must name the license where `license` is other, in small letters, digits, points and "
+                f"dashes (got {repr(name)}); add --license-name."
+            )
+        if not isinstance(link, str) or not LICENSE_LINK.fullmatch(link):
+            raise CheckpointError(
+                f"`license_link` must be the address of the license where `license` is other, or LICENSE, the file "
+                f"beside the card (got {repr(link)}); add --license-link."
+            )
+    elif name is not None or link is not None:
+        field, got = ("license_name", name) if name is not None else ("license_link", link)
+        raise CheckpointError(
+            f"`{field}` must go with `license` other (got {repr(got)} with {repr(license)}); use --license other, or "
+            "leave it out."
+        )
+
+
+def check_repo_id(field: str, value: Any) -> None:
+    try:
+        if not isinstance(value, str):
+            raise HFValidationError("no text")
+        validate_repo_id(value)
+    except HFValidationError:
+        raise CheckpointError(
+            f"`{field}` must be the id of a repository on the Hub, as in allenai/OLMo-2-0425-1B (got {repr(value)}); "
+            "correct it."
+        ) from None

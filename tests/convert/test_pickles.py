@@ -1,0 +1,205 @@
+"""The unpickler: plain values come out as they went in, and no program makes it run code, fill memory or never end."""
+
+import io
+import pickle
+import resource
+import struct
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from convert.test_tensors import values
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from olmem_convert import CheckpointError
+from olmem_convert.pickles import INSTRUCTIONS, read_pickle, unpickle
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(max_size=300),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.lists(inner, max_size=4).map(tuple)
+        | st.dictionaries(st.text(max_size=3) | st.integers(), inner, max_size=4)
+    ),
+    max_leaves=20,
+)
+
+
+@given(PLAIN, st.integers(0, pickle.HIGHEST_PROTOCOL))
+@settings(max_examples=300)
+def test_plain_values_come_out_as_they_went_in(value, protocol):
+    assert unpickle(pickle.dumps(value, protocol), {}) == value
+
+
+def exponential_key() -> bytes:
+    """A tuple of two of the one before, 200 times, as a key: hashing it takes 2**200 steps."""
+    return b"\x80\x02}N" + b"\x85q\x00" + b"h\x00h\x00\x86q\x00" * 200 + b"K\x01s."
+
+
+BOMBS = {
+    "a memo of 2**31 places": b"\x80\x02Nr\xff\xff\xff\x7f0r\xfe\xff\xff\x7f.",
+    "a key that takes for ever to hash": exponential_key(),
+    "the same, of an ordered dictionary": b"\x80\x02ccollections\nOrderedDict\n(N" + b"\x85" * 3 + b"\x85tR.",
+    "bytes that are not there": b"\x80\x04\x8e" + struct.pack("<Q", 2**60) + b".",
+    "text that is not there": b"\x80\x04\x8d" + struct.pack("<Q", 2**60) + b".",
+    "an array of bytes": b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b".",
+    "a frame beyond the end": b"\x80\x04\x95" + struct.pack("<Q", 2**60) + b"N.",
+    "a number of 10**6 digits": b"I" + b"9" * 10**6 + b"\n.",
+    "an extension": b"\x80\x02\x82\x01.",
+    "an instance": b"(ios\nmkdir\n.",
+    "an object": b"(cos\nmkdir\nVx\no.",
+    "a call of what is no function": b"\x80\x02Vx\n)R.",
+    "the end without a beginning": b".",
+    "no end": b"\x80\x02N",
+}
+
+
+@pytest.mark.parametrize("program", BOMBS.values(), ids=BOMBS)
+def test_bombs_are_errors_that_cost_nothing(program):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(pickle.UnpicklingError):
+        value = unpickle(program, {"collections.OrderedDict": dict})
+        assert value is None, "it ended after all, with nothing"
+        raise pickle.UnpicklingError
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 2**16  # kibibytes
+
+
+@given(st.binary(max_size=60), st.integers(0, 60))
+@settings(max_examples=500)
+def test_any_bytes_give_a_value_or_an_error(data, at):
+    program = pickle.dumps({"w": ("x", 5, [1.5])}, 4)
+    for text in (data, program[:at] + data + program[at:], program[:at] + data + program[at + len(data) :]):
+        try:
+            unpickle(text, {})
+        except pickle.UnpicklingError:
+            continue
+
+
+def test_instructions_that_call_or_allocate_are_not_known():
+    assert {"INST", "OBJ", "EXT1", "EXT2", "EXT4", "BYTEARRAY8", "NEWOBJ_EX", "PERSID", "DUP"}.isdisjoint(
+        INSTRUCTIONS.split()
+    )
+
+
+# Archives
+
+
+def records(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {record.filename: archive.read(record) for record in archive.infolist()}
+
+
+def packed(path: Path, contents: list[tuple[str, bytes]], compression: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in contents:
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    torch.save({"w": values(4, 3)}, tmp_path / "model.pt")
+    return tmp_path / "model.pt"
+
+
+def test_archives_may_be_packed_anew(saved):
+    assert torch.equal(read_pickle(packed(saved, list(records(saved).items())))["w"].load(), values(4, 3))
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_archives_of_other_makes_are_refused(saved):
+    contents = records(saved)
+    data, pickled = (next(name for name in contents if name.endswith(end)) for end in ("data/0", "data.pkl"))
+    order = next(name for name in contents if name.endswith("byteorder"))
+    changed = {
+        "not compressed": (packed, list(contents.items()), zipfile.ZIP_DEFLATED),
+        "once": (packed, [*contents.items(), (data, b"x" * 48)]),
+        "one data.pkl": (packed, [*contents.items(), ("other/data.pkl", contents[pickled])]),
+        "little-endian": (packed, [*(contents | {order: b"big"}).items()]),
+        "every value": (packed, [*(contents | {data: contents[data][:-4]}).items()]),
+        "data.pkl": (packed, [(data, contents[data])]),
+    }
+    for words, (make, *arguments) in changed.items():
+        with pytest.raises(CheckpointError, match=words):
+            read_pickle(make(saved, *arguments))
+
+
+def test_flipped_bit_is_seen_before_a_value_is_used(saved):
+    data = bytearray(saved.read_bytes())
+    at = data.index(values(4, 3).numpy().tobytes())
+    data[at + 40] ^= 1
+    saved.write_bytes(data)
+    with pytest.raises(CheckpointError, match="its own checksums"):
+        read_pickle(saved)["w"].read(0, 1)
+
+
+def test_record_that_is_not_where_the_archive_says(saved):
+    data = bytearray(saved.read_bytes())
+    name = next(name for name in records(saved) if name.endswith("data/0")).encode()
+    at = data.index(name)
+    data[at : at + 3] = b"xyz"
+    saved.write_bytes(data)
+    with pytest.raises(CheckpointError, match="not where the archive says"):
+        read_pickle(saved)["w"].load()
+
+
+def rebuilt(size, stride, first=0, kind="FloatStorage", function="_rebuild_tensor_v2") -> bytes:
+    """The pickle of `{"w": tensor}`, written by hand: the library would refuse to."""
+    file = io.BytesIO()
+
+    class ByHand(pickle._Pickler):
+        def save_global(self, obj, name=None):
+            self.write(pickle.GLOBAL + obj.text.encode() + b"\n")
+
+        def persistent_id(self, obj):
+            return ("storage", Named(f"torch\n{kind}"), "0", "cpu", 12) if obj == "the storage" else None
+
+        dispatch = dict(pickle._Pickler.dispatch)  # noqa: RUF012
+
+    class Named:
+        def __init__(self, text):
+            self.text = text
+
+    class Call:
+        def __reduce__(self):
+            return Rebuild(), ("the storage", first, size, stride, False, None)
+
+    class Rebuild(Named):
+        def __init__(self):
+            super().__init__(f"torch._utils\n{function}")
+
+        def __call__(self):
+            raise AssertionError
+
+    ByHand.dispatch[Named] = ByHand.dispatch[Rebuild] = ByHand.save_global
+    ByHand(file, 2).dump({"w": Call()})
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "first"),
+    [
+        ((2**60,), (1,), 0),
+        ((2**31, 2**31), (2**31, 1), 0),
+        ((4, 3), (3, 1), 1),
+        ((4, 3), (2**60, 1), 0),
+        ((12,), (0,), 0),
+        ((4, 3), (0, 1), 0),
+        ((4, 3), (-3, 1), 0),
+        ((4, -3), (3, 1), 0),
+        ((4, 3), (3,), 0),
+        ((4, 3), (3, 1), 2**63),
+        ((4.0, 3), (3, 1), 0),
+        ("43", (3, 1), 0),
+        (5, (3, 1), 0),
+    ],
+    ids=str,
+)
+def test_tensors_that_the_archive_does_not_hold_are_refused(size, stride, first, saved):
+    contents = records(saved)
+    pickled = next(name for name in contents if name.endswith("data.pkl"))
+    read = read_pickle(packed(saved, list((contents | {pickled: rebuilt((4, 3), (3, 1))}).items())))
+    assert torch.equal(read["w"].load(), values(4, 3))
+    with pytest.raises(CheckpointError):
+        read_pickle(packed(saved, list((contents | {pickled: rebuilt(size, stride, first)}).items())))

@@ -6,12 +6,12 @@
 
 A case is a tiny genuine checkpoint (tests/convert/fuzzing) changed in up to three ways: bytes, zip records, pickle
 opcodes, JSON, YAML, headers, metadata, links, pipes and devices in place of files. Every tensor of it is read as
-`olmem convert` reads it; one case in 25 is converted and verified. An escape is any of these: an exception other than
-CheckpointError, a crash, more than 10 seconds, more memory than --memory, a file outside OUT, an attempt to start a
+`olmem convert` reads it; one case in ten is converted and verified. An escape is any of these: an exception other than
+CheckpointError, a crash, more than 10 seconds of the processor or 30 of the clock, more memory than --memory, a file outside OUT, an attempt to start a
 process, to open a socket, to write elsewhere or to unpickle a global.
 
 refused   cases that ended in a CheckpointError; the others read or converted
-slowest   seconds of wall time of one case
+slowest   seconds of processor time of one case
 memory    MiB that one case added, at most
 """
 
@@ -41,13 +41,14 @@ sys.dont_write_bytecode = True
 
 import torch  # noqa: E402  after what it reads from the environment
 import transformers  # noqa: E402
+from convert.fuzzing.archives import BOMBS, bomb  # noqa: E402
 from convert.fuzzing.mutations import make  # noqa: E402
 from convert.fuzzing.seeds import READERS, seeds  # noqa: E402
 from convert.fuzzing.target import Place, standing_in  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-SECONDS = 10
-WHOLE = 25  # one case of so many is converted and verified
+SECONDS, PATIENCE = 10, 30  # of the processor, which is shared with others, and of the clock
+WHOLE = 10  # one case of so many is converted and verified
 ROOM = 2**31  # bytes that a worker may map beyond those at its start
 STARTS = (
     "subprocess.Popen",
@@ -126,7 +127,7 @@ def attempt(place: Place, guard: Guard, reader: str, seed: str, case: int, memor
     rng = Random(f"{seed}/{reader}/{case}")
     place.lay(reader, make(rng, reader))
     forget_peak()
-    before, started = resident(peak=False), time.perf_counter()
+    before, started = resident(peak=False), time.process_time()
     try:
         with guard.on():
             outcome = place.attempt(reader, rng, whole=rng.randrange(WHOLE) == 0)
@@ -135,7 +136,7 @@ def attempt(place: Place, guard: Guard, reader: str, seed: str, case: int, memor
             raise
         where = traceback.extract_tb(error.__traceback__)[-1]
         outcome = f"escape: {type(error).__name__}: {str(error)[:300]} ({Path(where.filename).name}:{where.lineno})"
-    seconds, used = time.perf_counter() - started, resident() - before
+    seconds, used = time.process_time() - started, resident() - before
     if guard.seen:
         outcome = f"escape: {guard.seen}"
     elif used > memory:
@@ -152,12 +153,20 @@ def work(connection: Connection, readers: list[str], seed: str, cases: range, me
     torch.set_num_threads(1)
     place = Place(folder)
     guard = Guard(folder)
-    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + ROOM, mapped + ROOM))
+    limit_memory()
+    trace = folder.with_suffix(".trace").open("w+")
     with standing_in(folder):
         for case in cases:
+            trace.seek(0)
+            trace.truncate()
+            faulthandler.dump_traceback_later(SECONDS, repeat=True, file=trace)
             connection.send(attempt(place, guard, readers[case % len(readers)], seed, case, memory))
     connection.close()
+
+
+def limit_memory() -> None:
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + ROOM, mapped + ROOM))
 
 
 @dataclass
@@ -168,13 +177,27 @@ class Worker:
     process: Any = None
     connection: Any = None
     since: float = 0.0
+    used: float = 0.0
+
+    def begin(self) -> None:
+        self.since, self.used = time.monotonic(), self.processor()
+
+    def hangs(self) -> bool:
+        return time.monotonic() - self.since > PATIENCE or self.processor() - self.used > SECONDS
+
+    def processor(self) -> float:
+        """Seconds that the process has computed."""
+        try:
+            spent = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        except OSError:  # it has ended
+            return self.used
+        return sum(map(int, spent)) / os.sysconf("SC_CLK_TCK")
 
 
 def run(readers: list[str], seed: str, cases: int, processes: int, memory: int, bar: tqdm) -> Iterator[Result]:
     """Every case; a process that hangs or dies is replaced by one that goes on behind that case."""
     context = multiprocessing.get_context("fork")
-    for reader in READERS:  # every seed, as a case may take a piece of any
-        seeds(reader)
+    prepare()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as scratch:
 
         def start(worker: Worker, number: int) -> None:
@@ -186,7 +209,7 @@ def run(readers: list[str], seed: str, cases: int, processes: int, memory: int, 
             )
             worker.process.start()
             child.close()
-            worker.since = time.monotonic()
+            worker.begin()
 
         workers = [Worker(range(number, cases, processes)) for number in range(processes)]
         for number, worker in enumerate(workers):
@@ -203,19 +226,29 @@ def run(readers: list[str], seed: str, cases: int, processes: int, memory: int, 
                     except EOFError:
                         worker.process.join()
                         result = lost(worker, readers, f"a crash, exit code {worker.process.exitcode}")
-                elif time.monotonic() - worker.since > SECONDS:
+                elif worker.hangs():
                     worker.process.kill()
                     worker.process.join()
-                    result = lost(worker, readers, f"more than {SECONDS} seconds")
+                    trace = (Path(scratch) / f"{number}.trace").read_text().splitlines()[-20:]
+                    result = lost(worker, readers, f"more than {SECONDS} seconds, {' '.join(trace)}")
                 if result is None:
                     continue
-                worker.cases, worker.since = worker.cases[1:], time.monotonic()
+                worker.cases = worker.cases[1:]
+                worker.begin()
                 if not worker.process.is_alive() and worker.cases and result.seconds == SECONDS:
                     start(worker, number)
                 bar.update()
                 yield result
         for worker in workers:
             worker.process.join()
+
+
+def prepare() -> None:
+    """What is made once: every seed, as a case may take a piece of any, and what takes long to compress."""
+    for reader in READERS:
+        seeds(reader)
+    for nbytes in BOMBS:
+        bomb(nbytes)
 
 
 def lost(worker: Worker, readers: list[str], what: str) -> Result:
@@ -232,7 +265,9 @@ class Row:
     refused: int = 0
     escapes: int = 0
     slowest: float = 0.0
+    slowest_case: int = 0
     memory: int = 0
+    memory_case: int = 0
     found: list[str] = field(default_factory=list)
     differing: list[int] = field(default_factory=list)  # cases whose conversion the proof refused
 
@@ -240,7 +275,8 @@ class Row:
         self.cases += 1
         self.accepted += result.outcome == "accepted"
         self.refused += result.outcome.startswith("refused")
-        self.slowest, self.memory = max(self.slowest, result.seconds), max(self.memory, result.memory)
+        self.slowest, self.slowest_case = max((self.slowest, self.slowest_case), (result.seconds, result.case))
+        self.memory, self.memory_case = max((self.memory, self.memory_case), (result.memory, result.case))
         if result.escaped:
             self.escapes += 1
             self.found.append(f"--case {result.case}: {result.outcome}")
@@ -262,12 +298,15 @@ def again(reader: str, seed: str, case: int) -> None:
     """One case in this process, with whatever it raises; its checkpoint stays."""
     folder = Path(tempfile.mkdtemp(prefix="olmem-fuzz-"))
     rng = Random(f"{seed}/{reader}/{case}")
-    place = Place(folder)
+    place, guard = Place(folder), Guard(folder)
     place.lay(reader, make(rng, reader))
     print(f"the checkpoint is {place.source}", flush=True)
     started = time.perf_counter()
+    torch.set_num_threads(1)
+    limit_memory()
+    faulthandler.enable()
     faulthandler.dump_traceback_later(SECONDS, exit=True)
-    with standing_in(folder):
+    with standing_in(folder), guard.on():
         try:
             outcome = place.attempt(reader, rng, whole=rng.randrange(WHOLE) == 0)
             print(outcome)
@@ -287,8 +326,7 @@ def with_atheris(reader: str, cases: int) -> None:
         for function in vars(sys.modules[name]).values():
             if getattr(function, "__module__", None) == name and hasattr(function, "__code__"):
                 atheris.instrument_func(function)
-    for name in READERS:
-        seeds(name)
+    prepare()
     folder = Path(tempfile.mkdtemp(prefix="olmem-fuzz-"))
     place, guard = Place(folder), Guard(folder)
 

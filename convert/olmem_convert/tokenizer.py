@@ -5,6 +5,7 @@ Transformers 5 rebuilds the splitting rule when `tokenizer_class` names a model'
 takes tokenizer.json as it stands. What was written is loaded again and compared with the source.
 """
 
+import base64
 import json
 import math
 import os
@@ -213,6 +214,10 @@ def _check_rules(tree: dict[str, Any], path: Path) -> None:
     """Before the tokenizer is made, and a text of it: sizes at which either has no end."""
     rules = {name: part for name, part in tree.items() if name not in ("model", "added_tokens")}
     size, growth = len(json.dumps(rules)), _growth(rules)
+    for text in _charsmaps(rules):
+        head = base64.b64decode(text[:8], validate=True)[:4]
+        if int.from_bytes(head, "little") > len(text):
+            raise CheckpointError(f"`precompiled_charsmap` of {path} must be as long as it says (it is not); {WAY_OUT}")
     added = tree.get("added_tokens")
     number = len(added) if isinstance(added, list) else 0
     for what, got, most in (
@@ -222,6 +227,14 @@ def _check_rules(tree: dict[str, Any], path: Path) -> None:
     ):
         if got > most:
             raise CheckpointError(f"{path} must have {what.format(f'{most:,}')} (got {got:,}); {WAY_OUT}")
+
+
+def _charsmaps(node: Any) -> Iterator[str]:
+    """The tables of all normalizers, which begin with the size that is then allocated."""
+    for part in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from _charsmaps(part)
+    if isinstance(node, dict) and isinstance(text := node.get("precompiled_charsmap"), str):
+        yield text
 
 
 def _growth(node: Any) -> int:

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from ..errors import CheckpointError, reason
 from ..files import read_json, require_numbers
 from ..tensors import LazyTensor
-from ..weight_files import find_weights, read_weights
+from ..weight_files import WEIGHTS, find_weights, read_weights
 from . import Checkpoint, Key, check_common, check_layers, expand, is_dynamic, typed
 
 # Of RoPE, in files of older releases, which computed it from the config all the same.
@@ -59,6 +59,9 @@ def open_checkpoint(folder: Path, max_length: int | None) -> Checkpoint:
     except (StrictDataclassError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"`{folder / 'config.json'}` must describe a model: {reason(error)}") from error
     notes = []
+    others = [name for name in WEIGHTS[2:] if (folder / name).is_file()]
+    if others and find_weights(folder) not in [folder / name for name in others]:
+        notes.append(f"{', '.join(others)} is there too, and not read: the weights are those of the safetensors")
     if is_dynamic(config["rope_parameters"] or {}):
         trained = config["max_position_embeddings"]
         if max_length is not None:

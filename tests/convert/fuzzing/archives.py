@@ -14,6 +14,7 @@ from convert.fuzzing.pickles import HUGE, mutate_pickle
 from convert.fuzzing.seeds import saved
 
 ALIGNMENT = 64
+BOMBS = (2**24, 2**28)  # bytes, once unpacked
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def packed(rng: Random, record: Record) -> Record:
 
 
 def bombed(rng: Random, record: Record) -> Record:
-    nbytes = rng.choice((2**24, 2**28))
+    nbytes = rng.choice(BOMBS)
     zeros = Record(record.name, b"", 8, bomb(nbytes), size=nbytes, crc=0)
     return zeros if rng.random() < 0.5 else replace(zeros, size=len(record.data))
 

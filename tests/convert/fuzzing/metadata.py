@@ -3,6 +3,7 @@
 import io
 import pickle
 from dataclasses import replace
+from functools import cache
 from pathlib import PurePosixPath
 from random import Random
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from convert.fuzzing.archives import mutate_archive
 from convert.fuzzing.pickles import HUGE, dumped, mutate_pickle
-from convert.fuzzing.seeds import Files, saved
+from convert.fuzzing.seeds import Files, saved, seeds
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, Metadata
 
 NUMBERS = (0, 1, -1, 2, HUGE, -HUGE, 2**63, 2**100, 3.5, float("nan"), True, None, "x", "9", (1,), [])
@@ -43,7 +44,8 @@ def mutate_distributed(rng: Random, files: Files, name: str) -> None:
     """`name` is the `.metadata` of the folder, or one of its chunk files."""
     path = str(PurePosixPath(name).with_name(".metadata"))
     kind = rng.randrange(10)
-    if kind <= 2:
+    genuine = any(files[path] in seed.values() for seed in seeds_with_metadata())
+    if kind <= 2 or not genuine:  # which alone may be unpickled
         files[path] = mutate_pickle(rng, files[path])
         return
     metadata: Metadata = pickle.loads(files[path])
@@ -55,6 +57,11 @@ def mutate_distributed(rng: Random, files: Files, name: str) -> None:
             break
         rng.choice((other_entry, other_entry, other_storage))(rng, metadata, rng.choice(entries))
     files[path] = dumped(metadata, rng.choice((2, 4)))
+
+
+@cache
+def seeds_with_metadata() -> list[Files]:
+    return [seed for reader in ("olmo_torch_new", "olmo_core") for seed in seeds(reader)]
 
 
 def other_number(rng: Random, sizes: tuple[int, ...]) -> Any:
@@ -133,7 +140,7 @@ def other_chunk_bytes(rng: Random, files: Files, path: str, metadata: Metadata) 
     if kind <= 1:
         new = mutate_archive(rng, old)
     elif kind == 2:
-        value = torch.load(io.BytesIO(old), weights_only=False)
+        value = torch.load(io.BytesIO(old), weights_only=True)
         new = saved(rng.choice(OTHER_VALUES)(value) if isinstance(value, torch.Tensor) else [value])
     else:
         new = rng.choice((b"", old[:-1], old + b"\0", old * 2, rng.randbytes(len(old)), b"PK\x05\x06" + bytes(18)))

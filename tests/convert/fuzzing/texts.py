@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from collections.abc import Iterator
+from itertools import islice
 from random import Random
 from typing import Any
 
@@ -155,7 +156,7 @@ def mutate_tree(rng: Random, tree: Any, raw: tuple[str, ...]) -> Any:
     """The tree with a few values changed; what stands for raw text has a mark around its number."""
     tree = copy.deepcopy(tree)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        found = list(places(tree))
+        found = list(islice(places(tree), 20_000))
         if not found:
             return junk(rng, raw)
         node, key = rng.choice(found)
@@ -172,7 +173,7 @@ def mutate_tree(rng: Random, tree: Any, raw: tuple[str, ...]) -> Any:
         elif kind == 8:
             del node[key]
         elif isinstance(node, list):
-            node[key:key] = [node[key]] * rng.choice((1, 2, 1000))
+            node[key:key] = [node[key]] * (1 if isinstance(node[key], dict | list) else rng.choice((1, 2, 1000)))
         elif kind == 9:
             node[rng.choice((*NAMES, *map(str, VALUES[31:44])))] = node.pop(key)
         elif kind == 10:
@@ -199,7 +200,7 @@ def near(rng: Random, value: Any) -> Any:
     if isinstance(value, str):
         return rng.choice((value + "x", value[:-1], value.upper(), value + "/..", "../" + value, f"./{value}", [value]))
     if isinstance(value, list):
-        return rng.choice((value[:-1], value * 2, value[::-1], dict(enumerate(map(str, value))), value[:1] * 2000))
+        return rng.choice((value[:-1], value * 2, value[::-1], dict(enumerate(map(str, value))), value[:1] * 3))
     if isinstance(value, dict):
         return rng.choice((list(value), list(value.values()), value | {"x": 1}, {"x": value}, {}))
     return 1

@@ -18,7 +18,15 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from .errors import CheckpointError
-from .files import LARGEST_TOKENIZER, read_bytes, read_json, read_text, require_numbers
+from .files import (
+    LARGEST_TOKENIZER,
+    read_bytes,
+    read_json,
+    read_text,
+    require_numbers,
+    require_own,
+    require_shallow,
+)
 
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 LONGEST_TEXT = 1e31  # of `model_max_length`, which Transformers sets to 1e30 where there is no limit
@@ -65,8 +73,11 @@ PROBES = (
 def find_tokenizer(checkpoint: Path) -> Path | None:
     """The tokenizer.json in the checkpoint, in its tokenizer/, beside it or in tokenizer/ beside it, in this order."""
     folder = Path(os.path.abspath(checkpoint))
-    places = (folder, folder / "tokenizer", folder.parent, folder.parent / "tokenizer")
-    return next((place / "tokenizer.json" for place in places if os.path.isfile(place / "tokenizer.json")), None)
+    for parent in (folder, folder.parent):
+        for place in (parent, parent / "tokenizer"):
+            if os.path.isfile(place / "tokenizer.json"):
+                return (place if place == parent else require_own(place)) / "tokenizer.json"
+    return None
 
 
 def write_tokenizer(
@@ -185,7 +196,9 @@ def _read(path: Path, vocab_size: int) -> tuple[bytes, Tokenizer, int]:
     """A tokenizer.json: its bytes, the tokenizer, and its size (highest id + 1), at most `vocab_size`."""
     with _refusing(f"{path} must be a readable tokenizer.json", WAY_OUT):
         content = read_bytes(path, LARGEST_TOKENIZER)
-        _check_rules(read_json(path, LARGEST_TOKENIZER), path)
+        tree = json.loads(content)
+        require_shallow(tree, path)
+        _check_rules(tree, path)
         tokenizer = Tokenizer.from_buffer(content)
     size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     if not 0 < size <= vocab_size:

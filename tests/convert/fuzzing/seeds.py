@@ -97,7 +97,8 @@ def olmo_flat(folder: Path) -> None:
 
 def olmo_core_windows(folder: Path) -> None:
     """Two layers in four chunks each, a window, YaRN, token ids, and a tokenizer."""
-    rope = {"theta": 500000, "scaling": {"factor": 8.0, "beta_fast": 32, "beta_slow": 1, "old_context_len": 8192}}
+    scaling = {"factor": 8.0, "beta_fast": 32, "beta_slow": 1, "old_context_len": 8192}
+    rope = {"theta": 500000, "scaling": scaling | {"_CLASS_": "olmo_core.nn.rope.YaRNRoPEScalingConfig"}}
     window = {"pattern": [4], "force_full_attention_on_first_layer": True}
     mixer = {"n_heads": 1, "n_kv_heads": 1, "bias": False, "qk_norm": {**NORM}, "sliding_window": window}
     block = OLMO_CORE_MODEL["block"] | {"sequence_mixer": mixer | {"rope": {"theta": 500000}}}

@@ -6,7 +6,7 @@
 
 A case is a tiny genuine checkpoint (tests/convert/fuzzing) changed in up to three ways: bytes, zip records, pickle
 opcodes, JSON, YAML, headers, metadata, links, pipes and devices in place of files. Every tensor of it is read as
-`olmem convert` reads it; one case in ten is converted and verified. An escape is any of these: an exception other than
+`olmem convert` reads it; one case in twenty is converted and verified. An escape is any of these: an exception other than
 CheckpointError, a crash, more than 10 seconds of the processor or 30 of the clock, more memory than --memory, a file outside OUT, an attempt to start a
 process, to open a socket, to write elsewhere or to unpickle a global.
 
@@ -48,7 +48,7 @@ from convert.fuzzing.target import Place, standing_in  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 SECONDS, PATIENCE = 10, 30  # of the processor, which is shared with others, and of the clock
-WHOLE = 10  # one case of so many is converted and verified
+WHOLE = 20  # one case of so many is converted and verified
 ROOM = 2**31  # bytes that a worker may map beyond those at its start
 STARTS = (
     "subprocess.Popen",
@@ -328,23 +328,25 @@ def with_atheris(reader: str, cases: int) -> None:
                 atheris.instrument_func(function)
     prepare()
     folder = Path(tempfile.mkdtemp(prefix="olmem-fuzz-"))
-    place, guard = Place(folder), Guard(folder)
+    place, guard = Place(folder / "place"), Guard(folder)
 
     def one(data: bytes) -> None:
         rng = ByteRandom(data)
         place.lay(reader, make(rng, reader))
+        faulthandler.dump_traceback_later(PATIENCE, exit=True)  # libFuzzer's own alarm ends Python without a word
         with guard.on():
             place.attempt(reader, rng, whole=False)
+        faulthandler.cancel_dump_traceback_later()
         if guard.seen:
             raise PermissionError(guard.seen)
         place.clear()
 
-    with standing_in(folder):
+    with standing_in(place.folder):
         corpus = folder / "corpus"
         corpus.mkdir()
         for number in range(100):
             (corpus / str(number)).write_bytes(Random(number).randbytes(400))
-        limits = [f"-runs={cases}", f"-timeout={SECONDS}", "-rss_limit_mb=4096", "-max_len=4096", "-close_fd_mask=1"]
+        limits = [f"-runs={cases}", "-timeout=300", "-rss_limit_mb=4096", "-max_len=4096"]
         atheris.Setup([sys.argv[0], *limits, f"-artifact_prefix={folder}/", str(corpus)], one)
         atheris.Fuzz()
 

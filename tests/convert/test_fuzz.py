@@ -226,7 +226,9 @@ def test_aliases_of_yaml(tmp_path):
         read_yaml(tmp_path / "config.yaml")
 
 
-@pytest.mark.parametrize("name", ["x" * 5000, "\ud800", "a\0b", "../model.safetensors", "/etc/passwd", "", ".", 5, None])
+@pytest.mark.parametrize(
+    "name", ["x" * 5000, "\ud800", "a\0b", "../model.safetensors", "/etc/passwd", "", ".", 5, None]
+)
 def test_shard_of_an_impossible_name(name, tmp_path):
     """One of 5,000 characters was an OSError."""
     source = lay(tmp_path / "source", "transformers", 1)
@@ -310,6 +312,7 @@ def doubling(count: int) -> dict[str, Any]:
     return {"normalizer": {"type": "Sequence", "normalizers": [step] * count}}
 
 
+TEXT = {"Sequence": {"id": "A", "type_id": 0}}
 END = {"SpecialToken": {"id": "<|end|>", "type_id": 0}}
 PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
 
@@ -323,11 +326,12 @@ PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": F
             "as long as it says",  # 4 GiB were allocated for nine bytes, or the process ended
         ),
         ({"post_processor": {"type": "TemplateProcessing", "single": [END] * 100_000}}, "rules of at most"),
+        ({"post_processor": {"type": "TemplateProcessing", "single": [TEXT] * 2000}}, "lengthen a text"),
         ({"added_tokens": [{"id": n, "content": f"t{n}"} | PLAIN for n in range(20_000)]}, "added tokens"),
         ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "PanicException"),
         ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a+)+$Z"}, "behavior": "Isolated", "invert": False}}, "retry-limit"),
     ],
-    ids=["growth", "charsmap", "template", "added", "panic", "regex"],
+    ids=["growth", "charsmap", "template", "repeated", "added", "panic", "regex"],
 )  # fmt: skip
 def test_tokenizer_that_has_no_end(changes, words, tmp_path):
     source = lay(tmp_path / "source", "transformers", 1)

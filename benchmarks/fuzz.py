@@ -5,18 +5,21 @@
     python benchmarks/fuzz.py --reader NAME --engine atheris        steered by coverage (pip install atheris)
 
 A case is a tiny genuine checkpoint (tests/convert/fuzzing) changed in up to three ways: bytes, zip records, pickle
-opcodes, JSON, YAML, headers, metadata, links, pipes and devices in place of files. Every tensor of it is read as
-`olmem convert` reads it; one case in twenty is converted and verified. An escape is any of these: an exception other than
-CheckpointError, a crash, more than 10 seconds of the processor or 30 of the clock, more memory than --memory, a file outside OUT, an attempt to start a
-process, to open a socket, to write elsewhere or to unpickle a global.
+opcodes, JSON, YAML, headers, metadata, rules of tokenizers, links, pipes and devices in place of files. Every tensor of
+it is read as `olmem convert` reads it; one case in twenty is converted and verified. An escape is any of these: an
+exception other than CheckpointError, a crash, more than 10 seconds of the processor or 30 of the clock, more memory
+than --memory, a file outside OUT, an attempt to start a process, to open a socket, to write elsewhere or to unpickle a
+global.
 
 refused   cases that ended in a CheckpointError; the others read or converted
 slowest   seconds of processor time of one case
 memory    MiB that one case added, at most
 """
 
+# pyright: reportMissingImports=false
 import argparse
 import faulthandler
+import importlib
 import json
 import multiprocessing
 import os
@@ -160,7 +163,12 @@ def work(connection: Connection, readers: list[str], seed: str, cases: range, me
             trace.seek(0)
             trace.truncate()
             faulthandler.dump_traceback_later(SECONDS, repeat=True, file=trace)
-            connection.send(attempt(place, guard, readers[case % len(readers)], seed, case, memory))
+            reader = readers[case % len(readers)]
+            try:
+                connection.send(attempt(place, guard, reader, seed, case, memory))
+            except Exception:
+                connection.send(Result(case, reader, f"escape: in the fuzzer: {traceback.format_exc()[-600:]}"))
+                place.clear()
     connection.close()
 
 
@@ -317,7 +325,7 @@ def again(reader: str, seed: str, case: int) -> None:
 def with_atheris(reader: str, cases: int) -> None:
     """The same mutations and the same target, steered by what of the converter a case reaches."""
     try:
-        import atheris
+        atheris: Any = importlib.import_module("atheris")
     except ImportError as error:
         raise SystemExit("--engine atheris needs the package atheris: pip install atheris") from error
     from convert.fuzzing.bytes import ByteRandom

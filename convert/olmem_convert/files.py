@@ -75,8 +75,8 @@ def require_plain(path: Path, largest: int | None = None) -> Path:
         raise CheckpointError(f"`{path}` must be a file (it is a {kind}); copy it again from its source.")
     if largest is not None and status.st_size > largest:
         raise CheckpointError(
-            f"`{path}` must have at most {largest:,} bytes (it has {status.st_size:,}), as no such file has more; copy it "
-            "again from its source."
+            f"`{path}` must have at most {largest:,} bytes (it has {status.st_size:,}), as no such file has more; copy "
+            "it again from its source."
         )
     return path
 

@@ -216,7 +216,7 @@ def _check_config(config: dict[str, Any], path: Path) -> None:
     )
     if not isinstance(template, str | list | None) or not named:
         raise CheckpointError(
-            f"`chat_template` of {path} must be a text or a list of named ones (got {template!r}); correct or remove it."
+            f"`chat_template` of {path} must be a text or a list of named ones (got {template!r}); correct it."
         )
     number = isinstance(length, int | float) and not isinstance(length, bool)
     if length is not None and not (number and 0 < length <= LONGEST_TEXT):
@@ -230,7 +230,7 @@ def _check_rules(tree: dict[str, Any], path: Path) -> None:
     for text in _charsmaps(rules):
         head = base64.b64decode(text[:8], validate=True)[:4]
         if int.from_bytes(head, "little") > len(text):
-            raise CheckpointError(f"`precompiled_charsmap` of {path} must be as long as it says (it is not); {WAY_OUT}")
+            raise CheckpointError(f"`precompiled_charsmap` of {path} must be as long as it says; {WAY_OUT}")
     added = tree.get("added_tokens")
     number = len(added) if isinstance(added, list) else 0
     for what, got, most in (

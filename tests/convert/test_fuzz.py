@@ -312,6 +312,7 @@ def doubling(count: int) -> dict[str, Any]:
     return {"normalizer": {"type": "Sequence", "normalizers": [step] * count}}
 
 
+SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
 TEXT = {"Sequence": {"id": "A", "type_id": 0}}
 END = {"SpecialToken": {"id": "<|end|>", "type_id": 0}}
 PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
@@ -329,10 +330,10 @@ PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": F
         ({"post_processor": {"type": "TemplateProcessing", "single": [TEXT] * 2000}}, "lengthen a text"),
         ({"added_tokens": [{"id": n, "content": f"t{n}"} | PLAIN for n in range(20_000)]}, "added tokens"),
         ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "PanicException"),
-        ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a+)+$Z"}, "behavior": "Isolated", "invert": False}}, "retry-limit"),
+        ({"pre_tokenizer": SPLIT | {"pattern": {"Regex": "(a+)+$Z"}}}, "retry-limit"),
     ],
     ids=["growth", "charsmap", "template", "repeated", "added", "panic", "regex"],
-)  # fmt: skip
+)
 def test_tokenizer_that_has_no_end(changes, words, tmp_path):
     source = lay(tmp_path / "source", "transformers", 1)
     edit_json(source / "tokenizer.json", **changes)

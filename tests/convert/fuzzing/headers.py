@@ -44,8 +44,11 @@ def mutate_safetensors(rng: Random, data: bytes) -> bytes:
         elif kind == 3:
             start, stop = entry["data_offsets"]
             entry["data_offsets"] = rng.choice(
-                ([stop, start], [start + 4, stop + 4], [start, stop + 4], [0, stop - start], [start, 2**60], [-4, stop])
-                + ([start, start], [2**64 - 1, 2**64 - 1], [start], [], [0.5, 1], [start, stop, stop], [1, stop])
+                (
+                    *([stop, start], [start + 4, stop + 4], [start, stop + 4], [0, stop - start], [start, 2**60]),
+                    *([-4, stop], [start, start], [2**64 - 1, 2**64 - 1], [start], [], [0.5, 1], [1, stop]),
+                    [start, stop, stop],
+                )
             )
         elif kind == 4:
             header[name] = header.pop(rng.choice(names), {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]})

@@ -209,7 +209,7 @@ def mutate_pickle(rng: Random, data: bytes) -> bytes:
     if not found or rng.random() < 0.1:
         return b"\x80" + bytes([rng.choice((2, 4))]) + snippet(rng) + b"."
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        start, stop, name = rng.choice(found)
+        start, stop, _ = rng.choice(found)
         kind = rng.randrange(8)
         if kind == 0:
             data = data[:start] + snippet(rng) + data[start:]

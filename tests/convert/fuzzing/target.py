@@ -78,7 +78,7 @@ class Place:
         write(self.source, files)
 
     def attempt(self, reader: str, rng: Random, whole: bool) -> str:
-        """ "accepted" or "refused: why"; raises whatever else escapes, and `Escape` for what should not have happened."""
+        """It is "accepted" or "refused: why". Any other exception is raised, and `Escape` for what should not be."""
         before = names(self.source)
         try:
             (convert_whole if whole and reader != "tokenizer" else read)(reader, self.source, self.out, rng)

@@ -46,7 +46,7 @@ UNSEALED = (REPORT_NAME, CARD_NAME, EVALUATION_NAME)  # written after a verifica
 # Of the largest value, at least 1. Another order of float32 sums stays below 1.5e-6 in all checkpoints at hand; the
 # least of the mistakes, another generation's epsilon, moves some stage by 7e-6 and more.
 TOLERANCE = 4e-6
-PROMPT_BEYOND_WINDOW, LONGEST_WINDOW = 32, 2**17
+PROMPT_BEYOND_WINDOW, LONGEST_WINDOW = 32, 2**14  # the square of which is the mask, and memory
 NOT_OF_THE_LOGITS = {
     *TOKEN_IDS,
     *("architectures", "attention_dropout", "dtype", "id2label", "initializer_range", "label2id", "residual_dropout"),

@@ -276,6 +276,16 @@ def test_more_layers_than_any_model_has():
         check_layers(MOST_LAYERS + 1, tensors)
 
 
+@pytest.mark.parametrize("value", [None, 0, -1, 10**6, "x", [1], True])
+@pytest.mark.parametrize("reader", ["transformers", "olmem"])
+def test_layers_that_are_no_number(reader, value, tmp_path):
+    """None of an Olmem folder was compared with numbers."""
+    source = lay(tmp_path / "source", reader, 0)
+    edit_json(source / "config.json", num_hidden_layers=value)
+    with pytest.raises(CheckpointError, match="num_hidden_layers"):
+        export(source, tmp_path / "out", "olmo2") if reader == "olmem" else convert(source, tmp_path / "out")
+
+
 def test_more_tensors_than_any_model_has(tmp_path, monkeypatch):
     monkeypatch.setattr(pickles_module, "MOST_TENSORS", 3)
     (tmp_path / "model.pt").write_bytes(seeds("olmo_pickle")[0]["model.pt"])

@@ -62,9 +62,9 @@ class Key:
 MOST_LAYERS = 1024  # OLMo's largest model has 64
 
 
-def check_layers(num_layers: int, tensors: Mapping[str, LazyTensor], name: str = "n_layers") -> None:
+def check_layers(num_layers: int | None, tensors: Mapping[str, LazyTensor], name: str = "n_layers") -> None:
     """Before anything is made for each layer: no more of them than tensors, nor than any model has."""
-    if not 0 < num_layers <= len(tensors):
+    if num_layers is None or not 0 < num_layers <= len(tensors):
         raise CheckpointError(
             f"`{name}` of the config must fit the {len(tensors)} tensors of the checkpoint (got {num_layers}); "
             "config and weights are of two checkpoints."

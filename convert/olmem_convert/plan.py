@@ -43,6 +43,10 @@ def require_meaning(config: OlmemConfig) -> None:
     for name, value in values.items():
         if isinstance(value, int) and abs(value) >= LARGEST_NUMBER:
             raise CheckpointError(f"`{name}` of the config must be below 2**53 (got {value}); correct it.")
+    if config.initializer_range < 0:
+        raise CheckpointError(
+            f"`initializer_range` of the config must not be negative (got {config.initializer_range}); correct it."
+        )
     for layer_type, entry in config.rope_parameters.items():
         where = f"`rope_parameters[{layer_type!r}]"
         for name, least in OF_ROPE.items():

@@ -382,6 +382,23 @@ def test_number_that_means_nothing(file, changes, field, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rms_norm_eps", INF),
+        ("initializer_range", -0.5),
+        ("max_position_embeddings", 2**60),
+        ("made_by", [NAN]),
+        ("olmo_config", {"x": NAN}),
+    ],
+)
+def test_number_that_means_nothing_on_the_way_back(field, value, tmp_path):
+    source = lay(tmp_path / "source", "olmem")
+    edit_json(source / "config.json", **{field: value})
+    with pytest.raises(CheckpointError, match=f"`{field}.* must"):
+        export(source, tmp_path / "out", "olmo2")
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         *(("attention_factor", value) for value in (-1.0, 0, True)),

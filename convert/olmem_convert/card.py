@@ -22,10 +22,10 @@ from olmem.configuration_olmem import MEMORY_FIELDS
 from olmem.context_olmem import Context
 
 from .errors import CheckpointError
+from .files import read_json, reading
 from .metadata import FIELDS, checked, merged
 from .plan import load_config
 from .shards import INDEX_NAME, sha256
-from .tensors import read_json, reading
 
 CARD_NAME = "README.md"
 REPORT_NAME = "verification.json"

@@ -19,6 +19,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from .card import CARD_NAME, REPORT_NAME, is_own, kept_metadata, write_card
 from .errors import CheckpointError
+from .files import read_bytes, read_json, reading, require_numbers
 from .formats import Checkpoint, Given
 from .formats.detect import open_checkpoint
 from .memory import listed, new_parameters, switched, with_memory
@@ -26,7 +27,7 @@ from .partial import Partial, job_of, written_whole
 from .plan import TOKEN_IDS, check_copies, make_config, make_tensors, tokens_of
 from .progress import Progress, Tell
 from .shards import WeightFiles, check_size
-from .tensors import LazyTensor, read_json, reading
+from .tensors import LazyTensor
 from .tokenizer import COMPANIONS, carry_tokenizer, find_tokenizer, write_tokenizer
 from .verify import verify_checkpoint
 
@@ -217,10 +218,10 @@ def carry_generation_config(source: Path, folder: Path) -> None:
     """The one of a Transformers folder, as it is, if it has one."""
     path = source / "generation_config.json"
     if path.is_file():
-        read_json(path)
+        require_numbers(read_json(path), str(path))
         with reading(path):
             GenerationConfig.from_pretrained(source, local_files_only=True)
-        (folder / path.name).write_bytes(path.read_bytes())
+        (folder / path.name).write_bytes(read_bytes(path))
 
 
 def check_out(source: Path, out: Path, overwrite: bool) -> None:

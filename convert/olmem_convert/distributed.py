@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from .errors import CheckpointError
+from .files import member, read_bytes, reading, require_plain
 from .pickles import LARGEST_PICKLE, TORCH_DTYPES, Archive, Record, StoredTensor, unpickle
-from .tensors import LazyTensor, member, reading, refuse_strays
+from .tensors import LazyTensor, refuse_strays
 
 
 def first_argument(*arguments: Any) -> Any:
@@ -84,9 +85,7 @@ def read_distributed(folder: Path, prefix: str = "model.") -> dict[str, LazyTens
     """
     path = folder / ".metadata"
     with reading(path):
-        if path.stat().st_size > LARGEST_PICKLE:
-            raise ValueError(f"it has more than {LARGEST_PICKLE} bytes")
-        metadata = unpickle(path.read_bytes(), METADATA_NAMES)
+        metadata = unpickle(read_bytes(path, LARGEST_PICKLE), METADATA_NAMES)
         entries = {str(name): entry for name, entry in metadata.state_dict_metadata.items()}
         storage = dict(places(metadata.storage_data))
     refuse_strays(folder, "*.distcp", {file_name for file_name, _, _ in storage.values()}, path.name)
@@ -152,6 +151,7 @@ def locate(
     path = member(folder, relative_path)
     if not path.is_file():
         raise CheckpointError(f"`{path}` must exist (it holds part of {name!r}); copy the folder again.")
+    require_plain(path)
     available, needed = path.stat().st_size, math.prod(sizes) * dtype.itemsize
     if start + length > available or length < needed:
         raise CheckpointError(

@@ -1,8 +1,13 @@
 """The error of the converter."""
 
+LONGEST = 8000  # characters of a message, which may repeat what a damaged file says
+
 
 class CheckpointError(Exception):
     """A checkpoint, or a file that goes with it, that cannot be converted as it is."""
+
+    def __init__(self, message: str):
+        super().__init__(message if len(message) <= LONGEST else f"{message[: LONGEST - 1000]} … {message[-1000:]}")
 
 
 def reason(error: Exception) -> str:

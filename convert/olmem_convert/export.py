@@ -32,13 +32,14 @@ from .convert import (
     write_weights,
 )
 from .errors import CheckpointError, reason
+from .files import read_json
 from .formats import Checkpoint, check_common, check_layers, expand, typed
 from .formats.transformers_olmo import key_table
 from .partial import job_of, written_whole
-from .plan import TOKEN_IDS, make_tensors
+from .plan import TOKEN_IDS, make_tensors, require_meaning
 from .progress import Tell
 from .shards import WeightFiles
-from .tensors import LazyTensor, LoadedOnDemand, read_json
+from .tensors import LazyTensor, LoadedOnDemand
 from .transformers_forward import transformers_forward
 from .verify import (
     compare_stages,
@@ -163,9 +164,11 @@ def read_olmem(source: Path) -> tuple[OlmemConfig, dict[str, LazyTensor]]:
     num_layers = typed(raw.get("num_hidden_layers", 1), int, "num_hidden_layers", "config.json")
     check_layers(num_layers, weights, "num_hidden_layers")
     try:
-        return OlmemConfig.from_dict(raw), weights
+        config = OlmemConfig.from_dict(raw)
     except CONFIG_ERRORS as error:
         raise CheckpointError(f"`{path}` must describe a model: {reason(error)}") from error
+    require_meaning(config)
+    return config, weights
 
 
 def check_nothing_lost(config: OlmemConfig, target: str) -> None:

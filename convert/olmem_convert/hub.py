@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from .card import CARD_NAME
 from .errors import CheckpointError
+from .files import read_json
 from .release import LocalFile, check_release
 from .remote import (
     NETWORK_ERRORS,
@@ -37,7 +38,6 @@ from .remote import (
     quiet_hub,
     wait_for,
 )
-from .tensors import read_json
 from .verify import REPORT_NAME, draw_prompt, stored_dtype
 
 MAIN = "main"

@@ -19,9 +19,12 @@ from typing import Any, BinaryIO
 import torch
 
 from .errors import CheckpointError
-from .tensors import LazyTensor, Span, reading
+from .files import reading, require_plain
+from .tensors import LazyTensor, Span
 
 LARGEST_PICKLE = 2**28  # bytes; the names and shapes of 100,000 tensors take 2**25
+MOST_TENSORS = 50_000  # of a state dict; the largest model that converts has a thousand
+MOST_DIMENSIONS = 64  # of a tensor, in torch too
 INSTRUCTIONS = (
     "PROTO FRAME STOP MARK POP POP_MARK MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET "
     "NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT "
@@ -177,8 +180,10 @@ def rebuild_tensor(
 def rebuild_typed(
     storage: Any, first: Any, shape: Any, stride: Any, requires_grad: Any, hooks: Any, dtype: Any, flags: Any = None
 ) -> StoredTensor:
+    if len(shape) != len(stride) or len(shape) > MOST_DIMENSIONS:
+        raise pickle.UnpicklingError(f"a tensor has more than {MOST_DIMENSIONS} dimensions, or not as many strides")
     numbers = (first, *shape, *stride)
-    if not isinstance(storage, Storage) or not isinstance(dtype, torch.dtype) or len(shape) != len(stride):
+    if not isinstance(storage, Storage) or not isinstance(dtype, torch.dtype):
         raise pickle.UnpicklingError("a tensor is not put together as torch does it")
     if flags or not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
         raise pickle.UnpicklingError("a tensor is conjugated, negated or of impossible sizes")
@@ -338,7 +343,7 @@ class Archive:
 
 def read_pickle(path: Path) -> dict[str, LazyTensor]:
     """`model.pt`: a state dict saved by `torch.save`."""
-    with path.open("rb") as file:
+    with require_plain(path).open("rb") as file:
         if file.read(2) != b"PK":
             raise CheckpointError(
                 f"`{path}` must be a zip archive as `torch.save` has written since torch 1.6 (it is not one: cut short "
@@ -350,6 +355,11 @@ def read_pickle(path: Path) -> dict[str, LazyTensor]:
         if not isinstance(archive.value, dict):
             raise CheckpointError(
                 f"`{path}` must hold a state dict (got {type(archive.value).__name__}); save `model.state_dict()`."
+            )
+        if len(archive.value) > MOST_TENSORS:
+            raise CheckpointError(
+                f"`{path}` must hold at most {MOST_TENSORS} tensors (got {len(archive.value)}); save "
+                "`model.state_dict()` alone."
             )
         for name, value in archive.value.items():
             if not isinstance(name, str) or not isinstance(value, StoredTensor):
@@ -364,9 +374,10 @@ def read_pickle(path: Path) -> dict[str, LazyTensor]:
 def pickle_mentions(path: Path, *names: str) -> bool:
     """Whether a file of `torch.save` has one of these strings among its names; nothing is unpickled for it."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(require_plain(path)) as archive:
             record = next(record for record in archive.infolist() if record.filename.endswith("/data.pkl"))
-            text = archive.read(record) if record.file_size <= LARGEST_PICKLE else b""
+            stored = record.compress_type == zipfile.ZIP_STORED and record.file_size <= LARGEST_PICKLE
+            text = archive.read(record) if stored else b""
     except Exception:  # of the many that a damaged or foreign file raises, each means the same
         return False
     return any(name.encode() in text for name in names)

@@ -9,8 +9,9 @@ from olmem import OlmemConfig, OlmemForCausalLM
 from transformers import PreTrainedConfig
 
 from .errors import CheckpointError, reason
-from .formats import Checkpoint, to_olmem
-from .tensors import LazyTensor, reading, same_bits
+from .files import reading, require_numbers
+from .formats import LARGEST_NUMBER, Checkpoint, to_olmem
+from .tensors import LazyTensor, same_bits
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -20,6 +21,7 @@ def make_config(checkpoint: Checkpoint, dtype: torch.dtype) -> OlmemConfig:
         config = OlmemConfig(**checkpoint.olmem_config, dtype=dtype, architectures=["OlmemForCausalLM"])
     except (StrictDataclassError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint's config gives no valid model: {reason(error)}") from error
+    require_meaning(config)
     for name in TOKEN_IDS:
         for token in tokens_of(config, name):
             if not 0 <= token < config.vocab_size:
@@ -28,6 +30,35 @@ def make_config(checkpoint: Checkpoint, dtype: torch.dtype) -> OlmemConfig:
                     "it."
                 )
     return config
+
+
+# Parts of RoPE beside those that its class knows to be positive, and the least that each may be.
+OF_ROPE = {"attention_factor": 0.0, "beta_fast": 0.0, "beta_slow": 0.0, "mscale": -1.0, "mscale_all_dim": -1.0}
+
+
+def require_meaning(config: OlmemConfig) -> None:
+    """What the config's class lets pass: numbers that are none, or of no size that a model has."""
+    values = config.to_dict()
+    require_numbers(values, "the config")
+    for name, value in values.items():
+        if isinstance(value, int) and abs(value) >= LARGEST_NUMBER:
+            raise CheckpointError(f"`{name}` of the config must be below 2**53 (got {value}); correct it.")
+    if config.initializer_range < 0:
+        raise CheckpointError(
+            f"`initializer_range` of the config must not be negative (got {config.initializer_range}); correct it."
+        )
+    for layer_type, entry in config.rope_parameters.items():
+        where = f"`rope_parameters[{layer_type!r}]"
+        for name, least in OF_ROPE.items():
+            value = entry.get(name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and (value > 0 or value == 0 > least)):
+                rule = "positive" if least == 0 else "zero or more"
+                raise CheckpointError(f"{where}[{name!r}]` must be {rule} (got {value!r}); correct it.")
+        if not isinstance(entry.get("truncate"), bool | None):
+            raise CheckpointError(
+                f"{where}['truncate']` must be true or false (got {entry['truncate']!r}); correct it."
+            )
 
 
 def load_config(out: Path) -> OlmemConfig:

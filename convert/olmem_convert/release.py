@@ -21,9 +21,10 @@ from transformers.dynamic_module_utils import custom_object_save
 from .card import check_card, check_metadata
 from .convert import WRITTEN
 from .errors import CheckpointError
+from .files import read_json, reading
 from .plan import TOKEN_IDS
 from .shards import INDEX_NAME
-from .tensors import LazyTensor, read_json, reading
+from .tensors import LazyTensor
 from .verify import REPORT_NAME, UNSEALED, load_config, stored_dtype
 from .weight_files import read_weights
 

@@ -4,14 +4,11 @@ Every reader returns a dictionary of `LazyTensor`. None maps a file into memory 
 file is checked to be there when the checkpoint is opened, and its values are read into memory that it fills.
 """
 
-import json
 import math
 import zlib
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -142,36 +139,6 @@ class Span:
         size = math.prod(shape[1:])
         values = self.values(first + start * size, (stop - start) * size, dtype)
         return values.view(stop - start, *shape[1:]) if shape else values.view(())
-
-
-@contextmanager
-def reading(path: Path, remedy: str = "copy it again from its source") -> Iterator[None]:
-    """Turns whatever a library raises over a damaged file into one error that names the file."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except FileNotFoundError as error:
-        raise CheckpointError(f"`{path.name}` must exist ({path} does not); {remedy}.") from error
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"`{path}` must be readable (got: {reason}); {remedy}.") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    with reading(path):
-        value = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(value, dict):
-        raise CheckpointError(f"`{path}` must hold a JSON object (got {type(value).__name__}); copy it again.")
-    return value
-
-
-def member(folder: Path, name: Any) -> Path:
-    """The file `name` inside `folder`, or an error when the name would lead elsewhere."""
-    path = folder / str(name) if isinstance(name, str) else folder
-    if path.parent != folder or name in ("", ".", ".."):
-        raise CheckpointError(f"`{folder}` must name files of its own folder only (got {name!r}); do not trust it.")
-    return path
 
 
 def refuse_strays(folder: Path, pattern: str, known: Container[str], index_name: str) -> None:

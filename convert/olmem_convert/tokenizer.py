@@ -5,7 +5,9 @@ Transformers 5 rebuilds the splitting rule when `tokenizer_class` names a model'
 takes tokenizer.json as it stands. What was written is loaded again and compared with the source.
 """
 
+import base64
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,9 +18,21 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from .errors import CheckpointError
-from .tensors import read_json
+from .files import (
+    LARGEST_TOKENIZER,
+    read_bytes,
+    read_json,
+    read_text,
+    require_numbers,
+    require_own,
+    require_shallow,
+)
 
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
+LONGEST_TEXT = 1e31  # of `model_max_length`, which Transformers sets to 1e30 where there is no limit
+# Of a tokenizer.json: characters of its rules, beside vocabulary and added tokens; times that they lengthen a text; and
+# added tokens. Those in use have 2**19, 2**4 and 6,415.
+LARGEST_RULES, LARGEST_GROWTH, MOST_ADDED = 2**21, 2**8, 10_000
 WAY_OUT = "--tokenizer chooses another tokenizer"
 
 # Texts on which splitting rules, normalizers and byte fallbacks are known to part.
@@ -59,8 +73,11 @@ PROBES = (
 def find_tokenizer(checkpoint: Path) -> Path | None:
     """The tokenizer.json in the checkpoint, in its tokenizer/, beside it or in tokenizer/ beside it, in this order."""
     folder = Path(os.path.abspath(checkpoint))
-    places = (folder, folder / "tokenizer", folder.parent, folder.parent / "tokenizer")
-    return next((place / "tokenizer.json" for place in places if os.path.isfile(place / "tokenizer.json")), None)
+    for parent in (folder, folder.parent):
+        for place in (parent, parent / "tokenizer"):
+            if os.path.isfile(place / "tokenizer.json"):
+                return (place if place == parent else require_own(place)) / "tokenizer.json"
+    return None
 
 
 def write_tokenizer(
@@ -137,20 +154,21 @@ def carry_tokenizer(source: Path, out: Path, vocab_size: int, say: Callable[[str
     content, tokenizer, size = _read(path, vocab_size)
     (out / path.name).write_bytes(content)
     config = read_json(config_path) if os.path.lexists(config_path) else {}
+    _check_config(config, config_path)
     wanted = config | {"tokenizer_class": TOKENIZER_CLASS}
     if config.get("tokenizer_class") in ("TokenizersBackend", TOKENIZER_CLASS):
         wanted = dict(config)
     if wanted.pop("auto_map", None):
         say("note: tokenizer_config.json names code (`auto_map`), which is not run: what goes along is tokenizer.json")
     if wanted == config:
-        (out / config_path.name).write_bytes(config_path.read_bytes())
+        (out / config_path.name).write_bytes(read_bytes(config_path))
     else:
         (out / config_path.name).write_text(json.dumps(wanted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for name in COMPANIONS:
         if os.path.isfile(source / name):
             if name.endswith(".json"):
-                read_json(source / name)
-            (out / name).write_bytes((source / name).read_bytes())
+                require_numbers(read_json(source / name), str(source / name))
+            (out / name).write_bytes(read_bytes(source / name))
     if os.path.isdir(source / "additional_chat_templates"):
         say("note: additional_chat_templates does not go along: copy it by hand if the model needs it")
     expected = {
@@ -177,12 +195,70 @@ def _given_template(source: Path, config: dict[str, Any]) -> Any:
 def _read(path: Path, vocab_size: int) -> tuple[bytes, Tokenizer, int]:
     """A tokenizer.json: its bytes, the tokenizer, and its size (highest id + 1), at most `vocab_size`."""
     with _refusing(f"{path} must be a readable tokenizer.json", WAY_OUT):
-        content = path.read_bytes()
+        content = read_bytes(path, LARGEST_TOKENIZER)
+        tree = json.loads(content)
+        require_shallow(tree, path)
+        _check_rules(tree, path)
         tokenizer = Tokenizer.from_buffer(content)
     size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     if not 0 < size <= vocab_size:
         raise CheckpointError(f"`vocab_size` must cover the {size} tokens of {path} (got {vocab_size}); {WAY_OUT}")
     return content, tokenizer, size
+
+
+def _check_config(config: dict[str, Any], path: Path) -> None:
+    require_numbers(config, str(path))
+    template, length = config.get("chat_template"), config.get("model_max_length")
+    entries = template if isinstance(template, list) else []
+    named = all(
+        isinstance(entry, dict) and all(isinstance(entry.get(part), str) for part in ("name", "template"))
+        for entry in entries
+    )
+    if not isinstance(template, str | list | None) or not named:
+        raise CheckpointError(
+            f"`chat_template` of {path} must be a text or a list of named ones (got {template!r}); correct it."
+        )
+    number = isinstance(length, int | float) and not isinstance(length, bool)
+    if length is not None and not (number and 0 < length <= LONGEST_TEXT):
+        raise CheckpointError(f"`model_max_length` of {path} must be a positive number (got {length!r}); correct it.")
+
+
+def _check_rules(tree: dict[str, Any], path: Path) -> None:
+    """Before the tokenizer is made, and a text of it: sizes at which either has no end."""
+    rules = {name: part for name, part in tree.items() if name not in ("model", "added_tokens")}
+    size, growth = len(json.dumps(rules)), _growth(rules)
+    for text in _charsmaps(rules):
+        head = base64.b64decode(text[:8], validate=True)[:4]
+        if int.from_bytes(head, "little") > len(text):
+            raise CheckpointError(f"`precompiled_charsmap` of {path} must be as long as it says; {WAY_OUT}")
+    added = tree.get("added_tokens")
+    number = len(added) if isinstance(added, list) else 0
+    for what, got, most in (
+        ("rules of at most {} characters", size, LARGEST_RULES),
+        ("rules that lengthen a text at most {} times", growth, LARGEST_GROWTH),
+        ("at most {} added tokens", number, MOST_ADDED),
+    ):
+        if got > most:
+            raise CheckpointError(f"{path} must have {what.format(f'{most:,}')} (got {got:,}); {WAY_OUT}")
+
+
+def _charsmaps(node: Any) -> Iterator[str]:
+    """The tables of all normalizers, which begin with the size that is then allocated."""
+    for part in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from _charsmaps(part)
+    if isinstance(node, dict) and isinstance(text := node.get("precompiled_charsmap"), str):
+        yield text
+
+
+def _growth(node: Any) -> int:
+    """How many times longer a text may become by all the replacements below, and by being repeated."""
+    if isinstance(node, list):
+        repeated = sum(isinstance(part, dict) and "Sequence" in part for part in node)  # in a template
+        return min(max(repeated, 1) * math.prod(map(_growth, node)), LARGEST_GROWTH + 1)
+    if not isinstance(node, dict):
+        return 1
+    own = 1 + len(str(node.get("content"))) if node.get("type") == "Replace" else 1
+    return min(own * _growth(list(node.values())), LARGEST_GROWTH + 1)
 
 
 def _special(tokenizer: Tokenizer) -> dict[int, str]:
@@ -220,8 +296,8 @@ def _read_chat_template(folder: Path) -> str | None:
     jinja, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     with _refusing(f"the chat template in {folder} must be readable", "repair or remove the file"):
         if os.path.lexists(jinja):
-            return jinja.read_text(encoding="utf-8")
-        template = json.loads(config.read_bytes()).get("chat_template") if os.path.lexists(config) else None
+            return read_text(jinja)
+        template = read_json(config).get("chat_template") if os.path.lexists(config) else None
     if not isinstance(template, str | None):
         raise CheckpointError(
             f"`chat_template` must be one string (got a {type(template).__name__} in {config}); "

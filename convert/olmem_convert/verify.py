@@ -32,13 +32,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .card import CARD_NAME, EVALUATION_NAME, REPORT_NAME, kept_metadata, write_card
 from .errors import CheckpointError
+from .files import read_json, reading
 from .formats import Checkpoint, Given, is_dynamic
 from .formats.detect import open_checkpoint
 from .memory import OFF, listed, memory_of, new_parameters, switched, with_memory
 from .native_forward import native_forward
 from .plan import TOKEN_IDS, load_config, make_config, make_tensors
 from .shards import PIECE, count_nonfinite, is_finite, refuse_nonfinite, sha256
-from .tensors import LazyTensor, LoadedOnDemand, read_json, reading, same_bits
+from .tensors import LazyTensor, LoadedOnDemand, same_bits
 from .transformers_forward import transformers_forward
 from .weight_files import read_safetensors
 
@@ -49,7 +50,7 @@ UNSEALED = {REPORT_NAME, CARD_NAME, EVALUATION_NAME} | {
 # Of the largest value, at least 1. Another order of float32 sums stays below 1.5e-6 in all checkpoints at hand; the
 # least of the mistakes, another generation's epsilon, moves some stage by 7e-6 and more.
 TOLERANCE = 4e-6
-PROMPT_BEYOND_WINDOW, LONGEST_WINDOW = 32, 2**17
+PROMPT_BEYOND_WINDOW, LONGEST_WINDOW = 32, 2**14  # the square of which is the mask, and memory
 ROWS = 256  # of activations that are compared at a time
 NOT_OF_THE_LOGITS = {
     *TOKEN_IDS,

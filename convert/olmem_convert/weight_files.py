@@ -15,8 +15,9 @@ import torch
 from safetensors import safe_open
 
 from .errors import CheckpointError
+from .files import member, read_json, reading, require_plain
 from .pickles import read_pickle
-from .tensors import LazyTensor, Span, member, read_json, reading, refuse_strays
+from .tensors import LazyTensor, Span, refuse_strays
 
 DTYPES = {
     "F64": torch.float64,
@@ -47,7 +48,7 @@ def read_safetensors(path: Path, decode: Callable[[str], str] = str) -> dict[str
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
     """What the header, checked by the library, says of each tensor, with `start`, its first byte in the file."""
-    with safe_open(path, framework="pt") as file, path.open("rb") as raw:
+    with safe_open(require_plain(path), framework="pt") as file, path.open("rb") as raw:
         (length,) = struct.unpack("<Q", raw.read(8))
         header = json.loads(raw.read(length), object_pairs_hook=once)
         header.pop("__metadata__", None)

@@ -261,8 +261,8 @@ def test_prompt_leaves_the_window_and_the_segment(window, chunk, segment):
 
 def test_segment_that_no_prompt_can_pass_is_refused(src):  # noqa: F811
     write_olmo_core(src)
-    memory = settings_of({"num_memory_tokens": 1, "memory_segment_length": 2**17 + 1})
-    refuse(src, "`memory_segment_length` must be at most 131072", "--no-verify", options=tuple(memory))
+    memory = settings_of({"num_memory_tokens": 1, "memory_segment_length": 2**14 + 1})
+    refuse(src, "`memory_segment_length` must be at most 16384", "--no-verify", options=tuple(memory))
     result = CliRunner().invoke(app, ["convert", str(src), str(src.parent / "out"), "--no-verify", *memory])
     assert result.exit_code == 0, result.output
 

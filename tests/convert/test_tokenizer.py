@@ -487,16 +487,16 @@ def test_the_chat_template_is_carried_over_and_nothing_else(source, out, as_fold
 @pytest.mark.parametrize(
     ("name", "content", "rule"),
     [
-        ("tokenizer_config.json", b"{", "the chat template in "),
-        ("tokenizer_config.json", b"[]", "the chat template in "),
+        ("tokenizer_config.json", b"{", "tokenizer_config.json` must be readable"),
+        ("tokenizer_config.json", b"[]", "tokenizer_config.json` must hold a JSON object"),
         (
             "tokenizer_config.json",
             b'{"chat_template": [{"name": "a", "template": "b"}]}',
             "must be one string (got a list",
         ),
         ("tokenizer_config.json", b'{"chat_template": 5}', "`chat_template` must be one string (got a int"),
-        ("chat_template.jinja", b"\xff\xfe", "the chat template in "),
-        ("chat_template.jinja", None, "the chat template in "),
+        ("chat_template.jinja", b"\xff\xfe", "chat_template.jinja` must be readable"),
+        ("chat_template.jinja", None, "`chat_template.jinja` must exist"),
     ],
 )
 def test_an_unreadable_chat_template_is_not_dropped_in_silence(name, content, rule, source, out):

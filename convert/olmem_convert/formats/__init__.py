@@ -60,13 +60,18 @@ class Key:
         return replace(self, native=name(self.native), targets=targets, same_as=name(self.same_as))
 
 
-def check_layers(num_layers: int, tensors: Mapping[str, LazyTensor], name: str = "n_layers") -> None:
-    """Before anything is made for each layer: no more of them than tensors."""
-    if not 0 < num_layers <= len(tensors):
+MOST_LAYERS = 1024  # OLMo's largest model has 64
+
+
+def check_layers(num_layers: int | None, tensors: Mapping[str, LazyTensor], name: str = "n_layers") -> None:
+    """Before anything is made for each layer: no more of them than tensors, nor than any model has."""
+    if num_layers is None or not 0 < num_layers <= len(tensors):
         raise CheckpointError(
             f"`{name}` of the config must fit the {len(tensors)} tensors of the checkpoint (got {num_layers}); "
             "config and weights are of two checkpoints."
         )
+    if num_layers > MOST_LAYERS:
+        raise CheckpointError(f"`{name}` must be at most {MOST_LAYERS} (got {num_layers}); no model has more.")
 
 
 def expand(table: Iterable[Key], num_layers: int) -> list[Key]:

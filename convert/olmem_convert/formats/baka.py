@@ -16,9 +16,10 @@ import torch
 from olmem.positions_olmem import inverse_frequencies
 
 from ..errors import CheckpointError
+from ..files import read_json
 from ..pickles import pickle_mentions, read_pickle
-from ..tensors import LazyTensor, read_json
-from . import Checkpoint, Field, Given, Key, PairsToHalves, carried, expand, read_fields
+from ..tensors import LazyTensor
+from . import Checkpoint, Field, Given, Key, PairsToHalves, carried, check_layers, expand, read_fields
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -71,6 +72,7 @@ def open_checkpoint(source: Path, max_length: int | None, given: Given) -> Check
     tensors = canonical(read_pickle(path))
     refuse_later_branches(tensors)
     sizes = read_sizes(tensors)
+    check_layers(sizes["n_layers"], tensors)
     native = native_config(path, sizes, given)
     frequencies = read_frequencies(tensors, sizes["n_layers"])
     config, notes = olmem_config(native, frequencies), []

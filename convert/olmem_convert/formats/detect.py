@@ -2,15 +2,25 @@
 
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from olmem.configuration_olmem import OLMO_BLOCKS
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, reason
+from ..files import read_json
 from ..pickles import read_pickle
-from ..tensors import read_json
 from ..weight_files import WEIGHTS, find_weights
 from . import Checkpoint, Given, baka, olmo, olmo_core, transformers_olmo
 
 FORMATS = (olmo, olmo_core, baka, transformers_olmo)
+CONFIG_ERRORS = (
+    StrictDataclassError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def open_checkpoint(source: Path, max_length: int | None = None, given: Given | None = None) -> Checkpoint:
@@ -18,7 +28,13 @@ def open_checkpoint(source: Path, max_length: int | None = None, given: Given | 
 
     `max_length` replaces the trained length of the config, in tokens. `given` is what the checkpoint does not say.
     """
-    given = given or Given()
+    try:
+        return open_recognised(source, max_length, given or Given())
+    except OSError as error:
+        raise CheckpointError(f"`SRC` must be readable ({error}); copy it again from its source.") from error
+
+
+def open_recognised(source: Path, max_length: int | None, given: Given) -> Checkpoint:
     if not source.exists():
         raise CheckpointError(f"`SRC` must be a checkpoint ({source} does not exist); name the folder that holds it.")
     found = [(module, description) for module in FORMATS if (description := module.recognise(source))]
@@ -42,10 +58,10 @@ def open_checkpoint(source: Path, max_length: int | None = None, given: Given | 
             if checkpoint.tokenizer_size < 1:
                 raise ValueError(f"`vocab_size` is {checkpoint.tokenizer_size}")
             return checkpoint
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except CONFIG_ERRORS as error:
             raise CheckpointError(
-                f"the config of `{source}` must describe a model ({description}; got {type(error).__name__}: {error}); "
-                "copy it again."
+                f"the config of `{source}` must describe a model ({description}; got {type(error).__name__}: "
+                f"{reason(error)[:500]}); copy it again."
             ) from error
     if not source.is_dir():
         raise CheckpointError(f"`SRC` must be a checkpoint's folder or a BakaLLM `.bin` ({what_file(source)}).")

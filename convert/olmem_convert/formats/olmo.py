@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..distributed import read_distributed
 from ..errors import CheckpointError
+from ..files import read_yaml, require_numbers, require_own
 from ..pickles import decode_pickled_key, read_pickle
-from ..tensors import LazyTensor, reading
+from ..tensors import LazyTensor
 from ..weight_files import read_flat_shards, read_safetensors
 from . import NO_EFFECT, Checkpoint, Field, Key, carried, check_layers, expand, read_fields, required
 
@@ -25,8 +24,11 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path], dict[str, LazyTensor]]]] = {
         lambda folder: read_safetensors(folder / "model.safetensors", decode_pickled_key),
     ),
     "model.pt": ("unsharded", lambda folder: read_pickle(folder / "model.pt")),
-    "model/metadata.json": ("`olmo_core` shards", lambda folder: read_flat_shards(folder / "model")),
-    "model_and_optim/.metadata": ("`torch_new` shards", lambda folder: read_distributed(folder / "model_and_optim")),
+    "model/metadata.json": ("`olmo_core` shards", lambda folder: read_flat_shards(require_own(folder / "model"))),
+    "model_and_optim/.metadata": (
+        "`torch_new` shards",
+        lambda folder: read_distributed(require_own(folder / "model_and_optim")),
+    ),
 }
 SHARDED_BY_PICKLES = {"torch_legacy": "rank*.pt", "local": "model/rank*.pt"}
 
@@ -93,6 +95,7 @@ def open_checkpoint(folder: Path, max_length: int | None) -> Checkpoint:
     native = read_yaml(folder / "config.yaml").get("model")
     if not isinstance(native, dict):
         raise CheckpointError(f"`model` of {folder / 'config.yaml'} must be a mapping (got {native!r}); copy it again.")
+    require_numbers(native, "config.yaml", "model")
     layout = next((name for name in LAYOUTS if (folder / name).is_file()), None)
     if layout is None:
         kind = next(kind for kind, pattern in SHARDED_BY_PICKLES.items() if any(folder.glob(pattern)))
@@ -125,14 +128,6 @@ def open_checkpoint(folder: Path, max_length: int | None) -> Checkpoint:
         tokenizer_size=read["vocab_size"],
         notes=tuple(notes),
     )
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    with reading(path):
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(value, dict):
-        raise CheckpointError(f"`{path}` must hold a mapping (got {type(value).__name__}); copy it again.")
-    return value
 
 
 def canonical(tensors: dict[str, LazyTensor], group_size: int) -> dict[str, LazyTensor]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..distributed import read_distributed
 from ..errors import CheckpointError
-from ..tensors import read_json
+from ..files import read_json, require_numbers, require_own
 from . import NO_EFFECT, Checkpoint, Field, Key, carried, check_layers, expand, read_fields, required, typed
 
 NORM_TYPES = {"rms": "rms", "fused_rms": "rms", "cute_rms": "rms", "qwen_rms": "rms", "default": "layer"}
@@ -162,7 +162,8 @@ def open_checkpoint(folder: Path, max_length: int | None) -> Checkpoint:
         )
     weights = weights_folder(folder)
     assert weights is not None  # `recognise` found it
-    tensors = read_distributed(weights)
+    require_numbers(native, "config.json", "model")
+    tensors = read_distributed(weights if weights == folder else require_own(weights))
     num_layers = required(native.get("n_layers"), "n_layers", "`model` of config.json")
     check_layers(typed(num_layers, int, "n_layers", "`model` of config.json"), tensors)
     config, keys = olmem_config(native)

@@ -13,8 +13,9 @@ from olmem.configuration_olmem import OLMO_BLOCKS
 from transformers import GenerationConfig
 
 from ..errors import CheckpointError, reason
-from ..tensors import LazyTensor, read_json
-from ..weight_files import find_weights, read_weights
+from ..files import read_json, require_numbers
+from ..tensors import LazyTensor
+from ..weight_files import WEIGHTS, find_weights, read_weights
 from . import Checkpoint, Key, check_common, check_layers, expand, is_dynamic, typed
 
 # Of RoPE, in files of older releases, which computed it from the config all the same.
@@ -33,7 +34,12 @@ def recognise(folder: Path) -> str | None:
 
 def open_checkpoint(folder: Path, max_length: int | None) -> Checkpoint:
     raw = read_json(folder / "config.json")
+    require_numbers(raw, "config.json")
     architectures = raw.get("architectures")
+    if not isinstance(architectures, list | None):
+        raise CheckpointError(
+            f"`architectures` of config.json must be a list of names (got {architectures!r}); correct or remove it."
+        )
     if architectures and not all(str(name).endswith("ForCausalLM") for name in architectures):
         raise CheckpointError(
             f"`architectures` of config.json must be a causal language model's (got {architectures}); the bodies of "
@@ -53,6 +59,9 @@ def open_checkpoint(folder: Path, max_length: int | None) -> Checkpoint:
     except (StrictDataclassError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"`{folder / 'config.json'}` must describe a model: {reason(error)}") from error
     notes = []
+    others = [name for name in WEIGHTS[2:] if (folder / name).is_file()]
+    if others and find_weights(folder) not in [folder / name for name in others]:
+        notes.append(f"{', '.join(others)} is there too, and not read: the weights are those of the safetensors")
     if is_dynamic(config["rope_parameters"] or {}):
         trained = config["max_position_embeddings"]
         if max_length is not None:

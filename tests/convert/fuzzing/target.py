@@ -1,0 +1,142 @@
+"""What is tried on a mutated checkpoint: everything that reads it, and now and then the whole conversion."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+
+import torch
+from convert.fuzzing.mutations import SECRET, Tree, write
+from convert.fuzzing.pickles import CANARY
+from convert.fuzzing.seeds import seeds
+from olmem_convert import CheckpointError, convert, export
+from olmem_convert.convert import choose_dtype
+from olmem_convert.formats import Given
+from olmem_convert.formats.detect import open_checkpoint
+from olmem_convert.plan import check_copies, make_config, make_tensors
+from olmem_convert.tokenizer import carry_tokenizer, find_tokenizer, write_tokenizer
+
+GIVEN = {"bakallm": Given(n_ctx=5)}
+
+
+class Escape(Exception):
+    """Something that no checkpoint may do."""
+
+
+def read(reader: str, source: Path, out: Path, rng: Random) -> None:
+    """All that reads a checkpoint, without writing; or, of a tokenizer and of the way back, the copy too."""
+    if reader == "tokenizer":
+        out.mkdir()
+        if rng.random() < 0.5:
+            carry_tokenizer(source, out, 16, lambda line: None)
+        elif path := find_tokenizer(source):
+            ids = {"eos_token_id": 13, "pad_token_id": 12, "bos_token_id": None}
+            write_tokenizer(path, out, vocab_size=16, max_length=rng.choice((None, 32)), **ids)
+        return
+    if reader == "olmem":
+        export(source, out, rng.choice(("olmo", "olmo2", "olmo3", "olmo2")), verify=False)
+        return
+    given = GIVEN.get(reader) if rng.random() < 0.2 else None
+    checkpoint = open_checkpoint(source, rng.choice((None, None, 16)), given)
+    config = make_config(checkpoint, torch.float32)
+    tensors = make_tensors(checkpoint, config)
+    check_copies(checkpoint)
+    choose_dtype(checkpoint.tensors, None)
+    for tensor in tensors.values():
+        tensor.load()
+
+
+def convert_whole(reader: str, source: Path, out: Path, rng: Random) -> None:
+    if reader == "olmem":
+        export(source, out, rng.choice(("olmo", "olmo2", "olmo3", "olmo2")))
+    else:
+        convert(source, out, dtype=rng.choice((None, "bfloat16")))
+
+
+class Place:
+    """A folder to try checkpoints in, each from the same state: nothing but `elsewhere`, to which links may lead."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.source, self.out, self.cwd = folder / "source", folder / "out", folder / "cwd"
+        self.kept = ("cwd", "elsewhere", "tmp")
+        for name in self.kept:
+            (folder / name).mkdir(parents=True)
+        (folder / "elsewhere" / "secret.json").write_bytes(SECRET)
+        self.elsewhere = folder / "elsewhere"
+
+    def lay(self, reader: str, files: Tree) -> None:
+        """Puts a checkpoint in place, and genuine files of its reader where links lead."""
+        for name, data in seeds(reader)[0].items():
+            path = self.elsewhere / name
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(SECRET if name.endswith("_config.json") else data)
+        write(self.source, files)
+
+    def attempt(self, reader: str, rng: Random, whole: bool) -> str:
+        """It is "accepted" or "refused: why". Any other exception is raised, and `Escape` for what should not be."""
+        before = names(self.source)
+        try:
+            (convert_whole if whole and reader != "tokenizer" else read)(reader, self.source, self.out, rng)
+        except CheckpointError as error:
+            self.check(before, refused=reader != "tokenizer")
+            return f"refused: {str(error).splitlines()[0]}"
+        self.check(before, refused=False)
+        return "accepted"
+
+    def check(self, before: list[str], refused: bool) -> None:
+        """That only OUT came to be, whole, with nothing from elsewhere in it; and nothing where a refusal said so."""
+        allowed = {*self.kept, "source", *(() if refused else ("out",))}
+        found = [name for name in os.listdir(self.folder) if name not in allowed]
+        found += [str(path) for name in ("cwd", "tmp") for path in (self.folder / name).iterdir()]
+        found += sorted(set(names(self.source)) ^ set(before))
+        if found:
+            raise Escape(f"{found} came to be or went" + (", the canary" if CANARY in str(found) else ""))
+        if not refused and self.out.is_dir():
+            for path in self.out.iterdir():
+                if path.suffix not in (".safetensors", ".py") and b"must not be carried along" in path.read_bytes():
+                    raise Escape(f"{path.name} holds what a link led to")
+                if path.name == "config.json":
+                    json.loads(path.read_bytes(), parse_constant=refuse_constant)
+
+    def clear(self) -> None:
+        for name in os.listdir(self.folder):
+            if name not in self.kept:
+                remove(self.folder / name)
+        for name in ("cwd", "tmp"):
+            for path in (self.folder / name).iterdir():
+                remove(path)
+
+
+def refuse_constant(text: str) -> None:
+    raise Escape(f"config.json holds {text}")
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def names(folder: Path) -> list[str]:
+    return [os.path.join(parent, name) for parent, _, files in os.walk(folder) for name in files]
+
+
+@contextmanager
+def standing_in(folder: Path) -> Iterator[None]:
+    """The working directory and the one for temporary files, which hostile code would write to."""
+    import tempfile
+
+    before, temporary = os.getcwd(), tempfile.tempdir
+    os.chdir(folder / "cwd")
+    tempfile.tempdir = str(folder / "tmp")
+    try:
+        yield
+    finally:
+        os.chdir(before)
+        tempfile.tempdir = temporary

@@ -38,7 +38,8 @@ from random import Random
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / part) for part in ("tests", "convert", "modeling")]
+# In place of this folder, whose convert.py would be taken for the package of the tests.
+sys.path[:1] = [str(ROOT / part) for part in ("tests", "convert", "modeling")]
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RUST_BACKTRACE": "0"}
 sys.dont_write_bytecode = True
 

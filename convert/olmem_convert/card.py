@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from olmem import OlmemConfig
@@ -72,7 +73,7 @@ def card(
             "hand, or move it away."
         )
     given = {"license": license, "license_name": license_name, "license_link": license_link, "base_model": base_model}
-    metadata = merged(kept_metadata(out), given | {"language": list(language), "datasets": list(datasets)})
+    metadata = merged(said(path), given | {"language": list(language), "datasets": list(datasets)})
     text = make_card(metadata, values)
     replace_text(path, text)
     say(f"wrote {path}")
@@ -109,17 +110,8 @@ def check_card(folder: Path, known: Mapping[str, str] | None = None) -> None:
     valid metadata, a license, and of the texts in evaluation.json no other figures than those there. known: the sha256
     of files by name, where the caller has computed them.
     """
-    path = folder / CARD_NAME
-    if not path.is_file():
-        raise CheckpointError(f"`{CARD_NAME}` must exist ({path} does not); run `olmem card {folder} --license …`.")
-    data = read_front_matter(path)
-    metadata = checked({name: data[name] for name in FIELDS if name in data})
+    path, (data, metadata) = folder / CARD_NAME, check_metadata(folder)
     values = read_values(folder, known)
-    for name, wanted in OURS.items():
-        if data.get(name) != wanted:
-            raise CheckpointError(f"`{name}` of {path} must be {wanted} (got {data.get(name)!r}); correct it.")
-    if "license" not in metadata:
-        raise CheckpointError(f"`license` of {path} must be named; run `olmem card {folder} --license …`, or add it.")
     if is_own(path) and "verification" not in values:
         raise CheckpointError(
             f"`{CARD_NAME}` must say how the model was verified (there is no passing {REPORT_NAME}); run `olmem verify "
@@ -132,12 +124,31 @@ def check_card(folder: Path, known: Mapping[str, str] | None = None) -> None:
         )
     measured = {(result.dataset_name, result.metric_type): result.metric_value for result in results_of(values)}
     for result in ModelCardData(**data).eval_results or []:
-        value = result.metric_value
-        if measured.get((result.dataset_name, result.metric_type), value) != value:
+        what, value = (result.dataset_name, result.metric_type), result.metric_value
+        if measured.get(what, value) != value:
+            name, metric = map(one_line, what)
             raise CheckpointError(
-                f"`model-index` of {path} must have the figures of {EVALUATION_NAME} (got {one_line(result.metric_type)} "
-                f"{value!r} on {one_line(result.dataset_name)!r}); correct it, or remove the entry."
+                f"`model-index` of {path} must have the figures of {EVALUATION_NAME} (got {metric} {value!r} on "
+                f"{name!r}); correct it, or remove the entry."
             )
+
+
+def check_metadata(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The card's front matter, and what of it no file knows, once it is valid and has a license."""
+    path = folder / CARD_NAME
+    if not path.is_file():
+        raise CheckpointError(f"`{CARD_NAME}` must exist ({path} does not); run `olmem card {folder} --license …`.")
+    data = read_front_matter(path)
+    metadata = checked({name: data[name] for name in FIELDS if name in data})
+    for name, wanted in OURS.items():
+        if data.get(name) != wanted:
+            raise CheckpointError(f"`{name}` of {path} must be {wanted} (got {data.get(name)!r}); correct it.")
+    if "license" not in metadata:
+        raise CheckpointError(f"`license` of {path} must be named; run `olmem card {folder} --license …`, or add it.")
+    link = metadata.get("license_link", "")
+    if link.startswith("LICENSE") and not (folder / link).is_file():
+        raise CheckpointError(f"`license_link` of {path} must be a file beside it (got {link}); add the file.")
+    return data, metadata
 
 
 def is_own(path: Path) -> bool:
@@ -146,11 +157,13 @@ def is_own(path: Path) -> bool:
 
 def kept_metadata(folder: Path) -> dict[str, Any]:
     """What the folder's card, if it is Olmem's, says that no other file knows."""
-    path = folder / CARD_NAME
-    if not is_own(path):
-        return {}
-    data = read_front_matter(path)
-    return checked({name: data[name] for name in FIELDS if name in data})
+    return checked(said(folder / CARD_NAME))
+
+
+def said(path: Path) -> dict[str, Any]:
+    """The same, as it stands there."""
+    data = read_front_matter(path) if is_own(path) else {}
+    return {name: data[name] for name in FIELDS if name in data}
 
 
 def read_front_matter(path: Path) -> dict[str, Any]:
@@ -211,10 +224,12 @@ def config_values(folder: Path, made_of: Mapping[str, str]) -> dict[str, Any]:
             "those have a card."
         )
     config = load_config(folder)
+    if not isinstance(config.dtype, torch.dtype):
+        raise CheckpointError(f"`dtype` of {folder / 'config.json'} must name the weights' dtype; convert again.")
     given = {name: getattr(config, name) for name in MEMORY_FIELDS} if config.has_memory else {}
     return {
         "config": config,
-        "dtype": one_line(str(config.dtype).removeprefix("torch.")),
+        "dtype": str(config.dtype).removeprefix("torch."),
         "layers": describe_layers(config),
         "bounded": all(Context.of(config, layer_type).span for layer_type in config.layer_types),
         "tokenizer": (folder / "tokenizer.json").is_file(),

@@ -1,4 +1,4 @@
-"""`olmem convert | verify | evaluate | card`: parses and calls."""
+"""`olmem convert | verify | evaluate | card | push`: parses and calls."""
 
 import json
 import signal
@@ -28,6 +28,7 @@ Window = Annotated[
 Activation = Annotated[
     str | None, typer.Option("--act-fn", help="Its activation: silu (001_pristine) or elephant (002_baka_elephant).")
 ]
+Nonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Carry NaN and infinite weights over.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output, and nothing else.")]
 
 
@@ -58,6 +59,10 @@ def convert(
         bool, typer.Option("--verify/--no-verify", help="Compare logits, weights and config with the native ones.")
     ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, if Olmem wrote it.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where it was killed; when stopped, keep what is finished.")
+    ] = False,
+    allow_nonfinite: Nonfinite = False,
     to: Annotated[
         str | None, typer.Option(metavar="CLASS", help="Back to Transformers' olmo, olmo2 or olmo3; SRC is of Olmem.")
     ] = None,
@@ -74,6 +79,9 @@ def convert(
         "tokenizer": tokenizer,
         "verify": verify,
         "overwrite": overwrite,
+        "resume": resume,
+        "allow_nonfinite": allow_nonfinite,
+        "tell": tell_script if as_json else None,
     }
     of_native = {"max_length": max_length, "native_config": native_config, "n_ctx": n_ctx, "act_fn": act_fn}
     if to is not None:
@@ -93,12 +101,13 @@ def verify(
     native_config: NativeConfig = None,
     n_ctx: Window = None,
     act_fn: Activation = None,
+    allow_nonfinite: Nonfinite = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare the logits of a converted folder with the native checkpoint's, and write verification.json."""
     from .verify import verify as run
 
-    options = {"native_config": native_config, "n_ctx": n_ctx, "act_fn": act_fn}
+    options = {"native_config": native_config, "n_ctx": n_ctx, "act_fn": act_fn, "allow_nonfinite": allow_nonfinite}
     finish(lambda say: run(out, against, say=say, **options), as_json)
 
 
@@ -141,6 +150,28 @@ def card(
 
     told = {"license": license, "license_name": license_name, "license_link": license_link, "base_model": base_model}
     finish(lambda say: run(out, language=language or (), datasets=dataset or (), say=say, **told), as_json)
+
+
+@app.command()
+def push(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A converted and verified folder.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="user/name or organization/name, of a model.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, created from main if need be; main by default.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="As a pull request to main.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Of a repository that is created.")] = False,
+    tag: Annotated[str | None, typer.Option(metavar="vX", help="Tag of the commit, once it is verified.")] = None,
+    execute: Annotated[bool, typer.Option("--execute", help="Do what is planned; else nothing is sent.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what of a verified folder would go to the Hub and, with --execute, publish it whole or not at all."""
+    from .hub import push as run
+
+    options = {"revision": revision, "create_pr": create_pr, "private": private, "tag": tag, "execute": execute}
+    finish(lambda say: run(out, repo_id, say=say, **options), as_json)
+
+
+def tell_script(figures: dict[str, float | None]) -> None:
+    typer.echo(json.dumps({"progress": figures}), err=True)
 
 
 def finish(run: Callable[[Callable[[str], None]], dict[str, Any]], as_json: bool) -> None:

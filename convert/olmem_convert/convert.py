@@ -1,19 +1,19 @@
 """From a native checkpoint to a folder that `AutoModelForCausalLM` loads, whole and verified or not at all."""
 
-import errno
 import os
 import re
 import shutil
-import uuid
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
+import olmem
 import torch
 from olmem import OlmemConfig, OlmemForCausalLM
 from olmem.configuration_olmem import OLMO_BLOCKS
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -23,8 +23,10 @@ from .files import read_bytes, read_json, reading, require_numbers
 from .formats import Checkpoint, Given
 from .formats.detect import open_checkpoint
 from .memory import listed, new_parameters, switched, with_memory
+from .partial import Partial, job_of, written_whole
 from .plan import TOKEN_IDS, check_copies, make_config, make_tensors, tokens_of
-from .shards import check_size, write_shards
+from .progress import Progress, Tell
+from .shards import WeightFiles, check_size
 from .tensors import LazyTensor
 from .tokenizer import COMPANIONS, carry_tokenizer, find_tokenizer, write_tokenizer
 from .verify import verify_checkpoint
@@ -46,7 +48,10 @@ def convert(
     memory: Mapping[str, Any] | None = None,
     verify: bool = True,
     overwrite: bool = False,
+    resume: bool = False,
+    allow_nonfinite: bool = False,
     say: Callable[[str], None] = lambda line: None,
+    tell: Tell | None = None,
 ) -> dict[str, Any]:
     """Converts the checkpoint `source`, mostly a folder, to the Olmem folder `out` and verifies its logits.
 
@@ -55,10 +60,12 @@ def convert(
     trained length in tokens, when it is not the config's. native_config, n_ctx, act_fn: a config file, or the window
     and the activation, of a BakaLLM state dict that has no config.json beside it. memory: fields of OlmemConfig that
     switch a memory on, `{"num_memory_tokens": 16, "retrieval_layers": [20]}`, with new parameters beside the converted
-    ones; what is verified is the model with it off. overwrite: replace `out`, if it is an Olmem folder. say: is told,
-    line by line, what was found and done.
+    ones; what is verified is the model with it off. overwrite: replace `out`, if it is an Olmem folder. resume: keep
+    what is finished when this does not come to its end, and go on from what an earlier one has kept. allow_nonfinite:
+    carry NaN and infinite weights over. say: is told, line by line, what was found and done. tell: is told how far
+    writing has come, about once a second, in place of a progress bar.
 
-    Returns what was written. Raises CheckpointError, leaving nothing behind, when anything is amiss.
+    Returns what was written. Raises CheckpointError when anything is amiss, leaving nothing behind without `resume`.
     """
     source, out = Path(source), Path(os.path.abspath(out))
     check_options(dtype, max_shard_size, tokenizer)
@@ -76,11 +83,12 @@ def convert(
     announce(checkpoint, config, {name: tensor for name, tensor in tensors.items() if name not in added}, say)
     if added:
         say(f"memory: {listed(switched(planned, checkpoint))}, with {count(tensors, added):,} new parameters")
-    parameters = count(tensors)
+    files = WeightFiles(tensors, stored, max_shard_size)
+    job = job_of(source, olmem.__version__, config.to_json_string(), files.names)
 
-    with written_whole(out, overwrite) as folder:
-        needed = parameters * stored.itemsize
-        check_room(out, folder, needed)
+    with written_whole(out, job, overwrite=overwrite, resume=resume, say=say) as partial:
+        folder = partial.folder
+        written = write_weights(out, partial, files, allow_nonfinite, tell)
         config.auto_map = OlmemForCausalLM.auto_map()
         with torch.device("meta"):
             custom_object_save(OlmemForCausalLM(config), folder)
@@ -89,23 +97,40 @@ def convert(
         if checkpoint.family == "transformers":
             carry_generation_config(source, folder)
         tokenizer_report = copy_tokenizer(checkpoint, config, Path(tokenizer) if tokenizer else None, folder, say)
-        with tqdm(total=needed, unit="B", unit_scale=True, desc="writing weights", disable=None) as bar:
-            write_shards(folder, tensors, stored, max_shard_size, bar.update)
         report = {
             "format": checkpoint.description,
-            "parameters": parameters,
+            "parameters": count(tensors),
             "dtype": str(stored).removeprefix("torch."),
-            "bytes": needed,
+            **written,
             "notes": list(checkpoint.notes),
             "tokenizer": tokenizer_report,
             "memory": switched(planned, checkpoint) or None,
-            "verification": verify_checkpoint(folder, checkpoint, say) if verify else None,
+            "verification": verify_checkpoint(folder, checkpoint, say, allow_nonfinite) if verify else None,
         }
         write_card(folder, kept, (report["verification"] or {}).get("sha256"))
         if not verify:
-            say(f"not verified: `olmem verify {out} --against {source}{given.options}` does it")
+            say(f"not verified: `olmem verify {quote(str(out))} --against {quote(str(source))}{given.options}` does it")
     say(f"wrote {out}")
     return report
+
+
+def write_weights(
+    out: Path, partial: Partial, files: WeightFiles, allow_nonfinite: bool, tell: Tell | None
+) -> dict[str, Any]:
+    """Writes the weight files that are not finished. Returns what to report of them."""
+    total, found = files.total(), files.total(partial.finished)
+    check_room(out, partial.folder, total - found)
+    start = time.monotonic()
+    with Progress(total - found, "writing weights", tell) as bar:
+        nonfinite = files.write(
+            partial.folder,
+            bar.update,
+            finished=partial.finished,
+            finish=partial.finish,
+            allow_nonfinite=allow_nonfinite,
+        )
+    seconds = time.monotonic() - start
+    return {"bytes": total, "bytes_found": found, "seconds": round(seconds, 3), "nonfinite": nonfinite}
 
 
 def announce(
@@ -244,44 +269,3 @@ def is_of_olmem(folder: Path) -> bool:
         model_type = read_json(folder / "config.json").get("model_type")
         return model_type == "olmem" or (model_type in list(OLMO_BLOCKS) and (folder / REPORT_NAME).is_file())
     return False
-
-
-@contextmanager
-def written_whole(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` when the block ends well, and is removed when it does not."""
-    absent = [parent for parent in out.parents if not parent.exists()]
-    mark = uuid.uuid4().hex[:8]
-    partial, replaced = (out.with_name(f".{out.name}.{mark}.{state}") for state in ("partial", "replaced"))
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        sync(partial)
-        try:
-            if overwrite and out.exists():
-                out.rename(replaced)
-            partial.rename(out)
-        except BaseException:
-            if os.path.lexists(replaced) and not os.path.lexists(out):
-                replaced.rename(out)
-            raise
-        shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        for parent in absent:
-            with suppress(OSError):
-                parent.rmdir()
-        if isinstance(error, OSError):
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            remedy = "free space, or choose another disk" if full else "choose another folder"
-            raise CheckpointError(f"`OUT` must be writable ({out}: {error.strerror or error}); {remedy}.") from error
-        raise
-
-
-def sync(folder: Path) -> None:
-    """Flushes every file and the folder itself to the disk."""
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -13,11 +13,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import olmem
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from olmem import OlmemConfig, OlmemForCausalLM
 from olmem.configuration_olmem import OLMO_BLOCKS
-from tqdm import tqdm
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -27,20 +27,30 @@ from .convert import (
     carry_generation_config,
     check_options,
     check_out,
-    check_room,
     choose_dtype,
     copy_tokenizer,
-    written_whole,
+    write_weights,
 )
 from .errors import CheckpointError, reason
 from .files import read_json
 from .formats import Checkpoint, check_common, check_layers, expand, typed
 from .formats.transformers_olmo import key_table
+from .partial import job_of, written_whole
 from .plan import TOKEN_IDS, make_tensors, require_meaning
-from .shards import write_shards
+from .progress import Tell
+from .shards import WeightFiles
 from .tensors import LazyTensor, LoadedOnDemand
 from .transformers_forward import transformers_forward
-from .verify import compare_stages, load, make_report, prompt, weights_that_differ, write_report
+from .verify import (
+    compare_stages,
+    load_bounded,
+    make_report,
+    nonfinite_weights,
+    prompt,
+    tell_nonfinite,
+    weights_that_differ,
+    write_report,
+)
 from .weight_files import read_weights
 
 LAYER_TYPES = ("full_attention", "sliding_attention")  # of Olmo3; the others have full attention alone
@@ -60,7 +70,10 @@ def export(
     tokenizer: str | Path | None = None,
     verify: bool = True,
     overwrite: bool = False,
+    resume: bool = False,
+    allow_nonfinite: bool = False,
     say: Callable[[str], None] = lambda line: None,
+    tell: Tell | None = None,
 ) -> dict[str, Any]:
     """Converts the Olmem folder `source` to the folder `out` of Transformers' own `target`: olmo, olmo2 or olmo3.
 
@@ -86,26 +99,27 @@ def export(
     tensors = make_tensors(checkpoint, exported, model_class)
     parameters = announce(checkpoint, config, tensors, say)
 
-    with written_whole(out, overwrite) as folder:
-        needed = parameters * stored.itemsize
-        check_room(out, folder, needed)
+    files = WeightFiles(tensors, stored, max_shard_size)
+    job = job_of(source, olmem.__version__, exported.to_json_string(), files.names)
+
+    with written_whole(out, job, overwrite=overwrite, resume=resume, say=say) as partial:
+        folder = partial.folder
+        written = write_weights(out, partial, files, allow_nonfinite, tell)
         save_config(exported, folder)
         GenerationConfig(**{name: getattr(config, name) for name in TOKEN_IDS}).save_pretrained(folder)
         carry_generation_config(source, folder)
         tokenizer_report = copy_tokenizer(checkpoint, exported, Path(tokenizer) if tokenizer else None, folder, say)
-        with tqdm(total=needed, unit="B", unit_scale=True, desc="writing weights", disable=None) as bar:
-            write_shards(folder, tensors, stored, max_shard_size, bar.update)
         report = {
             "format": f"Transformers {target}",
             "parameters": parameters,
             "dtype": str(stored).removeprefix("torch."),
-            "bytes": needed,
+            **written,
             "notes": list(checkpoint.notes),
             "tokenizer": tokenizer_report,
             "verification": None,
         }
         if verify:
-            report["verification"] = verify_export(folder, model_class, config, checkpoint, tensors, stored, say)
+            report["verification"] = verify_export(folder, model_class, config, checkpoint, files, say, allow_nonfinite)
         else:
             say("not verified: run it again without --no-verify for the proof")
     say(f"wrote {out}")
@@ -273,18 +287,21 @@ def verify_export(
     model_class: Any,
     config: OlmemConfig,
     checkpoint: Checkpoint,
-    tensors: dict[str, LazyTensor],
-    stored: torch.dtype,
+    files: WeightFiles,
     say: Callable[[str], None],
+    allow_nonfinite: bool,
 ) -> dict[str, Any]:
     """Loads `out` with the target's own class and compares it, stage by stage and bit by bit, with the Olmem model."""
-    input_ids = prompt(checkpoint)
+    input_ids, tensors, stored = prompt(checkpoint), files.tensors, files.dtype
+    nonfinite = nonfinite_weights(out, allow_nonfinite)
     expected = transformers_forward(OlmemForCausalLM, config, LoadedOnDemand(checkpoint.tensors, stored), input_ids)
-    stages = compare_stages(load(out, torch.float32, model_class), expected, input_ids)
+    stages = compare_stages(load_bounded(out, torch.float32, model_class), expected, input_ids, bool(nonfinite))
     report = make_report(out, checkpoint, input_ids, stored, stages)
     report |= {"config_differences": {}, "weight_differences": weights_that_differ(out, tensors, stored)}
+    report["nonfinite"] = nonfinite
     report["passed"] &= not report["weight_differences"]
     write_report(out, report, "Olmem")
+    tell_nonfinite(report, say)
     as_stored = {tensor.dtype for tensor in tensors.values()} == {stored}
     weights = "every weight is the same" if as_stored else f"every weight is that of SRC rounded to {report['dtype']}"
     say(

@@ -41,7 +41,7 @@ class Record:
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):
-            self.__dict__.update(state)
+            self.__dict__ = state  # not a copy: an index has hundreds of thousands
         else:
             self.state = state
 

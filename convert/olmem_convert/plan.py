@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from .errors import CheckpointError, reason
 from .files import reading, require_numbers
 from .formats import LARGEST_NUMBER, Checkpoint, to_olmem
-from .tensors import LazyTensor
+from .tensors import LazyTensor, same_bits
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -101,7 +101,7 @@ def check_copies(checkpoint: Checkpoint) -> None:
     for key in checkpoint.keys:
         if key.native and key.same_as:
             copy, original = checkpoint.tensors[key.native], checkpoint.tensors[key.same_as]
-            if copy.shape != original.shape or not torch.equal(copy.load(), original.load()):
+            if (copy.shape, copy.dtype) != (original.shape, original.dtype) or not same_bits(copy, original):
                 raise CheckpointError(
                     f"`{key.native}` must equal `{key.same_as}`, to which the config ties it (it differs); config and "
                     "weights are of two checkpoints."

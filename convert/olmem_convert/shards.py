@@ -1,4 +1,5 @@
-"""Safetensors written as a stream: one tensor in memory, each file and its sha256 made in one pass."""
+"""Safetensors written as a stream: a few pieces of a tensor in memory, whatever its size and the model's; each file and
+its sha256 in one pass, in which reading, rounding and writing overlap."""
 
 import hashlib
 import json
@@ -6,9 +7,12 @@ import math
 import os
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -18,40 +22,69 @@ from .tensors import LazyTensor
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 INDEX_NAME = "model.safetensors.index.json"
+PIECE = 2**24  # bytes that are read at a time
+END: Any = object()
+Item = TypeVar("Item")
 
 
-def write_shards(
-    folder: Path,
-    tensors: Mapping[str, LazyTensor],
-    dtype: torch.dtype,
-    max_shard_size: int | str,
-    advance: Callable[[int], object] = lambda nbytes: None,
-) -> int:
-    """Writes `model*.safetensors` and, when there are several, the index. `advance` is told of bytes written.
+@dataclass(frozen=True)
+class WeightFiles:
+    """The files that hold `tensors` in `dtype`, none larger than `max_shard_size` unless for one tensor."""
 
-    Returns the weights' bytes, which the index states as `total_size`.
-    """
-    check_size(max_shard_size)
-    plan = split_state_dict_into_shards_factory(
-        dict(tensors),
-        get_storage_size=lambda tensor: math.prod(tensor.shape) * dtype.itemsize,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=int(max_shard_size) if str(max_shard_size).isdigit() else max_shard_size,
-    )
-    for file_name, names in plan.filename_to_tensors.items():
-        with (folder / file_name).open("xb") as file:
-            write_file(file, {name: tensors[name] for name in names}, dtype, advance)
-    total = sum(math.prod(tensor.shape) * dtype.itemsize for tensor in tensors.values())
-    if plan.is_sharded:
-        index = {
-            "metadata": {
-                "total_size": total,
-                "total_parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),
-            },
-            "weight_map": dict(sorted(plan.tensor_to_filename.items())),
-        }
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return total
+    tensors: Mapping[str, LazyTensor]
+    dtype: torch.dtype
+    max_shard_size: int | str = "5GB"
+    names: dict[str, list[str]] = field(init=False)  # of the tensors in each
+
+    def __post_init__(self) -> None:
+        check_size(self.max_shard_size)
+        size = self.max_shard_size
+        plan = split_state_dict_into_shards_factory(
+            dict(self.tensors),
+            get_storage_size=self.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=int(size) if str(size).isdigit() else size,
+        )
+        object.__setattr__(self, "names", plan.filename_to_tensors)
+
+    def nbytes(self, tensor: LazyTensor) -> int:
+        return math.prod(tensor.shape) * self.dtype.itemsize
+
+    def total(self, files: Iterable[str] | None = None) -> int:
+        """The bytes of the weights in these files, or in all."""
+        files = self.names if files is None else files
+        return sum(self.nbytes(self.tensors[name]) for file in files for name in self.names[file])
+
+    def write(
+        self,
+        folder: Path,
+        advance: Callable[[int], object] = lambda nbytes: None,
+        *,
+        finished: Mapping[str, str] | None = None,
+        finish: Callable[[str, str], object] = lambda name, digest: None,
+        allow_nonfinite: bool = False,
+    ) -> dict[str, int]:
+        """Writes the files that are not `finished`, and the index where they are several.
+
+        `advance` is told of bytes, `finish` of each file that is on the disk, with its sha256. Returns how many numbers
+        are NaN or infinite, by tensor; without `allow_nonfinite` they are an error.
+        """
+        bad: dict[str, int] = {}
+        for name, names in self.names.items():
+            if name in (finished or {}):
+                continue
+            tensors = {key: self.tensors[key] for key in names}
+            digest = write_file(folder / name, tensors, self.dtype, advance, bad if allow_nonfinite else None)
+            finish(name, digest)
+        if len(self.names) > 1:
+            (folder / INDEX_NAME).write_text(json.dumps(self.index(), indent=2) + "\n", encoding="utf-8")
+        return bad
+
+    def index(self) -> dict[str, Any]:
+        places = {name: file for file, names in self.names.items() for name in names}
+        parameters = sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+        metadata = {"total_size": self.total(), "total_parameters": parameters}
+        return {"metadata": metadata, "weight_map": dict(sorted(places.items()))}
 
 
 def check_size(max_shard_size: int | str) -> None:
@@ -60,38 +93,90 @@ def check_size(max_shard_size: int | str) -> None:
 
 
 def write_file(
-    file: BinaryIO, tensors: Mapping[str, LazyTensor], dtype: torch.dtype, advance: Callable[[int], object]
-) -> None:
-    """One safetensors file (github.com/huggingface/safetensors, "Format"): header length, header, bytes."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    path: Path,
+    tensors: Mapping[str, LazyTensor],
+    dtype: torch.dtype,
+    advance: Callable[[int], object],
+    bad: dict[str, int] | None,
+) -> str:
+    """One safetensors file (github.com/huggingface/safetensors, "Format"): header length, header, bytes. Returns its
+    sha256 once it is on the disk."""
+    digest = hashlib.sha256()
+    with path.open("xb") as file:
+        text = header(tensors, dtype)
+        file.write(text)
+        digest.update(text)
+        for piece in ahead(rounded(ahead(pieces(tensors)), tensors, dtype, bad)):
+            data = piece.contiguous().flatten().view(torch.uint8).numpy().data
+            file.write(data)
+            digest.update(data)
+            advance(data.nbytes)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def header(tensors: Mapping[str, LazyTensor], dtype: torch.dtype) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + math.prod(tensor.shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data are aligned
-    file.write(struct.pack("<Q", len(text)) + text)
-    for name, tensor in tensors.items():
-        values = tensor.load()
-        require_finite(name, values)
-        if values.dtype != dtype:
-            values = values.to(dtype)
-            require_finite(name, values, f" as {str(dtype).removeprefix('torch.')}")
-        data = values.contiguous().flatten().view(torch.uint8).numpy()
-        file.write(data.data)
-        advance(data.nbytes)
-        del values, data  # before the next one is read: one tensor in memory, not two
-    file.flush()
-    os.fsync(file.fileno())
+    return struct.pack("<Q", len(text)) + text
 
 
-def require_finite(name: str, tensor: torch.Tensor, when: str = "") -> None:
-    bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-    if bad:
-        remedy = "choose --dtype bfloat16" if when else "the file is damaged or the run diverged: convert another step"
-        raise CheckpointError(
-            f"`{name}` must be finite{when} (got {bad} NaN or infinite values of {tensor.numel()}); {remedy}."
-        )
+def ahead(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
+    """The same items, of which a thread makes so many ahead of the one that is in use."""
+    iterator = iter(items)
+    with ThreadPoolExecutor(1) as thread:
+        coming = deque(thread.submit(next, iterator, END) for _ in range(depth))
+        while (item := coming.popleft().result()) is not END:
+            coming.append(thread.submit(next, iterator, END))
+            yield item
+
+
+def pieces(tensors: Mapping[str, LazyTensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((name, piece) for name, tensor in tensors.items() for piece in tensor.pieces(PIECE))
+
+
+def rounded(
+    pieces: Iterable[tuple[str, torch.Tensor]],
+    tensors: Mapping[str, LazyTensor],
+    dtype: torch.dtype,
+    bad: dict[str, int] | None,
+) -> Iterator[torch.Tensor]:
+    for name, piece in pieces:
+        made = piece.to(dtype)
+        if not is_finite(made):
+            before, after = count_nonfinite(piece), count_nonfinite(made)
+            if after > before:
+                refuse_nonfinite(name, tensors[name], dtype)
+            elif bad is None:
+                refuse_nonfinite(name, tensors[name])
+            else:
+                bad[name] = bad.get(name, 0) + after
+        yield made
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Many times as fast as asking of each number."""
+    return tensor.numel() == 0 or all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
+
+
+def count_nonfinite(tensor: torch.Tensor) -> int:
+    return tensor.numel() - int(torch.isfinite(tensor).sum())
+
+
+def refuse_nonfinite(name: str, tensor: LazyTensor, dtype: torch.dtype | None = None) -> NoReturn:
+    """The error that says how many of its numbers are none, or, with `dtype`, would be none once rounded to it."""
+    of_all = math.prod(tensor.shape)
+    bad = sum(count_nonfinite(piece.to(dtype or piece.dtype)) for piece in tensor.pieces(PIECE))
+    when, remedy = f" as {str(dtype).removeprefix('torch.')}", "choose --dtype bfloat16"
+    if dtype is None:
+        when, remedy = "", "the file is damaged or the run diverged: convert another step, or add --allow-nonfinite"
+    raise CheckpointError(f"`{name}` must be finite{when} (got {bad} NaN or infinite values of {of_all}); {remedy}.")
 
 
 def sha256(path: Path) -> str:

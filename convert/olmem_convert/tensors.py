@@ -14,7 +14,7 @@ import torch
 
 from .errors import CheckpointError
 
-BLOCK = 2**22  # bytes that a checksum is computed of at a time
+BLOCK = 2**22  # bytes that are checked or compared at a time
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,16 @@ class LazyTensor:
         return self.read(0, self.shape[0] if self.shape else 1)
 
     def pieces(self, nbytes: int) -> Iterator[torch.Tensor]:
-        """All of it in order, in pieces of about so many bytes where it is divisible."""
-        rows = self.shape[0] if self.shape else 1
-        step = max(nbytes * rows // max(self.nbytes, 1), 1) if self.divisible else max(rows, 1)
+        """All of it in order, in pieces of about so many bytes, or of one row if that is more."""
+        if not self.shape:
+            yield self.load()
+            return
+        rows = self.shape[0]
+        step = max(nbytes * rows // max(self.nbytes, 1), 1)
+        whole = None if self.divisible else self.load()
         for start in range(0, rows, step):
-            yield self.read(start, min(start + step, rows))
+            stop = min(start + step, rows)
+            yield self.read(start, stop) if whole is None else whole[start:stop].clone()
 
     def rows(self, start: int, stop: int) -> "LazyTensor":
         """Rows start … stop−1 of the first dimension."""
@@ -55,6 +60,17 @@ class LazyTensor:
     def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "LazyTensor":
         """What `change`, which keeps shape and dtype, makes of it."""
         return LazyTensor.whole(self.shape, self.dtype, lambda: change(self.load()))
+
+
+def same_bits(one: LazyTensor, other: LazyTensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether two tensors of one shape hold the same, once both are of `dtype` if given; a few rows in memory."""
+    rows = one.shape[0] if one.shape else 1
+    step = max(BLOCK * rows // max(one.nbytes, 1), 1) if one.divisible and other.divisible else max(rows, 1)
+
+    def bits(tensor: LazyTensor, start: int) -> torch.Tensor:
+        return tensor.read(start, min(start + step, rows)).to(dtype or tensor.dtype).flatten().view(torch.uint8)
+
+    return all(torch.equal(bits(one, start), bits(other, start)) for start in range(0, rows, step))
 
 
 class LoadedOnDemand(Mapping[str, torch.Tensor]):

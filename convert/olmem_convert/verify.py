@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import olmem
+import psutil
 import torch
 import transformers
 from olmem import OlmemConfig, OlmemForCausalLM
@@ -37,16 +38,20 @@ from .formats.detect import open_checkpoint
 from .memory import OFF, listed, memory_of, new_parameters, switched, with_memory
 from .native_forward import native_forward
 from .plan import TOKEN_IDS, load_config, make_config, make_tensors
-from .shards import require_finite, sha256
-from .tensors import LazyTensor, LoadedOnDemand
+from .shards import PIECE, count_nonfinite, is_finite, refuse_nonfinite, sha256
+from .tensors import LazyTensor, LoadedOnDemand, same_bits
 from .transformers_forward import transformers_forward
 from .weight_files import read_safetensors
 
-UNSEALED = (REPORT_NAME, CARD_NAME, EVALUATION_NAME)  # written after a verification, which does not vouch for them
+# What a verification does not vouch for, and may come after it.
+UNSEALED = {REPORT_NAME, CARD_NAME, EVALUATION_NAME} | {
+    f"{name}{suffix}" for name in ("LICENSE", "NOTICE") for suffix in ("", ".md", ".txt")
+}
 # Of the largest value, at least 1. Another order of float32 sums stays below 1.5e-6 in all checkpoints at hand; the
 # least of the mistakes, another generation's epsilon, moves some stage by 7e-6 and more.
 TOLERANCE = 4e-6
 PROMPT_BEYOND_WINDOW, LONGEST_WINDOW = 32, 2**14  # the square of which is the mask, and memory
+ROWS = 256  # of activations that are compared at a time
 NOT_OF_THE_LOGITS = {
     *TOKEN_IDS,
     *("architectures", "attention_dropout", "dtype", "id2label", "initializer_range", "label2id", "residual_dropout"),
@@ -69,11 +74,12 @@ def verify(
     native_config: str | Path | None = None,
     n_ctx: int | None = None,
     act_fn: str | None = None,
+    allow_nonfinite: bool = False,
 ) -> dict[str, Any]:
     """Compares the converted folder `out` with the native checkpoint `source`, writes `verification.json`.
 
-    native_config, n_ctx, act_fn: as `convert` was given them. Returns the report. Raises CheckpointError, after writing
-    a report that says so, when the logits differ.
+    native_config, n_ctx, act_fn, allow_nonfinite: as `convert` was given them. Returns the report. Raises
+    CheckpointError, after writing a report that says so, when the logits differ.
     """
     out = Path(out)
     if not (out / "config.json").is_file():
@@ -89,7 +95,7 @@ def verify(
     kept = kept_metadata(out)
     (out / REPORT_NAME).unlink(missing_ok=True)  # an old report must not vouch for what is being checked
     write_card(out, kept)
-    report = verify_checkpoint(out, checkpoint, say)
+    report = verify_checkpoint(out, checkpoint, say, allow_nonfinite)
     write_card(out, kept, report["sha256"])
     return report
 
@@ -107,28 +113,33 @@ def config_as_written(out: Path) -> dict[str, Any]:
     return {}
 
 
-def verify_checkpoint(out: Path, checkpoint: Checkpoint, say: Callable[[str], None]) -> dict[str, Any]:
+def verify_checkpoint(
+    out: Path, checkpoint: Checkpoint, say: Callable[[str], None], allow_nonfinite: bool = False
+) -> dict[str, Any]:
     """The same, for a checkpoint that is already open."""
     config = load_config(out)
-    model = load(out, torch.float32, WithoutMemory, **OFF)
+    nonfinite = nonfinite_weights(out, allow_nonfinite)
+    model = load_bounded(out, torch.float32, WithoutMemory, **OFF)
     stored = stored_dtype(out)
     input_ids = prompt(checkpoint, (config.memory_segment_length or 0) if config.num_memory_tokens else 0)
-    stages = compare_stages(model, native_stages(checkpoint, input_ids, torch.float32, stored), input_ids)
+    native = native_stages(checkpoint, input_ids, torch.float32, stored)
+    stages = compare_stages(model, native, input_ids, bool(nonfinite))
     remembering = with_memory(checkpoint, memory_of(config))
     config_differences, weight_differences = compare_files(config, out, checkpoint, remembering, stored)
     report = make_report(out, checkpoint, input_ids, stored, stages)
     report |= {"config_differences": config_differences, "weight_differences": weight_differences}
+    report["nonfinite"] = nonfinite
     report["passed"] &= not config_differences and not weight_differences
     logits = logits_of(model, input_ids) if config.has_memory and report["passed"] else None
     del model
     if stored != torch.float32:
-        report["rounding"] = rounding(load(out, stored, WithoutMemory, **OFF), checkpoint, input_ids)
+        report["rounding"] = rounding(load_bounded(out, stored, WithoutMemory, **OFF), checkpoint, input_ids)
     if logits is not None:
         report["memory"] = {
             "fields": switched(remembering, checkpoint),
             "compared": "with memory off",
-            "new_parameters": sound_parameters(out, new_parameters(remembering, checkpoint)),
-            "relative_difference_when_on": relative_difference(load(out, torch.float32), input_ids, logits),
+            "new_parameters": new_parameters(remembering, checkpoint),
+            "relative_difference_when_on": relative_difference(load_bounded(out, torch.float32), input_ids, logits),
         }
     write_report(out, report, "native")
     weights = "" if stored == torch.float32 else f" of the same weights rounded to {report['dtype']}"
@@ -136,8 +147,8 @@ def verify_checkpoint(out: Path, checkpoint: Checkpoint, say: Callable[[str], No
         f"verified: logits differ by at most {report['max_difference']:.3g} from the native forward pass{weights}, "
         f"{report['mean_difference']:.3g} on average ({input_ids.shape[1]} tokens, computed in float32)"
     )
-    if stored != torch.float32:
-        rounded = report["rounding"]
+    tell_nonfinite(report, say)
+    if rounded := report.get("rounding"):
         say(
             f"cost of {report['dtype']}: run in it, logits are at most {rounded['max_difference']:.3g} off those of "
             f"unrounded weights in float64, {rounded['mean_difference']:.3g} on average"
@@ -148,6 +159,14 @@ def verify_checkpoint(out: Path, checkpoint: Checkpoint, say: Callable[[str], No
             f"move the logits of this prompt by {100 * memory['relative_difference_when_on']:.3g} %"
         )
     return report
+
+
+def tell_nonfinite(report: dict[str, Any], say: Callable[[str], None]) -> None:
+    if counts := report["nonfinite"]:
+        say(
+            f"note: {sum(counts.values()):,} numbers of {', '.join(counts)} are NaN or infinite, carried over bit for "
+            f"bit; {report['stages'][-1]['compared']:,} logits are numbers, which were compared"
+        )
 
 
 def make_report(
@@ -199,6 +218,15 @@ def load(out: Path, dtype: torch.dtype, model_class: Any = OlmemForCausalLM, **f
     if wrong:
         raise CheckpointError(f"`{out}` must load without missing or unexpected weights (got {wrong}); convert again.")
     return model.eval()
+
+
+def load_bounded(out: Path, dtype: torch.dtype, model_class: Any = OlmemForCausalLM, **fields: Any) -> Any:
+    """As `load`, on the CPU: what does not fit into half of the free memory stays in its files until it is called."""
+    return load(out, dtype, model_class, device_map="auto", max_memory={"cpu": free_memory() // 2}, **fields)
+
+
+def free_memory() -> int:
+    return psutil.virtual_memory().available
 
 
 def stored_dtype(out: Path) -> torch.dtype:
@@ -256,9 +284,10 @@ def native_stages(
 
 @torch.no_grad()
 def compare_stages(
-    model: Any, native: Iterator[tuple[str, torch.Tensor]], input_ids: torch.Tensor
+    model: Any, native: Iterator[tuple[str, torch.Tensor]], input_ids: torch.Tensor, nonfinite: bool = False
 ) -> list[dict[str, Any]]:
-    """One row for embeddings, each block, the last norm and the logits, in the order of the forward pass.
+    """One row for embeddings, each block, the last norm and the logits, in the order of the forward pass. With
+    `nonfinite` weights, what is NaN or infinite on both sides alike is no difference.
 
     The model's stages call for the native ones as they are reached, so that its activations do not pile up.
     """
@@ -268,7 +297,7 @@ def compare_stages(
 
         def compare_next(actual: torch.Tensor) -> None:
             name, expected = next(native)
-            rows.append({"stage": name} | difference(actual, expected))
+            rows.append({"stage": name} | difference(actual, expected, nonfinite))
             bar.update()
 
         hooks = [module.register_forward_hook(lambda _, __, output: compare_next(output)) for module in modules]
@@ -312,7 +341,7 @@ def weights_that_differ(
             return False
         if name in of_any_values:
             return written[name].shape == made[name].shape
-        return torch.equal(written[name].load(), made[name].load().to(stored))
+        return written[name].shape == made[name].shape and same_bits(written[name], made[name], stored)
 
     names = tqdm(sorted(set(written) | set(made)), desc="comparing weights", unit="tensor", disable=None)
     return [name for name in names if not same(name)]
@@ -324,12 +353,16 @@ def weights_of(out: Path) -> dict[str, LazyTensor]:
     }
 
 
-def sound_parameters(out: Path, names: list[str]) -> list[str]:
-    """The names of these weights, once they are known to be finite."""
-    written = weights_of(out)
-    for name in names:
-        require_finite(name, written[name].load())
-    return names
+def nonfinite_weights(out: Path, allowed: bool) -> dict[str, int]:
+    """How many numbers of the folder's weights are NaN or infinite, by name; unless that is allowed, an error."""
+    found: dict[str, int] = {}
+    for name, tensor in weights_of(out).items():
+        for piece in tensor.pieces(PIECE):
+            if not is_finite(piece):
+                if not allowed:
+                    refuse_nonfinite(name, tensor)
+                found[name] = found.get(name, 0) + count_nonfinite(piece)
+    return found
 
 
 def relative_difference(model: Any, input_ids: torch.Tensor, logits: torch.Tensor) -> float:
@@ -348,20 +381,29 @@ def logits_of(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids, use_cache=False, return_dict=True).logits
 
 
-def difference(actual: torch.Tensor, expected: torch.Tensor) -> dict[str, Any]:
+def difference(actual: torch.Tensor, expected: torch.Tensor, nonfinite: bool = False) -> dict[str, Any]:
     if actual.shape != expected.shape:
         raise CheckpointError(
             f"the converted model must have the native shapes (got {tuple(actual.shape)} for {tuple(expected.shape)}); "
             "OUT is of another checkpoint."
         )
-    gap = (actual.double() - expected.double()).abs()
-    tolerance = TOLERANCE * max(1.0, float(expected.abs().max()))
-    largest = float(gap.max())
+    largest, total, count, scale = [torch.tensor(0.0).double()], 0.0, 0, 1.0
+    for one, other in zip(actual.flatten(0, -2).split(ROWS), expected.flatten(0, -2).split(ROWS), strict=True):
+        if nonfinite:
+            alike = (one.isnan() & other.isnan()) | (one.isinf() & (one == other))
+            one, other = one[~alike], other[~alike]
+        if one.numel():
+            gap = (one.double() - other.double()).abs()
+            largest.append(gap.max())
+            total, count = total + float(gap.sum()), count + gap.numel()
+            scale = max(scale, float(other.abs().max()))
+    maximum = float(torch.stack(largest).max())
     return {
-        "max_difference": largest,
-        "mean_difference": float(gap.mean()),
-        "tolerance": tolerance,
-        "equal": largest <= tolerance,  # false for NaN
+        "max_difference": maximum,
+        "mean_difference": total / max(count, 1),
+        "tolerance": TOLERANCE * scale,
+        "equal": maximum <= TOLERANCE * scale,  # false for NaN
+        "compared": count,
     }
 
 
@@ -370,7 +412,8 @@ def rounding(model: Any, checkpoint: Checkpoint, input_ids: torch.Tensor) -> dic
     stages = native_stages(checkpoint, input_ids, torch.float64)
     (_, reference) = deque(stages, maxlen=1).pop()
     gap = (logits_of(model, input_ids).double() - reference).abs()
-    return {"max_difference": float(gap.max()), "mean_difference": float(gap.mean())}
+    gap = gap[gap.isfinite()]
+    return {"max_difference": float(gap.max()), "mean_difference": float(gap.mean())} if gap.numel() else {}
 
 
 def explain(report: dict[str, Any]) -> str:

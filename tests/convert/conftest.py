@@ -12,6 +12,7 @@ import transformers
 from convert.checkpoints import options, source
 from hypothesis import settings
 from olmem_convert import convert
+from olmem_convert.card import card
 
 settings.register_profile("same", derandomize=True, deadline=None)  # so that what fails is what was changed
 settings.load_profile("same")
@@ -53,3 +54,12 @@ def changeable(converted, tmp_path) -> Callable[..., Path]:
         return Path(shutil.copytree(converted(name), tmp_path / "changeable"))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def released(tmp_path_factory, converted) -> Path:
+    """A small folder that may be published, of one file of weights."""
+    out = tmp_path_factory.mktemp("released") / "out"
+    shutil.copytree(converted("olmo_core_swa"), out)
+    card(out, license="apache-2.0")
+    return out

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -59,6 +60,13 @@ def test_no_verify_says_how_to(tmp_path):
     assert result.exit_code == 0 and (tmp_path / "out" / "verification.json").exists()
 
 
+def test_paths_in_a_command_that_is_proposed_are_quoted(tmp_path):
+    folder = write_olmo(tmp_path / "my runs" / "step 1", "model.pt")
+    result = run("convert", folder, tmp_path / "my out", "--no-verify")
+    command = next(line for line in result.stdout.splitlines() if line.startswith("not verified")).split("`")[1]
+    assert run(*shlex.split(command)[1:]).exit_code == 0
+
+
 def test_options_reach_the_conversion(tmp_path):
     options = ("--dtype", "bfloat16", "--max-shard-size", "50KB", "--max-length", "48", "--tokenizer", DEMO)
     result = run("convert", DEMO / "step1872", tmp_path / "out", *options)
@@ -95,6 +103,8 @@ def test_overwrite(tmp_path):
         ["verify", "a", "--against", "b", "--n-ctx", "x"],
         ["verify", "a"],
         ["verify", "--against", "a"],
+        ["push", "a"],
+        ["push", "a", "b/c", "--token", "x"],
     ],
     ids=" ".join,
 )
@@ -105,13 +115,14 @@ def test_wrong_use_ends_with_two(arguments, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("verb", ["convert", "verify"])
+@pytest.mark.parametrize("verb", ["convert", "verify", "push"])
 def test_help_names_every_argument(verb):
     result = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
     assert result.exit_code == 0
     for word in {
         "convert": ("SRC", "OUT", "--dtype", "--set", "--overwrite"),
         "verify": ("OUT", "--against", "--json"),
+        "push": ("OUT", "REPO_ID", "--revision", "--create-pr", "--private", "--tag", "--execute", "--json"),
     }[verb]:
         assert word in result.stdout
 
@@ -155,12 +166,12 @@ def test_signal_leaves_nothing(number, code, overwrite, tmp_path):
     script = f"""
 import importlib, sys, time
 module = importlib.import_module("olmem_convert.convert")
-written = module.write_shards
+written = module.write_weights
 def wait(*args):
     written(*args)
     print("ready", flush=True)
     time.sleep(60)
-module.write_shards = wait
+module.write_weights = wait
 sys.argv = ["olmem", "convert", {str(source_folder)!r}, {str(out)!r}] + ["--overwrite"] * {overwrite}
 from olmem_convert.cli import app
 app()
@@ -181,5 +192,6 @@ app()
 
 
 def test_library_names():
-    assert set(olmem_convert.__all__) == {"CheckpointError", "convert", "export", "verify"}
+    verbs = {"card", "convert", "evaluate", "export", "push", "verify"}
+    assert set(olmem_convert.__all__) == {"CheckpointError", *verbs}
     assert all(callable(getattr(olmem_convert, name)) for name in olmem_convert.__all__)

@@ -281,13 +281,16 @@ def test_missing_parents_are_made(tmp_path):
     assert (tmp_path / "a" / "b" / "out" / "config.json").is_file()
 
 
-@pytest.mark.parametrize("stage", ["write_shards", "custom_object_save", "copy_tokenizer", "verify_checkpoint", "sync"])
+@pytest.mark.parametrize(
+    "stage", ["write_weights", "custom_object_save", "copy_tokenizer", "verify_checkpoint", "partial.sync"]
+)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError, MemoryError])
 def test_whatever_stops_a_conversion_leaves_nothing(stage, error, monkeypatch, changeable, tmp_path):
     def stop(*_args, **_kwargs):
         raise error
 
-    monkeypatch.setattr(importlib.import_module("olmem_convert.convert"), stage, stop)
+    module, _, name = f"convert.{stage}".rpartition(".")
+    monkeypatch.setattr(importlib.import_module(f"olmem_convert.{module.split('.')[-1]}"), name, stop)
     with pytest.raises((error, CheckpointError)):
         convert(source("olmo"), tmp_path / "new" / "deep" / "out")
     assert list(tmp_path.iterdir()) == []

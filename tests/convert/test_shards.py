@@ -11,7 +11,7 @@ from convert.test_tensors import values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from olmem_convert import CheckpointError
-from olmem_convert.shards import INDEX_NAME, sha256, write_shards
+from olmem_convert.shards import INDEX_NAME, WeightFiles, sha256
 from olmem_convert.tensors import LazyTensor
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -41,7 +41,9 @@ def test_what_is_written_is_what_is_read(shapes, source, target, size):
     told = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        total = write_shards(folder, {key: lazy(value) for key, value in tensors.items()}, target, size, told.append)
+        files = WeightFiles({key: lazy(value) for key, value in tensors.items()}, target, size)
+        assert files.write(folder, told.append) == {}
+        total = files.total()
         read = written(folder)
         assert set(read) == set(tensors)
         assert all(
@@ -69,7 +71,7 @@ def test_what_is_written_is_what_is_read(shapes, source, target, size):
 @pytest.mark.parametrize("length", range(1, 9))
 def test_data_are_aligned_and_views_are_written_whole(length, tmp_path):
     tensors = {"a" * length: values(3, 5).T, "b": values(40)[3:9]}
-    write_shards(tmp_path, {name: lazy(value) for name, value in tensors.items()}, torch.float32, "5GB")
+    WeightFiles({name: lazy(value) for name, value in tensors.items()}, torch.float32).write(tmp_path)
     path = tmp_path / "model.safetensors"
     assert (8 + int.from_bytes(path.read_bytes()[:8], "little")) % 8 == 0
     assert all(torch.equal(value, tensors[name]) for name, value in load_file(path).items())
@@ -84,9 +86,8 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path):
         alive.add(tensor)
         return tensor
 
-    write_shards(
-        tmp_path, {f"w{i}": LazyTensor.whole((100,), torch.float32, load) for i in range(6)}, torch.bfloat16, 900
-    )
+    tensors = {f"w{i}": LazyTensor.whole((100,), torch.float32, load) for i in range(6)}
+    WeightFiles(tensors, torch.bfloat16, 900).write(tmp_path)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -95,27 +96,27 @@ def test_values_that_are_no_numbers_are_refused_by_name(bad, dtype, tmp_path):
     tensor = torch.ones(3, 4)
     tensor[1, 2] = bad
     with pytest.raises(CheckpointError, match=r"`some\.weight` must be finite .*1 NaN or infinite values of 12"):
-        write_shards(tmp_path, {"good": lazy(torch.ones(2)), "some.weight": lazy(tensor)}, dtype, "5GB")
+        WeightFiles({"good": lazy(torch.ones(2)), "some.weight": lazy(tensor)}, dtype).write(tmp_path)
 
 
 def test_values_beyond_float16_are_refused_with_the_way_out(tmp_path):
     tensors = {"some.weight": lazy(torch.tensor([1.0, 70000.0]))}
     with pytest.raises(CheckpointError, match=r"`some\.weight`.* float16 .*--dtype bfloat16"):
-        write_shards(tmp_path, tensors, torch.float16, "5GB")
+        WeightFiles(tensors, torch.float16).write(tmp_path)
     (tmp_path / "again").mkdir()
-    write_shards(tmp_path / "again", tensors, torch.bfloat16, "5GB")
+    WeightFiles(tensors, torch.bfloat16).write(tmp_path / "again")
 
 
 @pytest.mark.parametrize("size", ["5XB", "", "abc", "1.5.GB", "0", "0GB", "-5GB", 0, -1])
 def test_sizes_that_are_none_are_refused(size, tmp_path):
     with pytest.raises(CheckpointError, match="max_shard_size"):
-        write_shards(tmp_path, {"w": lazy(torch.ones(3))}, torch.float32, size)
+        WeightFiles({"w": lazy(torch.ones(3))}, torch.float32, size).write(tmp_path)
 
 
 def test_existing_files_are_not_written_over(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"here before")
     with pytest.raises(FileExistsError):
-        write_shards(tmp_path, {"w": lazy(torch.ones(3))}, torch.float32, "5GB")
+        WeightFiles({"w": lazy(torch.ones(3))}, torch.float32).write(tmp_path)
 
 
 def test_sha256_is_the_commands(tmp_path):

@@ -239,9 +239,11 @@ def test_pieces_are_the_tensor(layout, nbytes):
 
 
 def test_pieces_of_what_is_read_whole():
-    tensor = LazyTensor.whole((6, 4), torch.float32, lambda: values(6, 4))
-    (piece,) = tensor.pieces(1)
-    assert torch.equal(piece, values(6, 4))
+    reads = []
+    tensor = LazyTensor.whole((6, 4), torch.float32, lambda: reads.append(1) or values(6, 4))
+    pieces = list(tensor.pieces(40))
+    assert [len(piece) for piece in pieces] == [2, 2, 2] and reads == [1]
+    assert torch.equal(torch.cat(pieces), values(6, 4))
     (number,) = LazyTensor.whole((), torch.float32, lambda: torch.tensor(3.0)).pieces(1)
     assert number.shape == () and number == 3
     assert list(LazyTensor.whole((0, 4), torch.float32, lambda: values(0, 4)).pieces(1)) == []

@@ -1,18 +1,21 @@
 """Verification catches every way a converted folder can be wrong while it still loads."""
 
+import importlib
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from convert.checkpoints import edit_json, load_weights, options, read_config, save_weights, snapshot, source
+import torch
+from convert.checkpoints import DEMO, edit_json, load_weights, options, read_config, save_weights, snapshot, source
 from convert.mutations import MUTATIONS, mutate
 from olmem_convert import CheckpointError, convert, verify
 from olmem_convert.cli import app
 from olmem_convert.formats import baka, olmo, olmo_core
 from typer.testing import CliRunner
 
+verification = importlib.import_module("olmem_convert.verify")  # whose name in the package is the function's
 ALL = (
     "olmo",
     "olmo_gqa_tied",
@@ -290,7 +293,11 @@ def test_nan_in_the_weights_is_no_equality(changeable):
     tensors = load_weights(out)
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
     save_weights(out, tensors)
-    refused(out, "olmo", "native logits")
+    with pytest.raises(CheckpointError, match=r"up_proj.* must be finite"):
+        verify(out, source("olmo"))
+    assert not (out / "verification.json").exists()
+    with pytest.raises(CheckpointError, match="native logits"):
+        verify(out, source("olmo"), allow_nonfinite=True)
 
 
 def test_code_in_the_folder_does_not_run(changeable, tmp_path):
@@ -300,3 +307,36 @@ def test_code_in_the_folder_does_not_run(changeable, tmp_path):
         path.write_text(f"open({str(canary)!r}, 'w')\n" + path.read_text())
     verify(out, source("olmo"))
     assert not canary.exists()
+
+
+def test_a_model_larger_than_memory_is_verified_from_its_files(monkeypatch, tmp_path):
+    """Bit for bit as one that fits, and with most of it on the disk."""
+    convert(DEMO / "step1872", tmp_path / "whole", dtype="bfloat16")
+    placed, load = [], verification.load
+
+    def watched(*arguments, **options):
+        model = load(*arguments, **options)
+        placed.append(set(model.hf_device_map.values()))
+        return model
+
+    monkeypatch.setattr(verification, "load", watched)
+    monkeypatch.setattr(verification, "free_memory", lambda: 8_000_000)
+    convert(DEMO / "step1872", tmp_path / "out", dtype="bfloat16")
+    assert placed == [{"cpu", "disk"}] * 2 or placed == [{"cpu", "disk"}, {"cpu"}]
+    one, other = (json.loads((tmp_path / name / "verification.json").read_text()) for name in ("whole", "out"))
+    assert one == other
+
+
+def nan_in(index: int) -> torch.Tensor:
+    values = torch.zeros(1, 600, 3)
+    values[0, index, 1] = float("nan")
+    return values
+
+
+@pytest.mark.parametrize("index", [0, 300, 599])
+def test_nan_is_a_difference_wherever_it_is(index):
+    for one, other in ((nan_in(index), torch.zeros(1, 600, 3)), (torch.zeros(1, 600, 3), nan_in(index))):
+        for nonfinite in (False, True):
+            assert not verification.difference(one, other, nonfinite)["equal"]
+    assert not verification.difference(nan_in(index), nan_in(index))["equal"]
+    assert verification.difference(nan_in(index), nan_in(index), True)["equal"]

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -278,7 +279,7 @@ class Given:
     def options(self) -> str:
         """As on the command line, a space before each; empty when nothing is given."""
         given = {"--native-config": self.native_config, "--n-ctx": self.n_ctx, "--act-fn": self.act_fn}
-        return "".join(f" {option} {value}" for option, value in given.items() if value is not None)
+        return "".join(f" {option} {quote(str(value))}" for option, value in given.items() if value is not None)
 
 
 @dataclass(frozen=True)

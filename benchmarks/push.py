@@ -1,0 +1,101 @@
+"""Pushes a model to a Hub on this machine, killed at a drawn request and run again, and prints what the Hub then holds.
+
+    python benchmarks/push.py [--pushes 20] [--seed 0] [--json FILE]
+
+Each push is the command, in a process of its own, to a repository of its own; SIGKILL strikes when the drawn request
+arrives, anywhere from the first to the last of an undisturbed push, which downloads the model at its end. The same
+command then runs to its end. A push is right when there is one commit, which holds each file bit for bit and no other,
+no uploaded object was sent twice, and the tag names that commit. Anything else ends with exit code 1.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from hub_server import HubServer  # noqa: E402  # pyright: ignore[reportMissingImports]
+from olmem_convert import convert  # noqa: E402
+from olmem_convert.card import card  # noqa: E402
+
+SOURCE = ROOT / "tests" / "golden" / "olmo_core_swa" / "step10"
+COLUMNS = ("killed at", "request", "commits", "lost", "extra", "sent twice", "tag", "right")
+
+
+def start(server: HubServer, out: Path, repo_id: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "olmem_convert", "push", str(out), repo_id, "--tag", "v1", "--execute"]
+    environment = os.environ | server.env | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(process: subprocess.Popen[bytes]) -> None:
+    output, errors = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"{output.decode()}{errors.decode()}")
+
+
+def interrupted(server: HubServer, out: Path, repo_id: str, k: int) -> dict[str, Any]:
+    """What the Hub holds after a push that was killed at its request k, from 0, and run again."""
+    server.requests.clear()
+    process = start(server, out, repo_id)
+    fault = server.fail("", process.kill, after=k)
+    process.communicate()
+    server.faults.clear()
+    at = server.requests[k] if fault.hits else None
+    finish(start(server, out, repo_id))
+    expected = {path.name: path.read_bytes() for path in out.iterdir()}
+    held = {name: server.read(repo_id, name) for name in server.files(repo_id) if name != ".gitattributes"}
+    sent = Counter(
+        request.path.partition("?")[0]
+        for request in server.requests
+        if request.method == "PUT" and request.status == 200
+    )
+    row: dict[str, Any] = {
+        "killed at": k if at else None,
+        "request": f"{at.method} {at.path.partition('?')[0].replace(repo_id, 'R')[:60]}" if at else None,
+        "commits": len(server.commits(repo_id)) - 1,
+        "lost": sum(held.get(name) != data for name, data in expected.items()),
+        "extra": len(held.keys() - expected.keys()),
+        "sent twice": sum(times > 1 for times in sent.values()),
+        "tag": server.tags(repo_id) == {"v1": server.branches(repo_id)["main"]},
+    }
+    wanted = {"commits": 1, "lost": 0, "extra": 0, "sent twice": 0, "tag": True}
+    return row | {"right": at is not None and all(row[name] == value for name, value in wanted.items())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--pushes", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch, HubServer() as server:
+        out = Path(scratch) / "out"
+        convert(SOURCE, out, max_shard_size="50KB")
+        card(out, license="apache-2.0")
+        finish(start(server, out, f"{server.user}/whole"))
+        requests = len(server.requests)
+        drawn = random.Random(arguments.seed).sample(range(requests), min(arguments.pushes, requests))
+        print(f"{requests} requests in an undisturbed push of {len(list(out.iterdir()))} files")
+        print("  ".join(COLUMNS))
+        for number, k in enumerate(drawn):
+            rows.append(interrupted(server, out, f"{server.user}/m{number}", k))
+            print("  ".join(str(rows[-1][name]).rjust(len(name)) for name in COLUMNS), flush=True)
+    right = sum(row["right"] for row in rows)
+    print(f"{right} of {len(rows)} interrupted pushes lost nothing, doubled nothing and are tagged")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"requests": requests, "pushes": rows}, indent=2) + "\n")
+    sys.exit(right != len(rows))
+
+
+if __name__ == "__main__":
+    main()

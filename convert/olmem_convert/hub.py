@@ -1,0 +1,446 @@
+"""From a converted folder to the Hub: the whole of it in one commit, verified there, or nothing.
+
+The plan compares the folder with the branch as one commit has it. The upload is one commit on top of that one, which
+the Hub refuses if the branch has moved. A commit whose answer was lost is found again by what it holds and by what it
+lies on, so that none is made twice. The tag comes last: it says that the Hub's files have the checksums of this folder,
+and that they load, by the repository's own code, to the same logits.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, get_token, is_offline_mode
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from tqdm import tqdm
+
+from .card import CARD_NAME
+from .errors import CheckpointError
+from .files import read_json
+from .release import LocalFile, check_release
+from .remote import (
+    NETWORK_ERRORS,
+    WAITS,
+    Remote,
+    differences,
+    is_passing,
+    persistently,
+    quiet_hub,
+    wait_for,
+)
+from .verify import REPORT_NAME, draw_prompt, stored_dtype
+
+MAIN = "main"
+TITLE = "Model verified by olmem"
+REF_NAME = re.compile(r"(?!refs/)(?!.*\.\.)[a-z0-9][\w.+-]*(/[a-z0-9][\w.+-]*)*(?<!\.)(?<!\.lock)", re.ASCII | re.I)
+OF_THE_USER = {  # variables of places and rules that a process with an empty cache must not know
+    *("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_XET_CACHE", "HF_ASSETS_CACHE", "TRANSFORMERS_CACHE"),
+    "HF_HUB_DISABLE_IMPLICIT_TOKEN",
+}
+TRY_AGAIN = 75  # exit code of reload.py
+MOST_OF_MEMORY = 0.8  # of which weights may take this much before they are offloaded
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a push would do. Files by name, with their bytes; `head` is the commit that it was made against."""
+
+    repo_id: str
+    branch: str
+    head: str | None
+    creates_repo: bool
+    creates_branch: bool
+    new: dict[str, int]
+    changed: dict[str, int]
+    unchanged: dict[str, int]
+    deleted: dict[str, int]
+    upload: int
+    create_pr: bool
+    pull_request: str | None
+    tag: str | None
+    tag_exists: bool
+
+    @property
+    def touched(self) -> list[str]:
+        return sorted([*self.new, *self.changed, *self.deleted])
+
+    @property
+    def is_done(self) -> bool:
+        """The branch, or a pull request to it, holds just these files, and so does the tag."""
+        is_there = self.pull_request is not None or not (self.touched or self.creates_branch)
+        return is_there and (self.tag is None or self.tag_exists)
+
+
+def push(
+    out: str | Path,
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    create_pr: bool = False,
+    private: bool = False,
+    tag: str | None = None,
+    execute: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Plans the upload of the converted folder `out` to the model `repo_id` of the Hub and, with `execute`, does it.
+
+    revision: a branch, created from `main` where it does not exist; `main` by default. create_pr: as a pull request to
+    `main`. private: of a repository that is created. tag: of the commit, once verified. say: is told the plan and each
+    step, line by line.
+
+    Returns `plan`, `commit`, `pull_request`, `verified` and `tagged`. Raises CheckpointError that says what state the
+    Hub is in. The token is the one that huggingface_hub finds.
+    """
+    check_options(repo_id, revision, create_pr, tag)
+    files = check_release(out)
+    if is_offline_mode():
+        raise CheckpointError("`HF_HUB_OFFLINE` must be unset to push (it is set); unset it.")
+    token = get_token()
+    if not token:
+        raise CheckpointError("a token must be known to push (there is none); run `hf auth login`, or set HF_TOKEN.")
+    remote = Remote(repo_id, token)
+    with quiet_hub(), remote.telling(lambda: "nothing was sent"):
+        remote.check_card(files[CARD_NAME].path)
+        plan = make_plan(remote, files, revision or MAIN, create_pr, private, tag)
+        for line in table(plan, private):
+            say(line)
+        report = {"plan": asdict(plan), "commit": None, "verified": False, "tagged": None}
+        report["pull_request"] = plan.pull_request
+        if plan.is_done:
+            where = plan.pull_request or f"`{plan.branch}` of {repo_id} at {plan.head}"
+            say(f"nothing to do: {where} holds these files" + (f", tagged {tag}" if tag else ""))
+            return report | {"tagged": tag}
+        if not execute:
+            say("this is the plan, and nothing was sent; add --execute to do it")
+            return report
+        return report | Push(remote, Path(out), files, plan, private, say).run()
+
+
+def check_options(repo_id: str, revision: str | None, create_pr: bool, tag: str | None) -> None:
+    try:
+        validate_repo_id(repo_id)
+        is_full = repo_id.count("/") == 1
+    except HFValidationError:
+        is_full = False
+    if not is_full:
+        raise CheckpointError(f"`REPO_ID` must be user/name or organization/name (got {repo_id!r}); write it so.")
+    for name, value in (("revision", revision), ("tag", tag)):
+        if value is not None and not REF_NAME.fullmatch(value):
+            raise CheckpointError(f"`{name}` must be a name that git allows, as v1.0 (got {value!r}); choose another.")
+    if create_pr and (tag or revision not in (None, MAIN)):
+        other, value = ("tag", tag) if tag else ("revision", revision)
+        raise CheckpointError(
+            f"`{other}` must not be given with --create-pr (got {value!r}): a pull request is to `{MAIN}`, and what is "
+            "tagged is what was merged; drop one of the two."
+        )
+
+
+def make_plan(
+    remote: Remote, files: Mapping[str, LocalFile], branch: str, create_pr: bool, private: bool, tag: str | None
+) -> Plan:
+    """Compares the files with the head of the branch, or of `main` where there is no such branch yet."""
+    repo_id, refs = remote.repo_id, remote.refs()
+    branches, tags = (refs.branches, refs.tags) if refs else ({}, {})
+    head = branches.get(branch) or branches.get(MAIN)
+    if refs and head is None:
+        raise CheckpointError(f"`{repo_id}` must have a branch {MAIN} (it has {sorted(branches)}); create it.")
+    if create_pr and refs is None:
+        raise CheckpointError(
+            f"`REPO_ID` must exist for a pull request ({repo_id} does not, or is hidden from this token); push without "
+            "--create-pr."
+        )
+    if branch in tags or tag in branches or tag == branch:
+        raise CheckpointError(
+            f"`{branch if branch in tags else tag}` must not name both a branch and a tag of {repo_id} (it would); "
+            "choose another name."
+        )
+    if private and refs and not remote.is_private():
+        raise CheckpointError(
+            f"`private` is of a repository that is created ({repo_id} exists and is public); change it in its settings "
+            "first, or drop --private."
+        )
+    tree = remote.tree(head) if head else {}
+    if ".gitignore" in tree:
+        raise CheckpointError(
+            f"`.gitignore` must not be on `{branch}` of {repo_id}, as the Hub leaves out files by it (it is); "
+            "remove it there first."
+        )
+    found = differences(files, tree)
+    plan = Plan(
+        repo_id=repo_id,
+        branch=branch,
+        head=head,
+        creates_repo=refs is None,
+        creates_branch=refs is not None and branch not in branches,
+        **found,
+        upload=sum(found["new"].values()) + sum(found["changed"].values()),
+        create_pr=create_pr,
+        pull_request=None,
+        tag=tag,
+        tag_exists=tag in tags,
+    )
+    if tag in tags and (tags[tag] != head or plan.touched):
+        raise CheckpointError(
+            f"`tag` must be new, or name the commit that holds these files (the tag {tag} of {repo_id} names "
+            f"{tags[tag]}); choose another: what was released stays."
+        )
+    if create_pr and plan.touched and (made := find_pull_request(remote, files)):
+        plan = replace(plan, pull_request=made[1])
+    return plan
+
+
+def find_pull_request(remote: Remote, files: Mapping[str, LocalFile]) -> tuple[str, str] | None:
+    """Commit and address of an open pull request that an earlier push made of these files."""
+    for commit, url in remote.pull_requests(TITLE):
+        found = differences(files, remote.tree(commit))
+        if not (found["new"] or found["changed"] or found["deleted"]):
+            return commit, url
+    return None
+
+
+def table(plan: Plan, private: bool) -> Iterator[str]:
+    """The plan, for a person."""
+    if plan.creates_repo:
+        yield f"creates {plan.repo_id}, {'private' if private else 'public'}, branch {plan.branch}"
+    elif plan.creates_branch:
+        yield f"creates branch {plan.branch} of {plan.repo_id} at {plan.head}, the head of {MAIN}"
+    else:
+        yield f"{'pull request to ' * plan.create_pr}branch {plan.branch} of {plan.repo_id}, now at {plan.head}"
+    kinds = {"new": plan.new, "changed": plan.changed, "deleted": plan.deleted, "unchanged": plan.unchanged}
+    width = max(len(name) for named in kinds.values() for name in named)
+    for kind, named in kinds.items():
+        for name, size in sorted(named.items()):
+            yield f"  {kind:<9}  {name:<{width}}  {shown(size):>8}"
+    yield f"{', '.join(f'{len(named)} {kind}' for kind, named in kinds.items())}; {shown(plan.upload)} to upload"
+    if plan.tag:
+        yield f"tag {plan.tag}: {'is there, at this commit' if plan.tag_exists else 'after verification'}"
+
+
+def shown(size: int) -> str:
+    return tqdm.format_sizeof(size, "B")
+
+
+@dataclass
+class Push:
+    """A plan that is being carried out."""
+
+    remote: Remote
+    folder: Path
+    files: Mapping[str, LocalFile]
+    plan: Plan
+    private: bool
+    say: Callable[[str], None]
+    created: list[str] = field(default_factory=list)
+
+    def run(self) -> dict[str, Any]:
+        pull_request = None
+        with self.remote.telling(self.state):
+            self.say("computing the logits of the prompt in verification.json, with the installed olmem")
+            expected = self.logits(installed=True, commit=None)
+            self.create()
+            if self.plan.touched:
+                commit, pull_request = self.commit()
+                self.say(f"committed {commit}" + (f" as {pull_request}" if pull_request else ""))
+            else:
+                commit = str(self.plan.head)
+        with self.after(commit):
+            self.check_checksums(commit)
+            self.say(f"verified: the checksums of {len(self.files)} files, at {commit}")
+            self.say("loading it from the Hub by this commit, with the repository's own code and an empty cache")
+            if self.logits(installed=False, commit=commit) != expected:
+                raise CheckpointError("the logits of the model on the Hub are not those of OUT, bit for bit")
+            self.say("verified: the same logits, bit for bit")
+            if self.plan.tag:
+                self.tag(commit, self.plan.tag)
+                self.say(f"tagged {self.plan.tag}")
+        return {"commit": commit, "pull_request": pull_request, "verified": True, "tagged": self.plan.tag}
+
+    def create(self) -> None:
+        """The repository and the branch, if the plan has them created; the plan is then that of what was created."""
+        plan, remote = self.plan, self.remote
+        if plan.creates_repo:
+            persistently(remote.api.create_repo, plan.repo_id, private=self.private, exist_ok=True)
+            self.created.append(plan.repo_id)
+            persistently(remote.api.list_repo_refs, plan.repo_id, also=(404,))  # which it may be until all of it knows
+            self.plan = make_plan(remote, self.files, plan.branch, False, self.private, plan.tag)
+            if others := [*self.plan.deleted, *self.plan.changed, *self.plan.unchanged]:
+                raise CheckpointError(
+                    f"`{plan.repo_id}` must be empty, as it did not exist when this was planned (it holds "
+                    f"{others[0]}): somebody else has created it; nothing of this push was committed: run it again."
+                )
+        if self.plan.creates_branch:
+            head = str(self.plan.head)
+            persistently(remote.api.create_branch, plan.repo_id, branch=plan.branch, revision=head, exist_ok=True)
+            self.created.append(f"branch {plan.branch}")
+            self.made_since()
+
+    def commit(self) -> tuple[str, str | None]:
+        """The commit on the planned head, and the pull request's address; made once, whatever happens on the way."""
+        plan = self.plan
+        operations: list[Any] = [
+            CommitOperationAdd(name, self.files[name].path) for name in sorted([*plan.new, *plan.changed])
+        ]
+        operations += [CommitOperationDelete(name) for name in sorted(plan.deleted)]
+        waits = [*WAITS]
+        while True:
+            try:
+                made = self.remote.api.create_commit(
+                    plan.repo_id,
+                    operations,
+                    commit_message=TITLE,
+                    commit_description=f"{len(plan.new)} new, {len(plan.changed)} changed, {len(plan.deleted)} deleted",
+                    revision=plan.branch,
+                    parent_commit=plan.head,
+                    create_pr=plan.create_pr,
+                )
+                return made.oid, made.pr_url
+            except NETWORK_ERRORS as error:
+                if found := self.made_since():
+                    return found
+                if not waits or not is_passing(error):
+                    raise
+                wait_for(error, waits.pop(0))
+
+    def made_since(self) -> tuple[str, str | None] | None:
+        """The commit on the planned head that holds these files, if it was made after all. An error when the branch has
+        moved otherwise."""
+        plan, remote = self.plan, self.remote
+        if plan.create_pr and (made := find_pull_request(remote, self.files)):
+            return made
+        head = remote.head(plan.branch)
+        if head == plan.head:
+            return None
+        since = remote.commits_since(plan.branch, plan.head)
+        if since and not plan.create_pr:
+            found = differences(self.files, remote.tree(since[-1].commit_id))
+            if not (found["new"] or found["changed"] or found["deleted"]):
+                return since[-1].commit_id, None
+        before, after = (
+            {name: file.blob_id for name, file in remote.tree(str(at)).items()} for at in (plan.head, head)
+        )
+        changed = sorted(name for name in before | after if before.get(name) != after.get(name))
+        by = "; ".join(f"{commit.commit_id} {commit.title!r} by {', '.join(commit.authors)}" for commit in since)
+        raise CheckpointError(
+            f"`{plan.branch}` of {plan.repo_id} must stay at {plan.head} while it is pushed to (it is at {head} now, "
+            f"by {by or 'another history'}; files changed: {', '.join(changed) or 'none'}); nothing of this push was "
+            "committed: run it without --execute for a plan on top of that."
+        )
+
+    def check_checksums(self, commit: str) -> None:
+        """The Hub's files, as listed, are those that were checked here before anything was sent."""
+        found = differences(self.files, self.remote.tree(commit, also=(404,)))
+        wrong = {kind: sorted(found[kind]) for kind in ("new", "changed", "deleted") if found[kind]}
+        if wrong:
+            words = {"new": "missing", "changed": "different", "deleted": "extra"}
+            text = "; ".join(f"{words[kind]}: {', '.join(names)}" for kind, names in wrong.items())
+            raise CheckpointError(f"the Hub's checksums are not those of OUT ({text})")
+
+    def tag(self, commit: str, tag: str) -> None:
+        try:
+            persistently(self.remote.api.create_tag, self.plan.repo_id, tag=tag, revision=commit)
+        except NETWORK_ERRORS:
+            refs = self.remote.refs()
+            if refs is None or refs.tags.get(tag) != commit:  # it was made, and the answer lost
+                raise
+
+    def logits(self, installed: bool, commit: str | None) -> str:
+        """The checksum of the logits, in a process of its own: of OUT with the installed olmem, or of the repository at
+        this commit by its own code, downloaded to an empty cache."""
+        weights = sum(file.size for name, file in self.files.items() if name.endswith(".safetensors"))
+        prompt = read_json(self.folder / REPORT_NAME)["prompt"]
+        with tempfile.TemporaryDirectory(prefix="olmem-") as scratch:
+            self.check_room(scratch, weights)
+            offload = weights > MOST_OF_MEMORY * memory_size()
+            if offload and installed:
+                self.say(
+                    "the model is larger than memory: layers are read from disk as they are needed, which takes long"
+                )
+            task = {
+                "model": str(self.folder) if installed else self.plan.repo_id,
+                "installed": installed,
+                "revision": commit,
+                "dtype": str(stored_dtype(self.folder)).removeprefix("torch."),
+                "input_ids": draw_prompt(prompt["tokens"], prompt["vocabulary"], prompt["seed"]).tolist(),
+                "offload": scratch if offload else None,
+            }
+            report = self.reload(task, scratch)
+        loaded_own = report["module"].startswith("olmem." if installed else "transformers_modules.")
+        if not loaded_own:
+            raise CheckpointError(f"the code that loads the model is another than was to be tried ({report['module']})")
+        return report["logits"]
+
+    def reload(self, task: dict[str, Any], scratch: str) -> dict[str, Any]:
+        """Runs reload.py, away from the user's caches; the token goes by the environment, as to any program."""
+        environment = {name: value for name, value in os.environ.items() if name not in OF_THE_USER} | {
+            "HF_HOME": scratch,
+            "HF_MODULES_CACHE": f"{scratch}/modules",
+            "HF_ENDPOINT": self.remote.api.endpoint,
+            "HF_TOKEN": self.remote.token,
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }
+        command = [sys.executable, "-P", str(Path(__file__).with_name("reload.py"))]
+        waits = [*WAITS]
+        while True:
+            done = subprocess.run(command, input=json.dumps(task), env=environment, capture_output=True, text=True)
+            if done.returncode == 0:
+                return json.loads(done.stdout.splitlines()[-1])
+            why = self.remote.without_token((done.stderr.strip().splitlines() or ["nothing"])[-1])
+            remedy = "; convert again: nothing was sent" if task["installed"] else ""
+            error = CheckpointError(f"the model must load and run (a new process ended with {why!r}){remedy}.")
+            if done.returncode != TRY_AGAIN or task["installed"] or not waits:
+                raise error
+            wait_for(error, waits.pop(0))
+
+    def check_room(self, scratch: str, needed: int) -> None:
+        free = shutil.disk_usage(scratch).free
+        if free < needed:
+            raise CheckpointError(
+                f"`TMPDIR` must have room for the model, {needed:,} bytes, to load it from the Hub ({scratch} has "
+                f"{free:,} free); set TMPDIR to another disk."
+            )
+
+    def state(self) -> str:
+        """What a push that failed before its commit has left."""
+        try:
+            head = self.remote.head(self.plan.branch)
+        except NETWORK_ERRORS:
+            return "the Hub does not say whether anything changed: run it again, which goes on from what is there"
+        if self.created:
+            return f"{' and '.join(self.created)} was created and holds nothing of this push: run it again"
+        expected = None if self.plan.creates_repo or self.plan.creates_branch else self.plan.head
+        if head != expected:
+            return f"`{self.plan.branch}` is at {head} now: run it again"
+        return "the remote is unchanged: run it again"
+
+    @contextmanager
+    def after(self, commit: str) -> Iterator[None]:
+        """Says of what fails now that the commit is there, and no tag."""
+        try:
+            yield
+        except (CheckpointError, *NETWORK_ERRORS) as error:
+            why = str(error).rstrip(".") if isinstance(error, CheckpointError) else self.remote.explain(error)
+            place, way_out = (
+                f"on `{self.plan.branch}`",
+                "run it again with --tag, which sends what differs and verifies",
+            )
+            if self.plan.create_pr:
+                place, way_out = "in a pull request", "close it, and run it again"
+            raise CheckpointError(
+                f"commit {commit} is {place} of {self.plan.repo_id}, but not verified and not tagged: {why}; {way_out}."
+            ) from None
+
+
+def memory_size() -> int:
+    """Of this machine, in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,297 @@
+"""What of a converted folder may be published: a closed list of files, sealed by a verification that passed.
+
+Nothing here asks a network. A folder that passes holds weights, JSON and text, and of code only what this package is
+made of, so that whoever loads it with `trust_remote_code` runs nothing else.
+"""
+
+import hashlib
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from olmem import OlmemConfig, OlmemForCausalLM
+from tokenizers import Tokenizer
+from tqdm import tqdm
+from transformers.dynamic_module_utils import custom_object_save
+
+from .card import check_card, check_metadata
+from .convert import WRITTEN
+from .errors import CheckpointError
+from .files import read_json, reading
+from .plan import TOKEN_IDS
+from .shards import INDEX_NAME
+from .tensors import LazyTensor
+from .verify import REPORT_NAME, UNSEALED, load_config, stored_dtype
+from .weight_files import read_weights
+
+ALLOWED = re.compile("|".join([WRITTEN.pattern, *map(re.escape, sorted(UNSEALED))]))
+PICKLES = (".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth", ".mar")
+PICKLE_MAGIC = (*(bytes([0x80, protocol]) for protocol in range(1, 6)), b"PK\x03\x04", b"PK\x05\x06", b"\x1f\x8b")
+SINGLE_NAME = "model.safetensors"
+BLOCK = 2**20  # bytes read at once
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file as it was when it was checked: what is uploaded is compared with this."""
+
+    path: Path
+    size: int
+    sha256: str
+    git_sha1: str
+
+
+def check_release(out: str | Path) -> dict[str, LocalFile]:
+    """The files of a converted folder by name, once everything about them is as it must be to be published.
+
+    Raises CheckpointError that names the file or field, its value, and the way out.
+    """
+    folder = Path(out)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise CheckpointError(f"`OUT` must be a folder that `olmem convert` wrote ({folder} {what}); convert first.")
+    paths = sorted(folder.iterdir())
+    for path in paths:
+        check_kind(path)
+    check_metadata(folder)
+    report = check_report(folder)
+    config = check_config(folder)
+    check_code(folder)
+    check_weights(folder, config, read_weights(folder), stored_dtype(folder))
+    check_tokens(folder, config)
+    files = read_all(paths)
+    check_seal(folder, report["sha256"], files)
+    check_card(folder, {name: file.sha256 for name, file in files.items()})
+    return files
+
+
+def check_kind(path: Path) -> None:
+    """A plain file of a name on the list, that is what its name says."""
+    way_out = "move it away"
+    if path.is_symlink():
+        what, way_out = "a symbolic link", "put the file itself in its place"
+    elif not path.is_file():
+        what = "a folder" if path.is_dir() else "no plain file"
+    elif path.suffix.lower() in PICKLES:
+        what, way_out = "a pickle by its name", "publish safetensors only, and move it away"
+    elif is_pickle(path):
+        what, way_out = "a pickle or an archive by its first bytes", "do not open it, and move it away"
+    elif path.name.startswith("."):
+        what = "a hidden file; the Hub makes its own .gitattributes"
+    elif not ALLOWED.fullmatch(path.name):
+        what = "not on the list"
+    elif path.suffix != ".safetensors" and not is_text(path):
+        what, way_out = "not text", "convert again"
+    else:
+        return
+    raise CheckpointError(f"`{path}` must be a file that a model on the Hub is made of (it is {what}); {way_out}.")
+
+
+def is_pickle(path: Path) -> bool:
+    """By the magic of pickles and of the zip and gzip archives that hold them."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    return start.startswith(PICKLE_MAGIC) and path.suffix != ".safetensors"  # whose first bytes are a length
+
+
+def is_text(path: Path) -> bool:
+    data = path.read_bytes()
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in data
+
+
+def check_report(folder: Path) -> dict[str, Any]:
+    """verification.json, of a verification that passed."""
+    path = folder / REPORT_NAME
+    if not path.is_file():
+        raise CheckpointError(
+            f"`{REPORT_NAME}` must be in {folder} (it is not): only what was verified is published; run "
+            "`olmem verify OUT --against SRC`."
+        )
+    report = read_json(path)
+    if report.get("passed") is not True:
+        raise CheckpointError(
+            f"`passed` of {path} must be true (got {report.get('passed')!r}): the logits were not proved; convert "
+            "again."
+        )
+    prompt = report.get("prompt")
+    numbers = [prompt.get(name) for name in ("tokens", "vocabulary", "seed")] if isinstance(prompt, dict) else [None]
+    if not isinstance(report.get("sha256"), dict) or not all(type(number) is int and number > 0 for number in numbers):
+        raise CheckpointError(
+            f"`sha256` and `prompt` of {path} must be as `olmem verify` writes them now (it is of an older version); "
+            "run `olmem verify OUT --against SRC`."
+        )
+    return report
+
+
+def check_config(folder: Path) -> OlmemConfig:
+    raw = read_json(folder / "config.json")
+    for name, wanted in (("model_type", "olmem"), ("auto_map", OlmemForCausalLM.auto_map())):
+        if raw.get(name) != wanted:
+            raise CheckpointError(
+                f"`{name}` of {folder / 'config.json'} must be {wanted!r} (got {raw.get(name)!r}); publish what "
+                "`olmem convert` writes, without --to."
+            )
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        if read_json(path).get("use_cache") is False:
+            raise CheckpointError(
+                f"`use_cache` of {path} must not be false (got False), as every user's generation would be slow; set "
+                "it to true and run `olmem verify OUT --against SRC`."
+            )
+    return load_config(folder)
+
+
+def read_all(paths: list[Path]) -> dict[str, LocalFile]:
+    """Both checksums that the Hub knows files by, in one pass over each."""
+    files = {}
+    with tqdm(
+        total=sum(path.stat().st_size for path in paths), desc="checksums", unit="B", unit_scale=True, disable=None
+    ) as bar:
+        for path in paths:
+            size = path.stat().st_size
+            sha256, git_sha1 = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+            with path.open("rb") as file:
+                while block := file.read(BLOCK):
+                    sha256.update(block)
+                    git_sha1.update(block)
+                    bar.update(len(block))
+            files[path.name] = LocalFile(path, size, sha256.hexdigest(), git_sha1.hexdigest())
+    return files
+
+
+def check_seal(folder: Path, seal: Mapping[str, Any], files: Mapping[str, LocalFile]) -> None:
+    """The files are those that the verification saw."""
+    now = {name: file.sha256 for name, file in files.items() if name not in UNSEALED}
+    differences = {
+        "changed": [name for name in now if name in seal and now[name] != seal[name]],
+        "missing": [name for name in seal if name not in now],
+        "extra": [name for name in now if name not in seal],
+    }
+    if any(differences.values()):
+        found = "; ".join(f"{kind}: {', '.join(map(str, names))}" for kind, names in differences.items() if names)
+        raise CheckpointError(
+            f"`sha256` of {folder / REPORT_NAME} must match the files ({found}), which are then not what was verified; "
+            "run `olmem verify OUT --against SRC`."
+        )
+
+
+def check_code(folder: Path) -> None:
+    """The code is this package's, byte for byte, and all of it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        with torch.device("meta"):
+            custom_object_save(OlmemForCausalLM(OlmemConfig(num_hidden_layers=1)), scratch)
+        own = {path.name: path.read_bytes() for path in Path(scratch).glob("*.py")}
+    found = {path.name: path.read_bytes() for path in folder.glob("*.py")}
+    others = sorted(name for name in found | own if found.get(name) != own.get(name))
+    if others:
+        raise CheckpointError(
+            f"`{folder / others[0]}` must be the code of the installed olmem, byte for byte (it is not, or is missing; "
+            f"{len(others)} such files); convert again with this version."
+        )
+
+
+def check_weights(folder: Path, config: OlmemConfig, weights: Mapping[str, LazyTensor], stored: torch.dtype) -> None:
+    """The files hold each tensor of the model once, in its shape and the stored dtype, as the index says."""
+    with torch.device("meta"):
+        model = OlmemForCausalLM(config)
+    tied = model.all_tied_weights_keys
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
+    for name in sorted(wanted.keys() | weights.keys()):
+        got = weights.get(name)
+        if got is None or name not in wanted or got.shape != wanted[name] or got.dtype != stored:
+            held = "nothing" if got is None else f"{got.dtype} {got.shape}"
+            must = f"{stored} {wanted[name]}" if name in wanted else "absent"
+            raise CheckpointError(
+                f"`{name}` in the safetensors of {folder} must be {must} by config.json (got {held}); convert again."
+            )
+    index, files = folder / INDEX_NAME, {path.name for path in folder.glob("*.safetensors")}
+    if not index.is_file() and files != {SINGLE_NAME}:
+        others = ", ".join(sorted(files - {SINGLE_NAME}))
+        raise CheckpointError(
+            f"`{folder}` must hold its weights in {SINGLE_NAME}, or in files of an index (there is no index, and also "
+            f"{others}); move what does not belong here away."
+        )
+    if index.is_file():
+        count = {f"{len(files):05}.safetensors"}
+        total = sum(tensor.nbytes for tensor in weights.values())
+        stated = (read_json(index).get("metadata") or {}).get("total_size")
+        if stated != total or {name.rsplit("-", 1)[-1] for name in files} != count:
+            raise CheckpointError(
+                f"`total_size` of {index} must be that of the {len(files)} files of weights, numbered from 1 to "
+                f"{len(files)} (got {stated}, they hold {total}); convert again."
+            )
+
+
+def check_tokens(folder: Path, config: OlmemConfig) -> None:
+    """Config, generation config and tokenizer name the same tokens.
+
+    An end may have several ids: generation must then stop at each that the config or the tokenizer names.
+    """
+    path = folder / "tokenizer.json"
+    claims = {
+        file: {name: ids(folder / file, name) for name in TOKEN_IDS}
+        for file in ("config.json", "generation_config.json")
+    }
+    if path.is_file():
+        with reading(path):
+            tokenizer = Tokenizer.from_file(str(path))
+        size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if size > config.vocab_size:
+            raise CheckpointError(
+                f"`vocab_size` of config.json must cover the {size} ids of {path} (got {config.vocab_size}); convert "
+                "again with the model's own tokenizer."
+            )
+        claims["tokenizer_config.json"] = tokenizer_ids(folder, tokenizer)
+    for name in TOKEN_IDS:
+        said = {file: named[name] for file, named in claims.items() if named[name]}
+        ends = claims["generation_config.json"][name] if name == "eos_token_id" else None
+        agree = len(set(map(frozenset, said.values()))) <= 1
+        if ends is not None:
+            agree = all(named <= ends for file, named in said.items() if file != "tokenizer_config.json" or ends)
+        if not agree or any(not 0 <= number < config.vocab_size for named in said.values() for number in named):
+            got = ", ".join(f"{sorted(named) or None} in {file}" for file, named in sorted(said.items()))
+            missing = ", none in generation_config.json" if ends == set() else ""
+            raise CheckpointError(
+                f"`{name}` of {folder} must be the same in every file, and below `vocab_size` {config.vocab_size} (got "
+                f"{got}{missing}); correct it and run `olmem verify OUT --against SRC`."
+            )
+
+
+def ids(path: Path, name: str) -> set[int]:
+    value = read_json(path).get(name)
+    numbers = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(number) is int for number in numbers):
+        raise CheckpointError(
+            f"`{name}` of {path} must be a token's id, or a list of them (got {value!r}); correct it."
+        )
+    return set(numbers)
+
+
+def tokenizer_ids(folder: Path, tokenizer: Tokenizer) -> dict[str, set[int]]:
+    """The ids of the tokens that tokenizer_config.json names, which must name no code."""
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
+    if config.get("auto_map"):
+        raise CheckpointError(
+            f"`auto_map` of {path} must be absent (got {config['auto_map']!r}): a tokenizer is published without code; "
+            "convert again."
+        )
+    found: dict[str, set[int]] = {}
+    for name in TOKEN_IDS:
+        token = config.get(name.removesuffix("_id"))
+        token = token.get("content") if isinstance(token, dict) else token
+        number = tokenizer.token_to_id(token) if isinstance(token, str) else None
+        if token is not None and number is None:
+            raise CheckpointError(
+                f"`{name.removesuffix('_id')}` of {path} must be in tokenizer.json (got {token!r}); convert again with "
+                "the model's own tokenizer."
+            )
+        found[name] = set() if number is None else {number}
+    return found

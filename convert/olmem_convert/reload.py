@@ -1,0 +1,48 @@
+"""Loads a model as a user would and prints the checksum of its logits. Run as a file, with a task on standard input.
+
+It imports nothing of this package, for what is installed would take the place of the code that a repository holds.
+Exit code 75 says that the Hub could not be read, and that another try may.
+"""
+
+import hashlib
+import json
+import sys
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HTTPError
+from transformers import AutoModelForCausalLM
+
+
+def main() -> None:
+    task = json.load(sys.stdin)
+    if task["installed"]:
+        import olmem  # noqa: F401  registers the classes that load it
+    options: dict[str, Any] = {"local_files_only": True} if task["installed"] else {"revision": task["revision"]}
+    if task["offload"]:
+        options |= {"device_map": "auto", "offload_folder": task["offload"]}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            task["model"],
+            trust_remote_code=not task["installed"],
+            dtype=getattr(torch, task["dtype"]),
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            **options,
+        )
+    except (HTTPError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(75)
+    model, info = loaded
+    wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
+    if wrong:
+        sys.exit(f"weights are missing or unexpected: {wrong}")
+    with torch.no_grad():
+        logits = model.eval()(torch.tensor(task["input_ids"]), use_cache=False).logits.cpu().contiguous()
+    digest = hashlib.sha256(f"{logits.dtype} {tuple(logits.shape)}".encode())
+    digest.update(logits.view(torch.uint8).numpy().data)
+    print(json.dumps({"logits": digest.hexdigest(), "module": type(model).__module__}))
+
+
+if __name__ == "__main__":
+    main()

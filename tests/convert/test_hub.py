@@ -1,0 +1,395 @@
+"""What is published, and what state the Hub is in whatever happens on the way, against a Hub on this machine."""
+
+import io
+import json
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from convert.checkpoints import load_weights, save_weights, source
+from convert.releases import reseal, write_own_card
+from hub_server import HubServer
+from olmem_convert import CheckpointError, convert, hub, push, release, reload
+from olmem_convert.card import card
+from olmem_convert.cli import app
+from olmem_convert.remote import Remote
+from typer.testing import CliRunner
+
+REPO = "tester/model"
+TOKEN = "hf_loopback"
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+COMMIT, UPLOAD, TREE = r"POST .*/commit/", r"PUT ", r"GET .*/tree/"
+
+
+@pytest.fixture
+def out(released, tmp_path) -> Path:
+    return Path(shutil.copytree(released, tmp_path / "out"))
+
+
+@pytest.fixture
+def server(monkeypatch):
+    with HubServer(token=TOKEN) as server:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        yield server
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """Models are not loaded, which takes two processes: the Hub's are the local ones where their files are."""
+    monkeypatch.setattr(hub.Push, "logits", lambda *arguments, **named: "the same")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"repo_id": "model"}, ("`REPO_ID`", "'model'")),
+        ({"repo_id": "a/b/c"}, ("`REPO_ID`", "'a/b/c'")),
+        ({"repo_id": "a/--b"}, ("`REPO_ID`", "'a/--b'")),
+        ({"revision": "refs/pr/1"}, ("`revision`",)),
+        ({"tag": "v 1"}, ("`tag`", "'v 1'")),
+        ({"tag": "v1", "create_pr": True}, ("`tag`", "--create-pr")),
+        ({"revision": "next", "create_pr": True}, ("`revision`", "--create-pr")),
+        ({"tag": "next", "revision": "next"}, ("`next`", "branch and a tag")),
+        ({"create_pr": True}, ("`REPO_ID`", "must exist for a pull request")),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be(options, words, released, server):
+    with pytest.raises(CheckpointError) as caught:
+        push(released, **{"repo_id": REPO, "execute": True} | options)
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert not server.repos
+
+
+def test_a_refused_folder_asks_nothing_of_the_hub(out, server):
+    (out / "weights.pkl").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="pickle"):
+        push(out, REPO, execute=True)
+    assert server.requests == []
+
+
+def run(*arguments) -> object:
+    return CliRunner().invoke(app, ["push", *map(str, arguments)])
+
+
+def test_plan(out, server, unloaded):
+    result = run(out, REPO, "--tag", "v1")
+    assert result.exit_code == 0, result.output
+    assert "creates tester/model, public" in result.stdout and "--execute" in result.stdout
+    assert re.search(r"new +model\.safetensors +\d", result.stdout) and "tag v1: after verification" in result.stdout
+    assert not server.repos and {request.method for request in server.requests} <= {"GET", "HEAD", "POST"}
+    report = json.loads(run(out, REPO, "--json").stdout)
+    assert report["commit"] is None and report["plan"]["creates_repo"]
+    sizes = {path.name: path.stat().st_size for path in out.iterdir()}
+    assert report["plan"]["new"] == sizes and report["plan"]["upload"] == sum(sizes.values())
+
+    push(out, REPO, execute=True)
+    server.commit(REPO, {"old.txt": b"1", "sub/old.txt": b"2"})
+    write_own_card(out)
+    size = (out / "README.md").stat().st_size
+    plan = push(out, REPO)["plan"]
+    assert plan["new"] == {} and plan["changed"] == {"README.md": size}
+    assert plan["deleted"] == {"old.txt": 1, "sub/old.txt": 1} and "model.safetensors" in plan["unchanged"]
+    assert plan["upload"] == size and plan["head"] == server.branches(REPO)["main"]
+    push(out, REPO, execute=True)
+    assert is_published(server, out)
+
+
+def is_published(server: HubServer, out: Path, revision: str = "main") -> bool:
+    """The revision holds the folder's files, bit for bit, and what the Hub made itself."""
+    files = server.files(REPO, revision)
+    held = {name: server.read(REPO, name, revision) for name in files if name != ".gitattributes"}
+    return ".gitattributes" in files and held == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_push_then_nothing_to_do_then_a_tag(out, server, unloaded):
+    result = run(out, REPO, "--private", "--execute", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert is_published(server, out) and server.repos[REPO].private
+    (commit, initial) = server.commits(REPO, "main")
+    assert report["commit"] == commit.id and commit.parent == initial.id and report["verified"]
+    again = run(out, REPO, "--execute")
+    assert again.exit_code == 0 and "nothing to do" in again.stdout
+    assert push(out, REPO, tag="v1", execute=True)["tagged"] == "v1"
+    assert "nothing to do" in run(out, REPO, "--tag", "v1", "--execute").stdout
+    assert server.tags(REPO) == {"v1": commit.id} and len(server.commits(REPO, "main")) == 2
+
+
+def test_a_tag_stays_where_it_is(out, server, unloaded):
+    push(out, REPO, tag="v1", execute=True)
+    write_own_card(out)
+    before = server.branches(REPO)
+    with pytest.raises(CheckpointError, match="`tag` must be new"):
+        push(out, REPO, tag="v1", execute=True)
+    assert server.branches(REPO) == before
+    assert push(out, REPO, tag="v2", execute=True)["tagged"] == "v2"
+
+
+def test_branch(out, server, unloaded):
+    push(out, REPO, execute=True)
+    write_own_card(out)
+    main = server.branches(REPO)["main"]
+    assert push(out, REPO, revision="next/one")["plan"]["creates_branch"] and "next/one" not in server.branches(REPO)
+    commit = push(out, REPO, revision="next/one", tag="v2", execute=True)["commit"]
+    assert server.branches(REPO) == {"main": main, "next/one": commit} and server.tags(REPO) == {"v2": commit}
+    assert server.commits(REPO, "next/one")[0].parent == main and is_published(server, out, "next/one")
+
+
+def test_pull_request_is_made_once(out, server, unloaded):
+    push(out, REPO, execute=True)
+    main = server.branches(REPO)["main"]
+    write_own_card(out)
+    server.fail(COMMIT, "lost")
+    report = push(out, REPO, create_pr=True, execute=True)
+    assert server.branches(REPO) == {"main": main}
+    assert server.pulls(REPO) == {"refs/pr/1": report["commit"]} and report["pull_request"].endswith("/discussions/1")
+    assert is_published(server, out, "refs/pr/1")
+    again = push(out, REPO, create_pr=True, execute=True)
+    assert again["pull_request"] == report["pull_request"] and len(server.pulls(REPO)) == 1
+
+
+def test_a_public_repository_does_not_turn_private(out, server, unloaded):
+    push(out, REPO, execute=True)
+    with pytest.raises(CheckpointError, match="`private`"):
+        push(out, REPO, private=True)
+
+
+def test_the_hub_s_own_rules_for_cards(out, server, monkeypatch):
+    """They are asked before a repository is created; this Hub's refuse what check_card lets pass."""
+    monkeypatch.setattr(release, "check_card", lambda folder: None)
+    (out / "README.md").write_text("---\nlicense: apache-2.0\ntags: 1\n---\n")
+    with pytest.raises(CheckpointError, match=r"front matter of .*README.md.* must be valid on the Hub .*tags"):
+        push(out, REPO, execute=True)
+    assert not server.repos
+
+
+@pytest.mark.parametrize("kind", [429, 500, 503, "cut", "half", "lost"])
+@pytest.mark.parametrize("place", [COMMIT, UPLOAD, TREE, r"POST .*/create$", r"POST .*/batch", r"POST .*/tag/", "refs"])
+def test_what_passes_is_overcome(kind, place, out, server, unloaded):
+    fault = server.fail(place, kind, times=2)
+    assert push(out, REPO, tag="v1", execute=True)["tagged"] == "v1"
+    assert fault.hits == 2 or (kind == "lost" and place in (COMMIT, r"POST .*/tag/"))
+    assert is_published(server, out, "v1") and len(server.commits(REPO, "main")) == 2
+
+
+@pytest.mark.parametrize("kind", [401, 403, 404, 500, "cut", "half"])
+@pytest.mark.parametrize("place", [COMMIT, UPLOAD, TREE, r"POST .*/batch"])
+def test_what_stays_leaves_the_remote_as_it_was(kind, place, out, server, unloaded):
+    push(out, REPO, execute=True)
+    save_weights(out, {name: value + 1 for name, value in load_weights(out).items()})
+    reseal(out)
+    before = (server.branches(REPO), server.tags(REPO), server.files(REPO))
+    server.fail(place, kind, times=math.inf)
+    result = run(out, REPO, "--tag", "v2", "--execute")
+    assert result.exit_code == 1 and TOKEN not in result.output
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert ("nothing was sent" if place == TREE else "the remote is unchanged") in error
+    assert kind not in (401, 403) or place in (UPLOAD, TREE) or "hf auth login" in error
+    assert before == (server.branches(REPO), server.tags(REPO), server.files(REPO))
+
+
+def test_a_connection_that_ends_for_good(out, server, unloaded):
+    """Nobody can then say what the remote holds, and the next run finds out."""
+    push(out, REPO, execute=True)
+    write_own_card(out)
+    server.fail(COMMIT, "lost")
+    server.fail(r"GET .*/refs", "cut", times=math.inf, after=1)
+    with pytest.raises(CheckpointError, match="the Hub does not say whether anything changed"):
+        push(out, REPO, execute=True)
+    server.faults.clear()
+    push(out, REPO, tag="v2", execute=True)
+    assert len(server.commits(REPO, "main")) == 3 and is_published(server, out, "v2")
+
+
+def test_a_race_is_told_and_not_overwritten(out, server, unloaded):
+    push(out, REPO, execute=True)
+    write_own_card(out)
+    made = []
+    server.fail(COMMIT, lambda: made.append(server.commit(REPO, {"theirs.txt": b"1"}, title="Theirs")))
+    with pytest.raises(CheckpointError) as caught:
+        push(out, REPO, tag="v2", execute=True)
+    for word in (made[0], "'Theirs'", "theirs.txt", "nothing of this push was committed"):
+        assert word in str(caught.value)
+    assert server.branches(REPO)["main"] == made[0] and not server.tags(REPO)
+
+
+def test_a_repository_that_somebody_else_creates_meanwhile(out, server, unloaded):
+    def create():
+        huggingface_hub.HfApi(token=TOKEN).create_repo(REPO)
+        server.commit(REPO, {"theirs.txt": b"1"})
+
+    server.fail(r"POST .*/create$", create)
+    with pytest.raises(CheckpointError, match="somebody else has created it"):
+        push(out, REPO, execute=True)
+    assert set(server.files(REPO)) == {".gitattributes", "theirs.txt"}
+
+
+def test_somebody_s_commit_on_top_of_one_whose_answer_was_lost(out, server, unloaded):
+    push(out, REPO, execute=True)
+    write_own_card(out)
+    server.fail(COMMIT, "lost")
+    server.fail(r"GET .*/refs", lambda: server.commit(REPO, {"theirs.txt": b"1"}), after=1)
+    commit = push(out, REPO, tag="v2", execute=True)["commit"]
+    theirs, ours, _, _ = server.commits(REPO, "main")
+    assert ours.id == commit == server.tags(REPO)["v2"] and theirs.parent == ours.id
+    assert is_published(server, out, "v2")
+
+
+@pytest.mark.parametrize("place", [UPLOAD, COMMIT])
+def test_wrong_checksums_are_found_and_not_tagged(place, out, server, unloaded):
+    server.fail(place, "corrupt")
+    with pytest.raises(CheckpointError) as caught:
+        push(out, REPO, tag="v1", execute=True)
+    commit = server.branches(REPO)["main"]
+    for word in (commit, "`main`", "not tagged", "different: ", "run it again"):
+        assert word in str(caught.value)
+    assert not server.tags(REPO)
+    push(out, REPO, tag="v1", execute=True)
+    assert is_published(server, out, "v1")
+
+
+def test_other_logits_are_not_tagged(out, server, monkeypatch):
+    monkeypatch.setattr(hub.Push, "logits", lambda self, installed, commit: f"{installed}")
+    with pytest.raises(CheckpointError) as caught:
+        push(out, REPO, tag="v1", execute=True)
+    assert "not tagged" in str(caught.value) and "logits" in str(caught.value) and not server.tags(REPO)
+    assert server.branches(REPO)["main"] in str(caught.value)
+
+
+def test_a_model_that_does_not_load_is_not_sent(out, server, monkeypatch):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(CheckpointError, match=r"the model must load and run .*nothing was sent"):
+        push(out, REPO, execute=True)
+    assert not server.repos
+
+
+PYTHON = """#!/bin/sh
+echo "$@" >> arguments
+case $(cat) in
+*'"installed": true'*) echo '{"logits": "x", "module": "olmem.modeling_olmem"}'; exit ;;
+esac
+echo >> tries
+[ $(wc -l < tries) -gt $FAILS ] || { echo "OSError: cut $HF_TOKEN" >&2; exit 75; }
+echo '{"logits": "x", "module": "transformers_modules.modeling_olmem"}'
+"""
+
+
+@pytest.mark.parametrize("fails", [2, 9])
+def test_a_download_that_ends_too_early_is_tried_again(fails, out, server, monkeypatch, tmp_path):
+    """The processes that load a model are played by a script, which the token does not reach as an argument."""
+    (tmp_path / "python").write_text(PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("FAILS", str(fails))
+    monkeypatch.chdir(tmp_path)
+    result = run(out, REPO, "--tag", "v1", "--execute")
+    assert result.exit_code == (fails > 5) and TOKEN not in result.output + (tmp_path / "arguments").read_text()
+    assert server.tags(REPO) == ({} if fails > 5 else {"v1": server.branches(REPO)["main"]})
+    assert fails < 5 or ("OSError: cut hf_…" in result.stderr and "not verified and not tagged" in result.stderr)
+
+
+@pytest.mark.parametrize("role", [None, "read"])
+def test_tokens_that_may_not(role, out, server, monkeypatch, unloaded):
+    if role:
+        server.tokens["hf_other"] = role
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    result = run(out, REPO, "--execute")
+    assert result.exit_code == 1 and "hf auth login" in result.stderr and "hf_other" not in result.output
+    assert "unchanged" in result.stderr or "nothing was sent" in result.stderr
+    assert not server.repos
+
+
+def test_without_token_or_network_on_purpose(out, server, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(CheckpointError, match="hf auth login"):
+        push(out, REPO)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="`HF_HUB_OFFLINE` must be unset"):
+        push(out, REPO)
+    assert server.requests == []
+
+
+def test_errors_do_not_quote_the_token():
+    told = Remote(REPO, "hf_secret").explain(RuntimeError("it was hf_secret"))
+    assert "it was hf_…" in told and "hf_secret" not in told
+
+
+def test_offloaded_layers_give_the_same_logits(out, monkeypatch, capsys, tmp_path):
+    """What the process that loads a model does where it is larger than memory."""
+    found = set()
+    for offload in (None, str(tmp_path)):
+        task = {"model": str(out), "installed": True, "revision": None, "dtype": "float32", "offload": offload}
+        monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(task | {"input_ids": [list(range(40))]})))
+        reload.main()
+        report = json.loads(capsys.readouterr().out)
+        assert report["module"].startswith("olmem.")
+        found.add(report["logits"])
+    assert len(found) == 1
+
+
+LOADS = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], revision="v1", trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules.")
+torch.save(model(torch.arange(40)[None] % 7).logits, sys.argv[2])
+"""
+
+
+def test_from_push_to_a_user_who_loads_it(server, tmp_path):
+    """Whole, with a memory and in bfloat16: in processes of their own, by the command, with nothing left out; then
+    without the network."""
+    out = tmp_path / "out"
+    memory = {"num_memory_tokens": 2, "memory_segment_length": 16, "retrieval_layers": [1]}
+    convert(source("olmo_core_swa"), out, dtype="bfloat16", memory=memory)
+    card(out, license="apache-2.0")
+    result = run(out, REPO, "--private", "--tag", "v1", "--execute")
+    assert result.exit_code == 0, result.output
+    assert "verified: the same logits, bit for bit" in result.stdout and TOKEN not in result.output
+    home = ENVIRONMENT | server.env | {"HF_HOME": str(tmp_path / "home")}
+    loads = [sys.executable, "-c", LOADS, REPO]
+    subprocess.run([*loads, tmp_path / "loaded"], env=home, check=True)
+    asked = len(server.requests)
+    subprocess.run([*loads, tmp_path / "offline"], env=home | {"HF_HUB_OFFLINE": "1"}, check=True)
+    assert len(server.requests) == asked
+    from olmem import OlmemForCausalLM
+
+    expected = OlmemForCausalLM.from_pretrained(out)(torch.arange(40)[None] % 7).logits
+    for name in ("loaded", "offline"):
+        assert torch.equal(torch.load(tmp_path / name), expected)
+    written = [path for folder in (out, tmp_path) for path in folder.rglob("*") if path.is_file()]
+    assert not any(TOKEN.encode() in path.read_bytes() for path in written)
+    assert all(TOKEN not in request.path for request in server.requests)
+
+
+@pytest.mark.parametrize("place", [UPLOAD, COMMIT, r"POST .*/tag/"])
+def test_a_push_that_is_killed_is_gone_on_with(place, out, server, unloaded):
+    """`benchmarks/push.py` does this to the command, at any request."""
+    process = multiprocessing.get_context("fork").Process(
+        target=push, args=(out, REPO), kwargs={"tag": "v1", "execute": True}
+    )
+    server.fail(place, process.kill)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    uploads = {request.path for request in server.requests if request.method == "PUT"}
+    push(out, REPO, tag="v1", execute=True)
+    assert is_published(server, out, "v1") and len(server.commits(REPO, "main")) == 2
+    assert len([request for request in server.requests if request.method == "PUT"]) == len(uploads)

@@ -1,0 +1,311 @@
+"""A conversion that is killed leaves nothing, what can be resumed, or the whole; resumed, it is the same to a byte."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from convert.checkpoints import DEMO, copy_source, load_weights, snapshot, source
+from convert.writers import olmo_core_state, olmo_state, write_olmo, write_olmo_core
+from olmem_convert import CheckpointError, convert, export
+from olmem_convert.cli import app
+from olmem_convert.tensors import Span
+from typer.testing import CliRunner
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+SMALL = {"max_shard_size": "100KB", "verify": False}
+
+
+class Killed(BaseException):
+    """As nothing of the conversion catches it, and what cleans up after others is switched off."""
+
+
+@pytest.fixture
+def kill(monkeypatch):
+    """Makes the conversion end after so many reads of values, as a kill would: nothing is cleaned up."""
+
+    def after(reads: int) -> None:
+        values, made = Span.values, []
+
+        def counted(span, *arguments):
+            made.append(1)
+            if len(made) > reads:
+                raise Killed
+            return values(span, *arguments)
+
+        monkeypatch.setattr(Span, "values", counted)
+        monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
+        monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+        monkeypatch.setattr(Path, "rmdir", lambda *_, **__: None)
+
+    yield after
+    monkeypatch.undo()
+
+
+def killed(kill, monkeypatch, out: Path, reads: int, **options) -> None:
+    kill(reads)
+    with pytest.raises(Killed):
+        convert(DEMO / "step1872", out, **SMALL, **options)
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("reads", [0, 1, 5, 20])
+def test_what_was_finished_is_not_read_again(reads, kill, monkeypatch, tmp_path):
+    convert(DEMO / "step1872", tmp_path / "whole", **SMALL)
+    out, lines = tmp_path / "place" / "out", []
+    killed(kill, monkeypatch, out, reads)
+    left = sorted(path.name for path in out.parent.iterdir())
+    assert left == [".out.partial", ".out.partial.jsonl"]
+    finished = [json.loads(line) for line in (out.parent / left[1]).read_text().splitlines()[1:]]
+    report = convert(DEMO / "step1872", out, resume=True, say=lines.append, **SMALL)
+    assert snapshot(out) == snapshot(tmp_path / "whole")
+    assert os.listdir(out.parent) == ["out"]
+    assert any(line == f"resumed: {len(finished)} weight files were finished" for line in lines)
+    assert (report["bytes_found"] > 0) == (len(finished) > 0) and (reads < 20 or finished)
+
+
+def test_without_resume_a_killed_conversion_is_said_to_be_there(kill, monkeypatch, tmp_path):
+    out = tmp_path / "out"
+    killed(kill, monkeypatch, out, 20)
+    before = snapshot(tmp_path)
+    with pytest.raises(CheckpointError, match=r"half-written .*--resume .*--overwrite"):
+        convert(DEMO / "step1872", out, **SMALL)
+    assert snapshot(tmp_path) == before
+    convert(DEMO / "step1872", out, overwrite=True, **SMALL)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("spoil", ["flip", "cut", "remove", "journal"])
+def test_finished_files_are_checked(spoil, kill, monkeypatch, tmp_path):
+    out = tmp_path / "out"
+    killed(kill, monkeypatch, out, 20)
+    journal = tmp_path / ".out.partial.jsonl"
+    entries = journal.read_text().splitlines()
+    path = tmp_path / ".out.partial" / json.loads(entries[1])["file"]
+    data = bytearray(path.read_bytes())
+    if spoil == "flip":
+        data[-1] ^= 1
+        path.write_bytes(data)
+    elif spoil == "cut":
+        path.write_bytes(data[:-1])
+    elif spoil == "remove":
+        path.unlink()
+    else:
+        journal.write_text("\n".join(entries)[:-5])
+    lines = []
+    convert(DEMO / "step1872", out, resume=True, say=lines.append, **SMALL)
+    assert f"resumed: {len(entries) - 2} weight files were finished" in lines
+    convert(DEMO / "step1872", tmp_path / "whole", **SMALL)
+    assert snapshot(out) == snapshot(tmp_path / "whole")
+
+
+def touched(folder: Path) -> dict:
+    path = folder / "model_and_optim" / "__0_0.distcp"
+    os.utime(path, ns=(1, 1))
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda _: {"dtype": "bfloat16"}, "other options"),
+        (lambda _: {"max_shard_size": "2MB"}, "other options"),
+        (lambda _: {"memory": {"num_memory_tokens": 2}}, "other options"),
+        (touched, "SRC have changed"),
+    ],
+)
+def test_another_conversion_is_not_gone_on_with(change, words, kill, monkeypatch, tmp_path):
+    folder, out = copy_source("demo", tmp_path / "source"), tmp_path / "out"
+    kill(20)
+    with pytest.raises(Killed):
+        convert(folder, out, **SMALL)
+    monkeypatch.undo()
+    before = snapshot(tmp_path)
+    options = SMALL | change(folder)
+    with pytest.raises(CheckpointError, match=rf"--resume.*{words}.*--overwrite"):
+        convert(folder, out, resume=True, **options)
+    assert snapshot(tmp_path) == before
+    convert(folder, out, overwrite=True, **options)
+    assert sorted(os.listdir(tmp_path)) == ["out", "source"]
+
+
+def test_two_conversions_to_one_folder(monkeypatch, tmp_path):
+    """The second is refused while the first one runs, and takes nothing from it."""
+    folder, out = write_olmo_core(tmp_path / "source"), tmp_path / "out"
+    refusals = []
+
+    def meanwhile(line):
+        if line.startswith("no tokenizer"):
+            for options in ({}, {"resume": True}, {"overwrite": True}):
+                with pytest.raises(CheckpointError, match="another one is writing") as refusal:
+                    convert(folder, out, **options)
+                refusals.append(refusal)
+
+    convert(folder, out, say=meanwhile)
+    assert len(refusals) == 3 and sorted(os.listdir(tmp_path)) == ["out", "source"]
+
+
+def test_folder_of_that_name_that_no_conversion_wrote(tmp_path):
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "thesis.tex").write_text("mine")
+    for options in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(CheckpointError, match="no conversion wrote"):
+            convert(source("olmo"), tmp_path / "out", **options)
+    assert snapshot(tmp_path) == snapshot(tmp_path) and (tmp_path / ".out.partial" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("crash", ["before the folder", "between the renames", "after the renames"])
+def test_overwriting_that_crashes_in_its_last_step(crash, monkeypatch, changeable, tmp_path):
+    """The old folder or the new one is there, or comes back when a conversion to it begins."""
+    out = changeable("olmo1")
+    old = snapshot(out)
+    rename, unlink = Path.rename, Path.unlink
+
+    def fail(self, target):
+        if self.name.endswith(".partial"):
+            if crash == "after the renames":
+                rename(self, target)
+            raise Killed
+        if crash == "before the folder":
+            raise Killed
+        return rename(self, target)
+
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
+    monkeypatch.setattr(Path, "unlink", lambda self, **options: unlink(self, **options) if self.exists() else None)
+    monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr("olmem_convert.partial.swap", swap_that_cannot_undo)
+    with pytest.raises(Killed):
+        convert(source("olmo"), out, overwrite=True, verify=False)
+    monkeypatch.undo()
+    convert(source("olmo"), tmp_path / "whole", verify=False)
+    new = snapshot(tmp_path / "whole")
+    assert not out.exists() or snapshot(out) in (old, new)
+    convert(source("olmo"), out, overwrite=True, resume=True, verify=False)
+    assert snapshot(out) == new
+    assert sorted(os.listdir(tmp_path)) == sorted([out.name, "whole"])
+
+
+def swap_that_cannot_undo(folder, out, replaced, overwrite):
+    """As the real one, to which no `except` happens when it is killed."""
+    out.rename(replaced)
+    folder.rename(out)
+
+
+def test_a_failure_with_resume_keeps_what_is_finished(monkeypatch, tmp_path):
+    lines = []
+
+    def fail(*_):
+        raise CheckpointError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("olmem_convert.partial.sync", fail)
+        with pytest.raises(CheckpointError, match="the disk is full"):
+            convert(DEMO / "step1872", tmp_path / "out", resume=True, say=lines.append, **SMALL)
+    assert lines[-1] == f"unfinished: the same command goes on with {tmp_path / 'out'}"
+    report = convert(DEMO / "step1872", tmp_path / "out", resume=True, **SMALL)
+    assert report["bytes_found"] == report["bytes"]
+
+
+def test_errors_name_out_and_not_where_it_is_written(monkeypatch, tmp_path):
+    def fail(folder, *_):
+        raise CheckpointError(f"`{folder / 'config.json'}` must be so")
+
+    monkeypatch.setattr("olmem_convert.partial.sync", fail)
+    with pytest.raises(CheckpointError) as refusal:
+        convert(source("olmo"), tmp_path / "out", verify=False)
+    assert str(refusal.value) == f"`{tmp_path / 'out' / 'config.json'}` must be so"
+
+
+def test_export_resumes_too(converted, kill, monkeypatch, tmp_path):
+    folder = converted("demo")
+    kill(20)
+    with pytest.raises(Killed):
+        export(folder, tmp_path / "out", "olmo3", **SMALL)
+    monkeypatch.undo()
+    report = export(folder, tmp_path / "out", "olmo3", resume=True, **SMALL)
+    assert 0 < report["bytes_found"] < report["bytes"]
+    export(folder, tmp_path / "whole", "olmo3", **SMALL)
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
+
+
+def test_killed_in_earnest(tmp_path):
+    """At random moments of the whole command, verification included; `benchmarks/convert.py --kills 50` has more."""
+    arguments = ["convert", str(DEMO / "step1872"), str(tmp_path / "out"), "--max-shard-size", "500KB"]
+    command = [sys.executable, "-m", "olmem_convert", *arguments]
+    CliRunner().invoke(app, [*arguments[:2], str(tmp_path / "whole"), *arguments[3:]])
+    moments, kills, resume = random.Random(1), 0, []
+    while kills < 3:
+        process = subprocess.Popen(command + resume, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        while process.poll() is None and not any(tmp_path.glob(".out.*")):
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.5))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills, resume = kills + 1, ["--resume"]
+        assert not (tmp_path / "out").exists()
+    subprocess.run(command + resume, env=ENVIRONMENT, check=False, capture_output=True)
+    assert kills and snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
+
+
+# Numbers that are none
+
+
+def with_nonfinite(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """In two rows of the head, so that all other logits are numbers."""
+    _, head = (name for name, value in state.items() if value.shape == (12, 8))
+    state[head][3, 2:4] = float("nan")
+    state[head][5, 0] = float("inf")
+    return state
+
+
+@pytest.mark.parametrize("make", ["olmo", "olmo_core"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nonfinite_weights_are_carried_over_only_when_that_is_asked_for(make, dtype, tmp_path):
+    if make == "olmo":
+        folder = write_olmo(tmp_path / "source", "model.pt", with_nonfinite(olmo_state()))
+    else:
+        folder = write_olmo_core(tmp_path / "source", with_nonfinite(olmo_core_state()))
+    refused = CliRunner().invoke(app, ["convert", str(folder), str(tmp_path / "out"), "--dtype", dtype])
+    assert refused.exit_code == 1 and "--allow-nonfinite" in refused.stderr
+    assert os.listdir(tmp_path) == ["source"]
+    options = ["--dtype", dtype, "--allow-nonfinite", "--json"]
+    result = CliRunner().invoke(app, ["convert", str(folder), str(tmp_path / "out"), *options])
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    counts = {"lm_head.weight": 3}
+    assert report["nonfinite"] == report["verification"]["nonfinite"] == counts
+    assert report["verification"]["stages"][-1]["compared"] == 10 * report["verification"]["prompt"]["tokens"]
+    assert "3 numbers of" in result.stderr
+    weights = load_weights(tmp_path / "out")
+    assert weights["lm_head.weight"].isnan().sum() == 2 and weights["lm_head.weight"].isinf().sum() == 1
+    again = CliRunner().invoke(app, ["verify", str(tmp_path / "out"), "--against", str(folder)])
+    assert again.exit_code == 1 and "must be finite" in again.stderr
+    again = CliRunner().invoke(app, ["verify", str(tmp_path / "out"), "--against", str(folder), "--allow-nonfinite"])
+    assert again.exit_code == 0, again.stderr
+
+
+def test_rounding_that_makes_infinities_is_never_allowed(tmp_path):
+    state = with_nonfinite(olmo_core_state())
+    state["blocks.0.attention.w_v.weight"][0, 0] = 70000.0
+    folder = write_olmo_core(tmp_path / "source", state)
+    with pytest.raises(CheckpointError, match=r"v_proj.* must be finite as float16 .*--dtype bfloat16"):
+        convert(folder, tmp_path / "out", dtype="float16", allow_nonfinite=True)
+
+
+# Figures for a script
+
+
+def test_progress_for_a_script(tmp_path):
+    result = CliRunner().invoke(app, ["convert", str(source("olmo")), str(tmp_path / "out"), "--json"])
+    figures = [json.loads(line)["progress"] for line in result.stderr.splitlines() if line.startswith('{"progress"')]
+    report = json.loads(result.stdout)
+    assert figures[-1]["bytes"] == figures[-1]["of"] == report["bytes"]
+    assert all(set(entry) == {"bytes", "of", "seconds", "bytes_per_second", "seconds_left"} for entry in figures)

@@ -36,6 +36,9 @@ def make_config(checkpoint: Checkpoint, dtype: torch.dtype) -> OlmemConfig:
 OF_ROPE = {"attention_factor": 0.0, "beta_fast": 0.0, "beta_slow": 0.0, "mscale": -1.0, "mscale_all_dim": -1.0}
 
 
+LARGEST_FLOAT = torch.finfo(torch.float32).max
+
+
 def require_meaning(config: OlmemConfig) -> None:
     """What the config's class lets pass: numbers that are none, or of no size that a model has."""
     values = config.to_dict()
@@ -43,6 +46,8 @@ def require_meaning(config: OlmemConfig) -> None:
     for name, value in values.items():
         if isinstance(value, int) and abs(value) >= LARGEST_NUMBER:
             raise CheckpointError(f"`{name}` of the config must be below 2**53 (got {value}); correct it.")
+        if isinstance(value, float) and abs(value) > LARGEST_FLOAT:
+            raise CheckpointError(f"`{name}` of the config must be a number of float32 (got {value}); correct it.")
     if config.initializer_range < 0:
         raise CheckpointError(
             f"`initializer_range` of the config must not be negative (got {config.initializer_range}); correct it."

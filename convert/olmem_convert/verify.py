@@ -304,7 +304,7 @@ def compare_stages(
         try:
             logits = model(input_ids, use_cache=False, return_dict=True).logits
             compare_next(logits)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"the config must describe a native model (computing it gave: {error}).") from error
         finally:
             for hook in hooks:

@@ -358,6 +358,7 @@ NAN, INF = float("nan"), float("inf")
     [
         ("config.json", {"rms_norm_eps": INF}, "rms_norm_eps"),
         ("config.json", {"rms_norm_eps": -1e-6}, "rms_norm_eps"),
+        ("config.json", {"rms_norm_eps": 1e300}, "rms_norm_eps"),
         ("config.json", {"initializer_range": NAN}, "initializer_range"),
         ("config.json", {"made_by": {"numbers": [1, NAN]}}, "made_by.numbers.1"),
         ("config.json", {"max_position_embeddings": 2**60}, "max_position_embeddings"),

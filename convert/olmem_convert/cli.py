@@ -184,7 +184,8 @@ def finish(run: Callable[[Callable[[str], None]], dict[str, Any]], as_json: bool
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     except (OSError, MemoryError, RuntimeError) as error:  # torch says RuntimeError when memory is short
-        typer.echo(f"error: {error}" if str(error) else "error: not enough memory", err=True)
+        said = str(error).strip().splitlines()[:1] or ["not enough memory"]
+        typer.echo(f"error: {said[0]}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo("stopped", err=True)

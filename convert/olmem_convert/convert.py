@@ -23,7 +23,7 @@ from .files import read_bytes, read_json, reading, require_numbers
 from .formats import Checkpoint, Given
 from .formats.detect import open_checkpoint
 from .memory import listed, new_parameters, switched, with_memory
-from .partial import Partial, job_of, written_whole
+from .partial import Partial, job_of, settle, written_whole
 from .plan import TOKEN_IDS, check_copies, make_config, make_tensors, tokens_of
 from .progress import Progress, Tell
 from .shards import WeightFiles, check_size
@@ -69,6 +69,7 @@ def convert(
     """
     source, out = Path(source), Path(os.path.abspath(out))
     check_options(dtype, max_shard_size, tokenizer)
+    settle(out)
     check_out(source, out, overwrite)
     kept = kept_metadata(out)  # of a folder to be replaced
     given = Given(Path(native_config) if native_config else None, n_ctx, act_fn)
@@ -84,9 +85,9 @@ def convert(
     if added:
         say(f"memory: {listed(switched(planned, checkpoint))}, with {count(tensors, added):,} new parameters")
     files = WeightFiles(tensors, stored, max_shard_size)
-    job = job_of(source, olmem.__version__, config.to_json_string(), files.names)
+    job = job_of(source, olmem.__version__, config.to_json_string(), files.names, allow_nonfinite)
 
-    with written_whole(out, job, overwrite=overwrite, resume=resume, say=say) as partial:
+    with written_whole(out, job, overwrite=overwrite, resume=resume, strays_of=strays_of, say=say) as partial:
         folder = partial.folder
         written = write_weights(out, partial, files, allow_nonfinite, tell)
         config.auto_map = OlmemForCausalLM.auto_map()

@@ -4,7 +4,8 @@ chunks of tensors lie one after another, each an archive of `torch.save`."""
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from .errors import CheckpointError
 from .files import member, read_bytes, reading, require_plain
-from .pickles import LARGEST_PICKLE, TORCH_DTYPES, Archive, Record, StoredTensor, unpickle
+from .pickles import LARGEST_PICKLE, TORCH_DTYPES, Archive, Names, Record, StoredTensor, plain_size, unpickle
 from .tensors import LazyTensor, refuse_strays
 
 
@@ -41,13 +42,14 @@ METADATA_NAMES: dict[str, Any] = {
     "torch.distributed.checkpoint.filesystem._StorageInfo": Record,
     "olmo_core.distributed.checkpoint.filesystem._StorageInfo": Record,
     "torch.serialization._get_layout": first_argument,
-    "torch.Size": tuple,
-    "collections.OrderedDict": dict,
+    "torch.Size": plain_size,
+    "collections.OrderedDict": Names,
     "pathlib.PosixPath": first_argument,  # the folder that it was written to
     "pathlib.WindowsPath": first_argument,
     **TORCH_DTYPES,
 }
 
+MOST_COMPARED = 2**22  # pairs of chunks of a tensor; a grid of 128 by 16 ranks takes 2**15
 Place = tuple[str, int, int]  # file name, first byte, bytes
 
 
@@ -75,7 +77,7 @@ class Chunk:
                     f"`{self.path}` must hold {self.dtype} {self.sizes} of {self.name!r} (got {got}); files of two "
                     "checkpoints are mixed: copy the folder again."
                 )
-            return archive.tensor(self.name, stored)
+            return archive.tensor(self.name, stored, apart=True)
 
 
 def read_distributed(folder: Path, prefix: str = "model.") -> dict[str, LazyTensor]:
@@ -92,7 +94,7 @@ def read_distributed(folder: Path, prefix: str = "model.") -> dict[str, LazyTens
     names = [name for name in entries if name.startswith(prefix)]
     if not names:
         prefix, names = "", [name for name in entries if not name.startswith("optim.")]
-    tensors = {}
+    tensors, found = {}, []
     for name in names:
         if not hasattr(entries[name], "chunks"):
             raise CheckpointError(f"`{path}` must hold tensors only (got a pickled value {name!r}); re-save the model.")
@@ -102,6 +104,7 @@ def read_distributed(folder: Path, prefix: str = "model.") -> dict[str, LazyTens
             boxes = [(integers(chunk.offsets), integers(chunk.sizes)) for chunk in entries[name].chunks]
             chunks = [locate(folder, name, box, dtype, storage) for box in boxes if math.prod(box[1]) > 0]
             check_cover(path, name, shape, chunks)
+        found += chunks
         tensors[name.removeprefix(prefix)] = LazyTensor(
             shape,
             dtype,
@@ -109,6 +112,7 @@ def read_distributed(folder: Path, prefix: str = "model.") -> dict[str, LazyTens
         )
     if not tensors:
         raise CheckpointError(f"`{path}` must list the model's tensors (it lists none); copy the folder again.")
+    check_apart(path, found)
     return tensors
 
 
@@ -124,9 +128,10 @@ def places(storage_data: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, tuple[i
 
 def integers(values: Any) -> tuple[int, ...]:
     """Of a size, or an offset."""
-    if not isinstance(values, tuple | list) or not all(type(value) is int and 0 <= value < 2**63 for value in values):
+    sizes = plain_size(values)
+    if not all(type(value) is int and 0 <= value < 2**63 for value in sizes):
         raise ValueError("a size or an offset is no list of integers from 0")
-    return tuple(values)
+    return sizes
 
 
 def metadata_dtype(properties: Any) -> torch.dtype:
@@ -169,7 +174,7 @@ def check_cover(path: Path, name: str, shape: tuple[int, ...], chunks: list[Chun
         for chunk in chunks
     )
     covered = sum(math.prod(chunk.sizes) for chunk in chunks)
-    twice = overlap(chunks) if inside else None
+    twice = overlap(chunks) if inside and covered == math.prod(shape) else None
     if not inside or covered != math.prod(shape) or twice:
         found = (
             f"chunks at {twice[0].offsets} and {twice[1].offsets} overlap" if twice else f"its chunks hold {covered}"
@@ -178,6 +183,16 @@ def check_cover(path: Path, name: str, shape: tuple[int, ...], chunks: list[Chun
             f"`{path}` must cover {name!r} of shape {shape} once ({found}, of {math.prod(shape)} values); a rank's "
             "chunks are missing or doubled: copy the folder again."
         )
+
+
+def check_apart(path: Path, chunks: list[Chunk]) -> None:
+    """No byte may be a part of two chunks, lest a small file become a large model."""
+    for one, other in pairwise(sorted(chunks, key=lambda chunk: (chunk.path, chunk.start))):
+        if one.path == other.path and one.start + one.length > other.start:
+            raise CheckpointError(
+                f"`{path}` must give each chunk bytes of its own (of {other.path.name} it gives those at {other.start} "
+                f"to {one.name!r} and {other.name!r}); copy the folder again."
+            )
 
 
 def overlap(chunks: list[Chunk]) -> tuple[Chunk, Chunk] | None:
@@ -189,7 +204,11 @@ def overlap(chunks: list[Chunk]) -> tuple[Chunk, Chunk] | None:
     if along is None:
         return chunks[0], chunks[1]
     reached: list[Chunk] = []
+    compared = 0
     for chunk in sorted(chunks, key=lambda chunk: chunk.offsets[along]):
+        compared += len(reached)
+        if compared > MOST_COMPARED:
+            raise ValueError("its chunks are too many that lie side by side")
         reached = [other for other in reached if other.offsets[along] + other.sizes[along] > chunk.offsets[along]]
         for other in reached:
             if all(
@@ -202,6 +221,13 @@ def overlap(chunks: list[Chunk]) -> tuple[Chunk, Chunk] | None:
     return None
 
 
+@lru_cache(maxsize=1)
+def in_memory(chunk: Chunk) -> LazyTensor:
+    """A chunk that is not kept row after row, read once for all rows that follow one another."""
+    values = chunk.values.load()
+    return LazyTensor(chunk.sizes, chunk.dtype, lambda start, stop: values[start:stop])
+
+
 def join(shape: tuple[int, ...], dtype: torch.dtype, chunks: list[Chunk], start: int, stop: int) -> torch.Tensor:
     """Rows start … stop−1, of all chunks that have some of them."""
     if not shape:
@@ -211,6 +237,7 @@ def join(shape: tuple[int, ...], dtype: torch.dtype, chunks: list[Chunk], start:
         first, last = max(start, chunk.offsets[0]), min(stop, chunk.offsets[0] + chunk.sizes[0])
         if first < last:
             columns = (slice(o, o + s) for o, s in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True))
-            values = chunk.values.read(first - chunk.offsets[0], last - chunk.offsets[0])
+            held = chunk.values if chunk.values.divisible else in_memory(chunk)
+            values = held.read(first - chunk.offsets[0], last - chunk.offsets[0])
             whole[slice(first - start, last - start), *columns] = values
     return whole

@@ -29,13 +29,14 @@ from .convert import (
     check_out,
     choose_dtype,
     copy_tokenizer,
+    strays_of,
     write_weights,
 )
 from .errors import CheckpointError, reason
 from .files import read_json
 from .formats import Checkpoint, check_common, check_layers, expand, typed
 from .formats.transformers_olmo import key_table
-from .partial import job_of, written_whole
+from .partial import job_of, settle, written_whole
 from .plan import TOKEN_IDS, make_tensors, require_meaning
 from .progress import Tell
 from .shards import WeightFiles
@@ -84,6 +85,7 @@ def export(
     check_options(dtype, max_shard_size, tokenizer)
     if target not in OLMO_BLOCKS:
         raise CheckpointError(f"`to` must be one of {', '.join(OLMO_BLOCKS)} (got {target!r}); choose one.")
+    settle(out)
     check_out(source, out, overwrite)
     config, weights = read_olmem(source)
     try:
@@ -100,9 +102,9 @@ def export(
     parameters = announce(checkpoint, config, tensors, say)
 
     files = WeightFiles(tensors, stored, max_shard_size)
-    job = job_of(source, olmem.__version__, exported.to_json_string(), files.names)
+    job = job_of(source, olmem.__version__, exported.to_json_string(), files.names, allow_nonfinite)
 
-    with written_whole(out, job, overwrite=overwrite, resume=resume, say=say) as partial:
+    with written_whole(out, job, overwrite=overwrite, resume=resume, strays_of=strays_of, say=say) as partial:
         folder = partial.folder
         written = write_weights(out, partial, files, allow_nonfinite, tell)
         save_config(exported, folder)

@@ -2,7 +2,7 @@
 
 It becomes OUT by a rename when all of it is on the disk. A conversion that fails or is stopped removes it; one that was
 killed, or is to be resumed, leaves it, and by the journal a later one goes on: files of the right checksum stay, all
-else is made again.
+else is made again. The journal also says what the last renames were about to do, for `settle` to end what a crash cut.
 """
 
 import errno
@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
@@ -26,38 +26,66 @@ OF_WEIGHTS = {".bin", ".distcp", ".json", ".metadata", ".pt", ".safetensors", ".
 CHANGED = {
     "olmem": "another version of olmem began it",
     "source": "the files of SRC have changed since",
-    "config": "it was begun with other options",
-    "weights": "it was begun with other options",
+    "options": "it was begun with other options",
 }
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+Counts = dict[str, int]
 
 
 class Partial:
-    """The folder, and what of it a resumed conversion has found finished."""
+    """The folder, and by name the files that a resumed conversion has found finished, with their counts of numbers that
+    are none."""
 
-    def __init__(self, folder: Path, journal: TextIO, finished: dict[str, str]):
+    def __init__(self, folder: Path, journal: BinaryIO, finished: dict[str, Counts]):
         self.folder, self.journal, self.finished = folder, journal, finished
 
-    def finish(self, name: str, digest: str) -> None:
+    def finish(self, name: str, digest: str, nonfinite: Counts) -> None:
         """Notes that the weight file `name` is on the disk, whole, with this sha256."""
-        note(self.journal, {"file": name, "sha256": digest})
+        note(self.journal, {"file": name, "sha256": digest, "nonfinite": nonfinite})
 
 
-def note(journal: TextIO, entry: Mapping[str, Any]) -> None:
-    journal.write(json.dumps(entry) + "\n")
+def note(journal: BinaryIO, entry: Mapping[str, Any]) -> None:
+    journal.write(json.dumps(entry).encode() + b"\n")
     journal.flush()
     os.fsync(journal.fileno())
 
 
-def job_of(source: Path, version: str, config: str, files: Mapping[str, list[str]]) -> dict[str, str]:
-    """What must be the same for a conversion to be resumed: hashes of the source's state, the config and the plan."""
-    paths = sorted(source.rglob("*")) if source.is_dir() else [source, source.parent / "config.json"]
+def job_of(source: Path, version: str, *options: Any) -> dict[str, str]:
+    """What must be the same for a conversion to be resumed: version, and hashes of the source's state and the options."""
+    folders = [source, *sorted(path for path in source.iterdir() if path.is_dir())] if source.is_dir() else []
+    paths = [path for folder in folders for path in sorted(folder.iterdir())] or [source, source.parent / "config.json"]
     kept = [path for path in paths if (path.suffix or path.name) in OF_WEIGHTS and path.is_file()]
     state = [(str(path.relative_to(source.parent)), path.stat().st_size, path.stat().st_mtime_ns) for path in kept]
-    return {"olmem": version, "source": hashed(state), "config": hashed(config), "weights": hashed(files)}
+    return {"olmem": version, "source": hashed(state), "options": hashed(options)}
 
 
 def hashed(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def places(out: Path) -> tuple[Path, Path, Path]:
+    """Beside `out`: the folder that is being written, its journal, and the folder that was there."""
+    partial, journal, replaced = (
+        out.with_name(f".{out.name}.{end}") for end in ("partial", "partial.jsonl", "replaced")
+    )
+    return partial, journal, replaced
+
+
+def settle(out: Path) -> None:
+    """After a crash in the last renames: the folder that was there is back, or what replaced it is there for good."""
+    folder, notes, replaced = places(out)
+    if not os.path.lexists(notes):
+        return
+    with owned(notes, out) as journal:
+        entries = read_notes(journal)
+        replaces = any("replaces" in entry for entry in entries)
+        if folder.exists():
+            if replaces and os.path.lexists(replaced) and not os.path.lexists(out):
+                replaced.rename(out)
+        else:
+            if replaces:
+                shutil.rmtree(replaced, ignore_errors=True)
+            notes.unlink()
 
 
 @contextmanager
@@ -67,22 +95,23 @@ def written_whole(
     *,
     overwrite: bool,
     resume: bool,
+    strays_of: Callable[[Path], list[str]] = lambda folder: [],
     say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Partial]:
-    """What becomes `out` when the block ends well. When it does not, it is removed, or with `resume` kept."""
+    """What becomes `out` when the block ends well. When it does not, it is removed, or with `resume` kept.
+
+    strays_of: what somebody else has put into a folder that is replaced, which is then kept beside it.
+    """
     absent = [parent for parent in out.parents if not parent.exists()]
-    folder, notes, replaced = (out.with_name(f".{out.name}.{end}") for end in ("partial", "partial.jsonl", "replaced"))
+    folder, notes, replaced = places(out)
+    began, entries = False, []
     try:
         if absent:
             out.parent.mkdir(parents=True, exist_ok=True)
         with owned(notes, out) as journal:
-            began = False
             try:
-                recover(out, replaced)
-                if os.path.lexists(out) and not overwrite:
-                    raise CheckpointError(f"`OUT` must not exist yet (got {out}); name a new folder.")
-                entries = list(read_notes(journal))
-                check_resumable(out, folder, entries, job, overwrite, resume)
+                entries = read_notes(journal)
+                check_places(out, folder, replaced, entries, job, overwrite, resume)
                 began = True
                 finished = sound_files(folder, entries[1:]) if resume else {}
                 if resume and entries:
@@ -90,35 +119,42 @@ def written_whole(
                 begin(folder, journal, job, finished)
                 yield Partial(folder, journal, finished)
                 sync(folder)
-                swap(folder, out, replaced, overwrite)
-                notes.unlink()
-                flush(out.parent)
-                shutil.rmtree(replaced, ignore_errors=True)
+                replaces = swap(folder, out, replaced, journal, overwrite)
             except BaseException:
-                if began and resume:
+                if began and folder.exists() and resume:
                     say(f"unfinished: the same command goes on with {out}")
                 elif began:
                     shutil.rmtree(folder, ignore_errors=True)
-                if not folder.exists():
+                to_settle = folder.exists() or os.path.lexists(replaced)
+                if not (to_settle and (entries or began)):
                     notes.unlink(missing_ok=True)
                 raise
+            if replaces and (strays := strays_of(replaced)):
+                say(f"note: {replaced} is what was in {out}, kept as it holds {', '.join(strays[:3])}: move it away")
+            elif replaces:
+                shutil.rmtree(replaced, ignore_errors=True)
+            notes.unlink()
+            flush(out.parent)
     except BaseException as error:
         for parent in absent:
             with suppress(OSError):
                 parent.rmdir()
-        if isinstance(error, CheckpointError) and str(folder) in str(error):
+        if began and isinstance(error, CheckpointError) and str(folder) in str(error):
             raise CheckpointError(str(error).replace(str(folder), str(out))) from error
-        if isinstance(error, OSError):
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            remedy = "free space, or choose another disk" if full else "choose another folder"
+        if isinstance(error, OSError) and is_of_out(error, out):
+            remedy = "free space, or choose another disk" if error.errno in FULL else "choose another folder"
             raise CheckpointError(f"`OUT` must be writable ({out}: {error.strerror or error}); {remedy}.") from error
         raise
 
 
+def is_of_out(error: OSError, out: Path) -> bool:
+    return error.errno in FULL or str(error.filename or "").startswith(str(out.parent))
+
+
 @contextmanager
-def owned(notes: Path, out: Path) -> Iterator[TextIO]:
+def owned(notes: Path, out: Path) -> Iterator[BinaryIO]:
     """The journal, open and locked, so that no two conversions write one folder."""
-    with notes.open("a+", encoding="utf-8") as journal:
+    with notes.open("a+b") as journal:
         try:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
             owner = os.path.lexists(notes) and os.path.samestat(os.fstat(journal.fileno()), notes.stat())
@@ -131,42 +167,60 @@ def owned(notes: Path, out: Path) -> Iterator[TextIO]:
         yield journal
 
 
-def read_notes(journal: TextIO) -> Iterator[dict[str, Any]]:
-    """The journal's entries, up to one that a crash cut short."""
+def read_notes(journal: BinaryIO) -> list[dict[str, Any]]:
+    """The journal's entries, without one that a crash cut short, which is removed."""
     journal.seek(0)
-    for line in journal:
+    entries, length = [], 0
+    for line in journal.read().splitlines(keepends=True):
         try:
-            yield dict(json.loads(line))
-        except (TypeError, ValueError):
-            return
+            entry = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n") or not isinstance(entry, dict):
+            break
+        entries.append(entry)
+        length += len(line)
+    journal.truncate(length)
+    return entries
 
 
-def check_resumable(
-    out: Path, folder: Path, entries: list[dict[str, Any]], job: Mapping[str, str], overwrite: bool, resume: bool
+def check_places(
+    out: Path,
+    folder: Path,
+    replaced: Path,
+    entries: list[dict[str, Any]],
+    job: Mapping[str, str],
+    overwrite: bool,
+    resume: bool,
 ) -> None:
-    if not entries:
-        if folder.exists() and any(folder.iterdir()):
-            raise CheckpointError(f"`OUT` must not have {folder} beside it, which no conversion wrote; move it away.")
-    elif resume and (changed := [name for name in job if entries[0].get(name) != job[name]]):
+    strange = [folder] if not entries and folder.exists() and any(folder.iterdir()) else []
+    strange += [replaced] if overwrite and os.path.lexists(replaced) else []
+    if strange:
+        raise CheckpointError(f"`OUT` must not have {strange[0]} beside it, which is in the way; move it away.")
+    if entries and resume and (changed := [name for name in job if entries[0].get(name) != job[name]]):
         raise CheckpointError(
             f"`--resume` must find the conversion that it goes on with (of {out}, {CHANGED[changed[0]]}); add "
             "--overwrite in its place to begin anew."
         )
-    elif not resume and not overwrite:
+    if entries and not resume and not overwrite:
         raise CheckpointError(
             f"`OUT` must not be half-written (a conversion to {out} was killed); add --resume to go on with it, or "
             "--overwrite to begin anew."
         )
 
 
-def sound_files(folder: Path, entries: list[dict[str, Any]]) -> dict[str, str]:
+def sound_files(folder: Path, entries: list[dict[str, Any]]) -> dict[str, Counts]:
     """The finished files that still have their checksums."""
-    noted = {str(entry.get("file")): str(entry.get("sha256")) for entry in entries}
+    noted = {entry["file"]: entry for entry in entries if "file" in entry}
     files = tqdm(noted.items(), desc="checking what was written", unit="file", disable=None)
-    return {name: digest for name, digest in files if (folder / name).is_file() and sha256(folder / name) == digest}
+    return {
+        name: entry["nonfinite"]
+        for name, entry in files
+        if (folder / name).is_file() and sha256(folder / name) == entry["sha256"]
+    }
 
 
-def begin(folder: Path, journal: TextIO, job: Mapping[str, str], finished: Mapping[str, str]) -> None:
+def begin(folder: Path, journal: BinaryIO, job: Mapping[str, str], finished: Mapping[str, Counts]) -> None:
     """Nothing in the folder but finished files; without any, another journal."""
     if not finished:
         shutil.rmtree(folder, ignore_errors=True)
@@ -180,20 +234,15 @@ def begin(folder: Path, journal: TextIO, job: Mapping[str, str], finished: Mappi
             path.unlink()
 
 
-def recover(out: Path, replaced: Path) -> None:
-    """After a crash between the two renames of `swap` the folder that was there is back; after them it is gone."""
-    if os.path.lexists(replaced):
-        if os.path.lexists(out):
-            shutil.rmtree(replaced)
-        else:
-            replaced.rename(out)
-
-
-def swap(folder: Path, out: Path, replaced: Path, overwrite: bool) -> None:
+def swap(folder: Path, out: Path, replaced: Path, journal: BinaryIO, overwrite: bool) -> bool:
+    """Whether there was a folder, which is then `replaced`."""
+    replaces = overwrite and out.exists()
     try:
-        if overwrite and out.exists():
+        if replaces:
+            note(journal, {"replaces": str(out)})
             out.rename(replaced)
         folder.rename(out)
+        return replaces
     except BaseException:
         if os.path.lexists(replaced) and not os.path.lexists(out):
             replaced.rename(out)

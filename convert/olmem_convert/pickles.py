@@ -13,6 +13,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +23,7 @@ from .errors import CheckpointError
 from .files import reading, require_plain
 from .tensors import LazyTensor, Span
 
+LONGEST_KEY = 2**12  # characters of a key of a dictionary
 LARGEST_PICKLE = 2**28  # bytes; the names and shapes of 100,000 tensors take 2**25
 MOST_TENSORS = 50_000  # of a state dict; the largest model that converts has a thousand
 MOST_DIMENSIONS = 64  # of a tensor, in torch too
@@ -56,10 +58,18 @@ class Names(dict):
 
 
 def plain_key(key: Any) -> Any:
-    """A key of a dictionary. Any other could take for ever to hash: tuples of tuples, each twice in the next."""
-    if type(key) not in (str, int, Record):
-        raise pickle.UnpicklingError(f"a {type(key).__name__} is a key of a dictionary")
-    return key
+    """A key of a dictionary. Others take for ever to hash, as tuples of tuples do, each twice in the next, or to find,
+    as large numbers of one hash."""
+    if type(key) is Record or (type(key) is str and len(key) <= LONGEST_KEY) or (type(key) is int and 0 <= key < 2**32):
+        return key
+    raise pickle.UnpicklingError(f"a {type(key).__name__} is a key of a dictionary")
+
+
+def plain_size(values: Any) -> tuple[Any, ...]:
+    """In place of torch.Size; no more dimensions than torch has, so that copies do not add up."""
+    if not isinstance(values, tuple | list) or len(values) > MOST_DIMENSIONS:
+        raise pickle.UnpicklingError("a size is no tuple of a tensor's dimensions")
+    return tuple(values)
 
 
 InPython: Any = pickle._Unpickler  # the one written in Python, whose instructions can be chosen
@@ -108,6 +118,13 @@ class InertUnpickler(InPython):
         self.append({})
         self.set_items(items)
 
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        if type(self.stack[-1]) not in (Record, Names):
+            raise pickle.UnpicklingError(f"a {type(self.stack[-1]).__name__} is given a state")
+        self.stack[-1].__setstate__(state)
+
+    dispatch[pickle.BUILD[0]] = load_build
     dispatch[pickle.SETITEM[0]] = load_setitem
     dispatch[pickle.SETITEMS[0]] = load_setitems
     dispatch[pickle.DICT[0]] = load_dict
@@ -225,7 +242,7 @@ STATE_DICT_NAMES: dict[str, Any] = {
     "torch.nn.parameter.Parameter": None,
     "torch.Tensor": None,
     "torch.storage.UntypedStorage": None,
-    "torch.Size": tuple,
+    "torch.Size": plain_size,
     **{f"torch.{name}": dtype for name, dtype in DTYPES.items()},
     **TORCH_DTYPES,
 }
@@ -319,8 +336,8 @@ class Archive:
             raise ValueError(f"record {record.filename!r} is cut short")
         return Span(self.path, start, record.file_size, record.CRC)
 
-    def tensor(self, name: str, stored: StoredTensor) -> LazyTensor:
-        """The tensor, once every number of it is known to be there."""
+    def tensor(self, name: str, stored: StoredTensor, *, apart: bool = False) -> LazyTensor:
+        """The tensor, once every number of it is known to be there; `apart` from the archive, which it lets go."""
         record = self.records.get(f"{self.prefix}data/{stored.storage.key}")
         held = record.file_size // stored.dtype.itemsize if record else 0
         count = math.prod(stored.shape)
@@ -333,12 +350,14 @@ class Archive:
             )
         if not count:
             return LazyTensor.whole(stored.shape, stored.dtype, lambda: torch.empty(stored.shape, dtype=stored.dtype))
-        shape, dtype, first, key = stored.shape, stored.dtype, stored.first, stored.storage.key
+        shape, dtype, first, stride = stored.shape, stored.dtype, stored.first, stored.stride
+        span = partial(self.span, stored.storage.key)
+        if apart:
+            found = span()
+            span = lambda: found  # noqa: E731
         if all(stride == math.prod(size for size, _ in steps[i + 1 :]) for i, (_, stride) in enumerate(steps)):
-            return LazyTensor(shape, dtype, lambda *rows: self.span(key).rows(shape, dtype, first, *rows))
-        return LazyTensor.whole(
-            shape, dtype, lambda: self.span(key).values(first, extent, dtype).as_strided(shape, stored.stride)
-        )
+            return LazyTensor(shape, dtype, lambda *rows: span().rows(shape, dtype, first, *rows))
+        return LazyTensor.whole(shape, dtype, lambda: span().values(first, extent, dtype).as_strided(shape, stride))
 
 
 def read_pickle(path: Path) -> dict[str, LazyTensor]:

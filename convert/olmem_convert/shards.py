@@ -60,8 +60,8 @@ class WeightFiles:
         folder: Path,
         advance: Callable[[int], object] = lambda nbytes: None,
         *,
-        finished: Mapping[str, str] | None = None,
-        finish: Callable[[str, str], object] = lambda name, digest: None,
+        finished: Mapping[str, dict[str, int]] | None = None,
+        finish: Callable[[str, str, dict[str, int]], object] = lambda name, digest, nonfinite: None,
         allow_nonfinite: bool = False,
     ) -> dict[str, int]:
         """Writes the files that are not `finished`, and the index where they are several.
@@ -69,16 +69,16 @@ class WeightFiles:
         `advance` is told of bytes, `finish` of each file that is on the disk, with its sha256. Returns how many numbers
         are NaN or infinite, by tensor; without `allow_nonfinite` they are an error.
         """
-        bad: dict[str, int] = {}
+        counts = dict(finished or {})
         for name, names in self.names.items():
-            if name in (finished or {}):
-                continue
-            tensors = {key: self.tensors[key] for key in names}
-            digest = write_file(folder / name, tensors, self.dtype, advance, bad if allow_nonfinite else None)
-            finish(name, digest)
+            if name not in counts:
+                tensors, bad = {key: self.tensors[key] for key in names}, {}
+                digest = write_file(folder / name, tensors, self.dtype, advance, bad if allow_nonfinite else None)
+                finish(name, digest, bad)
+                counts[name] = bad
         if len(self.names) > 1:
             (folder / INDEX_NAME).write_text(json.dumps(self.index(), indent=2) + "\n", encoding="utf-8")
-        return bad
+        return {name: count for bad in counts.values() for name, count in bad.items()}
 
     def index(self) -> dict[str, Any]:
         places = {name: file for file, names in self.names.items() for name in names}

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from .errors import CheckpointError
+from .files import reading
 
 BLOCK = 2**22  # bytes that are checked or compared at a time
 
@@ -111,7 +112,7 @@ class Span:
         """`count` numbers from the one at `first`, (count,)."""
         self.check()
         values = torch.empty(count, dtype=dtype)
-        with self.path.open("rb") as file:
+        with reading(self.path), self.path.open("rb") as file:
             file.seek(self.start + first * dtype.itemsize)
             read = file.readinto(values.view(torch.uint8).numpy().data)
         if read != values.nbytes:
@@ -124,7 +125,7 @@ class Span:
         if self.crc is None or self.checked:
             return
         buffer, left, crc = memoryview(bytearray(min(BLOCK, self.length))), self.length, 0
-        with self.path.open("rb") as file:
+        with reading(self.path), self.path.open("rb") as file:
             file.seek(self.start)
             while left and (read := file.readinto(buffer[:left])):
                 crc, left = zlib.crc32(buffer[:read], crc), left - read

@@ -13,14 +13,14 @@ from convert.test_tensors import values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from olmem_convert import CheckpointError
-from olmem_convert.pickles import INSTRUCTIONS, read_pickle, unpickle
+from olmem_convert.pickles import INSTRUCTIONS, STATE_DICT_NAMES, read_pickle, rebuild_tensor, unpickle
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(max_size=300),
     lambda inner: (
         st.lists(inner, max_size=4)
         | st.lists(inner, max_size=4).map(tuple)
-        | st.dictionaries(st.text(max_size=3) | st.integers(), inner, max_size=4)
+        | st.dictionaries(st.text(max_size=3) | st.integers(0, 2**32 - 1), inner, max_size=4)
     ),
     max_leaves=20,
 )
@@ -34,13 +34,25 @@ def test_plain_values_come_out_as_they_went_in(value, protocol):
 
 def exponential_key() -> bytes:
     """A tuple of two of the one before, 200 times, as a key: hashing it takes 2**200 steps."""
-    return b"\x80\x02}N" + b"\x85q\x00" + b"h\x00h\x00\x86q\x00" * 200 + b"K\x01s."
+    return b"\x80\x02}(" + b"N\x85q\x000" + b"h\x00h\x00\x86q\x000" * 200 + b"h\x00K\x01u."
+
+
+def large_copies() -> bytes:
+    """A list of 10,000, and a size made of it 10,000 times."""
+    return b"\x80\x02]q\x00(" + b"K\x01" * 10**4 + b"e0]q\x01(" + b"ctorch\nSize\nh\x00\x85R" * 10**4 + b"e."
 
 
 BOMBS = {
     "a memo of 2**31 places": b"\x80\x02Nr\xff\xff\xff\x7f0r\xfe\xff\xff\x7f.",
     "a key that takes for ever to hash": exponential_key(),
-    "the same, of an ordered dictionary": b"\x80\x02ccollections\nOrderedDict\n(N" + b"\x85" * 3 + b"\x85tR.",
+    "an ordered dictionary of arguments": b"\x80\x02ccollections\nOrderedDict\n((K\x01K\x02\x86t\x85R.",
+    "keys of one hash": b"\x80\x02}("
+    + b"".join(b"\x8a\x0a" + (i * (2**61 - 1)).to_bytes(10, "little") + b"N" for i in range(9))
+    + b"u.",
+    "a key of a megabyte": b"\x80\x02}X" + struct.pack("<I", 2**20) + b"x" * 2**20 + b"Ns.",
+    "sizes that add up": large_copies(),
+    "a state for a function": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n"
+    b"N}X\x0c\x00\x00\x00__defaults__K\x01\x85s\x86b.",
     "bytes that are not there": b"\x80\x04\x8e" + struct.pack("<Q", 2**60) + b".",
     "text that is not there": b"\x80\x04\x8d" + struct.pack("<Q", 2**60) + b".",
     "an array of bytes": b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b".",
@@ -59,10 +71,33 @@ BOMBS = {
 def test_bombs_are_errors_that_cost_nothing(program):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(pickle.UnpicklingError):
-        value = unpickle(program, {"collections.OrderedDict": dict})
+        value = unpickle(program, STATE_DICT_NAMES)
         assert value is None, "it ended after all, with nothing"
         raise pickle.UnpicklingError
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 2**16  # kibibytes
+
+
+def test_functions_that_stand_in_are_not_changed():
+    """A state given to one of them would be its defaults, for every checkpoint that comes after."""
+    before = rebuild_tensor.__defaults__
+    with pytest.raises(pickle.UnpicklingError, match="is given a state"):
+        unpickle(BOMBS["a state for a function"], STATE_DICT_NAMES)
+    assert rebuild_tensor.__defaults__ is before
+
+
+@given(PLAIN, st.integers(0, pickle.HIGHEST_PROTOCOL))
+@settings(max_examples=50)
+def test_keys_of_dictionaries_are_plain(value, protocol):
+    hashable = isinstance(value, (str, int)) and not isinstance(value, bool)
+    try:
+        program = pickle.dumps({value: 1}, protocol)
+    except TypeError:
+        return
+    if hashable and (isinstance(value, str) or 0 <= value < 2**32):
+        assert unpickle(program, {}) == {value: 1}
+    else:
+        with pytest.raises(pickle.UnpicklingError, match="is a key"):
+            unpickle(program, {})
 
 
 @given(st.binary(max_size=60), st.integers(0, 60))

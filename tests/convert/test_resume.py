@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,8 +14,9 @@ import pytest
 import torch
 from convert.checkpoints import DEMO, copy_source, load_weights, snapshot, source
 from convert.writers import olmo_core_state, olmo_state, write_olmo, write_olmo_core
-from olmem_convert import CheckpointError, convert, export
+from olmem_convert import CheckpointError, card, convert, export
 from olmem_convert.cli import app
+from olmem_convert.partial import note
 from olmem_convert.tensors import Span
 from typer.testing import CliRunner
 
@@ -151,19 +153,81 @@ def test_two_conversions_to_one_folder(monkeypatch, tmp_path):
     assert len(refusals) == 3 and sorted(os.listdir(tmp_path)) == ["out", "source"]
 
 
-def test_folder_of_that_name_that_no_conversion_wrote(tmp_path):
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "thesis.tex").write_text("mine")
-    for options in ({}, {"resume": True}, {"overwrite": True}):
-        with pytest.raises(CheckpointError, match="no conversion wrote"):
-            convert(source("olmo"), tmp_path / "out", **options)
-    assert snapshot(tmp_path) == snapshot(tmp_path) and (tmp_path / ".out.partial" / "thesis.tex").exists()
+@pytest.mark.parametrize("name", [".out.partial", ".out.replaced"])
+def test_folders_of_those_names_that_no_conversion_wrote(name, tmp_path):
+    convert(source("olmo"), tmp_path / "out", verify=False)
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.tex").write_text("mine")
+    before = snapshot(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} beside it, .*move it away"):
+        convert(source("olmo"), tmp_path / "out", overwrite=True)
+    assert snapshot(tmp_path) == before and sorted(os.listdir(tmp_path)) == sorted(["out", name])
+
+
+def test_what_came_into_a_folder_that_is_replaced_is_kept(tmp_path):
+    out, lines = tmp_path / "out", []
+    convert(source("olmo1"), out, verify=False)
+
+    def meanwhile(line):
+        lines.append(line)
+        if line.startswith("found"):
+            (out / "results.csv").write_text("mine")
+
+    convert(source("olmo"), out, overwrite=True, verify=False, say=meanwhile)
+    assert (tmp_path / ".out.replaced" / "results.csv").read_text() == "mine"
+    assert any("kept as it holds results.csv" in line for line in lines) and not (out / "results.csv").exists()
+    with pytest.raises(CheckpointError, match="move it away"):
+        convert(source("olmo"), out, overwrite=True, verify=False)
+
+
+def test_a_torn_journal_is_mended(kill, monkeypatch, tmp_path):
+    """And not written on behind its last line, which nothing would read again."""
+    out, journal = tmp_path / "out", tmp_path / ".out.partial.jsonl"
+    killed(kill, monkeypatch, out, 10)
+    finished = len(journal.read_text().splitlines()) - 1
+    with journal.open("a") as file:
+        file.write('{"file": "model-')
+    with monkeypatch.context() as patch:
+        patch.setattr("olmem_convert.partial.sync", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            convert(DEMO / "step1872", out, resume=True, **SMALL)
+    entries = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert len(entries) - 1 > finished
+    lines = []
+    convert(DEMO / "step1872", out, resume=True, say=lines.append, **SMALL)
+    assert f"resumed: {len(entries) - 1} weight files were finished" in lines
+
+
+def test_nonfinite_numbers_are_not_carried_over_by_resuming(monkeypatch, tmp_path):
+    folder = write_olmo_core(tmp_path / "source", with_nonfinite(olmo_core_state()))
+    options = {"max_shard_size": 300, "verify": False, "resume": True}
+    with monkeypatch.context() as patch:
+        patch.setattr("olmem_convert.partial.sync", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            convert(folder, tmp_path / "out", allow_nonfinite=True, **options)
+    with pytest.raises(CheckpointError, match="other options"):
+        convert(folder, tmp_path / "out", **options)
+    report = convert(folder, tmp_path / "out", allow_nonfinite=True, **options)
+    assert report["bytes_found"] == report["bytes"] and report["nonfinite"] == {"lm_head.weight": 3}
+
+
+def test_a_source_that_vanishes_is_not_the_fault_of_out(tmp_path):
+    folder = copy_source("demo", tmp_path / "source")
+
+    def vanish(line):
+        for path in (folder / "model_and_optim").glob("*.distcp"):
+            path.unlink(missing_ok=True)
+
+    with pytest.raises(CheckpointError, match=r"distcp"):
+        convert(folder, tmp_path / "out", say=vanish, verify=False)
+    assert os.listdir(tmp_path) == ["source"]
 
 
 @pytest.mark.parametrize("crash", ["before the folder", "between the renames", "after the renames"])
 def test_overwriting_that_crashes_in_its_last_step(crash, monkeypatch, changeable, tmp_path):
     """The old folder or the new one is there, or comes back when a conversion to it begins."""
     out = changeable("olmo1")
+    card(out, license="mit")
     old = snapshot(out)
     rename, unlink = Path.rename, Path.unlink
 
@@ -184,6 +248,7 @@ def test_overwriting_that_crashes_in_its_last_step(crash, monkeypatch, changeabl
         convert(source("olmo"), out, overwrite=True, verify=False)
     monkeypatch.undo()
     convert(source("olmo"), tmp_path / "whole", verify=False)
+    card(tmp_path / "whole", license="mit")
     new = snapshot(tmp_path / "whole")
     assert not out.exists() or snapshot(out) in (old, new)
     convert(source("olmo"), out, overwrite=True, resume=True, verify=False)
@@ -191,10 +256,12 @@ def test_overwriting_that_crashes_in_its_last_step(crash, monkeypatch, changeabl
     assert sorted(os.listdir(tmp_path)) == sorted([out.name, "whole"])
 
 
-def swap_that_cannot_undo(folder, out, replaced, overwrite):
+def swap_that_cannot_undo(folder, out, replaced, journal, overwrite):
     """As the real one, to which no `except` happens when it is killed."""
+    note(journal, {"replaces": str(out)})
     out.rename(replaced)
     folder.rename(out)
+    return True
 
 
 def test_a_failure_with_resume_keeps_what_is_finished(monkeypatch, tmp_path):

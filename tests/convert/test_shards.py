@@ -90,6 +90,21 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path):
     WeightFiles(tensors, torch.bfloat16, 900).write(tmp_path)
 
 
+def test_few_pieces_of_a_large_tensor_are_in_memory(monkeypatch, tmp_path):
+    alive, most = weakref.WeakSet(), []
+
+    def read(start, stop):
+        piece = torch.ones(stop - start, 16)
+        alive.add(piece)
+        most.append(len(alive))
+        assert stop - start <= 4
+        return piece
+
+    monkeypatch.setattr("olmem_convert.shards.PIECE", 4 * 16 * 4)
+    WeightFiles({"w": LazyTensor((400, 16), torch.float32, read)}, torch.bfloat16).write(tmp_path)
+    assert len(most) == 100 and max(most) <= 8
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values_that_are_no_numbers_are_refused_by_name(bad, dtype, tmp_path):

@@ -23,7 +23,7 @@ from olmem_convert import CheckpointError
 from olmem_convert.distributed import Chunk, overlap, read_distributed
 from olmem_convert.formats.detect import open_checkpoint
 from olmem_convert.pickles import decode_pickled_key, read_pickle
-from olmem_convert.tensors import LazyTensor, LoadedOnDemand, Span
+from olmem_convert.tensors import LazyTensor, LoadedOnDemand, Span, same_bits
 from olmem_convert.weight_files import read_flat_shards, read_safetensors
 from safetensors.torch import save_file
 
@@ -406,6 +406,57 @@ def test_overlap_is_found_where_two_boxes_share_a_value(data):
         count[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))] += 1
     chunks = [Chunk("w", tuple(o), tuple(s), torch.float32, Path("x"), 0, 0) for o, s in boxes]
     assert (overlap(chunks) is not None) == bool((count > 1).any())
+
+
+def test_one_range_of_bytes_is_not_two_chunks(tmp_path):
+    """Each fits; together a small file would be a large model."""
+    boxes = {"model.w": [((0, 0), (2, 3)), ((2, 0), (2, 3))]}
+
+    def share(metadata):
+        first, second = metadata.storage_data.values()
+        second.__dict__ |= first.__dict__
+
+    write_distributed(tmp_path, {"model.w": values(4, 3)}, boxes, edit=share)
+    with pytest.raises(CheckpointError, match="bytes of its own"):
+        read_distributed(tmp_path)
+
+
+def test_chunks_that_lie_across_are_read_once(tmp_path, reads):
+    write_distributed(tmp_path, {"model.w": values(8, 6)}, {"model.w": [((0, 0), (4, 6)), ((4, 0), (4, 6))]})
+    for path in tmp_path.glob("*.distcp"):
+        path.unlink()
+    metadata = {}
+
+    def keep(given):
+        metadata["kept"] = given
+
+    write_distributed(tmp_path, {"model.w": values(8, 6)}, {"model.w": [((0, 0), (8, 6))]}, edit=keep)
+    blob = io.BytesIO()
+    torch.save(values(8, 6).T.contiguous().T, blob)
+    (tmp_path / "__0_0.distcp").write_bytes(blob.getvalue())
+    for info in metadata["kept"].storage_data.values():
+        info.length = len(blob.getvalue())
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata["kept"]))
+    tensor = read_distributed(tmp_path)["w"]
+    assert torch.equal(torch.cat(list(tensor.pieces(1))), values(8, 6))
+    assert sum(nbytes for _, nbytes in reads) == tensor.nbytes
+
+
+@pytest.mark.parametrize("block", [1, 30, 2**22])
+def test_bits_are_compared_to_the_last(block, monkeypatch):
+    monkeypatch.setattr("olmem_convert.tensors.BLOCK", block)
+    one = values(9, 5)
+
+    def lazy(tensor):
+        return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda start, stop: tensor[start:stop])
+
+    assert same_bits(lazy(one), lazy(one.clone())) and same_bits(lazy(one), lazy(one.double()), torch.bfloat16)
+    for row in (0, 4, 8):
+        other = one.clone()
+        other[row, 4] += 1
+        assert not same_bits(lazy(one), lazy(other)) and not same_bits(lazy(other), lazy(one))
+        other[row, 4] = float("nan")
+        assert same_bits(lazy(other), lazy(other.clone()))
 
 
 FLAT_DAMAGE = {

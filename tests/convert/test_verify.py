@@ -327,6 +327,14 @@ def test_a_model_larger_than_memory_is_verified_from_its_files(monkeypatch, tmp_
     assert one == other
 
 
+def test_infinity_is_not_a_scale():
+    """One native value that is infinite would let any other pass."""
+    native = torch.tensor([[[float("inf"), 5.0, 5.0]]])
+    for converted in (torch.zeros(1, 1, 3), torch.tensor([[[float("inf"), 1.0, 1.0]]])):
+        for nonfinite in (False, True):
+            assert not verification.difference(converted, native, nonfinite)["equal"]
+
+
 def nan_in(index: int) -> torch.Tensor:
     values = torch.zeros(1, 600, 3)
     values[0, index, 1] = float("nan")

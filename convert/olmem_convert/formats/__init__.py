@@ -160,7 +160,8 @@ def filled(shape: tuple[int, ...], dtype: torch.dtype, value: float, spread: flo
 
 def complain(verb: str, names: set[str] | set[str | None]) -> None:
     if names:
-        listed = ", ".join(sorted(map(str, names))[:8]) + (", …" if len(names) > 8 else "")
+        shown = [repr(name)[1:-1][:120] for name in sorted(map(str, names))[:8]]
+        listed = ", ".join(shown) + (", …" if len(names) > 8 else "")
         raise CheckpointError(
             f"the checkpoint {verb} {len(names)} tensors: {listed}; config and weights must be of one checkpoint, and "
             "of a block that the config names."

@@ -1,5 +1,6 @@
 """Which format a checkpoint is, and opening it."""
 
+import sys
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
@@ -28,6 +29,8 @@ def open_checkpoint(source: Path, max_length: int | None = None, given: Given | 
 
     `max_length` replaces the trained length of the config, in tokens. `given` is what the checkpoint does not say.
     """
+    if sys.byteorder != "little":
+        raise CheckpointError("numbers must be little-endian, as those of checkpoints are; convert on such a machine.")
     try:
         return open_recognised(source, max_length, given or Given())
     except OSError as error:

@@ -399,7 +399,7 @@ def main() -> None:
     tqdm.monitor_interval = 0  # no thread, whose locks a forked process would find taken
     rows = {name: Row() for name in readers}
     started = time.perf_counter()
-    with tqdm(total=arguments.cases, unit="case", disable=None) as bar:
+    with tqdm(total=arguments.cases, unit="case", mininterval=1 if sys.stderr.isatty() else 60) as bar:
         for result in run(readers, arguments.seed, arguments.cases, arguments.processes, arguments.memory << 20, bar):
             rows[result.reader].add(result)
             if result.escaped:

@@ -73,7 +73,8 @@ def written_whole(
     absent = [parent for parent in out.parents if not parent.exists()]
     folder, notes, replaced = (out.with_name(f".{out.name}.{end}") for end in ("partial", "partial.jsonl", "replaced"))
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        if absent:
+            out.parent.mkdir(parents=True, exist_ok=True)
         with owned(notes, out) as journal:
             began = False
             try:

@@ -109,10 +109,13 @@ def read_indexed(path: Path, read: Callable[[Path], dict[str, LazyTensor]]) -> d
     return tensors
 
 
+LARGEST_INDEX = 2**28  # bytes of metadata.json, which lists each slice of each rank
+
+
 def read_flat_shards(folder: Path) -> dict[str, LazyTensor]:
     """The shards of ai2-olmo-core 0.1: `metadata.json` and `rank_R.safetensors`, holding flat slices of tensors."""
     index_path = folder / "metadata.json"
-    entries = read_json(index_path).get("tensors")
+    entries = read_json(index_path, LARGEST_INDEX).get("tensors")
     if not isinstance(entries, dict) or not entries:
         raise CheckpointError(f"`{index_path}` must list `tensors` (it lists none); copy it again.")
     with reading(index_path):

@@ -38,7 +38,7 @@ from random import Random
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-# In place of this folder, whose convert.py would be taken for the package of the tests.
+# In place of this folder, whose convert.py would hide tests/convert.
 sys.path[:1] = [str(ROOT / part) for part in ("tests", "convert", "modeling")]
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RUST_BACKTRACE": "0"}
 sys.dont_write_bytecode = True
@@ -92,7 +92,7 @@ class Guard:
         if not isinstance(path, str | bytes | os.PathLike):
             return False  # a descriptor that is open already
         text = os.path.abspath(os.fsdecode(path))
-        return text != os.devnull and not text.startswith(self.folder)
+        return text != os.devnull and not f"{text}{os.sep}".startswith(self.folder)
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -149,8 +149,18 @@ def attempt(place: Place, guard: Guard, reader: str, seed: str, case: int, memor
     return Result(case, reader, outcome, seconds, used)
 
 
-def work(connection: Connection, readers: list[str], seed: str, cases: range, memory: int, folder: Path) -> None:
+def work(
+    connection: Connection,
+    others: list[Connection],
+    readers: list[str],
+    seed: str,
+    cases: range,
+    memory: int,
+    folder: Path,
+) -> None:
     """Tries its cases, one after another, and tells of each; what it prints goes nowhere."""
+    for other in others:
+        other.close()  # so that no end of a pipe outlives the one who reads it
     null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(null, stream)
@@ -214,11 +224,14 @@ def run(readers: list[str], seed: str, cases: int, processes: int, memory: int, 
             shutil.rmtree(folder, ignore_errors=True)
             worker.connection, child = context.Pipe(duplex=False)
             worker.process = context.Process(
-                target=work, args=(child, readers, seed, worker.cases, memory, folder), daemon=True
+                target=work, args=(child, open_ends(), readers, seed, worker.cases, memory, folder), daemon=True
             )
             worker.process.start()
             child.close()
             worker.begin()
+
+        def open_ends() -> list[Connection]:
+            return [worker.connection for worker in workers if worker.connection is not None]
 
         workers = [Worker(range(number, cases, processes)) for number in range(processes)]
         for number, worker in enumerate(workers):
@@ -386,7 +399,7 @@ def main() -> None:
     tqdm.monitor_interval = 0  # no thread, whose locks a forked process would find taken
     rows = {name: Row() for name in readers}
     started = time.perf_counter()
-    with tqdm(total=arguments.cases, unit="case", disable=None) as bar:
+    with tqdm(total=arguments.cases, unit="case", mininterval=1 if sys.stderr.isatty() else 60) as bar:
         for result in run(readers, arguments.seed, arguments.cases, arguments.processes, arguments.memory << 20, bar):
             rows[result.reader].add(result)
             if result.escaped:

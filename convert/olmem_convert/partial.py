@@ -51,7 +51,7 @@ def note(journal: BinaryIO, entry: Mapping[str, Any]) -> None:
 
 
 def job_of(source: Path, version: str, *options: Any) -> dict[str, str]:
-    """What must be the same for a conversion to be resumed: version, and hashes of the source's state and the options."""
+    """What must be the same for a conversion to be resumed: version, and hashes of source and options."""
     folders = [source, *sorted(path for path in source.iterdir() if path.is_dir())] if source.is_dir() else []
     paths = [path for folder in folders for path in sorted(folder.iterdir())] or [source, source.parent / "config.json"]
     kept = [path for path in paths if (path.suffix or path.name) in OF_WEIGHTS and path.is_file()]

@@ -22,7 +22,7 @@ from .tensors import LazyTensor
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 INDEX_NAME = "model.safetensors.index.json"
-PIECE = 2**24  # bytes that are read at a time
+PIECE = 2**22  # bytes that are read at a time: what is done with them is done in the processor's cache
 END: Any = object()
 Item = TypeVar("Item")
 

@@ -9,13 +9,14 @@ import zlib
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
 from .errors import CheckpointError
 from .files import reading
 
-BLOCK = 2**22  # bytes that are checked or compared at a time
+BLOCK = 2**20  # bytes that are checked or compared at a time, while they are in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -99,41 +100,55 @@ class LoadedOnDemand(Mapping[str, torch.Tensor]):
 
 @dataclass
 class Span:
-    """Bytes start … start+length−1 of a file, with their CRC-32 if the file states it, which is checked before the
-    first of them is used."""
+    """Bytes start … start+length−1 of a file, with their CRC-32 if the file states it.
+
+    It is computed as they are read from the first to the last, and is an error with the last of them. Who begins
+    elsewhere has all of it checked first.
+    """
 
     path: Path
     start: int
     length: int
     crc: int | None = None
-    checked: bool = field(default=False, compare=False)
+    passed: int = field(default=0, compare=False)  # bytes, of which `running` is the CRC-32
+    running: int = field(default=0, compare=False)
 
     def values(self, first: int, count: int, dtype: torch.dtype) -> torch.Tensor:
         """`count` numbers from the one at `first`, (count,)."""
-        self.check()
-        values = torch.empty(count, dtype=dtype)
-        with reading(self.path), self.path.open("rb") as file:
-            file.seek(self.start + first * dtype.itemsize)
-            read = file.readinto(values.view(torch.uint8).numpy().data)
-        if read != values.nbytes:
-            raise CheckpointError(
-                f"`{self.path}` must stay as it is while it is read (it became shorter); run it again."
-            )
+        values, offset = torch.empty(count, dtype=dtype), first * dtype.itemsize
+        if offset != self.passed:
+            self.check()
+        with reading(self.path), self.path.open("rb", buffering=0) as file:
+            file.seek(self.start + offset)
+            self.fill(file, values.view(torch.uint8).numpy().data, offset)
         return values
 
     def check(self) -> None:
-        if self.crc is None or self.checked:
+        """Reads what no one has, for its checksum alone."""
+        if self.crc is None or self.passed == self.length:
             return
-        buffer, left, crc = memoryview(bytearray(min(BLOCK, self.length))), self.length, 0
-        with reading(self.path), self.path.open("rb") as file:
-            file.seek(self.start)
-            while left and (read := file.readinto(buffer[:left])):
-                crc, left = zlib.crc32(buffer[:read], crc), left - read
-        if left or crc != self.crc:
+        buffer = memoryview(bytearray(min(BLOCK, self.length)))
+        with reading(self.path), self.path.open("rb", buffering=0) as file:
+            file.seek(self.start + self.passed)
+            while self.passed < self.length:
+                self.fill(file, buffer[: self.length - self.passed], self.passed)
+
+    def fill(self, file: BinaryIO, buffer: memoryview, offset: int) -> None:
+        """The next bytes of the file, those at `offset` of the span."""
+        done = 0
+        while done < len(buffer):
+            read = file.readinto(buffer[done : done + BLOCK])  # type: ignore[attr-defined]
+            if not read:
+                raise ValueError("it became shorter while it was read")
+            if self.crc is not None and offset + done == self.passed:
+                self.running = zlib.crc32(buffer[done : done + read], self.running)
+                self.passed += read
+            done += read
+        if self.crc is not None and self.passed == self.length and self.running != self.crc:
+            self.passed = self.running = 0
             raise CheckpointError(
                 f"`{self.path}` must match its own checksums (at byte {self.start} it does not); copy it again."
             )
-        self.checked = True
 
     def rows(self, shape: tuple[int, ...], dtype: torch.dtype, first: int, start: int, stop: int) -> torch.Tensor:
         """Rows start … stop−1 of a tensor that begins at the number `first` and is kept row after row."""

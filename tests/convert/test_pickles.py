@@ -4,6 +4,7 @@ import io
 import pickle
 import resource
 import struct
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -160,13 +161,31 @@ def test_archives_of_other_makes_are_refused(saved):
             read_pickle(make(saved, *arguments))
 
 
-def test_flipped_bit_is_seen_before_a_value_is_used(saved):
+@pytest.mark.parametrize("rows", [[(0, 4)], [(0, 1), (1, 4)], [(2, 3)], [(0, 2), (3, 4)], [(0, 2), (0, 2)]], ids=str)
+def test_flipped_bit_is_seen(rows, saved):
+    """With the last value where they are read in order, else with the first."""
     data = bytearray(saved.read_bytes())
     at = data.index(values(4, 3).numpy().tobytes())
     data[at + 40] ^= 1
     saved.write_bytes(data)
+    tensor = read_pickle(saved)["w"]
     with pytest.raises(CheckpointError, match="its own checksums"):
-        read_pickle(saved)["w"].read(0, 1)
+        for start, stop in rows:
+            tensor.read(start, stop)
+    with pytest.raises(CheckpointError, match="its own checksums"):
+        tensor.load()
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=6))
+@settings(max_examples=60)
+def test_checksums_hold_whatever_is_read_in_whatever_order(parts):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.pt"
+        torch.save({"w": values(30)}, path)
+        tensor = read_pickle(path)["w"]
+        for start, stop in map(sorted, parts):
+            assert torch.equal(tensor.read(start, stop), values(30)[start:stop])
+        assert torch.equal(tensor.load(), values(30))
 
 
 def test_record_that_is_not_where_the_archive_says(saved):

@@ -269,10 +269,8 @@ def show(rows: list[dict[str, Any]]) -> None:
         if row["command"] == "olmem":
             total = 4 * OLMO2_32B
             minutes = row["seconds"] / row["bytes"] * total / 60
-            print(
-                f"32B in {row['checkpoint']}'s format, {total / GIB:.0f} GiB, at this rate: {minutes:.0f} min, in "
-                "the same memory, which no size of model or tensor enters"
-            )
+            size = f"{total / GIB:.0f} GiB"
+            print(f"OLMo-2 32B in {row['checkpoint']}'s format, {size} in float32, at this rate: {minutes:.0f} min")
 
 
 # Kills

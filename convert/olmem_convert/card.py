@@ -275,6 +275,9 @@ def verification_values(folder: Path, made_of: Mapping[str, str]) -> dict[str, A
         }
         if rounding := report.get("rounding"):
             verification["rounding"] = {name: shown(rounding[name]) for name in ("max_difference", "mean_difference")}
+        if counts := report.get("nonfinite"):
+            verification["nonfinite"] = whole(sum(counts.values()))
+            verification["compared"] = whole(report["stages"][-1]["compared"])
         if memory := report.get("memory"):
             verification["switched"] = {
                 one_line(name): one_line(json.dumps(value)) for name, value in memory["fields"].items()

@@ -19,6 +19,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def show_version(asked: bool) -> None:
+    if asked:
+        import olmem
+
+        typer.echo(f"olmem {olmem.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=show_version, is_eager=True, help="Print the version, and nothing else."),
+    ] = False,
+) -> None: ...
+
+
 NativeConfig = Annotated[
     Path | None, typer.Option(help="Config file of a BakaLLM state dict; config.json beside it by default.")
 ]
@@ -28,7 +46,7 @@ Window = Annotated[
 Activation = Annotated[
     str | None, typer.Option("--act-fn", help="Its activation: silu (001_pristine) or elephant (002_baka_elephant).")
 ]
-Nonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Carry NaN and infinite weights over.")]
+Nonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinite weights.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output, and nothing else.")]
 
 

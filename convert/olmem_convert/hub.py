@@ -222,12 +222,14 @@ def table(plan: Plan, private: bool) -> Iterator[str]:
         for name, size in sorted(named.items()):
             yield f"  {kind:<9}  {name:<{width}}  {shown(size):>8}"
     yield f"{', '.join(f'{len(named)} {kind}' for kind, named in kinds.items())}; {shown(plan.upload)} to upload"
+    if "tokenizer.json" not in plan.new | plan.changed | plan.unchanged:
+        yield "note: there is no tokenizer, so nobody can give it text: convert again with --tokenizer PATH"
     if plan.tag:
         yield f"tag {plan.tag}: {'is there, at this commit' if plan.tag_exists else 'after verification'}"
 
 
 def shown(size: int) -> str:
-    return tqdm.format_sizeof(size, "B")
+    return f"{size} B" if size < 1000 else tqdm.format_sizeof(size) + "B"
 
 
 @dataclass

@@ -176,7 +176,7 @@ class Remote:
         lost = next((cause for cause in causes(error) if isinstance(cause, HTTPError)), error)
         if answer is None:
             kind = f"{type(lost).__name__}: " if isinstance(lost, HTTPError) else ""
-            why = "the connection to the Hub must hold" if kind else "the Hub must accept it"
+            why = f"the connection to {self.api.endpoint} must hold" if kind else "the Hub must accept it"
             return self.without_token(f"{why} (got {kind}{' '.join(str(lost).split())})")
         status = answer.response.status_code
         said = " ".join(str(answer.server_message or answer.response.reason_phrase).split())

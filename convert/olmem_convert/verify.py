@@ -174,7 +174,7 @@ def make_report(
 ) -> dict[str, Any]:
     logits = stages[-1]
     return {
-        "passed": all(stage["equal"] for stage in stages),
+        "passed": all(stage["equal"] for stage in stages) and logits["compared"] > 0,
         "source": checkpoint.description,
         "prompt": {
             "tokens": input_ids.shape[1],
@@ -428,6 +428,8 @@ def explain(report: dict[str, Any]) -> str:
         f"config.json: `{name}` is {found!r}, the checkpoint's is {wanted!r}"
         for name, (found, wanted) in report["config_differences"].items()
     ]
+    if not report["stages"][-1]["compared"]:
+        lines.append("logits: none is a number on both sides, so nothing is proved")
     weights = report["weight_differences"]
     if weights:
         lines.append(f"weights: {len(weights)} differ: {', '.join(weights[:4])}{', …' if len(weights) > 4 else ''}")

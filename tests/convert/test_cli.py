@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import olmem
 import olmem_convert
 import pytest
 from convert.checkpoints import DEMO, load_weights, read_config, snapshot, source
@@ -125,6 +126,10 @@ def test_help_names_every_argument(verb):
         "push": ("OUT", "REPO_ID", "--revision", "--create-pr", "--private", "--tag", "--execute", "--json"),
     }[verb]:
         assert word in result.stdout
+
+
+def test_version():
+    assert run("--version").stdout == f"olmem {olmem.__version__}\n"
 
 
 def test_verify_of_nothing(tmp_path):

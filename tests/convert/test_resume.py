@@ -359,6 +359,14 @@ def test_nonfinite_weights_are_carried_over_only_when_that_is_asked_for(make, dt
     assert again.exit_code == 0, again.stderr
 
 
+def test_logits_that_are_all_nan_prove_nothing(tmp_path):
+    state = olmo_core_state()
+    state["lm_head.norm.weight"][:] = float("nan")
+    folder = write_olmo_core(tmp_path / "source", state)
+    with pytest.raises(CheckpointError, match="none is a number"):
+        convert(folder, tmp_path / "out", allow_nonfinite=True)
+
+
 def test_rounding_that_makes_infinities_is_never_allowed(tmp_path):
     state = with_nonfinite(olmo_core_state())
     state["blocks.0.attention.w_v.weight"][0, 0] = 70000.0

@@ -81,7 +81,7 @@ class HubServer(HubApi):
         self.endpoint = f"http://127.0.0.1:{self._port.server_port}"
         self.storage = f"http://localhost:{self._port.server_port}"
         self.env = {"HF_ENDPOINT": self.endpoint, "HF_TOKEN": token, "HF_HOME": str(home / "home")}
-        self.env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        self.env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0"}
 
     def start(self) -> "HubServer":
         threading.Thread(target=self._port.serve_forever, args=(0.05,), daemon=True).start()

@@ -41,6 +41,7 @@ def waits(monkeypatch) -> list[float]:
 @pytest.fixture
 def hub(monkeypatch, tmp_path, waits):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # as it is where only real networks count
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     huggingface_hub.utils.disable_progress_bars()
     with HubServer() as server:

@@ -44,6 +44,7 @@ def server(monkeypatch):
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
         yield server
 

@@ -350,7 +350,7 @@ def test_the_command_keeps_all_in_its_folder(hub, tmp_path):
     printed = []
     for code in (save, load):
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            lines = [process.stdout.readline() for _ in range(6)]
+            lines = [process.stdout.readline() for _ in range(len(hub.env) + 1)]
             exported = dict(re.fullmatch("export (.*?)=(.*)\n", line).groups() for line in lines[:-1])
             output = subprocess.check_output(
                 [sys.executable, "-c", script + code], env=os.environ | exported, text=True

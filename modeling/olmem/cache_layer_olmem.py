@@ -109,7 +109,7 @@ class OlmemCacheLayer(CacheLayerMixin):
         self.capacity = length
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, sight: Sight | None = None
+        self, key_states: torch.Tensor, value_states: torch.Tensor, sight: Sight | None = None, **_
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keeps new keys (B, K, T, D), rotated unless they are the values, and values, and returns those that `sight`
         numbers, (B, K, [M + Z +] S, D): with `sight.in_place` a part of the buffers, of a step the prefix included."""

@@ -8,19 +8,24 @@ layers share, and what the rows of the batch have in common.
 import json
 import os
 import uuid
+from collections.abc import Callable
 from dataclasses import fields
+from functools import wraps
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .cache_layer_olmem import OlmemCacheLayer, allocate
 from .configuration_olmem import OlmemConfig
 from .context_olmem import Context, Sight
 
 FORMAT = "olmem-cache-3"
+# What Transformers calls a cache, as an argument and in outputs: `cache` from 5.24 on.
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 # Fields of a configuration that change nothing of what is cached.
 NO_MATTER = {
     "attention_dropout",
@@ -39,6 +44,25 @@ NO_MATTER = {
     "bos_token_id",
     "eos_token_id",
 }
+
+
+def one_cache(arguments: dict[str, Any], name: str) -> dict[str, Any]:
+    """Keyword arguments with `cache` or `past_key_values`, which are one argument, under this name."""
+    given = [arguments.pop(known, None) for known in ("cache", "past_key_values")]
+    if None not in given:
+        raise ValueError("`cache` and `past_key_values` must not both be passed (got both); they are one argument.")
+    found = [cache for cache in given if cache is not None]
+    return arguments | {name: found[0]} if found else arguments
+
+
+def takes_cache(forward: Callable) -> Callable:
+    """Has a function with an argument `past_key_values` take it as `cache` too, whatever the release of Transformers."""
+
+    @wraps(forward)
+    def wrapped(*args, **kwargs):
+        return forward(*args, **one_cache(kwargs, "past_key_values"))
+
+    return wrapped
 
 
 def architecture(config: OlmemConfig) -> dict[str, Any]:

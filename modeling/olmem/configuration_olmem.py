@@ -148,7 +148,7 @@ class OlmemConfig(PreTrainedConfig):
     """
 
     model_type = "olmem"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  Transformers' own attribute
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012  Transformers' own attribute
     ignore_keys_at_rope_validation = {"inverse_frequencies"}  # noqa: RUF012  Transformers would warn of it
     default_theta = 500000.0
     # Queries and keys are gathered because their norm spans the whole projection, as in Olmo2Config.

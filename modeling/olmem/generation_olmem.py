@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.generation import GenerationMixin, GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 
+from .cache_olmem import CACHE_NAME, one_cache, takes_cache
 from .configuration_olmem import BY_SLOT
 
 
@@ -22,6 +23,10 @@ class OlmemGenerationMixin(GenerationMixin):
         model: Any
         __call__: Any
 
+    def generate(self, *args, **kwargs):
+        """As in Transformers; a cache is given as `past_key_values` or as `cache`, whatever the release."""
+        return super().generate(*args, **one_cache(kwargs, CACHE_NAME))  # pyright: ignore[reportAttributeAccessIssue]
+
     def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]  nor does it return a bool
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
@@ -29,9 +34,9 @@ class OlmemGenerationMixin(GenerationMixin):
         back, which a bounded cache cannot once a window has let go: it keeps the one of Transformers, on both sides."""
         rolls_back = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
         wants_own = generation_config.use_cache and generation_config.cache_implementation is None
-        if model_kwargs.get("past_key_values") is None and wants_own:
+        if model_kwargs.get(CACHE_NAME) is None and wants_own:
             if not rolls_back:
-                model_kwargs["past_key_values"] = self.model.make_cache()
+                model_kwargs[CACHE_NAME] = self.model.make_cache()
                 return None
             if self.config.has_memory:
                 raise ValueError(
@@ -57,7 +62,7 @@ class OlmemGenerationMixin(GenerationMixin):
         """As in Transformers, where `input_ids` are the whole text, what the cache has read included, unless the mask
         covers more columns than they are. One id alone is a new one, as nobody keeps the whole of a stream. What goes
         on from an OlmemCache is read in pieces too, where some releases read the whole text again."""
-        cache, embeddings = model_kwargs.get("past_key_values"), model_kwargs.get("inputs_embeds")
+        cache, embeddings = model_kwargs.get(CACHE_NAME), model_kwargs.get("inputs_embeds")
         read = cache.get_seq_length() if cache is not None and is_olmem_cache(cache) else 0
         given = (input_ids if embeddings is None else embeddings).shape[1]
         mask = model_kwargs.get("attention_mask")
@@ -90,13 +95,15 @@ class OlmemGenerationMixin(GenerationMixin):
         return outputs
 
     @staticmethod
+    @takes_cache
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
         """With an OlmemCache no mask is made ahead: of the columns, those of the new tokens are all it needs."""
         if is_olmem_cache(past_key_values):
             return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
         if "chunked_attention" in config.layer_types:  # the forward refuses the cache, in our words
             return attention_mask
-        return create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
+        given = {CACHE_NAME: past_key_values}
+        return create_masks_for_generate(config, inputs_embeds, attention_mask, **given, **kwargs)
 
 
 __all__ = ["OlmemGenerationMixin", "is_olmem_cache"]

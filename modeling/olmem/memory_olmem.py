@@ -242,7 +242,7 @@ class SegmentReader:
         stages = [states]
         for index, (layer, layer_type) in enumerate(zip(self.model.layers, self.config.layer_types, strict=True)):
             trail = trails[index] if trails else None
-            states = layer(states, past_key_values=self.cache, trail=trail, **arguments[layer_type], **kwargs)
+            states = layer(states, kv_cache=self.cache, trail=trail, **arguments[layer_type], **kwargs)
             stages.append(states)
         return [each.to(self.device) for each in (stages if all_stages else stages[-1:])]
 

@@ -42,7 +42,7 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_olmem import Rotations, attend, eager_attention_forward
-from .cache_olmem import OlmemCache
+from .cache_olmem import CACHE_NAME, OlmemCache, takes_cache
 from .configuration_olmem import BY_SLOT, HUB_ARGUMENTS, NOT_YET, ROTATING, OlmemConfig
 from .context_olmem import Context, Sight, find_documents
 from .generation_olmem import OlmemGenerationMixin, is_olmem_cache
@@ -144,7 +144,7 @@ class OlmemAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: Rotations,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        kv_cache: Any = None,
         sight: Sight | None = None,
         trail: Trail | None = None,
         **kwargs,
@@ -154,15 +154,15 @@ class OlmemAttention(nn.Module):
         query, key, value = self.project(hidden_states)
         rotations = position_embeddings if self.rotates else Rotations()
         if sight is not None:
-            past = None if past_key_values is None else past_key_values.open(self.layer_idx, key.dtype)
+            past = None if kv_cache is None else kv_cache.open(self.layer_idx, key.dtype)
             output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
             output, weights = attend(self, query, key, value, rotations, sight, trail or past, output_attentions)
             return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
         query, key = self.place(query, rotations.token), self.place(key, rotations.token)
         value = self.clip("rotary", value)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if kv_cache is not None:
+            key, value = kv_cache.update(key, value, self.layer_idx)
         interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation or "eager", eager_attention_forward
         )
@@ -276,7 +276,7 @@ class OlmemPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["OlmemDecoderLayer"]  # noqa: RUF012  Transformers' own attributes, here and below
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache", "kv_cache"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -328,6 +328,7 @@ class OlmemModel(OlmemPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     def forward(
         self,
@@ -350,7 +351,7 @@ class OlmemModel(OlmemPreTrainedModel):
             )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
-        if self.gradient_checkpointing and self.training:
+        if self.computes_twice:
             # Transformers gives no cache to a layer that is computed twice: neither is one counted on, nor returned.
             if is_olmem_cache(past_key_values) and not past_key_values.fresh:  # pyright: ignore
                 raise ValueError(
@@ -372,13 +373,15 @@ class OlmemModel(OlmemPreTrainedModel):
     def pass_layers(
         self, hidden_states: torch.Tensor, past_key_values: Cache | None, arguments: dict[str, dict], **kwargs
     ) -> BaseModelOutputWithPast:
-        """All layers at once, told what `arguments` has for their type."""
+        """All layers at once, told what `arguments` has for their type. Their cache is not called `past_key_values`,
+        which some releases of Transformers keep from layers that can be checkpointed, also while nothing is."""
         for layer, layer_type in zip(self.layers, self.config.layer_types, strict=False):
-            hidden_states = layer(hidden_states, past_key_values=past_key_values, **arguments[layer_type], **kwargs)
+            hidden_states = layer(hidden_states, kv_cache=past_key_values, **arguments[layer_type], **kwargs)
         if is_olmem_cache(past_key_values):
             sight = arguments[self.config.layer_types[0]]["sight"]
             past_key_values.advance(sight)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        returned: dict[str, Any] = {CACHE_NAME: past_key_values}
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **returned)
 
     @can_return_tuple
     def read_by_segments(
@@ -396,7 +399,7 @@ class OlmemModel(OlmemPreTrainedModel):
             if not self.config.num_memory_tokens:
                 remedy = " with a cache and gradients; read under `torch.no_grad()`, or pass use_cache=False."
             raise ValueError(f"{self.config.memory_rule} to return attentions{remedy}")
-        for layer in self.layers if self.gradient_checkpointing and self.training else ():
+        for layer in self.layers if self.computes_twice else ():
             if getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False):
                 raise ValueError(
                     "`use_reentrant` must be False (got True) for gradients through memory; call "
@@ -411,7 +414,8 @@ class OlmemModel(OlmemPreTrainedModel):
             reader = SegmentReader(self, past_key_values, batch, length, hidden_states.device)
             stages = reader.read(hidden_states, numbers, padded, all_stages, **kwargs)
         last = self.norm(stages[-1])
-        output = BaseModelOutputWithPast(last_hidden_state=last, past_key_values=past_key_values)
+        returned: dict[str, Any] = {CACHE_NAME: past_key_values}
+        output = BaseModelOutputWithPast(last_hidden_state=last, **returned)
         if all_stages:
             output.hidden_states = (hidden_states, *stages[1:-1], last)
         return output
@@ -422,6 +426,11 @@ class OlmemModel(OlmemPreTrainedModel):
         if not is_olmem_cache(cache):
             raise ValueError(f"`cache` must be an OlmemCache (got a {type(cache).__name__}); make another cache anew.")
         cache.forget(rows)
+
+    @property
+    def computes_twice(self) -> bool:
+        """Whether layers are checkpointed. Without gradients they are not, as in `generate()` between steps of training."""
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
     @property
     def contexts(self) -> dict[str, Context]:
@@ -599,8 +608,8 @@ class OlmemModel(OlmemPreTrainedModel):
                     config=self.config,
                     inputs_embeds=hidden_states,
                     attention_mask=attention_mask,
-                    past_key_values=past_key_values,
                     position_ids=position_ids,
+                    **{CACHE_NAME: past_key_values},
                 )
             rotations = Rotations(self.rotary_emb(hidden_states, position_ids, layer_type))
             arguments[layer_type] = {
@@ -660,6 +669,7 @@ class OlmemForCausalLM(OlmemPreTrainedModel, OlmemGenerationMixin):
         """See `OlmemModel.reset_memory`."""
         self.model.reset_memory(cache, rows)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -691,12 +701,9 @@ class OlmemForCausalLM(OlmemPreTrainedModel, OlmemGenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        returned: dict[str, Any] = {CACHE_NAME: outputs.get(CACHE_NAME)}
         return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions, **returned
         )
 
 

@@ -74,6 +74,33 @@ def test_the_cache_is_there_by_default_and_only_then():
     assert tiny(use_cache=False)(tokens(1, 3)).past_key_values is None
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.parametrize("make", [OlmemCache, DynamicCache], ids=["own", "dynamic"])
+@pytest.mark.parametrize("changes", PLAIN[:2], ids=named)
+def test_a_cache_has_two_names_in_every_release(changes, make):
+    """Transformers calls `past_key_values` `cache` from 5.24 on, and warns of the name that it had."""
+    model, ids = tiny(**changes), tokens(1, 2 * WINDOW)
+    expected = write(model, ids)
+    for name in ("past_key_values", "cache"):
+        cache = make(config=model.config)
+        with torch.no_grad():
+            logits = model(ids[:, :3], **{name: cache}).logits
+            hidden = model.model(ids[:, 3:-1], **{name: cache}).last_hidden_state
+        assert cache.get_seq_length() == 2 * WINDOW - 1
+        assert_close(torch.cat((logits, model.lm_head(hidden)), 1), model(ids[:, :-1]).logits, rtol=0, atol=1e-5)
+        assert torch.equal(write(model, ids, **{name: cache}), expected)
+        assert torch.equal(write(model, ids, **{name: make(config=model.config)}), expected)
+        assert torch.equal(write(model, ids, **{name: None}), expected)
+
+
+def test_a_cache_is_given_by_one_of_its_names():
+    model, ids = tiny(), tokens(1, 3)
+    both = {"past_key_values": OlmemCache(model.config), "cache": OlmemCache(model.config)}
+    for call in (model, model.model, model.generate):
+        with pytest.raises(ValueError, match="`cache` and `past_key_values` must not both be passed"):
+            call(ids, **both)
+
+
 @pytest.mark.parametrize("changes", MODELS, ids=named)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_generation_is_greedy_decoding(length, changes):

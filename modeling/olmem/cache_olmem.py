@@ -56,7 +56,7 @@ def one_cache(arguments: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def takes_cache(forward: Callable) -> Callable:
-    """Has a function with an argument `past_key_values` take it as `cache` too, whatever the release of Transformers."""
+    """Has a function with an argument `past_key_values` take it as `cache` too, in every release of Transformers."""
 
     @wraps(forward)
     def wrapped(*args, **kwargs):

@@ -429,7 +429,7 @@ class OlmemModel(OlmemPreTrainedModel):
 
     @property
     def computes_twice(self) -> bool:
-        """Whether layers are checkpointed. Without gradients they are not, as in `generate()` between steps of training."""
+        """Whether layers are checkpointed: not without gradients, as in `generate()` between steps of training."""
         return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
     @property

@@ -150,6 +150,8 @@ def make_plan(
 ) -> Plan:
     """Compares the files with the head of the branch, or of `main` where there is no such branch yet."""
     repo_id, refs = remote.repo_id, remote.refs()
+    if refs is None and not create_pr:
+        remote.check_namespace()
     branches, tags = (refs.branches, refs.tags) if refs else ({}, {})
     head = branches.get(branch) or branches.get(MAIN)
     if refs and head is None:

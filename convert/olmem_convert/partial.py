@@ -117,6 +117,7 @@ def written_whole(
                 if resume and entries:
                     say(f"resumed: {len(finished)} weight files were finished")
                 begin(folder, journal, job, finished)
+                flush(out.parent)  # so that the journal outlives a power cut, as what it tells of does
                 yield Partial(folder, journal, finished)
                 sync(folder)
                 replaces = swap(folder, out, replaced, journal, overwrite)
@@ -129,12 +130,12 @@ def written_whole(
                 if not (to_settle and (entries or began)):
                     notes.unlink(missing_ok=True)
                 raise
+            flush(out.parent)
             if replaces and (strays := strays_of(replaced)):
                 say(f"note: {replaced} is what was in {out}, kept as it holds {', '.join(strays[:3])}: move it away")
             elif replaces:
                 shutil.rmtree(replaced, ignore_errors=True)
             notes.unlink()
-            flush(out.parent)
     except BaseException as error:
         for parent in absent:
             with suppress(OSError):

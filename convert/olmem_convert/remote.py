@@ -1,6 +1,7 @@
 """What a push asks a repository of the Hub and tells it, persistently where a server or a connection fails."""
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from .errors import CheckpointError
 from .release import LocalFile
 
+LOG = logging.getLogger(__name__)
 OF_THE_HUB = ".gitattributes"
 PASSING = (408, 429, 500, 502, 503, 504)  # statuses that another try may not meet
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each further try
@@ -58,6 +60,9 @@ def wait_for(error: BaseException, seconds: float) -> None:
         asked = cause.response.headers.get("Retry-After", "") if isinstance(cause, HfHubHTTPError) else ""
         if asked.isdigit():
             seconds = min(max(seconds, float(asked)), LONGEST_WAIT)
+    status = status_of(error)
+    what = "the connection failed" if status is None else f"the Hub answered {status}"
+    LOG.warning("%s: trying again in %.0f s", what, seconds)
     time.sleep(seconds)
 
 
@@ -113,6 +118,21 @@ class Remote:
                 raise
             return None
         return Refs(*({ref.name: ref.target_commit for ref in named} for named in (refs.branches, refs.tags)))
+
+    def check_namespace(self) -> None:
+        """Whether a repository of this name can be created, as far as the Hub tells before one is."""
+        who, namespace = persistently(self.api.whoami), self.repo_id.partition("/")[0]
+        names = [who["name"], *(organization["name"] for organization in who.get("orgs", []))]
+        if namespace.lower() not in [name.lower() for name in names]:
+            raise CheckpointError(
+                f"`REPO_ID` must be in a namespace of the token's owner (got {namespace}; there are "
+                f"{', '.join(names)}); nothing was sent: correct it, or run `hf auth login` as somebody else."
+            )
+        if who.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise CheckpointError(
+                f"the token must be allowed to write to {self.repo_id} (it may read); nothing was sent: run `hf auth "
+                "login` with one that is."
+            )
 
     def head(self, branch: str) -> str | None:
         refs = self.refs()

@@ -84,6 +84,28 @@ def test_a_refused_folder_asks_nothing_of_the_hub(out, server):
     assert server.requests == []
 
 
+@pytest.mark.parametrize(
+    ("repo_id", "role", "words"),
+    [("somebody/model", "write", ("`REPO_ID`", "somebody", "tester, ")), (REPO, "read", ("the token", "may read"))],
+)
+def test_the_plan_tells_of_a_repository_that_cannot_be_created(repo_id, role, words, out, server):
+    server.tokens[TOKEN] = role
+    with pytest.raises(CheckpointError) as caught:
+        push(out, repo_id)
+    assert all(word in str(caught.value) for word in words), caught.value
+    server.tokens[TOKEN] = "write"
+    assert push(out, f"{server.orgs[0]}/model")["plan"]["creates_repo"]
+
+
+def test_waiting_for_the_hub_is_told(out, server, unloaded, caplog):
+    server.fail("GET .*/refs", 503, times=2)
+    push(out, REPO)
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("olmem_convert")] == [
+        "the Hub answered 503: trying again in 1 s",
+        "the Hub answered 503: trying again in 2 s",
+    ]
+
+
 def run(*arguments) -> object:
     return CliRunner().invoke(app, ["push", *map(str, arguments)])
 

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 import transformers
 from olmem import OlmemCache, OlmemForCausalLM
+from olmem.cache_olmem import CACHE_NAME
 from transformers import DynamicCache, Olmo3Config, Olmo3ForCausalLM
 
 MIB = 2**20
@@ -99,7 +100,7 @@ def decode(folder: Path, window: int, rounds: int, block: int) -> list[dict]:
     prompt = torch.randint(vocabulary, (1, window + window // 4), generator=generator)
     for peer, model in models.items():
         for ids in prompt.split(512, dim=1):
-            model(ids, past_key_values=caches[peer], logits_to_keep=1)
+            model(ids, **{CACHE_NAME: caches[peer]}, logits_to_keep=1)
 
     times: dict[str, list[list[float]]] = {peer: [] for peer in PEERS}
     logits: dict[str, list[torch.Tensor]] = {}
@@ -111,7 +112,7 @@ def decode(folder: Path, window: int, rounds: int, block: int) -> list[dict]:
             seconds, logits[peer] = [], []
             for ids in tokens:
                 start = time.perf_counter()
-                output = model(ids, past_key_values=cache)
+                output = model(ids, **{CACHE_NAME: cache})
                 seconds.append(time.perf_counter() - start)
                 logits[peer].append(output.logits[0, -1])
             if turn:
@@ -161,7 +162,7 @@ def prefill(peer: str, folder: Path, window: int, length: int, chunk: int | None
     prompt = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(2))
     cache = make_cache()
     for ids in prompt[:, : 2 * window].split(window // 2, dim=1):
-        model(ids, past_key_values=cache, logits_to_keep=1)
+        model(ids, **{CACHE_NAME: cache}, logits_to_keep=1)
     del cache
     gc.collect()
     with contextlib.suppress(OSError):  # Linux: forget the most that was resident so far
@@ -169,7 +170,7 @@ def prefill(peer: str, folder: Path, window: int, length: int, chunk: int | None
     cache, before = make_cache(), memory("VmRSS")
     start = time.perf_counter()
     for ids in prompt.split(chunk or length, dim=1):
-        model(ids, past_key_values=cache, logits_to_keep=1)
+        model(ids, **{CACHE_NAME: cache}, logits_to_keep=1)
     seconds = time.perf_counter() - start
     return {
         "peer": peer,

@@ -40,6 +40,7 @@ import contextlib
 import json
 import re
 import secrets
+import signal
 import socket
 import sys
 import tempfile
@@ -285,6 +286,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8199)
     parser.add_argument("--folder", type=Path, help="keep all here, and find it again; without it, nothing is kept")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where it was started in the background
     with HubServer(arguments.folder, arguments.port) as server:
         for name, value in server.env.items():
             print(f"export {name}={value}")

@@ -111,19 +111,24 @@ def read_yaml(path: Path) -> dict[str, Any]:
     text = read_text(path)
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     with reading(path):
-        depth = 0
-        for event in yaml.parse(text, loader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > DEEPEST:
-                raise too_deep(path)
-            if isinstance(event, yaml.AliasEvent):
-                raise CheckpointError(
-                    f"`{path}` must hold no alias (got *{event.anchor}); write out what it stands for."
-                )
-        value = yaml.load(text, loader)
+        try:
+            require_plain_yaml(text, loader, path)
+            value = yaml.load(text, loader)
+        except yaml.YAMLError as error:  # whose first line says what was being read, and the next ones what is wrong
+            raise ValueError(" ".join(str(error).split())) from None
     if not isinstance(value, dict):
         raise CheckpointError(f"`{path}` must hold a mapping (got {type(value).__name__}); copy it again.")
     return value
+
+
+def require_plain_yaml(text: str, loader: Any, path: Path) -> None:
+    depth = 0
+    for event in yaml.parse(text, loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise too_deep(path)
+        if isinstance(event, yaml.AliasEvent):
+            raise CheckpointError(f"`{path}` must hold no alias (got *{event.anchor}); write out what it stands for.")
 
 
 def too_deep(path: Path) -> CheckpointError:

@@ -169,7 +169,7 @@ def test_signal_leaves_nothing(number, code, overwrite, tmp_path):
         assert run("convert", source_folder, out).exit_code == 0
     before = snapshot(tmp_path)
     script = f"""
-import importlib, sys, time
+import importlib, signal, sys, time
 module = importlib.import_module("olmem_convert.convert")
 written = module.write_weights
 def wait(*args):
@@ -177,6 +177,7 @@ def wait(*args):
     print("ready", flush=True)
     time.sleep(60)
 module.write_weights = wait
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 sys.argv = ["olmem", "convert", {str(source_folder)!r}, {str(out)!r}] + ["--overwrite"] * {overwrite}
 from olmem_convert.cli import app
 app()

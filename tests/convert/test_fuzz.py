@@ -214,7 +214,9 @@ def test_nested_json(depth, tmp_path):
 
 @pytest.mark.parametrize("text", ["model: " + "[" * 100_000, "model: " + "[" * 900 + "]" * 900])
 def test_nested_yaml(text, tmp_path):
-    assert "nested deeper" in refusal(lay(tmp_path / "source", "olmo_pickle", **{"config.yaml": text.encode()}))
+    """Some releases of libyaml refuse the deepest themselves."""
+    said = refusal(lay(tmp_path / "source", "olmo_pickle", **{"config.yaml": text.encode()}))
+    assert "config.yaml" in said and ("nested deeper" in said or "maximum nesting depth" in said)
 
 
 def test_aliases_of_yaml(tmp_path):

@@ -211,8 +211,7 @@ class Handler(BaseHTTPRequestHandler):
     @staticmethod
     def refusal(status: int, seconds: float) -> Answer:
         error = HubError(status, "This fault was asked for")
-        limits = {"Retry-After": f"{seconds:.0f}", "RateLimit": f'"api";r=0;t={seconds:.0f}'}
-        limits |= {"RateLimit-Policy": '"fixed window";"api";q=500;w=300'}
+        limits = {"RateLimit": f'"api";r=0;t={seconds:.0f}', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}
         return Answer(error.content, status, error.headers | (limits if status == 429 else {}))
 
     def receive(self, request: Request, half: bool) -> None:

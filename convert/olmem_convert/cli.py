@@ -201,6 +201,8 @@ def finish(run: Callable[[Callable[[str], None]], dict[str, Any]], as_json: bool
     except CheckpointError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
+    except BrokenPipeError:
+        raise  # typer ends quietly then
     except (OSError, MemoryError, RuntimeError) as error:  # torch says RuntimeError when memory is short
         said = str(error).strip().splitlines()[:1] or ["not enough memory"]
         typer.echo(f"error: {said[0]}", err=True)

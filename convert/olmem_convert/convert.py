@@ -67,9 +67,9 @@ def convert(
 
     Returns what was written. Raises CheckpointError when anything is amiss, leaving nothing behind without `resume`.
     """
-    source, out = Path(source), Path(os.path.abspath(out))
+    source, out = Path(source), named(out)
     check_options(dtype, max_shard_size, tokenizer)
-    settle(out)
+    settle(out, strays_of, say)
     check_out(source, out, overwrite)
     kept = kept_metadata(out)  # of a folder to be replaced
     given = Given(Path(native_config) if native_config else None, n_ctx, act_fn)
@@ -223,6 +223,18 @@ def carry_generation_config(source: Path, folder: Path) -> None:
         with reading(path):
             GenerationConfig.from_pretrained(source, local_files_only=True)
         (folder / path.name).write_bytes(read_bytes(path))
+
+
+def named(out: str | Path) -> Path:
+    """Its absolute path, if a folder can be made there."""
+    path = Path(os.path.abspath(out))
+    try:
+        text = str(path).encode().decode()
+    except UnicodeEncodeError:
+        text = ""  # libraries that write the files take UTF-8 only
+    if not path.name or not text or "\0" in text:
+        raise CheckpointError(f"`OUT` must be the name of a folder, in UTF-8 (got {str(out)!r}); name another one.")
+    return path
 
 
 def check_out(source: Path, out: Path, overwrite: bool) -> None:

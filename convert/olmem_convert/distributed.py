@@ -46,6 +46,8 @@ METADATA_NAMES: dict[str, Any] = {
     "collections.OrderedDict": Names,
     "pathlib.PosixPath": first_argument,  # the folder that it was written to
     "pathlib.WindowsPath": first_argument,
+    "pathlib._local.PosixPath": first_argument,  # its name in Python 3.13
+    "pathlib._local.WindowsPath": first_argument,
     **TORCH_DTYPES,
 }
 

@@ -6,7 +6,6 @@ refused until its class can carry it.
 """
 
 import copy
-import os
 import reprlib
 from collections.abc import Callable
 from dataclasses import fields
@@ -29,6 +28,7 @@ from .convert import (
     check_out,
     choose_dtype,
     copy_tokenizer,
+    named,
     strays_of,
     write_weights,
 )
@@ -81,11 +81,11 @@ def export(
     Options are those of `convert`. Returns what was written. Raises CheckpointError, leaving nothing behind, when the
     target cannot carry all that the model is.
     """
-    source, out = Path(source), Path(os.path.abspath(out))
+    source, out = Path(source), named(out)
     check_options(dtype, max_shard_size, tokenizer)
     if target not in OLMO_BLOCKS:
         raise CheckpointError(f"`to` must be one of {', '.join(OLMO_BLOCKS)} (got {target!r}); choose one.")
-    settle(out)
+    settle(out, strays_of, say)
     check_out(source, out, overwrite)
     config, weights = read_olmem(source)
     try:

@@ -33,6 +33,9 @@ def reading(path: Path, remedy: str = "copy it again from its source") -> Iterat
         raise
     except FileNotFoundError as error:
         raise CheckpointError(f"`{path.name}` must exist ({path} does not); {remedy}.") from error
+    except PermissionError as error:
+        where = error.filename or path
+        raise CheckpointError(f"`{where}` must be readable by you (it is not); change its permissions.") from error
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"`{path}` must be readable (got: {reason[:500]}); {remedy}.") from error

@@ -66,6 +66,7 @@ class Plan:
     deleted: dict[str, int]
     upload: int
     create_pr: bool
+    commit: str | None  # that holds these files already, on the branch or in the pull request
     pull_request: str | None
     tag: str | None
     tag_exists: bool
@@ -77,8 +78,7 @@ class Plan:
     @property
     def is_done(self) -> bool:
         """The branch, or a pull request to it, holds just these files, and so does the tag."""
-        is_there = self.pull_request is not None or not (self.touched or self.creates_branch)
-        return is_there and (self.tag is None or self.tag_exists)
+        return self.commit is not None and (self.tag is None or self.tag_exists)
 
 
 def push(
@@ -108,6 +108,10 @@ def push(
     token = get_token()
     if not token:
         raise CheckpointError("a token must be known to push (there is none); run `hf auth login`, or set HF_TOKEN.")
+    if not (token.isascii() and token.isprintable()):
+        raise CheckpointError(
+            "the token must be of ASCII signs (it holds another, as pasting adds some); copy it again."
+        )
     remote = Remote(repo_id, token)
     with quiet_hub(), remote.telling(lambda: "nothing was sent"):
         remote.check_card(files[CARD_NAME].path)
@@ -119,8 +123,10 @@ def push(
         if plan.is_done:
             where = plan.pull_request or f"`{plan.branch}` of {repo_id} at {plan.head}"
             say(f"nothing to do: {where} holds these files" + (f", tagged {tag}" if tag else ""))
-            return report | {"tagged": tag}
-        if not execute:
+            if tag or not execute:
+                return report | {"tagged": tag}
+            say("no tag says that this commit was verified, so it is verified now")
+        elif not execute:
             say("this is the plan, and nothing was sent; add --execute to do it")
             return report
         return report | Push(remote, Path(out), files, plan, private, say).run()
@@ -187,6 +193,7 @@ def make_plan(
         **found,
         upload=sum(found["new"].values()) + sum(found["changed"].values()),
         create_pr=create_pr,
+        commit=None,
         pull_request=None,
         tag=tag,
         tag_exists=tag in tags,
@@ -196,8 +203,10 @@ def make_plan(
             f"`tag` must be new, or name the commit that holds these files (the tag {tag} of {repo_id} names "
             f"{tags[tag]}); choose another: what was released stays."
         )
-    if create_pr and plan.touched and (made := find_pull_request(remote, files)):
-        plan = replace(plan, pull_request=made[1])
+    if not (plan.touched or plan.creates_branch):
+        return replace(plan, commit=head)
+    if create_pr and (made := find_pull_request(remote, files)):
+        return replace(plan, commit=made[0], pull_request=made[1])
     return plan
 
 
@@ -252,7 +261,9 @@ class Push:
             self.say("computing the logits of the prompt in verification.json, with the installed olmem")
             expected = self.logits(installed=True, commit=None)
             self.create()
-            if self.plan.touched:
+            if self.plan.commit:
+                commit, pull_request = self.plan.commit, self.plan.pull_request
+            elif self.plan.touched:
                 commit, pull_request = self.commit()
                 self.say(f"committed {commit}" + (f" as {pull_request}" if pull_request else ""))
             else:

@@ -30,6 +30,8 @@ CHANGED = {
 }
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Counts = dict[str, int]
+StraysOf = Callable[[Path], list[str]]
+Say = Callable[[str], None]
 
 
 class Partial:
@@ -52,11 +54,18 @@ def note(journal: BinaryIO, entry: Mapping[str, Any]) -> None:
 
 def job_of(source: Path, version: str, *options: Any) -> dict[str, str]:
     """What must be the same for a conversion to be resumed: version, and hashes of source and options."""
-    folders = [source, *sorted(path for path in source.iterdir() if path.is_dir())] if source.is_dir() else []
-    paths = [path for folder in folders for path in sorted(folder.iterdir())] or [source, source.parent / "config.json"]
+    root, paths = (source, listing(source)) if source.is_dir() else (source.parent, [])
+    paths = [inner for path in paths for inner in (path, *listing(path))] or [source, root / "config.json"]
     kept = [path for path in paths if (path.suffix or path.name) in OF_WEIGHTS and path.is_file()]
-    state = [(str(path.relative_to(source.parent)), path.stat().st_size, path.stat().st_mtime_ns) for path in kept]
+    state = [(str(path.relative_to(root)), path.stat().st_size, path.stat().st_mtime_ns) for path in kept]
     return {"olmem": version, "source": hashed(state), "options": hashed(options)}
+
+
+def listing(folder: Path) -> list[Path]:
+    """What is in it, if it is a folder that can be read: what a checkpoint needs was read before."""
+    with suppress(PermissionError):
+        return sorted(folder.iterdir()) if folder.is_dir() else []
+    return []
 
 
 def hashed(value: Any) -> str:
@@ -71,7 +80,7 @@ def places(out: Path) -> tuple[Path, Path, Path]:
     return partial, journal, replaced
 
 
-def settle(out: Path) -> None:
+def settle(out: Path, strays_of: StraysOf = lambda folder: [], say: Say = lambda line: None) -> None:
     """After a crash in the last renames: the folder that was there is back, or what replaced it is there for good."""
     folder, notes, replaced = places(out)
     if not os.path.lexists(notes):
@@ -83,9 +92,20 @@ def settle(out: Path) -> None:
             if replaces and os.path.lexists(replaced) and not os.path.lexists(out):
                 replaced.rename(out)
         else:
+            flush(out.parent)
             if replaces:
-                shutil.rmtree(replaced, ignore_errors=True)
+                discard(replaced, out, strays_of, say)
             notes.unlink()
+
+
+def discard(replaced: Path, out: Path, strays_of: StraysOf, say: Say) -> None:
+    """Removes the folder that was `out`, unless somebody has put something of their own into it meanwhile."""
+    strays = strays_of(replaced) if replaced.exists() else []
+    if not strays:
+        shutil.rmtree(replaced, ignore_errors=True)
+    if os.path.lexists(replaced):
+        why = f"kept as it holds {', '.join(strays[:3])}" if strays else "which could not be removed"
+        say(f"note: {replaced} is what was in {out}, {why}: move it away")
 
 
 @contextmanager
@@ -95,8 +115,8 @@ def written_whole(
     *,
     overwrite: bool,
     resume: bool,
-    strays_of: Callable[[Path], list[str]] = lambda folder: [],
-    say: Callable[[str], None] = lambda line: None,
+    strays_of: StraysOf = lambda folder: [],
+    say: Say = lambda line: None,
 ) -> Iterator[Partial]:
     """What becomes `out` when the block ends well. When it does not, it is removed, or with `resume` kept.
 
@@ -131,10 +151,8 @@ def written_whole(
                     notes.unlink(missing_ok=True)
                 raise
             flush(out.parent)
-            if replaces and (strays := strays_of(replaced)):
-                say(f"note: {replaced} is what was in {out}, kept as it holds {', '.join(strays[:3])}: move it away")
-            elif replaces:
-                shutil.rmtree(replaced, ignore_errors=True)
+            if replaces:
+                discard(replaced, out, strays_of, say)
             notes.unlink()
     except BaseException as error:
         for parent in absent:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from huggingface_hub import HfApi
 from huggingface_hub import logging as hub_logging
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import GitCommitInfo, RepoFile
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, parse_ratelimit_headers
 
 from .errors import CheckpointError
 from .release import LocalFile
@@ -57,9 +58,11 @@ def is_passing(error: BaseException) -> bool:
 def wait_for(error: BaseException, seconds: float) -> None:
     """As long as the Hub asks for, within bounds, else the seconds given."""
     for cause in causes(error):
-        asked = cause.response.headers.get("Retry-After", "") if isinstance(cause, HfHubHTTPError) else ""
-        if asked.isdigit():
-            seconds = min(max(seconds, float(asked)), LONGEST_WAIT)
+        if isinstance(cause, HfHubHTTPError):
+            headers = cause.response.headers
+            limit, asked = parse_ratelimit_headers(headers), headers.get("Retry-After", "")
+            spent = limit.reset_in_seconds + 1 if limit and cause.response.status_code == 429 else 0
+            seconds = min(max(seconds, spent, float(asked) if asked.isdigit() else 0), LONGEST_WAIT)
     status = status_of(error)
     what = "the connection failed" if status is None else f"the Hub answered {status}"
     LOG.warning("%s: trying again in %.0f s", what, seconds)
@@ -188,6 +191,8 @@ class Remote:
         """Turns what the network or the Hub raises into one line with the way out, without the token."""
         try:
             yield
+        except BrokenPipeError:  # of whoever reads what is said
+            raise
         except NETWORK_ERRORS as error:
             raise CheckpointError(f"{self.explain(error)}; {state()}.") from None
 
@@ -209,4 +214,5 @@ class Remote:
         return self.without_token(f"{way_out} (got {status}: {said})")
 
     def without_token(self, text: str) -> str:
-        return text.replace(self.token, "hf_…")
+        """Nor with the name and password of an address."""
+        return re.sub(r"//[^/\s@]+@", "//", text.replace(self.token, "hf_…"))

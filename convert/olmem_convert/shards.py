@@ -88,7 +88,7 @@ class WeightFiles:
 
 
 def check_size(max_shard_size: int | str) -> None:
-    if not re.fullmatch(r"0*[1-9]\d*([KMGT]B)?", str(max_shard_size), re.IGNORECASE):
+    if not re.fullmatch(r"0{0,9}[1-9]\d{0,17}([KMGT]B)?", str(max_shard_size), re.IGNORECASE):
         raise CheckpointError(f"`max_shard_size` must be a size (got {max_shard_size!r}); write it as in 5GB.")
 
 

@@ -30,7 +30,7 @@ from olmem.configuration_olmem import OLMO_BLOCKS
 from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from .card import CARD_NAME, EVALUATION_NAME, REPORT_NAME, kept_metadata, write_card
+from .card import CARD_NAME, EVALUATION_NAME, REPORT_NAME, kept_metadata, replace_text, write_card
 from .errors import CheckpointError
 from .files import read_json, reading
 from .formats import Checkpoint, Given, is_dynamic
@@ -199,7 +199,7 @@ def make_report(
 def write_report(out: Path, report: dict[str, Any], whose: str) -> None:
     """Writes verification.json; an error when it says that something differs."""
     written = json.loads(json.dumps(report), parse_constant=lambda _: None)  # NaN is no JSON
-    (out / REPORT_NAME).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    replace_text(out / REPORT_NAME, json.dumps(written, indent=2) + "\n")
     if not report["passed"]:
         raise CheckpointError(
             f"the converted model must compute the {whose} logits with the {whose} weights (it does not); do not "

@@ -161,6 +161,13 @@ def test_module_is_the_command(tmp_path):
     assert result.stdout.splitlines()[-1] == f"wrote {tmp_path / 'out'}"
 
 
+@pytest.mark.parametrize("out", ["/", "", "a\udcff"])
+def test_out_that_names_no_folder(out, tmp_path, monkeypatch):
+    monkeypatch.chdir("/" if out == "" else tmp_path)
+    result = run("convert", write_olmo(tmp_path / "source", "model.pt"), out)
+    assert result.exit_code == 1 and "`OUT` must be the name of a folder" in result.stderr
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_signal_leaves_nothing(number, code, overwrite, tmp_path):

@@ -164,6 +164,61 @@ def test_a_tag_stays_where_it_is(out, server, unloaded):
     assert push(out, REPO, tag="v2", execute=True)["tagged"] == "v2"
 
 
+def test_what_was_never_verified_is_verified_by_the_next_run(out, server, monkeypatch):
+    """A push that is killed behind its commit leaves one that nobody has loaded, and no tag."""
+    tried = []
+    monkeypatch.setattr(hub.Push, "logits", lambda self, installed, commit: tried.append(commit) or "the same")
+    commit = push(out, REPO, execute=True)["commit"]
+    tried.clear()
+    assert not push(out, REPO)["verified"] and tried == []
+    lines = []
+    report = push(out, REPO, execute=True, say=lines.append)
+    assert any(line.startswith("nothing to do: ") for line in lines)
+    assert report["verified"] and report["commit"] == commit and tried == [None, commit]
+    write_own_card(out)
+    made = push(out, REPO, create_pr=True, execute=True)
+    tried.clear()
+    again = push(out, REPO, create_pr=True, execute=True)
+    assert again["verified"] and tried == [None, made["commit"]] and again["pull_request"] == made["pull_request"]
+    assert len(server.commits(REPO, "main")) == 2 and len(server.pulls(REPO)) == 1
+    monkeypatch.setattr(hub.Push, "logits", lambda self, installed, commit: str(commit))
+    with pytest.raises(CheckpointError, match=r"not verified and not tagged: the logits .* are not those"):
+        push(out, REPO, create_pr=True, execute=True)
+
+
+def test_the_wait_is_the_one_that_the_hub_asks_for(out, server, unloaded, monkeypatch):
+    """By the header that it has for it; within bounds."""
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    for seconds in (55, 4000):
+        server.fail("GET .*/refs", 429, seconds=seconds)
+        push(out, REPO)
+    assert waits == [56, 300]
+
+
+@pytest.mark.parametrize("token", ["hf_a\u200b", "hf_a\x1b[2J"])
+def test_a_token_that_none_is(token, out, server, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(CheckpointError, match="the token must be of ASCII signs") as caught:
+        push(out, REPO)
+    assert token not in str(caught.value)
+
+
+def test_no_password_of_an_address_is_told(out, server, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://me:secret@127.0.0.1:9")
+    with pytest.raises(CheckpointError, match=r"connection to http://127\.0\.0\.1:9 must hold") as caught:
+        push(out, REPO)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_reader_that_goes_away_is_no_fault_of_the_hub(out, server, unloaded):
+    def gone(line):
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        push(out, REPO, say=gone)
+
+
 def test_branch(out, server, unloaded):
     push(out, REPO, execute=True)
     write_own_card(out)

@@ -223,6 +223,56 @@ def test_a_source_that_vanishes_is_not_the_fault_of_out(tmp_path):
     assert os.listdir(tmp_path) == ["source"]
 
 
+def test_what_came_into_it_is_kept_after_a_kill_too(monkeypatch, tmp_path):
+    out, lines = tmp_path / "out", []
+    convert(source("olmo1"), out, verify=False)
+
+    def killed_after_it(*arguments):
+        (out / "results.csv").write_text("mine")
+        swap_that_cannot_undo(*arguments)
+        raise Killed
+
+    monkeypatch.setattr("olmem_convert.partial.swap", killed_after_it)
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+    with pytest.raises(Killed):
+        convert(source("olmo"), out, overwrite=True, verify=False)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="must not exist yet"):
+        convert(source("olmo"), out, verify=False, say=lines.append)
+    assert (tmp_path / ".out.replaced" / "results.csv").read_text() == "mine"
+    assert any("kept as it holds results.csv" in line for line in lines)
+
+
+def test_a_replaced_folder_that_cannot_be_removed_is_told_of(monkeypatch, tmp_path):
+    out, lines = tmp_path / "out", []
+    convert(source("olmo1"), out, verify=False)
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
+    convert(source("olmo1"), out, overwrite=True, verify=False, say=lines.append)
+    assert (tmp_path / ".out.replaced").exists() and any("could not be removed" in line for line in lines)
+
+
+def test_a_source_may_be_spelled_otherwise(kill, monkeypatch, tmp_path):
+    """As `.` and by its whole path: `--resume` said that its files had changed."""
+    lines = []
+    killed(kill, monkeypatch, tmp_path / "out", 20, resume=True)
+    monkeypatch.chdir(DEMO / "step1872")
+    convert(".", tmp_path / "out", **SMALL, resume=True, say=lines.append)
+    assert any(line.startswith("resumed: ") for line in lines)
+
+
+def test_folders_beside_the_weights_need_not_be_readable(monkeypatch, tmp_path):
+    copied, iterdir = copy_source("olmo", tmp_path / "copied"), Path.iterdir
+    (copied / "lost+found").mkdir()
+
+    def refused(path):
+        if path.name == "lost+found":
+            raise PermissionError
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    convert(copied, tmp_path / "out", verify=False)
+
+
 @pytest.mark.parametrize("crash", ["before the folder", "between the renames", "after the renames"])
 def test_overwriting_that_crashes_in_its_last_step(crash, monkeypatch, changeable, tmp_path):
     """The old folder or the new one is there, or comes back when a conversion to it begins."""

@@ -122,7 +122,7 @@ def test_values_beyond_float16_are_refused_with_the_way_out(tmp_path):
     WeightFiles(tensors, torch.bfloat16).write(tmp_path / "again")
 
 
-@pytest.mark.parametrize("size", ["5XB", "", "abc", "1.5.GB", "0", "0GB", "-5GB", 0, -1])
+@pytest.mark.parametrize("size", ["5XB", "", "abc", "1.5.GB", "0", "0GB", "-5GB", 0, -1, "9" * 5000, "9" * 5000 + "GB"])
 def test_sizes_that_are_none_are_refused(size, tmp_path):
     with pytest.raises(CheckpointError, match="max_shard_size"):
         WeightFiles({"w": lazy(torch.ones(3))}, torch.float32, size).write(tmp_path)

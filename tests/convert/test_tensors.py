@@ -661,3 +661,15 @@ def test_reading_metadata_imports_nothing(tmp_path):
     for name in ("core300_fsdp2_4rank_empty", "olmo_core", "core180_gqa"):
         golden(name)
     assert not {name for name in set(sys.modules) - before if name.startswith(("olmo_core", "torch.distributed"))}
+
+
+def test_metadata_of_python_3_13(tmp_path):
+    """`pathlib.PosixPath`, which torch's writer notes, is called otherwise there."""
+    folder = tmp_path / "model_and_optim"
+    write_distributed(
+        folder, {"model.w": values(4, 3)}, edit=lambda metadata: setattr(metadata, "storage_meta", folder)
+    )
+    metadata = pickle.dumps(pickle.loads((folder / ".metadata").read_bytes()), protocol=2)
+    assert b"cpathlib\nPosixPath" in metadata
+    (folder / ".metadata").write_bytes(metadata.replace(b"cpathlib\nPosixPath", b"cpathlib._local\nPosixPath"))
+    assert torch.equal(read_distributed(folder)["w"].load(), values(4, 3))

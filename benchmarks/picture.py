@@ -1,6 +1,7 @@
 """Draws what a query sees, from the arithmetic that the model runs on: `python benchmarks/picture.py` writes
 modeling/context.svg, the picture in the README."""
 
+import argparse
 from pathlib import Path
 
 from olmem.context_olmem import Context
@@ -71,5 +72,6 @@ def draw() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     PICTURE.write_text(draw())
     print(PICTURE)

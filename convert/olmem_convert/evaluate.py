@@ -88,6 +88,8 @@ def evaluate(
         )
     if is_own(out / CARD_NAME):
         write_card(out, kept, made_of)
+    elif (out / CARD_NAME).exists():
+        say(f"note: {out / CARD_NAME} is your own, so its figures are as they were")
     say(f"wrote {out / EVALUATION_NAME}")
     return report
 

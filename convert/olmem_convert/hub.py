@@ -124,7 +124,7 @@ def push(
             where = plan.pull_request or f"`{plan.branch}` of {repo_id} at {plan.head}"
             say(f"nothing to do: {where} holds these files" + (f", tagged {tag}" if tag else ""))
             if tag or not execute:
-                return report | {"tagged": tag}
+                return report | {"commit": plan.commit, "verified": tag is not None, "tagged": tag}
             say("no tag says that this commit was verified, so it is verified now")
         elif not execute:
             say("this is the plan, and nothing was sent; add --execute to do it")
@@ -278,6 +278,9 @@ class Push:
             if self.plan.tag:
                 self.tag(commit, self.plan.tag)
                 self.say(f"tagged {self.plan.tag}")
+            place = self.plan.tag or (self.plan.branch if self.plan.branch != MAIN else None)
+            page = f"{self.remote.api.endpoint}/{self.plan.repo_id}" + (f"/tree/{place}" if place else "")
+            self.say(f"published: {pull_request or self.remote.without_token(page)}")
         return {"commit": commit, "pull_request": pull_request, "verified": True, "tagged": self.plan.tag}
 
     def create(self) -> None:
@@ -297,6 +300,7 @@ class Push:
             head = str(self.plan.head)
             persistently(remote.api.create_branch, plan.repo_id, branch=plan.branch, revision=head, exist_ok=True)
             self.created.append(f"branch {plan.branch}")
+            self.say(f"created branch {plan.branch}")
             self.made_since()
 
     def commit(self) -> tuple[str, str | None]:

@@ -319,7 +319,10 @@ def test_card_of_ones_own_is_checked_and_never_written(told):
     figures["value"] = 3.4
     (told / "README.md").write_text(with_index())
     refused(told, "`model-index`", "3.4 on 'a.txt'")
-    result["dataset"]["name"] = "another"
+    result["dataset"]["name"] = "another"  # of which nothing was measured
+    (told / "README.md").write_text(with_index())
+    refused(told, "`model-index`", "3.4 on 'another'")
+    result["dataset"]["type"] = "wikitext"  # which is not of `olmem evaluate`
     (told / "README.md").write_text(with_index())
     check_card(told)
 

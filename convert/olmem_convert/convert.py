@@ -87,7 +87,8 @@ def convert(
     files = WeightFiles(tensors, stored, max_shard_size)
     job = job_of(source, olmem.__version__, config.to_json_string(), files.names, allow_nonfinite)
 
-    with written_whole(out, job, overwrite=overwrite, resume=resume, strays_of=strays_of, say=say) as partial:
+    options: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "strays_of": strays_of, "say": say}
+    with written_whole(out, job, files.names, **options) as partial:
         folder = partial.folder
         written = write_weights(out, partial, files, allow_nonfinite, tell)
         config.auto_map = OlmemForCausalLM.auto_map()

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -112,6 +112,7 @@ def discard(replaced: Path, out: Path, strays_of: StraysOf, say: Say) -> None:
 def written_whole(
     out: Path,
     job: Mapping[str, str],
+    names: Collection[str],
     *,
     overwrite: bool,
     resume: bool,
@@ -120,7 +121,8 @@ def written_whole(
 ) -> Iterator[Partial]:
     """What becomes `out` when the block ends well. When it does not, it is removed, or with `resume` kept.
 
-    strays_of: what somebody else has put into a folder that is replaced, which is then kept beside it.
+    names: of its weight files. strays_of: what somebody else has put into a folder that is replaced, which is then kept
+    beside it.
     """
     absent = [parent for parent in out.parents if not parent.exists()]
     folder, notes, replaced = places(out)
@@ -133,7 +135,7 @@ def written_whole(
                 entries = read_notes(journal)
                 check_places(out, folder, replaced, entries, job, overwrite, resume)
                 began = True
-                finished = sound_files(folder, entries[1:]) if resume else {}
+                finished = sound_files(folder, entries[1:], names) if resume else {}
                 if resume and entries:
                     say(f"resumed: {len(finished)} weight files were finished")
                 begin(folder, journal, job, finished)
@@ -173,7 +175,8 @@ def is_of_out(error: OSError, out: Path) -> bool:
 @contextmanager
 def owned(notes: Path, out: Path) -> Iterator[BinaryIO]:
     """The journal, open and locked, so that no two conversions write one folder."""
-    with notes.open("a+b") as journal:
+    require_no_link(out)
+    with open(notes, "a+b", opener=without_links) as journal:
         try:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
             owner = os.path.lexists(notes) and os.path.samestat(os.fstat(journal.fileno()), notes.stat())
@@ -186,6 +189,17 @@ def owned(notes: Path, out: Path) -> Iterator[BinaryIO]:
         yield journal
 
 
+def without_links(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def require_no_link(out: Path) -> None:
+    """What lies beside OUT may have come with an archive, to lead what is written or removed there elsewhere."""
+    for path, kind in zip(places(out), (Path.is_dir, Path.is_file, Path.is_dir), strict=True):
+        if os.path.lexists(path) and (path.is_symlink() or not kind(path)):
+            raise CheckpointError(f"`OUT` must not have {path} beside it, which is no conversion's; move it away.")
+
+
 def read_notes(journal: BinaryIO) -> list[dict[str, Any]]:
     """The journal's entries, without one that a crash cut short, which is removed."""
     journal.seek(0)
@@ -193,7 +207,7 @@ def read_notes(journal: BinaryIO) -> list[dict[str, Any]]:
     for line in journal.read().splitlines(keepends=True):
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         if not line.endswith(b"\n") or not isinstance(entry, dict):
             break
@@ -228,15 +242,17 @@ def check_places(
         )
 
 
-def sound_files(folder: Path, entries: list[dict[str, Any]]) -> dict[str, Counts]:
-    """The finished files that still have their checksums."""
-    noted = {entry["file"]: entry for entry in entries if "file" in entry}
+def sound_files(folder: Path, entries: list[dict[str, Any]], names: Collection[str]) -> dict[str, Counts]:
+    """The finished files, of these names, that still have their checksums."""
+    noted = {entry["file"]: entry for entry in entries if entry.get("file") in list(names)}
     files = tqdm(noted.items(), desc="checking what was written", unit="file", disable=None)
-    return {
-        name: entry["nonfinite"]
-        for name, entry in files
-        if (folder / name).is_file() and sha256(folder / name) == entry["sha256"]
-    }
+    return {name: entry["nonfinite"] for name, entry in files if is_sound(folder / name, entry)}
+
+
+def is_sound(path: Path, entry: Mapping[str, Any]) -> bool:
+    counts = entry.get("nonfinite")
+    known = isinstance(counts, dict) and all(type(count) is int for count in counts.values())
+    return known and path.is_file() and not path.is_symlink() and sha256(path) == entry.get("sha256")
 
 
 def begin(folder: Path, journal: BinaryIO, job: Mapping[str, str], finished: Mapping[str, Counts]) -> None:

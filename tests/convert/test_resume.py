@@ -1,5 +1,6 @@
 """A conversion that is killed leaves nothing, what can be resumed, or the whole; resumed, it is the same to a byte."""
 
+import hashlib
 import json
 import os
 import random
@@ -162,6 +163,58 @@ def test_folders_of_those_names_that_no_conversion_wrote(name, tmp_path):
     with pytest.raises(CheckpointError, match=rf"{re.escape(name)} beside it, .*move it away"):
         convert(source("olmo"), tmp_path / "out", overwrite=True)
     assert snapshot(tmp_path) == before and sorted(os.listdir(tmp_path)) == sorted(["out", name])
+
+
+@pytest.mark.parametrize("end", ["partial", "partial.jsonl", "replaced"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_links_beside_out_lead_nowhere(overwrite, end, tmp_path):
+    """As an archive may hold them, for whoever converts beside what it has unpacked."""
+    victim = tmp_path / "victim"
+    if end == "partial.jsonl":
+        victim.write_text("mine")
+    else:
+        victim.mkdir()
+        (tmp_path / ".out.partial.jsonl").write_text('{"olmem": "1"}\n')
+        (victim / "mine.txt").write_text("mine")
+    (tmp_path / f".out.{end}").symlink_to(victim)
+    before = snapshot(victim) if victim.is_dir() else victim.read_bytes()
+    for resume in (False, True):
+        with pytest.raises(CheckpointError, match=r"must not have .*\.out\..* beside it, which is no conversion's"):
+            convert(source("olmo"), tmp_path / "out", verify=False, overwrite=overwrite, resume=resume)
+    assert before == (snapshot(victim) if victim.is_dir() else victim.read_bytes())
+    assert (tmp_path / f".out.{end}").is_symlink() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        *(
+            {"file": "model.safetensors"},
+            {"file": ["x"]},
+            {"file": 5, "sha256": 1},
+            {"file": "a\0b"},
+            {"file": "config.json"},
+        ),
+        *(
+            {"file": "model.safetensors", "sha256": "HASH"},
+            {"file": "model.safetensors", "sha256": "HASH", "nonfinite": 5},
+        ),
+        {"file": "model.safetensors", "sha256": "HASH", "nonfinite": {"w": "1"}},
+        "[" * 100_000,
+    ],
+    ids=lambda entry: str(entry)[:60],
+)
+def test_journals_that_no_conversion_wrote(entry, kill, monkeypatch, tmp_path):
+    out, journal = tmp_path / "out", tmp_path / ".out.partial.jsonl"
+    kill(0)
+    with pytest.raises(Killed):
+        convert(source("olmo"), out, verify=False, resume=True)
+    monkeypatch.undo()
+    (tmp_path / ".out.partial" / "model.safetensors").write_bytes(b"abc")
+    text = entry if isinstance(entry, str) else json.dumps(entry).replace("HASH", hashlib.sha256(b"abc").hexdigest())
+    with journal.open("a") as file:
+        file.write(f"{text}\n")
+    convert(source("olmo"), out, resume=True)
 
 
 def test_what_came_into_a_folder_that_is_replaced_is_kept(tmp_path):

@@ -188,6 +188,12 @@ def push(
     finish(lambda say: run(out, repo_id, say=say, **options), as_json)
 
 
+def printable(text: str) -> str:
+    """What checkpoints and servers say moves no cursor, and begins no line of its own."""
+    lines = ["".join(sign if sign.isprintable() else "\ufffd" for sign in line) for line in text.split("\n")]
+    return "\n  ".join(lines)
+
+
 def tell_script(figures: dict[str, float | None]) -> None:
     typer.echo(json.dumps({"progress": figures}), err=True)
 
@@ -197,15 +203,15 @@ def finish(run: Callable[[Callable[[str], None]], dict[str, Any]], as_json: bool
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a stopped conversion cleans up
     quiet_libraries()
     try:
-        report = run(lambda line: typer.echo(line, err=as_json))
+        report = run(lambda line: typer.echo(printable(line), err=as_json))
     except CheckpointError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(printable(f"error: {error}"), err=True)
         raise typer.Exit(1) from None
     except BrokenPipeError:
         raise  # typer ends quietly then
     except (OSError, MemoryError, RuntimeError) as error:  # torch says RuntimeError when memory is short
         said = str(error).strip().splitlines()[:1] or ["not enough memory"]
-        typer.echo(f"error: {said[0]}", err=True)
+        typer.echo(printable(f"error: {said[0]}"), err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo("stopped", err=True)

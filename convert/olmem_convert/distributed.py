@@ -51,7 +51,7 @@ METADATA_NAMES: dict[str, Any] = {
     **TORCH_DTYPES,
 }
 
-MOST_COMPARED = 2**22  # pairs of chunks of a tensor; a grid of 128 by 16 ranks takes 2**15
+MOST_COMPARED = 2**18  # pairs of chunks of a tensor; a grid of 128 by 16 ranks takes 2**15
 Place = tuple[str, int, int]  # file name, first byte, bytes
 
 
@@ -118,14 +118,14 @@ def read_distributed(folder: Path, prefix: str = "model.") -> dict[str, LazyTens
     return tensors
 
 
-def places(storage_data: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, tuple[int, ...]], Place]]:
-    """By name and offsets of a chunk, where its bytes are."""
+def places(storage_data: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, str], Place]]:
+    """By name and offsets of a chunk, where its bytes are. Offsets as text: tuples can be made of one hash."""
     for index, info in storage_data.items():
         offsets = integers(getattr(index, "offset", None) or ())
         if not isinstance(index.fqn, str) or not isinstance(info.relative_path, str):
             raise ValueError("a chunk has no name, or no file")
         start, length = integers((info.offset, info.length))
-        yield (index.fqn, offsets), (info.relative_path, start, length)
+        yield (index.fqn, str(offsets)), (info.relative_path, start, length)
 
 
 def integers(values: Any) -> tuple[int, ...]:
@@ -148,13 +148,13 @@ def locate(
     name: str,
     box: tuple[tuple[int, ...], tuple[int, ...]],
     dtype: torch.dtype,
-    storage: Mapping[tuple[str, tuple[int, ...]], Place],
+    storage: Mapping[tuple[str, str], Place],
 ) -> Chunk:
     """The bytes that hold one box (offsets, sizes) of a tensor, checked to be there."""
     offsets, sizes = box
-    if (name, offsets) not in storage:
+    if (name, str(offsets)) not in storage:
         raise CheckpointError(f"`{folder / '.metadata'}` must locate {name!r} at {offsets}; copy the folder again.")
-    relative_path, start, length = storage[name, offsets]
+    relative_path, start, length = storage[name, str(offsets)]
     path = member(folder, relative_path)
     if not path.is_file():
         raise CheckpointError(f"`{path}` must exist (it holds part of {name!r}); copy the folder again.")

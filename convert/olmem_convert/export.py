@@ -33,7 +33,7 @@ from .convert import (
     write_weights,
 )
 from .errors import CheckpointError, reason
-from .files import read_json
+from .files import NAMES_CODE, NAMES_KERNELS, read_json, refuse_code
 from .formats import Checkpoint, check_common, check_layers, expand, typed
 from .formats.transformers_olmo import key_table
 from .partial import job_of, settle, written_whole
@@ -56,7 +56,7 @@ from .weight_files import read_weights
 
 LAYER_TYPES = ("full_attention", "sliding_attention")  # of Olmo3; the others have full attention alone
 NOT_OF_THE_MODEL = {"architectures", "dtype", "residual_dropout", "transformers_version"}
-NOT_OF_THE_TARGET = {"_name_or_path", "auto_map", "model_type", "olmo_config", "quantization_config"}
+NOT_OF_THE_TARGET = {"_name_or_path", "model_type", "olmo_config", "quantization_config", *NAMES_CODE, *NAMES_KERNELS}
 MOST_KEPT = 200  # fields of a config that are tried one by one
 CONFIG_ERRORS = (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
@@ -163,6 +163,7 @@ def read_olmem(source: Path) -> tuple[OlmemConfig, dict[str, LazyTensor]]:
         )
     check_common(raw)
     check_common(kept)
+    refuse_code(raw, path, allowed=("auto_map", "custom_pipelines"))
     weights = read_weights(source)
     num_layers = typed(raw.get("num_hidden_layers", 1), int, "num_hidden_layers", "config.json")
     check_layers(num_layers, weights, "num_hidden_layers")

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,18 @@ from .errors import CheckpointError
 
 LARGEST_TEXT = 2**24  # bytes of a config or an index; the largest of OLMo's own have 2**20
 LARGEST_TOKENIZER = 2**27  # bytes of a tokenizer.json; the largest in use have 2**25
+# Fields by which Transformers is told to fetch code and run it: always, or where they name a repository, of kernels.
+NAMES_CODE = {"auto_map", "custom_generate", "custom_pipelines", "trust_remote_code"}
+NAMES_KERNELS = {
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "experts_implementation",
+}
+LARGEST_YAML, MOST_EVENTS = 2**21, 100_000  # bytes, and parts of a document
+LONGEST_NUMBER = 100  # signs of a number in YAML, which counts to the base of 60 in the square of their number
 DEEPEST = 64  # of objects in objects; configs have 8
+DIGITS = re.compile(rf"[-+.:_\d]{{{LONGEST_NUMBER + 1},}}|[-+]?[\d_]{{20,}}")  # a seed of 64 bits has 19
 LONGEST_NAME = 255  # of a file, in bytes
 
 
@@ -111,12 +122,11 @@ def read_json(path: Path, largest: int = LARGEST_TEXT) -> dict[str, Any]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """One document of plain values. Aliases, by which a few lines stand for more than any memory holds, are refused."""
-    text = read_text(path)
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    text = read_text(path, LARGEST_YAML)
     with reading(path):
         try:
-            require_plain_yaml(text, loader, path)
-            value = yaml.load(text, loader)
+            require_plain_yaml(text, path)
+            value = yaml.load(text, PlainLoader)
         except yaml.YAMLError as error:  # whose first line says what was being read, and the next ones what is wrong
             raise ValueError(" ".join(str(error).split())) from None
     if not isinstance(value, dict):
@@ -124,12 +134,39 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
-def require_plain_yaml(text: str, loader: Any, path: Path) -> None:
+SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class PlainLoader(SafeLoader):
+    """Of mappings whose keys are different words."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        strange = next((key for key, _ in node.value if not is_word(key)), None)
+        if strange is not None or len(set(keys)) < len(keys):
+            what = "a key that is no word" if strange is not None else "a key twice"
+            raise yaml.constructor.ConstructorError("while reading a mapping", node.start_mark, f"it has {what}")
+        return super().construct_mapping(node, deep)
+
+
+def is_word(node: Any) -> bool:
+    return isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:str"
+
+
+def require_plain_yaml(text: str, path: Path) -> None:
+    """Nothing that takes long to read, or stands for more than it is."""
     depth = 0
-    for event in yaml.parse(text, loader):
+    for number, event in enumerate(yaml.parse(text, PlainLoader)):
+        if number > MOST_EVENTS:
+            raise CheckpointError(f"`{path}` must have at most {MOST_EVENTS:,} parts (it has more); copy it again.")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
             raise too_deep(path)
+        if isinstance(event, yaml.ScalarEvent) and DIGITS.fullmatch(event.value):
+            raise CheckpointError(
+                f"`{path}` must hold no number of more than {LONGEST_NUMBER} signs (it does, of {len(event.value):,}); "
+                "copy it again."
+            )
         if isinstance(event, yaml.AliasEvent):
             raise CheckpointError(f"`{path}` must hold no alias (got *{event.anchor}); write out what it stands for.")
 
@@ -159,6 +196,17 @@ def require_numbers(value: Any, where: str, name: str = "") -> None:
     for key, part in items:
         if isinstance(part, float | Mapping | list):
             require_numbers(part, where, f"{name}.{key}" if name else str(key))
+
+
+def refuse_code(values: Mapping[str, Any], path: Path, allowed: Container[str] = ()) -> None:
+    """That no field of a config has Transformers fetch code and run it."""
+    kernels = {name for name in NAMES_KERNELS if "/" in str(values.get(name))}
+    named = sorted(name for name in NAMES_CODE | kernels if values.get(name) and name not in allowed)
+    if named:
+        raise CheckpointError(
+            f"`{named[0]}` of {path} must be absent (got {str(values[named[0]])[:100]!r}), as it has Transformers "
+            "fetch code and run it; remove it."
+        )
 
 
 def member(folder: Path, name: Any) -> Path:

@@ -148,6 +148,8 @@ def decode_pickled_key(key: str) -> str:
     Source: allenai/OLMo docs/Safetensors.md, olmo/safetensors_util.py.
     """
     try:
+        if len(key) > 4 * LONGEST_KEY:
+            raise ValueError(f"it has {len(key):,} signs")
         value = unpickle(base64.urlsafe_b64decode(key), {})
     except Exception as error:  # of the many that damaged pickles raise, each means the same
         raise CheckpointError(
@@ -157,6 +159,10 @@ def decode_pickled_key(key: str) -> str:
     if not isinstance(parts, tuple) or is_pickled is not False or not all(isinstance(part, str) for part in parts):
         raise CheckpointError(
             f"key {key[:60]!r} must name a plain tensor (it names a pickled value); only model weights can be read."
+        )
+    if sum(map(len, parts)) > LONGEST_KEY:
+        raise CheckpointError(
+            f"key {key[:60]!r} must name a tensor in {LONGEST_KEY:,} signs (it does not); copy it again."
         )
     return ".".join(parts)
 

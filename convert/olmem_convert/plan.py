@@ -9,7 +9,7 @@ from olmem import OlmemConfig, OlmemForCausalLM
 from transformers import PreTrainedConfig
 
 from .errors import CheckpointError, reason
-from .files import reading, require_numbers
+from .files import read_json, reading, refuse_code, require_numbers
 from .formats import LARGEST_NUMBER, Checkpoint, to_olmem
 from .tensors import LazyTensor, same_bits
 
@@ -67,6 +67,7 @@ def require_meaning(config: OlmemConfig) -> None:
 
 
 def load_config(out: Path) -> OlmemConfig:
+    refuse_code(read_json(out / "config.json"), out / "config.json", allowed=("auto_map", "custom_pipelines"))
     with reading(out, "convert again"):
         try:
             return OlmemConfig.from_pretrained(out, local_files_only=True)

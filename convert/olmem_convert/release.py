@@ -21,7 +21,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from .card import check_card, check_metadata
 from .convert import WRITTEN
 from .errors import CheckpointError
-from .files import read_json, reading
+from .files import read_json, reading, refuse_code
 from .plan import TOKEN_IDS
 from .shards import INDEX_NAME
 from .tensors import LazyTensor
@@ -139,6 +139,10 @@ def check_config(folder: Path) -> OlmemConfig:
                 f"`{name}` of {folder / 'config.json'} must be {wanted!r} (got {raw.get(name)!r}); publish what "
                 "`olmem convert` writes, without --to."
             )
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            refuse_code(read_json(folder / name), folder / name)
+    refuse_code(raw, folder / "config.json", allowed=("auto_map",))
     for path in (folder / "config.json", folder / "generation_config.json"):
         if read_json(path).get("use_cache") is False:
             raise CheckpointError(
@@ -275,14 +279,9 @@ def ids(path: Path, name: str) -> set[int]:
 
 
 def tokenizer_ids(folder: Path, tokenizer: Tokenizer) -> dict[str, set[int]]:
-    """The ids of the tokens that tokenizer_config.json names, which must name no code."""
+    """The ids of the tokens that tokenizer_config.json names."""
     path = folder / "tokenizer_config.json"
     config = read_json(path) if path.is_file() else {}
-    if config.get("auto_map"):
-        raise CheckpointError(
-            f"`auto_map` of {path} must be absent (got {config['auto_map']!r}): a tokenizer is published without code; "
-            "convert again."
-        )
     found: dict[str, set[int]] = {}
     for name in TOKEN_IDS:
         token = config.get(name.removesuffix("_id"))

@@ -195,6 +195,11 @@ class Remote:
             raise
         except NETWORK_ERRORS as error:
             raise CheckpointError(f"{self.explain(error)}; {state()}.") from None
+        except (AttributeError, LookupError, TypeError) as error:  # huggingface_hub's, of JSON of another kind
+            said = self.without_token(f"{type(error).__name__}: {error}")
+            raise CheckpointError(
+                f"{self.api.endpoint} must answer as the Hub does (reading it gave {said}); {state()}."
+            ) from error
 
     def explain(self, error: BaseException) -> str:
         answer = next((cause for cause in causes(error) if isinstance(cause, HfHubHTTPError)), None)

@@ -35,6 +35,9 @@ LONGEST_TEXT = 1e31  # of `model_max_length`, which Transformers sets to 1e30 wh
 LARGEST_RULES, LARGEST_GROWTH, MOST_ADDED = 2**21, 2**8, 10_000
 WAY_OUT = "--tokenizer chooses another tokenizer"
 
+# Ids that templates add to a text, characters that are put before it, signs of a token and of all added ones, regexes.
+MOST_TEMPLATE_IDS, LONGEST_PREPEND, LONGEST_TOKEN, LARGEST_ADDED, MOST_REGEXES = 2**10, 2**6, 2**12, 2**20, 16
+
 # Texts on which splitting rules, normalizers and byte fallbacks are known to part.
 PROBES = (
     "",
@@ -233,10 +236,18 @@ def _check_rules(tree: dict[str, Any], path: Path) -> None:
             raise CheckpointError(f"`precompiled_charsmap` of {path} must be as long as it says; {WAY_OUT}")
     added = tree.get("added_tokens")
     number = len(added) if isinstance(added, list) else 0
+    lengths = [len(str(token.get("content"))) for token in added or () if isinstance(token, dict)] if number else [0]
+    vocabulary = (tree.get("model") or {}).get("vocab") or ()
+    entries = vocabulary if isinstance(vocabulary, dict) else (part[0] for part in vocabulary if part)
     for what, got, most in (
         ("rules of at most {} characters", size, LARGEST_RULES),
         ("rules that lengthen a text at most {} times", growth, LARGEST_GROWTH),
         ("at most {} added tokens", number, MOST_ADDED),
+        ("added tokens of at most {} characters", sum(lengths), LARGEST_ADDED),
+        ("tokens of at most {} characters", max([*lengths, *(len(str(entry)) for entry in entries)]), LONGEST_TOKEN),
+        ("templates that add at most {} ids", _count(rules, _template_ids), MOST_TEMPLATE_IDS),
+        ("at most {} characters to put before a text", _count(rules, _prepended), LONGEST_PREPEND),
+        ("at most {} regular expressions", _count(rules, lambda node: "Regex" in node), MOST_REGEXES),
     ):
         if got > most:
             raise CheckpointError(f"{path} must have {what.format(f'{most:,}')} (got {got:,}); {WAY_OUT}")
@@ -248,6 +259,25 @@ def _charsmaps(node: Any) -> Iterator[str]:
         yield from _charsmaps(part)
     if isinstance(node, dict) and isinstance(text := node.get("precompiled_charsmap"), str):
         yield text
+
+
+def _count(node: Any, of: Callable[[dict[str, Any]], int]) -> int:
+    """The sum over all objects below."""
+    own = int(of(node)) if isinstance(node, dict) else 0
+    parts = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    return own + sum(_count(part, of) for part in parts)
+
+
+def _template_ids(node: dict[str, Any]) -> int:
+    if node.get("type") != "TemplateProcessing" or not isinstance(tokens := node.get("special_tokens"), dict):
+        return 0
+    ids = {name: len(token["ids"]) for name, token in tokens.items() if isinstance(token, dict) and "ids" in token}
+    pieces = [piece for name in ("single", "pair") for piece in node.get(name) or ()]
+    return sum(ids.get((piece.get("SpecialToken") or {}).get("id"), 0) for piece in pieces if isinstance(piece, dict))
+
+
+def _prepended(node: dict[str, Any]) -> int:
+    return len(str(node.get("prepend", ""))) if node.get("type") == "Prepend" else 0
 
 
 def _growth(node: Any) -> int:

@@ -57,6 +57,9 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     return {key: entry | {"start": 8 + length + entry["data_offsets"][0]} for key, entry in header.items()}
 
 
+MOST_SPANS = 2**14  # of a tensor in a file; FSDP has one
+
+
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON whose names are all different."""
     made = dict(pairs)
@@ -166,6 +169,8 @@ def flat_spans(entry: Mapping[str, Any]) -> dict[str, list[tuple[int, int]]]:
     by_name = {}
     for name, spans in offsets.items():
         spans = [spans] if spans and isinstance(spans[0], int) else spans
+        if len(spans) > MOST_SPANS:
+            raise ValueError(f"a file has more than {MOST_SPANS:,} pieces of a tensor")
         by_name[name] = [(int(start), int(stop)) for start, stop in spans if stop > start]
     return by_name
 

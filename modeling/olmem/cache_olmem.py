@@ -48,6 +48,8 @@ NO_MATTER = {
 
 def one_cache(arguments: dict[str, Any], name: str) -> dict[str, Any]:
     """Keyword arguments with `cache` or `past_key_values`, which are one argument, under this name."""
+    if CACHE_NAME != "cache" and not isinstance(arguments.get("cache"), Cache | None):
+        return arguments  # of paged attention, which older releases tell of its own cache by that name
     given = [arguments.pop(known, None) for known in ("cache", "past_key_values")]
     if None not in given:
         raise ValueError("`cache` and `past_key_values` must not both be passed (got both); they are one argument.")

@@ -161,8 +161,10 @@ class OlmemAttention(nn.Module):
 
         query, key = self.place(query, rotations.token), self.place(key, rotations.token)
         value = self.clip("rotary", value)
-        if kv_cache is not None:
+        if isinstance(kv_cache, Cache):
             key, value = kv_cache.update(key, value, self.layer_idx)
+        elif kv_cache is not None:  # of paged attention, which is told where it writes
+            key, value = kv_cache.update(key, value, self.layer_idx, kwargs=kwargs)
         interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation or "eager", eager_attention_forward
         )
@@ -375,7 +377,8 @@ class OlmemModel(OlmemPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """All layers at once, told what `arguments` has for their type. Their cache is not called `past_key_values`,
         which some releases of Transformers keep from layers that can be checkpointed, also while nothing is."""
-        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=False):
+        layers = self.layers[: self.config.num_hidden_layers]  # fewer in one that assists and leaves early
+        for layer, layer_type in zip(layers, self.config.layer_types, strict=False):
             hidden_states = layer(hidden_states, kv_cache=past_key_values, **arguments[layer_type], **kwargs)
         if is_olmem_cache(past_key_values):
             sight = arguments[self.config.layer_types[0]]["sight"]
@@ -400,7 +403,7 @@ class OlmemModel(OlmemPreTrainedModel):
                 remedy = " with a cache and gradients; read under `torch.no_grad()`, or pass use_cache=False."
             raise ValueError(f"{self.config.memory_rule} to return attentions{remedy}")
         for layer in self.layers if self.computes_twice else ():
-            if getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False):
+            if getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False) is True:
                 raise ValueError(
                     "`use_reentrant` must be False (got True) for gradients through memory; call "
                     "`gradient_checkpointing_enable({'use_reentrant': False})`."

@@ -161,6 +161,17 @@ def test_module_is_the_command(tmp_path):
     assert result.stdout.splitlines()[-1] == f"wrote {tmp_path / 'out'}"
 
 
+def test_what_a_checkpoint_says_moves_no_cursor(tmp_path):
+    """Nor begins a line of its own: names of files and fields are its words."""
+    source = write_olmo(tmp_path / "source", "model.pt")
+    text, field = (source / "config.yaml").read_text(), r'"\e[2J\e]0;title\a\nverified: all is well\r\n": 1'
+    (source / "config.yaml").write_text(text.replace("model:\n", f"model:\n  {field}\n"))
+    result = run("convert", source, tmp_path / "out")
+    assert result.exit_code == 1 and "field this version knows" in result.stderr
+    assert all(sign.isprintable() for sign in result.stderr.replace("\n", ""))
+    assert not any(line.startswith("verified") for line in result.stderr.splitlines())
+
+
 @pytest.mark.parametrize("out", ["/", "", "a\udcff"])
 def test_out_that_names_no_folder(out, tmp_path, monkeypatch):
     monkeypatch.chdir("/" if out == "" else tmp_path)

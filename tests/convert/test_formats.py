@@ -795,6 +795,15 @@ def test_version_file_is_read_or_refused(text, tmp_path):
     opened_or_refused(folder)
 
 
+@pytest.mark.parametrize("version", ["3.0.0\x1b[2J", "3\nverified", "x" * 41, "\ud800"])
+def test_a_version_that_none_is_is_not_told(version, tmp_path):
+    folder = write_olmo_core(tmp_path)
+    (folder / ".metadata.json").write_text(json.dumps({"version": version}))
+    assert open_checkpoint(folder).description == "OLMo-core"
+    (folder / ".metadata.json").write_text('{"version": "3.0.0.dev1+a"}')
+    assert open_checkpoint(folder).description == "OLMo-core 3.0.0.dev1+a"
+
+
 def test_every_field_of_the_golden_configs_is_known():
     """Of all versions of the native packages that wrote them."""
     for name in FOLDERS:

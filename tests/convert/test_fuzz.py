@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from olmem_convert import CheckpointError, convert, export
 from olmem_convert import pickles as pickles_module
 from olmem_convert.errors import LONGEST
-from olmem_convert.files import DEEPEST, LARGEST_TEXT, LARGEST_TOKENIZER, read_yaml
+from olmem_convert.files import DEEPEST, LARGEST_TEXT, LARGEST_TOKENIZER, LARGEST_YAML, read_yaml
 from olmem_convert.formats import MOST_LAYERS, check_layers
 from olmem_convert.formats.detect import open_checkpoint
 from olmem_convert.pickles import pickle_mentions, read_pickle
@@ -219,6 +219,31 @@ def test_nested_yaml(text, tmp_path):
     assert "config.yaml" in said and ("nested deeper" in said or "maximum nesting depth" in said)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: {d_model: 8, n_heads: 2, d_model: 16}",  # the last one would hold
+        "model: {" + "<<: {}, " * 40_000 + "}",  # the square of that many
+        "model: {" + ", ".join(f"{n}: 0" for n in range(100)) + "}",  # can be made of one hash
+        "model: {[a, b]: 0}",
+        "model: [" + "[]," * 60_000 + "]",
+    ],
+    ids=["twice", "merges", "numbers", "lists", "parts"],
+)
+def test_mappings_and_lists_of_yaml_that_no_config_has(text, tmp_path):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(CheckpointError, match=r"a key twice|a key that is no word|at most 100,000 parts"):
+        read_yaml(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize("number", ["1" + ":59" * 300_000, "1" + ":59" * 300_000 + ".5", "1" * 10**6, "1" * 101])
+def test_long_numbers_of_yaml(number, tmp_path):
+    """To the base of 60, which takes the square of the time."""
+    (tmp_path / "config.yaml").write_text(f"model: {{d_model: {number}}}")
+    with pytest.raises(CheckpointError, match=r"no number of more than 100 signs"):
+        read_yaml(tmp_path / "config.yaml")
+
+
 def test_aliases_of_yaml(tmp_path):
     """Nine lines stand for 10⁹ values, which whatever prints one of them counts."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
@@ -255,7 +280,7 @@ def test_weights_that_are_not_read_are_told_of(tmp_path):
 @pytest.mark.parametrize(
     ("reader", "seed", "name", "nbytes"),
     [
-        ("olmo_pickle", 0, "config.yaml", LARGEST_TEXT),
+        ("olmo_pickle", 0, "config.yaml", LARGEST_YAML),
         ("olmo_core", 0, "config.json", LARGEST_TEXT),
         ("transformers", 1, "model.safetensors.index.json", LARGEST_TEXT),
         ("transformers", 1, "merges.txt", LARGEST_TEXT),
@@ -341,10 +366,31 @@ PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": F
         ({"post_processor": {"type": "TemplateProcessing", "single": [END] * 100_000}}, "rules of at most"),
         ({"post_processor": {"type": "TemplateProcessing", "single": [TEXT] * 2000}}, "lengthen a text"),
         ({"added_tokens": [{"id": n, "content": f"t{n}"} | PLAIN for n in range(20_000)]}, "added tokens"),
+        ({"added_tokens": [{"id": n, "content": f"{n}" * 100} | PLAIN for n in range(9000)]}, "added tokens of at"),
+        ({"added_tokens": [{"id": 0, "content": "x" * 5000} | PLAIN]}, "tokens of at most 4,096 characters"),
+        (
+            {
+                "post_processor": {
+                    "type": "TemplateProcessing",
+                    "single": [END] * 100,
+                    "special_tokens": {"<|end|>": {"id": "<|end|>", "ids": [0] * 100, "tokens": ["<|end|>"] * 100}},
+                }
+            },
+            "add at most 1,024 ids",
+        ),
+        ({"normalizer": {"type": "Prepend", "prepend": "x" * 100}}, "before a text"),
+        (
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT | {"pattern": {"Regex": "a"}}] * 17}},
+            "regular",
+        ),
+        ({"model": {"type": "BPE", "vocab": {"x" * 5000: 0}, "merges": []}}, "tokens of at most 4,096 characters"),
         ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "PanicException"),
         ({"pre_tokenizer": SPLIT | {"pattern": {"Regex": "(a+)+$Z"}}}, "retry-limit"),
     ],
-    ids=["growth", "charsmap", "template", "repeated", "added", "panic", "regex"],
+    ids=[
+        *("growth", "charsmap", "template", "repeated", "added", "long added", "long added one", "template ids"),
+        *("prepend", "regexes", "long word", "panic", "regex"),
+    ],
 )
 def test_tokenizer_that_has_no_end(changes, words, tmp_path):
     source = lay(tmp_path / "source", "transformers", 1)

@@ -204,6 +204,16 @@ def test_a_token_that_none_is(token, out, server, monkeypatch):
     assert token not in str(caught.value)
 
 
+@pytest.mark.parametrize("error", [KeyError("branches"), TypeError("a list"), AttributeError("'list' has no get")])
+def test_answers_of_another_kind_are_told(error, out, server, monkeypatch):
+    def odd(self):
+        raise error
+
+    monkeypatch.setattr(Remote, "refs", odd)
+    with pytest.raises(CheckpointError, match=r"must answer as the Hub does .*; nothing was sent"):
+        push(out, REPO)
+
+
 def test_no_password_of_an_address_is_told(out, server, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://me:secret@127.0.0.1:9")
     with pytest.raises(CheckpointError, match=r"connection to http://127\.0\.0\.1:9 must hold") as caught:

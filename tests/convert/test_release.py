@@ -140,6 +140,9 @@ def test_card_needs_a_license(out):
         ("tokenizer_config.json", {"eos_token": "the"}, ("`eos_token_id`", "tokenizer_config.json")),
         ("tokenizer_config.json", {"eos_token": "<|absent|>"}, ("`eos_token`", "<|absent|>")),
         ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["t.T", None]}}, ("`auto_map`",)),
+        ("config.json", {"custom_pipelines": {"text-generation": {"impl": "o/r--p.P"}}}, ("`custom_pipelines`",)),
+        ("generation_config.json", {"custom_generate": "some/repo"}, ("`custom_generate`",)),
+        ("generation_config.json", {"trust_remote_code": True}, ("`trust_remote_code`",)),
     ],
     ids=str,
 )
@@ -148,6 +151,23 @@ def test_ids_agree(file, fields, words, changeable):
     edit_json(out / file, **fields)
     reseal(out, license="apache-2.0")
     refuse(out, *words)
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
+def test_a_kernel_is_not_fetched(name, out):
+    """By the name of a repository of kernels, which Transformers would load with the model."""
+    edit_json(out / "config.json", **{name: "some/kernel@main:f"})
+    reseal(out, with_card=False)
+    refuse(out, f"`{name}`", "some/kernel", "fetch code")
+    edit_json(out / "config.json", **{name: "sdpa"})
+    reseal(out)
+    check_release(out)
+
+
+def test_a_tokenizer_s_config_names_no_code_without_a_tokenizer(out):
+    (out / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": [null, "o/r--t.T"]}}')
+    reseal(out)
+    refuse(out, "`auto_map`", "fetch code")
 
 
 def test_an_end_may_have_several_ids(changeable):

@@ -156,6 +156,16 @@ def test_what_is_said_before_loading_is_what_is_loaded(name):
         assert (tuple(loaded.shape), loaded.dtype, loaded.nbytes) == (tensor.shape, tensor.dtype, tensor.nbytes)
 
 
+def test_a_long_name_is_not_put_together():
+    """300,000 signs that a pickle names 10,000 times."""
+    part = "x" * 3000
+    repeated = base64.urlsafe_b64encode(pickle.dumps((tuple([part] * 10_000), False))).decode()
+    parts = base64.urlsafe_b64encode(pickle.dumps(((part, part), False))).decode()
+    for key in (repeated, parts, encoded("x" * 20_000)):
+        with pytest.raises(CheckpointError, match=r"4,096 signs|it has .* signs"):
+            decode_pickled_key(key)
+
+
 # One at a time
 
 

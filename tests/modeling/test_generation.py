@@ -8,7 +8,7 @@ import torch
 from modeling.helpers import CHUNKS, MIXED, SINKS, WINDOW, left_padded, named, tiny, tokens
 from olmem import OlmemCache
 from torch.testing import assert_close
-from transformers import DynamicCache, StaticCache, TextStreamer
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache, TextStreamer
 
 PLAIN = [
     {},
@@ -91,6 +91,26 @@ def test_a_cache_has_two_names_in_every_release(changes, make):
         assert torch.equal(write(model, ids, **{name: cache}), expected)
         assert torch.equal(write(model, ids, **{name: make(config=model.config)}), expected)
         assert torch.equal(write(model, ids, **{name: None}), expected)
+
+
+@pytest.mark.parametrize("changes", [{}, {"shared_projections": "key_value"}], ids=named)
+def test_requests_are_batched_continuously(changes):
+    """By a paged cache of Transformers, which is no `Cache`, and is told where it writes. Prompts fit into the window:
+    of longer ones Olmo3's own tokens differ there."""
+    model = tiny(**changes)
+    prompts = [tokens(length, seed=length).tolist() for length in (WINDOW, 2, 1)]
+    config = GenerationConfig(
+        max_new_tokens=NEW, do_sample=False, eos_token_id=model.config.vocab_size - 1, pad_token_id=0
+    )
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=16)
+    batch = model.generate_batch(
+        prompts, generation_config=config, continuous_batching_config=small, progress_bar=False
+    )
+    found = sorted(batch.values(), key=lambda output: int(output.request_id.split("_")[-1]))
+    assert [output.error for output in found] == [None] * len(prompts)
+    for prompt, output in zip(prompts, found, strict=True):
+        alone = model.generate(torch.tensor([prompt]), generation_config=config)[0, len(prompt) :]
+        assert output.generated_tokens == alone.tolist()
 
 
 def test_a_cache_is_given_by_one_of_its_names():

@@ -6,6 +6,7 @@ are named by their path here: `block.sequence_mixer.rope.theta`.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,8 @@ def open_checkpoint(folder: Path, max_length: int | None) -> Checkpoint:
         )
     version = ""
     if (folder / ".metadata.json").is_file():
-        version = f" {read_json(folder / '.metadata.json').get('version', '')}".rstrip()
+        said = str(read_json(folder / ".metadata.json").get("version", ""))
+        version = f" {said}" if re.fullmatch(r"[\w.+-]{1,40}", said, re.ASCII) else ""
     return Checkpoint(
         family="olmo_core",
         description=f"OLMo-core{version}",

@@ -225,7 +225,7 @@ def make_tokenizer(folder: Path) -> Path:
     """Of as many tokens as the models have, which all mean nothing."""
     from tokenizers import Tokenizer, models
 
-    folder.mkdir()
+    folder.mkdir(parents=True)  # not beside the checkpoint, where olmem looks for it
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY - 2)}, unk_token="w0"))
     tokenizer.add_special_tokens(["<end>", "<pad>"])
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -246,7 +246,7 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> list[dict[str, Any]
         copy = ["cp", "-r", str(source), str(out)]
         commands = [("cp", copy), ("olmem", [*CONVERT, str(source), str(out), "--dtype", "bfloat16", "--no-verify"])]
         if arguments.peer and kind == "OLMo-core":
-            tokenizer = make_tokenizer(scratch / "tokenizer")
+            tokenizer = make_tokenizer(scratch / "peer" / "tokenizer")
             commands.append(("ai2-olmo-core", [arguments.peer, "-c", PEER, str(source), str(out), str(tokenizer)]))
         commands.append(("cp", copy))
         for name, command in tqdm(commands, desc=kind, disable=None):
@@ -356,6 +356,7 @@ def main() -> None:
         print(f"OUT was at any kill absent or whole; left beside it: {', '.join(found['left_behind']) or 'nothing'}")
     else:
         show(found)
+        sys.exit(any(row["failure"] for row in found))
 
 
 if __name__ == "__main__":

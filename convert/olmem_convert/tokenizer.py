@@ -166,7 +166,9 @@ def carry_tokenizer(source: Path, out: Path, vocab_size: int, say: Callable[[str
     if wanted == config:
         (out / config_path.name).write_bytes(read_bytes(config_path))
     else:
-        (out / config_path.name).write_text(json.dumps(wanted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        with _refusing(f"{config_path} must be text in UTF-8", "correct it"):  # \ud800 alone is none
+            text = (json.dumps(wanted, indent=2, ensure_ascii=False) + "\n").encode()
+        (out / config_path.name).write_bytes(text)
     for name in COMPANIONS:
         if os.path.isfile(source / name):
             if name.endswith(".json"):

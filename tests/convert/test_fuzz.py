@@ -398,6 +398,12 @@ def test_tokenizer_that_has_no_end(changes, words, tmp_path):
     assert words in refusal(source)
 
 
+def test_half_of_a_sign_in_a_tokenizer_s_config(tmp_path):
+    source = lay(tmp_path / "source", "transformers", 1)
+    edit_json(source / "tokenizer_config.json", auto_map={"AutoTokenizer": ["t.T", None]}, note="\ud800")
+    assert "must be text in UTF-8" in refusal(source)
+
+
 NAN, INF = float("nan"), float("inf")
 
 

@@ -70,7 +70,8 @@ def same_bits(one: LazyTensor, other: LazyTensor, dtype: torch.dtype | None = No
     step = max(BLOCK * rows // max(one.nbytes, 1), 1) if one.divisible and other.divisible else max(rows, 1)
 
     def bits(tensor: LazyTensor, start: int) -> torch.Tensor:
-        return tensor.read(start, min(start + step, rows)).to(dtype or tensor.dtype).flatten().view(torch.uint8)
+        values = tensor.read(start, min(start + step, rows)).to(dtype or tensor.dtype)
+        return values.contiguous().flatten().view(torch.uint8)
 
     return all(torch.equal(bits(one, start), bits(other, start)) for start in range(0, rows, step))
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import CheckpointError
+from .errors import CheckpointError, DifferenceError
 
 app = typer.Typer(
     name="olmem",
@@ -188,10 +188,10 @@ def push(
     finish(lambda say: run(out, repo_id, say=say, **options), as_json)
 
 
-def printable(text: str) -> str:
+def printable(text: str, margin: str = "  ") -> str:
     """What checkpoints and servers say moves no cursor, and begins no line of its own."""
     lines = ["".join(sign if sign.isprintable() else "\ufffd" for sign in line) for line in text.split("\n")]
-    return "\n  ".join(lines)
+    return f"\n{margin}".join(lines)
 
 
 def tell_script(figures: dict[str, float | None]) -> None:
@@ -205,7 +205,7 @@ def finish(run: Callable[[Callable[[str], None]], dict[str, Any]], as_json: bool
     try:
         report = run(lambda line: typer.echo(printable(line), err=as_json))
     except CheckpointError as error:
-        typer.echo(printable(f"error: {error}"), err=True)
+        typer.echo(printable(f"error: {error}", "" if isinstance(error, DifferenceError) else "  "), err=True)
         raise typer.Exit(1) from None
     except BrokenPipeError:
         raise  # typer ends quietly then

@@ -10,6 +10,10 @@ class CheckpointError(Exception):
         super().__init__(message if len(message) <= LONGEST else f"{message[: LONGEST - 1000]} … {message[-1000:]}")
 
 
+class DifferenceError(CheckpointError):
+    """A model that does not compute what it was converted from, with a table, whose lines are all of our own words."""
+
+
 def reason(error: Exception) -> str:
     """What a config's class says is wrong, of which strict dataclasses make several lines."""
     last = str(error).strip().splitlines()[-1:] or [type(error).__name__]

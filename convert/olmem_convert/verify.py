@@ -31,7 +31,7 @@ from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .card import CARD_NAME, EVALUATION_NAME, REPORT_NAME, kept_metadata, replace_text, write_card
-from .errors import CheckpointError
+from .errors import CheckpointError, DifferenceError
 from .files import read_json, reading
 from .formats import Checkpoint, Given, is_dynamic
 from .formats.detect import open_checkpoint
@@ -201,7 +201,7 @@ def write_report(out: Path, report: dict[str, Any], whose: str) -> None:
     written = json.loads(json.dumps(report), parse_constant=lambda _: None)  # NaN is no JSON
     replace_text(out / REPORT_NAME, json.dumps(written, indent=2) + "\n")
     if not report["passed"]:
-        raise CheckpointError(
+        raise DifferenceError(
             f"the converted model must compute the {whose} logits with the {whose} weights (it does not); do not "
             f"publish it, convert again.\n{explain(report)}"
         )

@@ -76,12 +76,12 @@ def with_memory(checkpoint: Checkpoint, memory: Mapping[str, Any]) -> Checkpoint
             f"`{unused[0]}` must go with a memory that is on (got {memory[unused[0]]!r} without one); set "
             "num_memory_tokens or retrieval_layers too."
         )
-    gates = [f"model.layers.{layer}.self_attn.retrieval_gate" for layer in config.retrieval_layers]
+    gates = [f"model.layers.{layer}.self_attn.retrieval_gate.logits" for layer in config.retrieval_layers]
     added = [Key(None, (name,), fill=float(config.retrieval_gate_init)) for name in gates]
     if config.num_memory_tokens:
-        added.append(Key(None, ("model.memory_embeddings",), fill=0.0, spread=config.initializer_range))
+        added.append(Key(None, ("model.memory.embeddings",), fill=0.0, spread=config.initializer_range))
     if config.num_memory_tokens and config.memory_gate_init is not None:
-        gates = [f"model.layers.{layer}.self_attn.memory_gate" for layer in range(config.num_hidden_layers)]
+        gates = [f"model.layers.{layer}.self_attn.memory_gate.logits" for layer in range(config.num_hidden_layers)]
         added += [Key(None, (name,), fill=float(config.memory_gate_init)) for name in gates]
     made = memory_of(config)
     made |= {name: float(made[name]) for name in ("retrieval_gate_init", "memory_gate_init") if made[name] is not None}

@@ -422,7 +422,7 @@ def attend_parts(
 
 def memory_gate(module: Any, heads: slice = slice(None)) -> torch.Tensor | None:
     """(H, 1, 1) how far these heads open to memory, between 0 and 1; None where nothing gates it."""
-    return module.memory_gate[heads].sigmoid()[:, None, None] if module.gates_memory else None
+    return module.memory_gate()[heads, None, None] if module.gates_memory else None
 
 
 def weigh(module, scores: torch.Tensor, mask: torch.Tensor | None, gate: torch.Tensor | None = None) -> torch.Tensor:

@@ -249,7 +249,7 @@ class SegmentReader:
     def begin_segments(self, piece: Piece, keep: torch.Tensor | None, trails: list[Trail], **kwargs) -> None:
         """Where a piece begins a segment: its memory is written, unless it is a stream's first, and read. Gradients go
         back to what rows have written where `keep` (B or 1,) says so."""
-        first, initial = piece.numbers[:, 0], self.model.memory_embeddings[None].to(self.device)
+        first, initial = piece.numbers[:, 0], self.model.memory()[None].to(self.device)
         if self.cache is None and piece.begins is not None:  # known without asking the device
             rows, writers = None, None if self.memory is None else slice(None)
         else:

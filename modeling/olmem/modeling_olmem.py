@@ -35,7 +35,7 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
@@ -48,6 +48,7 @@ from .context_olmem import Context, Sight, find_documents
 from .generation_olmem import OlmemGenerationMixin, is_olmem_cache
 from .memory_olmem import SegmentReader, Trail, read_documents
 from .positions_olmem import OlmemRotaryEmbedding, Rotation, rotate
+from .weights_olmem import ReadsOldNames, read_old_names
 
 MASK_FUNCTIONS = {
     "full_attention": create_causal_mask,
@@ -95,6 +96,29 @@ class Elephant(nn.Module):
         return 1 / (1 + hidden_states.pow(8))
 
 
+class OlmemGate(nn.Module):
+    """One gate a head: it returns numbers (H,) between 0 and 1, the sigmoids of learned logits."""
+
+    def __init__(self, num_heads: int, initial: float):
+        super().__init__()
+        self.initial = initial
+        self.logits = nn.Parameter(torch.full((num_heads,), initial))
+
+    def forward(self) -> torch.Tensor:
+        return self.logits.sigmoid()
+
+
+class OlmemMemory(nn.Module):
+    """The parameters of recurrent memory: it returns what a stream's first segment reads (M, hidden_size)."""
+
+    def __init__(self, config: OlmemConfig):
+        super().__init__()
+        self.embeddings = nn.Parameter(torch.empty(config.num_memory_tokens, config.hidden_size))
+
+    def forward(self) -> torch.Tensor:
+        return self.embeddings
+
+
 class OlmemAttention(nn.Module):
     """Olmo3Attention, with choices: which projections are one, the kind of QK-norm, a clip at one of two stages, and
     how positions are told. What a choice does not use does not exist."""
@@ -131,13 +155,12 @@ class OlmemAttention(nn.Module):
             self.k_norm = make_norm(config, key_size if whole else self.head_dim)
         if self.position_embedding == "linspace":
             self.linspace_scale = nn.Parameter(torch.ones(self.head_dim))
-        heads = (config.num_attention_heads,)
         self.gates_memory = config.num_memory_tokens > 0 and config.memory_gate_init is not None
         if self.gates_memory:
-            self.memory_gate = nn.Parameter(torch.full(heads, float(config.memory_gate_init or 0)))
+            self.memory_gate = OlmemGate(config.num_attention_heads, float(config.memory_gate_init or 0))
         self.retrieves = layer_idx in config.retrieval_layers
         if self.retrieves:
-            self.retrieval_gate = nn.Parameter(torch.full(heads, float(config.retrieval_gate_init)))
+            self.retrieval_gate = OlmemGate(config.num_attention_heads, float(config.retrieval_gate_init))
 
     def forward(
         self,
@@ -272,7 +295,7 @@ class OlmemDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.residual_dropout(self.post_feedforward_layernorm(transformed))
 
 
-class OlmemPreTrainedModel(PreTrainedModel):
+class OlmemPreTrainedModel(ReadsOldNames):
     config: OlmemConfig
     config_class = OlmemConfig
     base_model_prefix = "model"
@@ -294,12 +317,10 @@ class OlmemPreTrainedModel(PreTrainedModel):
                 init.copy_(getattr(module, f"{layer_type}_inv_freq"), inverse_frequency)
         if isinstance(module, OlmemAttention) and module.position_embedding == "linspace":
             init.ones_(module.linspace_scale)
-        if isinstance(module, OlmemAttention) and module.gates_memory:
-            init.constant_(module.memory_gate, float(self.config.memory_gate_init or 0))
-        if isinstance(module, OlmemAttention) and module.retrieves:
-            init.constant_(module.retrieval_gate, self.config.retrieval_gate_init)
-        if isinstance(module, OlmemModel) and self.config.num_memory_tokens:
-            init.normal_(module.memory_embeddings, std=self.config.initializer_range)
+        if isinstance(module, OlmemGate):
+            init.constant_(module.logits, module.initial)
+        if isinstance(module, OlmemMemory):
+            init.normal_(module.embeddings, std=self.config.initializer_range)
 
     @staticmethod
     def auto_map() -> dict[str, str]:
@@ -325,7 +346,8 @@ class OlmemModel(OlmemPreTrainedModel):
         self.layers = nn.ModuleList([OlmemDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = make_norm(config, config.hidden_size)
         if config.num_memory_tokens:
-            self.memory_embeddings = nn.Parameter(torch.empty(config.num_memory_tokens, config.hidden_size))
+            self.memory = OlmemMemory(config)
+        self.register_load_state_dict_pre_hook(read_old_names)
         self.rotary_emb = OlmemRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()

@@ -32,7 +32,7 @@ def retrieve(module: Any, query, key, value, of_window: torch.Tensor, sight: Sig
         if past is not None:
             key, value, numbers = past.recall(key, value, sight, module.config.retrieval_capacity)
         found, any_found = look_up_in(module, query, key, value, sight, numbers)
-    gate = module.retrieval_gate.sigmoid()[:, None].to(of_window.dtype)
+    gate = module.retrieval_gate()[:, None].to(of_window.dtype)
     mixed = gate * found.to(of_window).transpose(1, 2) + (1 - gate) * of_window
     return torch.where(any_found.to(of_window.device)[:, :, None, None], mixed, of_window)
 

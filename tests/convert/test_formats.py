@@ -101,8 +101,8 @@ class TestCoverage:
 
     def test_target_that_no_row_makes_is_named(self, name):
         checkpoint, tensors, shapes = self.opened(name)
-        with pytest.raises(CheckpointError, match=r"model\.memory_embeddings"):
-            to_olmem(checkpoint.keys, tensors, shapes | {"model.memory_embeddings": (2, 2)})
+        with pytest.raises(CheckpointError, match=r"model\.memory\.embeddings"):
+            to_olmem(checkpoint.keys, tensors, shapes | {"model.memory.embeddings": (2, 2)})
 
 
 def test_layers_are_numbered_not_sorted(converted):

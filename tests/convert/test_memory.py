@@ -46,11 +46,13 @@ BOTH = TOKENS | RETRIEVAL
 SLIDING = "olmo_core_swa_yarn"
 # Every format of a checkpoint; without windows, memory tokens alone.
 MEMORIES = {"olmo": TOKENS, "olmo1": TOKENS, "olmo_gqa_tied": TOKENS, SLIDING: BOTH, "baka_pristine": BOTH}
-GATE, EMBEDDINGS = "model.layers.1.self_attn.retrieval_gate", "model.memory_embeddings"
+GATE, EMBEDDINGS = "model.layers.1.self_attn.retrieval_gate.logits", "model.memory.embeddings"
 
 
 def memory_gates(out: Path) -> set[str]:
-    return {f"model.layers.{layer}.self_attn.memory_gate" for layer in range(read_config(out)["num_hidden_layers"])}
+    return {
+        f"model.layers.{layer}.self_attn.memory_gate.logits" for layer in range(read_config(out)["num_hidden_layers"])
+    }
 
 
 def parameters_of(memory: dict[str, Any], out: Path) -> set[str]:
@@ -150,9 +152,9 @@ def test_checkpoints_of_transformers_gain_a_memory_too(tmp_path):
         assert torch.equal(off(IDS).logits, logits(original, load="from_olmo"))
     assert load_weights(tmp_path / "out").keys() - load_weights(tmp_path / "plain").keys() == {
         EMBEDDINGS,
-        "model.layers.0.self_attn.memory_gate",
-        "model.layers.0.self_attn.retrieval_gate",
-        "model.layers.1.self_attn.memory_gate",
+        "model.layers.0.self_attn.memory_gate.logits",
+        "model.layers.0.self_attn.retrieval_gate.logits",
+        "model.layers.1.self_attn.memory_gate.logits",
     }
 
 
@@ -280,7 +282,7 @@ def test_verify_is_told_nothing(remembering, spoilt, caplog):
     finally:
         logger.propagate = False
         transformers.logging.set_verbosity_error()
-    assert "memory_embeddings" not in caplog.text and "retrieval_gate" not in caplog.text
+    assert "memory.embeddings" not in caplog.text and "retrieval_gate" not in caplog.text
     assert snapshot(spoilt) == snapshot(remembering)
     lines: list[str] = []
     assert verify(spoilt, source(SLIDING), lines.append) == json.loads((spoilt / "verification.json").read_text())
@@ -311,7 +313,7 @@ def test_new_parameters_must_be_finite(name, value, spoilt):
         ({"gate": torch.zeros(1)}, f"1 differ: {GATE}"),
         ({"embeddings": torch.zeros(4, 64)}, f"1 differ: {EMBEDDINGS}"),
         ({"embeddings": torch.zeros(3, 64, dtype=torch.bfloat16)}, f"1 differ: {EMBEDDINGS}"),
-        ({"model.layers.0.self_attn.retrieval_gate": torch.zeros(4)}, "1 differ: model.layers.0.self_attn"),
+        ({"model.layers.0.self_attn.retrieval_gate.logits": torch.zeros(4)}, "1 differ: model.layers.0.self_attn"),
         ({"model.norm.weight": torch.zeros(64)}, "first to diverge"),
     ],
     ids=str,
@@ -325,12 +327,12 @@ def test_other_weights_are_refused(changes, words, spoilt):
     ("changes", "words"),
     [
         ({"num_memory_tokens": 4}, f"1 differ: {EMBEDDINGS}"),
-        ({"num_memory_tokens": 0}, "5 differ: model.layers.0.self_attn.memory_gate, "),
+        ({"num_memory_tokens": 0}, "5 differ: model.layers.0.self_attn.memory_gate.logits, "),
         ({"retrieval_layers": []}, f"1 differ: {GATE}"),
-        ({"retrieval_layers": [0]}, f"2 differ: model.layers.0.self_attn.retrieval_gate, {GATE}"),
+        ({"retrieval_layers": [0]}, f"2 differ: model.layers.0.self_attn.retrieval_gate.logits, {GATE}"),
         ({"retrieval_layers": [3]}, "must describe a model: `retrieval_layers` must name sliding or chunked"),
         ({"retrieval_layers": [99]}, "must describe a model: `retrieval_layers` must name layers 0 to 3"),
-        (dict(OFF), "6 differ: model.layers.0.self_attn.memory_gate, "),
+        (dict(OFF), "6 differ: model.layers.0.self_attn.memory_gate.logits, "),
         ({"retrieval_capacity": 3}, "must describe a model: `retrieval_capacity` must be at least"),
         ({"rms_norm_eps": 1e-5}, "`rms_norm_eps` is 1e-05"),
         ({"layer_types": ["sliding_attention"] * 4}, "`layer_types` is "),
@@ -346,7 +348,7 @@ def test_other_configs_are_refused(changes, words, spoilt):
     ("changes", "words"),
     [
         ({"retrieval_top_k": 3}, "`retrieval_top_k` is 3"),
-        (TOKENS, "5 differ: model.layers.0.self_attn.memory_gate, "),
+        (TOKENS, "5 differ: model.layers.0.self_attn.memory_gate.logits, "),
         ({"retrieval_layers": [1]}, f"1 differ: {GATE}"),
     ],
     ids=str,

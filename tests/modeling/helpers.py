@@ -306,7 +306,7 @@ def oracle(
                 ]
                 shares = torch.stack(scores).softmax(0)
                 if role != "read" and layer.memory and config.memory_gate_init is not None:
-                    count, gate = len(layer.memory), weights[f"{prefix}.memory_gate"][head].sigmoid()
+                    count, gate = len(layer.memory), weights[f"{prefix}.memory_gate.logits"][head].sigmoid()
                     without = torch.stack(scores[count:]).softmax(0)
                     shares = gate * shares + (1 - gate) * torch.cat((shares.new_zeros(count), without))
                 shares = shares * attention_kept
@@ -317,7 +317,7 @@ def oracle(
                     attentions[layer.index][head, number, before + inside] = shares[len(layer.memory) :].detach()
                 if role == "token" and layer.retrieves:
                     found = retrieve(layer, states.queries[head], shared, inside[0])
-                    gate = weights[f"{prefix}.retrieval_gate"][head].sigmoid()
+                    gate = weights[f"{prefix}.retrieval_gate.logits"][head].sigmoid()
                     seen = seen if found is None else gate * found + (1 - gate) * seen
                 mixed.append(seen)
             outputs.append(linear(f"{prefix}.o_proj", torch.cat(mixed)))
@@ -363,7 +363,7 @@ def oracle(
     has_memory, reach = config.num_memory_tokens > 0, config.memory_bptt_segments
     length = config.memory_segment_length or len(ids)
     segments = math.ceil(len(ids) / length)
-    memory = list(weights["model.memory_embeddings"]) if has_memory else []
+    memory = list(weights["model.memory.embeddings"]) if has_memory else []
     stream = []
     for number, token in enumerate(ids):
         segment, place_in_segment = divmod(number, length)

@@ -149,7 +149,7 @@ dtypes = pytest.mark.parametrize("dtype", APART, ids=["float32", "bfloat16"])
 def remembering(memory: str, dtype: torch.dtype = torch.float32, **changes):
     model = make_model(**MEMORIES[memory] | changes)
     for name, parameter in model.named_parameters():
-        if name.endswith("retrieval_gate"):
+        if name.endswith("retrieval_gate.logits"):
             torch.nn.init.constant_(parameter, -1.0)
     return model.to(dtype)
 
@@ -264,7 +264,7 @@ def test_memory_of_a_model_on_two_devices(batch, shared, tmp_path):
         shared_projections=shared,
     )
     model.save_pretrained(tmp_path)
-    names = {"model.embed_tokens": "cpu", "model.memory_embeddings": "cpu", "model.norm": 0, "lm_head": 0}
+    names = {"model.embed_tokens": "cpu", "model.memory": "cpu", "model.norm": 0, "lm_head": 0}
     names |= {"model.rotary_emb": "cpu"} | {f"model.layers.{index}": "cpu" if index < 2 else 0 for index in range(4)}
     split = OlmemForCausalLM.from_pretrained(tmp_path, device_map=names).eval()
     expected = model(input_ids, attention_mask=attention_mask, use_cache=False).logits

@@ -147,7 +147,7 @@ def test_segments_that_see_nothing_else_are_a_recurrent_memory_transformer(count
     mask[:count, :count] = mask[-count:, -count:] = True
     ids, last = tokens(4 * size), []
     plain.model.norm.register_forward_pre_hook(lambda _, inputs: last.append(inputs[0][0]))
-    memory, logits = model.model.memory_embeddings, []
+    memory, logits = model.model.memory.embeddings, []
     with torch.no_grad():
         for segment in ids.split(size):
             between = torch.cat((memory, plain.model.embed_tokens(segment), memory))[None]
@@ -247,7 +247,7 @@ def test_a_gate_mixes_what_is_seen_with_memory_and_without(changes, backend):
     close(found[1, -6:], logits[:6])
     for value, name in ((-1e4, "num_memory_tokens"), (1e4, "memory_gate_init")):
         for layer in model.model.layers:
-            layer.self_attn.memory_gate.data.fill_(value)
+            layer.self_attn.memory_gate.logits.data.fill_(value)
         other = make(changes | {"attn_implementation": backend, name: 0 if value < 0 else None})
         other.load_state_dict(model.state_dict(), strict=False)
         close(alone(model, ids), alone(other, ids))
@@ -412,7 +412,9 @@ def test_gradients_are_those_of_finite_differences(changes, kind):
     parts = {"memory": memory, "retrieval": retrieval, "both": memory | retrieval}[kind]
     changes = dict(changes)
     model = make(sizes | parts | {"attn_implementation": changes.pop("attn", "sdpa")} | changes).double()
-    names = [name for name, _ in model.named_parameters() if name.endswith(("memory_embeddings", "retrieval_gate"))]
+    names = [
+        name for name, _ in model.named_parameters() if name.endswith(("memory.embeddings", "retrieval_gate.logits"))
+    ]
     assert len(names) == {"memory": 1, "retrieval": 2, "both": 3}[kind]
     parameters = dict(model.named_parameters())
     inputs = torch.randn(1, 10, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -745,7 +747,7 @@ def test_reentrant_checkpointing_is_refused_with_memory_tokens():
 
 def test_the_first_memory_begins_as_embeddings_do():
     model = make(MEMORIES["memory"] | {"num_memory_tokens": 60, "initializer_range": 0.3})
-    memory = OlmemForCausalLM(model.config).model.memory_embeddings
+    memory = OlmemForCausalLM(model.config).model.memory.embeddings
     assert memory.shape == (60, 24)
     assert abs(float(memory.mean())) < 0.03 and 0.27 < float(memory.std()) < 0.33
 

@@ -38,7 +38,7 @@ def without(model: OlmemForCausalLM) -> OlmemForCausalLM:
 
 def set_gates(model: OlmemForCausalLM, value: float) -> None:
     for name, parameter in model.named_parameters():
-        if name.endswith("retrieval_gate"):
+        if name.endswith("retrieval_gate.logits"):
             torch.nn.init.constant_(parameter, value)
 
 
@@ -80,8 +80,8 @@ def test_gates_as_they_begin_change_little(changes):
 def test_gates_begin_where_the_configuration_says():
     for value in (-4.0, 0.5):
         model = OlmemForCausalLM(make(SINKS | LOOKS_UP | {"retrieval_gate_init": value}).config)
-        gates = {name: weight for name, weight in model.named_parameters() if name.endswith("retrieval_gate")}
-        assert list(gates) == [f"model.layers.{layer}.self_attn.retrieval_gate" for layer in (0, 1)]
+        gates = {name: weight for name, weight in model.named_parameters() if name.endswith("retrieval_gate.logits")}
+        assert list(gates) == [f"model.layers.{layer}.self_attn.retrieval_gate.logits" for layer in (0, 1)]
         for gate in gates.values():
             assert gate.tolist() == [value] * 4
 

@@ -22,6 +22,12 @@ from .formats import LARGEST_NUMBER, Checkpoint, Key
 # What memory tokens hold after their first segment is larger than any token, and no norm bounds it: at the −4 of
 # retrieval it would drown the windows of a model that was trained without.
 GATE = -10.0
+# The parameters of a new norm of each `norm_type`.
+NORMS: dict[str, list[tuple[str, float]]] = {
+    "rms": [("weight", 1.0)],
+    "layer": [("weight", 1.0), ("bias", 0.0)],
+    "layer_plain": [],
+}
 OFF: dict[str, Any] = {"num_memory_tokens": 0, "retrieval_layers": []}
 KINDS: dict[str, Any] = {field.name: field.type for field in fields(OlmemConfig) if field.name in MEMORY_FIELDS}
 WORD = re.compile(r"[A-Za-z][\w:.-]*")
@@ -56,7 +62,8 @@ def with_memory(checkpoint: Checkpoint, memory: Mapping[str, Any]) -> Checkpoint
     """The checkpoint with these of MEMORY_FIELDS, and with rows in its key table for the parameters that they add.
 
     Gates start where `retrieval_gate_init` and `memory_gate_init` say, the latter at −10 unless it is given. Memory
-    tokens start as they do in a new model, drawn with `initializer_range`: at zero the gradients of norms explode.
+    tokens start as they do in a new model, drawn with `initializer_range`: at zero the gradients of norms explode. So
+    does their norm, at ones.
     """
     if not memory:
         return checkpoint
@@ -80,6 +87,7 @@ def with_memory(checkpoint: Checkpoint, memory: Mapping[str, Any]) -> Checkpoint
     added = [Key(None, (name,), fill=float(config.retrieval_gate_init)) for name in gates]
     if config.num_memory_tokens:
         added.append(Key(None, ("model.memory.embeddings",), fill=0.0, spread=config.initializer_range))
+        added += [Key(None, (f"model.memory.norm.{name}",), fill=value) for name, value in NORMS[config.norm_type]]
     if config.num_memory_tokens and config.memory_gate_init is not None:
         gates = [f"model.layers.{layer}.self_attn.memory_gate.logits" for layer in range(config.num_hidden_layers)]
         added += [Key(None, (name,), fill=float(config.memory_gate_init)) for name in gates]

@@ -4,8 +4,9 @@ arXiv 2207.06881).
 
 Before a segment the model holds M vectors. They enter as read tokens, which see one another; their keys and values, of
 every layer, are what the segment's tokens see of memory. After its last token M write tokens enter, with the same
-vectors as input; they see what that token sees, and one another, and what they have become after the last layer are
-the vectors of the next segment. They are written when the next segment begins: nobody asks before.
+vectors as input; they see what that token sees, and one another, and what they have become after the last layer goes
+through a norm of memory's own, without which it would add up from segment to segment. These are the vectors of the next
+segment. They are written when the next segment begins: nobody asks before.
 
 Rows of a batch begin their segments at different columns. So a forward call is cut into pieces of one segment a row,
 and the rows that begin one write and read together.
@@ -306,7 +307,7 @@ class SegmentReader:
                 slots = context.num_prefix + ring_slot(past.clamp(min=0), limit)
             sights[layer_type] = Sight.of_writes(context, count, past, seen, rows, past_slots=slots)
         memory = of_rows(self.memory).expand(self.batch_size if rows is None else len(rows), -1, -1)
-        written = self.run(memory, sights, self.trails, **kwargs)[0]
+        written = self.model.memory.norm(self.run(memory, sights, self.trails, **kwargs)[0]).to(self.device)
         if keep is not None:
             written = torch.where(of_rows(keep)[:, None, None], written, written.detach())
         return written

@@ -109,11 +109,13 @@ class OlmemGate(nn.Module):
 
 
 class OlmemMemory(nn.Module):
-    """The parameters of recurrent memory: it returns what a stream's first segment reads (M, hidden_size)."""
+    """The parameters of recurrent memory: it returns what a stream's first segment reads (M, hidden_size), and its
+    norm is applied to what is written at a segment's end."""
 
     def __init__(self, config: OlmemConfig):
         super().__init__()
         self.embeddings = nn.Parameter(torch.empty(config.num_memory_tokens, config.hidden_size))
+        self.norm = make_norm(config, config.hidden_size)
 
     def forward(self) -> torch.Tensor:
         return self.embeddings

@@ -55,8 +55,13 @@ def memory_gates(out: Path) -> set[str]:
     }
 
 
+def memory_norm(out: Path) -> set[str]:
+    names = {"rms": ["weight"], "layer": ["weight", "bias"], "layer_plain": []}
+    return {f"model.memory.norm.{name}" for name in names[read_config(out).get("norm_type", "rms")]}
+
+
 def parameters_of(memory: dict[str, Any], out: Path) -> set[str]:
-    of_tokens = {EMBEDDINGS} | memory_gates(out) if "num_memory_tokens" in memory else set()
+    of_tokens = {EMBEDDINGS} | memory_norm(out) | memory_gates(out) if "num_memory_tokens" in memory else set()
     return of_tokens | ({GATE} if "retrieval_layers" in memory else set())
 
 
@@ -100,6 +105,8 @@ def test_new_parameters_are_written_beside_the_same_weights(name, dtype, convert
     config = read_config(out)
     drawn = weights[EMBEDDINGS].double()
     assert drawn.shape == (3, config["hidden_size"]) and 0.5 < drawn.std() / config["initializer_range"] < 2
+    for norm in memory_norm(out):
+        assert torch.equal(weights[norm], torch.full_like(weights[norm], float(norm.endswith("weight"))))
     for gate in memory_gates(out):
         assert torch.equal(weights[gate], torch.full((config["num_attention_heads"],), -9.5).to(kind))
     if GATE in weights:
@@ -152,6 +159,7 @@ def test_checkpoints_of_transformers_gain_a_memory_too(tmp_path):
         assert torch.equal(off(IDS).logits, logits(original, load="from_olmo"))
     assert load_weights(tmp_path / "out").keys() - load_weights(tmp_path / "plain").keys() == {
         EMBEDDINGS,
+        "model.memory.norm.weight",
         "model.layers.0.self_attn.memory_gate.logits",
         "model.layers.0.self_attn.retrieval_gate.logits",
         "model.layers.1.self_attn.memory_gate.logits",
@@ -327,12 +335,12 @@ def test_other_weights_are_refused(changes, words, spoilt):
     ("changes", "words"),
     [
         ({"num_memory_tokens": 4}, f"1 differ: {EMBEDDINGS}"),
-        ({"num_memory_tokens": 0}, "5 differ: model.layers.0.self_attn.memory_gate.logits, "),
+        ({"num_memory_tokens": 0}, "6 differ: model.layers.0.self_attn.memory_gate.logits, "),
         ({"retrieval_layers": []}, f"1 differ: {GATE}"),
         ({"retrieval_layers": [0]}, f"2 differ: model.layers.0.self_attn.retrieval_gate.logits, {GATE}"),
         ({"retrieval_layers": [3]}, "must describe a model: `retrieval_layers` must name sliding or chunked"),
         ({"retrieval_layers": [99]}, "must describe a model: `retrieval_layers` must name layers 0 to 3"),
-        (dict(OFF), "6 differ: model.layers.0.self_attn.memory_gate.logits, "),
+        (dict(OFF), "7 differ: model.layers.0.self_attn.memory_gate.logits, "),
         ({"retrieval_capacity": 3}, "must describe a model: `retrieval_capacity` must be at least"),
         ({"rms_norm_eps": 1e-5}, "`rms_norm_eps` is 1e-05"),
         ({"layer_types": ["sliding_attention"] * 4}, "`layer_types` is "),
@@ -348,7 +356,7 @@ def test_other_configs_are_refused(changes, words, spoilt):
     ("changes", "words"),
     [
         ({"retrieval_top_k": 3}, "`retrieval_top_k` is 3"),
-        (TOKENS, "5 differ: model.layers.0.self_attn.memory_gate.logits, "),
+        (TOKENS, "6 differ: model.layers.0.self_attn.memory_gate.logits, "),
         ({"retrieval_layers": [1]}, f"1 differ: {GATE}"),
     ],
     ids=str,
@@ -379,7 +387,7 @@ def test_command_says_what_is_switched_on(tmp_path):
     fields = "num_memory_tokens=16, memory_segment_length=256, memory_gate_init=-10.0, retrieval_layers=[1], "
     fields += 'retrieval_device="cpu"'
     assert "2,559,168 parameters" in lines[0], "those of the checkpoint"
-    assert lines[1] == f"memory: {fields}, with {16 * 192 + 6 + 24:,} new parameters"
+    assert lines[1] == f"memory: {fields}, with {16 * 192 + 192 + 6 + 24:,} new parameters"
     assert lines[3].startswith("verified: logits differ by at most ")
     assert lines[4].startswith(f"memory: {fields} were switched on; logits above were compared with them off; on, they")
     config = read_config(tmp_path / "out")

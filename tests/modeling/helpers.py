@@ -79,10 +79,16 @@ def tiny(model_class: Any = OlmemForCausalLM, **changes) -> Any:
 
 
 def shake(model: nn.Module) -> Any:
-    """Draws every weight and bias anew, norms too: as long as these are ones, two swapped norms look the same."""
+    """Draws every weight and bias anew, norms too: as long as these are ones, two swapped norms look the same.
+
+    The norm of memory is drawn around 3, so that what the layers add to a memory is small beside it. Around 1 these
+    random weights make a chaotic recurrence, which multiplies a rounding error from segment to segment until it is as
+    large as the logits.
+    """
     generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         centre = 1.0 if parameter.ndim == 1 and (parameter == 1).all() else 0.0
+        centre *= 3.0 if "memory.norm" in name else 1.0
         nn.init.normal_(parameter, centre, 0.25, generator=generator)
     return model.eval()
 
@@ -373,15 +379,16 @@ def oracle(
             through("read", number, memory)
         stream += through("token", number, [weights["model.embed_tokens.weight"][token]])
         if has_memory and place_in_segment == length - 1:
-            memory = through("write", number, memory)
+            memory = [norm("model.memory.norm", x) for x in through("write", number, memory)]
     head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
     return torch.stack([linear(head, norm("model.norm", x)) / config.logits_scaling for x in stream])
 
 
 def judged(model: OlmemForCausalLM, ids: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """The oracle's logits of ids (T,), and whether float32 is sure to agree: to retrieve the same tokens, and not to
-    have rounding grow from segment to segment. Nothing bounds the vectors of a memory; after nine segments of random
-    weights that are rounded to float32, the oracle itself may be as far off as 1e-4."""
+    have rounding grow from segment to segment. A norm bounds the vectors of a memory, not how far two of them drift
+    apart: random weights, without a norm of queries and keys above all, make a chaotic recurrence. After nine segments
+    of weights that are rounded to float32, the oracle itself may be as far off as 1e-4."""
     gaps: list[float] = []
     memory = model.config.num_memory_tokens and len(ids) > 8 * (model.config.memory_segment_length or 1)
     return oracle(model, ids, gaps=gaps), min(gaps, default=1.0) > 2e-5 and not memory

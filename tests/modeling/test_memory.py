@@ -33,6 +33,7 @@ from modeling.helpers import (
 from modeling.streams import BLOCKS, alone, blocks_of, choices, close, cuts, make, paddings, read, write
 from olmem import OlmemCache, OlmemForCausalLM, memory_olmem
 from olmem.cache_layer_olmem import STORE_BLOCK
+from olmem.configuration_olmem import NORM_PLACEMENTS
 from torch import nn
 from torch.testing import assert_close
 from transformers import DynamicCache, StaticCache
@@ -136,8 +137,8 @@ def test_padding_in_holes_and_at_the_end_of_a_piece_is_nothing(changes, size):
 @pytest.mark.parametrize("count", [1, 3])
 def test_segments_that_see_nothing_else_are_a_recurrent_memory_transformer(count, backend):
     """Windows that are segments, against a model of full attention that knows no memory: it reads each segment between
-    the memory tokens of before, which see one another, and as many that see all of it, whose last hidden states are
-    those of the next segment."""
+    the memory tokens of before, which see one another, and as many that see all of it, whose last hidden states are,
+    once they went through memory's norm, those of the next segment."""
     size = 5
     changes = {"layer_types": CHUNKED, "attention_chunk_size": size, "rope_parameters": ROPE | {CHUNKED: ROPE[FULL]}}
     model = make(changes | {"num_memory_tokens": count, "memory_segment_length": size, "attn_implementation": backend})
@@ -153,7 +154,7 @@ def test_segments_that_see_nothing_else_are_a_recurrent_memory_transformer(count
             between = torch.cat((memory, plain.model.embed_tokens(segment), memory))[None]
             found = plain(inputs_embeds=between, attention_mask=mask[None, None], use_cache=False).logits
             logits.append(found[0, count:-count])
-            memory = last[-1][-count:]
+            memory = model.model.memory.norm(last[-1][-count:])
     close(alone(model, ids), torch.cat(logits))
     close(read(model, ids[None].split(3, dim=1))[0], torch.cat(logits))
 
@@ -885,6 +886,48 @@ def test_what_goes_back_holds_as_much_as_may_be_looked_up(monkeypatch):
     monkeypatch.setattr(memory_olmem.Trail, "recall", recall)
     model(tokens(1, 200), use_cache=False)
     assert max(kept) <= 6 + 2 * span(model) + model.config.memory_segment_length
+
+
+# Many segments
+
+
+def memories_of(model: OlmemForCausalLM, length: int, batch: int = 1) -> list[torch.Tensor]:
+    """Every memory (B, M, hidden_size) that is written while so many tokens are read in pieces."""
+    written, cache = [], OlmemCache(model.config)
+    hook = model.model.memory.norm.register_forward_hook(lambda _, __, output: written.append(output.clone()))
+    read(model, tokens(batch, length).split(500, dim=1), cache=cache)
+    hook.remove()
+    return written
+
+
+@pytest.mark.parametrize("gate", [None, -2.0], ids=["not gated", "gated"])
+@pytest.mark.parametrize("placement", NORM_PLACEMENTS)
+def test_memory_stays_of_one_size_however_many_segments_wrote_it(placement, gate):
+    """Its root mean square, over 2,000 tokens of new weights: 1, as the norm has it; without a norm it was 255."""
+    changes = {"norm_placement": placement, "memory_gate_init": gate, "initializer_range": 0.2}
+    model = OlmemForCausalLM(make(MEMORIES["memory"] | changes).config).eval()
+    written = memories_of(model, 2_001)
+    assert len(written) == 400
+    sizes = torch.stack(written).square().mean(-1).sqrt()
+    assert_close(sizes, torch.ones_like(sizes), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["memory", "both with sinks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("placement", NORM_PLACEMENTS)
+def test_a_thousand_segments_are_finite_in_every_dtype(placement, dtype, kind):
+    model = make(MEMORIES[kind] | {"norm_placement": placement, "memory_segment_length": 2}).to(dtype)
+    cache = OlmemCache(model.config)
+    logits = read(model, tokens(1, 2_002).split(500, dim=1), cache=cache)
+    assert logits.dtype == dtype and logits.isfinite().all()
+    assert logits.float().abs().amax(-1).max() < 4 * logits.float().abs().amax(-1).median()
+
+
+@pytest.mark.parametrize("norm_type", ["layer", "layer_plain"])
+def test_memory_is_written_through_a_norm_of_the_models_own_kind(norm_type):
+    model, ids = make(MEMORIES["memory"] | {"norm_type": norm_type}), tokens(17)
+    close(alone(model, ids), expected(model, ids))
+    close(read(model, ids[None].split([3, 13, 1], dim=1))[0], expected(model, ids))
 
 
 def test_a_short_text_takes_little_room(monkeypatch):

@@ -15,6 +15,7 @@ from olmem.weights_olmem import OLD_NAMES, new_name
 from safetensors.torch import load_file, save_file
 
 GATED: dict[str, Any] = {"layer_types": SLIDING, "memory_gate_init": -1.0} | BOTH
+AGAIN = "must be trained again"
 
 
 def old_name(name: str) -> str:
@@ -25,8 +26,8 @@ def old_name(name: str) -> str:
 
 
 def of_0_1(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict as version 0.1 has it: parameters of modules were parameters of the model itself."""
-    return {old_name(name): tensor for name, tensor in state.items()}
+    """A state dict as version 0.1 has it: parameters of modules were parameters, and memory had no norm."""
+    return {old_name(name): tensor for name, tensor in state.items() if "memory.norm" not in name}
 
 
 def as_0_1(folder: Path) -> Path:
@@ -43,20 +44,24 @@ def as_0_1(folder: Path) -> Path:
 # Names
 
 
-def test_parameters_of_memory_are_those_of_modules():
-    model = tiny(**GATED)
+@pytest.mark.parametrize("norm_type", ["rms", "layer", "layer_plain"])
+def test_parameters_of_memory_are_those_of_modules(norm_type):
+    model = tiny(**GATED | {"norm_type": norm_type})
     names = {name for name, _ in model.named_parameters() if "memory" in name or "retrieval" in name}
     gates = {
         f"model.layers.{layer}.self_attn.{kind}_gate.logits" for layer in (0, 1) for kind in ("memory", "retrieval")
     }
-    assert names == gates | {"model.memory.embeddings"}
+    norm = {"rms": {"weight"}, "layer": {"weight", "bias"}, "layer_plain": set()}[norm_type]
+    assert names == gates | {"model.memory.embeddings"} | {f"model.memory.norm.{name}" for name in norm}
     assert model.model.memory.embeddings.shape == (2, 24)
     assert model.model.layers[0].self_attn.memory_gate.logits.shape == (4,)
+    assert type(model.model.memory.norm) is type(model.model.norm)
 
 
 def test_new_norms_are_ones_and_new_gates_are_where_they_are_told():
     model = OlmemForCausalLM(tiny(**GATED).config)
     attention = model.model.layers[1].self_attn
+    assert torch.equal(model.model.memory.norm.weight, torch.ones(24))
     assert torch.equal(attention.memory_gate.logits, torch.full((4,), -1.0))
     assert torch.equal(attention.retrieval_gate.logits, torch.full((4,), -4.0))
 
@@ -69,10 +74,17 @@ def test_a_state_dict_of_version_0_1_is_read(changes):
     model, other = tiny(**changes), OlmemForCausalLM(tiny(**changes).config)
     given = of_0_1(model.state_dict())
     names = list(given)
-    other.load_state_dict(given)
+    if "num_memory_tokens" in changes:
+        with pytest.warns(UserWarning, match=AGAIN):
+            other.load_state_dict(given)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            other.load_state_dict(given)
     assert list(given) == names
+    fresh = "model.memory.norm.weight"
     for name, tensor in other.state_dict().items():
-        assert torch.equal(tensor, model.state_dict()[name]), name
+        assert torch.equal(tensor, torch.ones(24) if name == fresh else model.state_dict()[name]), name
 
 
 def test_a_state_dict_of_today_is_read_in_silence():
@@ -92,7 +104,7 @@ def test_what_is_no_name_of_any_version_is_still_refused():
 def test_an_old_memory_in_a_model_without_is_unexpected_under_its_new_name():
     """As it is under any other."""
     state = of_0_1(tiny(**GATED).state_dict())
-    with pytest.raises(RuntimeError, match=r'Unexpected key.*"model\.memory\.embeddings"'):
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"model\.memory\.embeddings"'), pytest.warns(match=AGAIN):
         tiny(layer_types=SLIDING).load_state_dict(state)
 
 
@@ -100,16 +112,17 @@ def test_an_old_memory_in_a_model_without_is_unexpected_under_its_new_name():
 @pytest.mark.parametrize("saved", [OlmemForCausalLM, OlmemModel], ids=lambda kind: f"saved {kind.__name__}")
 @pytest.mark.parametrize("loaded", [OlmemForCausalLM, OlmemModel], ids=lambda kind: f"loaded {kind.__name__}")
 def test_a_folder_of_version_0_1_is_read_and_saved_anew(saved, loaded, shards, tmp_path):
-    """With and without the prefix of the base model."""
+    """With and without the prefix of the base model; only the norm is missing."""
     model = tiny(saved, **GATED)
     model.save_pretrained(tmp_path / "old", **shards)
     as_0_1(tmp_path / "old")
-    found, info = loaded.from_pretrained(tmp_path / "old", output_loading_info=True)
+    with pytest.warns(UserWarning, match=AGAIN):
+        found, info = loaded.from_pretrained(tmp_path / "old", output_loading_info=True)
     missing = {name.removeprefix("model.") for name in info["missing_keys"]}
-    assert missing - {"lm_head.weight"} == set()
+    assert missing - {"lm_head.weight"} == {"memory.norm.weight"}
     base, meant = found.get_decoder().state_dict(), model.get_decoder().state_dict()
     for name, tensor in base.items():
-        assert torch.equal(tensor, meant[name]), name
+        assert torch.equal(tensor, torch.ones(24) if name == "memory.norm.weight" else meant[name]), name
     found.save_pretrained(tmp_path / "new", **shards)
     names = {name for path in (tmp_path / "new").glob("*.safetensors") for name in load_file(path)}
     assert names == set(found.state_dict())
@@ -123,9 +136,10 @@ def test_weights_in_memory_and_names_of_ones_own_are_read_too(tmp_path):
     """`key_mapping` goes on meaning what it means in Transformers, also when the model is saved."""
     model = tiny(**GATED)
     state = {name.replace("lm_head", "my_head"): tensor for name, tensor in of_0_1(model.state_dict()).items()}
-    found = OlmemForCausalLM.from_pretrained(
-        None, config=model.config, state_dict=state, key_mapping={"^my_head": "lm_head"}
-    )
+    with pytest.warns(UserWarning, match=AGAIN):
+        found = OlmemForCausalLM.from_pretrained(
+            None, config=model.config, state_dict=state, key_mapping={"^my_head": "lm_head"}
+        )
     for name in ("lm_head.weight", "model.memory.embeddings", "model.layers.1.self_attn.retrieval_gate.logits"):
         assert torch.equal(found.state_dict()[name], model.state_dict()[name]), name
     found.save_pretrained(tmp_path)
@@ -140,8 +154,9 @@ def test_offloaded_weights_of_version_0_1_are_read(tmp_path):
     as_0_1(tmp_path / "old")
     names = ("model.embed_tokens", "model.layers.0", "model.norm", "model.memory", "model.rotary_emb", "lm_head")
     places: dict[str, Any] = dict.fromkeys(names, "cpu") | {"model.layers.1": "disk"}
-    split = OlmemForCausalLM.from_pretrained(tmp_path / "old", device_map=places, offload_folder=tmp_path / "off")
-    whole = OlmemForCausalLM.from_pretrained(tmp_path / "old")
+    with pytest.warns(UserWarning, match=AGAIN):
+        split = OlmemForCausalLM.from_pretrained(tmp_path / "old", device_map=places, offload_folder=tmp_path / "off")
+        whole = OlmemForCausalLM.from_pretrained(tmp_path / "old")
     ids = tokens(1, 17)
     with torch.no_grad():
         assert torch.equal(split(ids, use_cache=False).logits, whole(ids, use_cache=False).logits)
@@ -157,6 +172,7 @@ def test_parameters_of_a_classifier_are_read_by_the_same_names(tmp_path):
     model = tiny(OlmemForSequenceClassification, **GATED, num_labels=3)
     model.save_pretrained(tmp_path)
     as_0_1(tmp_path)
-    found = olmem.OlmemForSequenceClassification.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=AGAIN):
+        found = olmem.OlmemForSequenceClassification.from_pretrained(tmp_path)
     name = "model.layers.0.self_attn.memory_gate.logits"
     assert torch.equal(found.state_dict()[name], model.state_dict()[name])

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .cache_layer_olmem import OlmemCacheLayer, allocate
 from .configuration_olmem import OlmemConfig
 from .context_olmem import Context, Sight
+from .finite_olmem import refuse_nonfinite_memory
 
 FORMAT = "olmem-cache-3"
 # What Transformers calls a cache, as an argument and in outputs: `cache` from 5.24 on.
@@ -376,6 +377,9 @@ class OlmemCache(Cache):
         self.refuse_half_read()
         tensors = {"seen": self.seen, "columns": self.columns, "gaps": self.gaps}
         if self.memory is not None:
+            refuse_nonfinite_memory(
+                self.memory, None, "to be saved", "`reset_memory` that row, or save a copy made before."
+            )
             tensors["memory"] = self.memory
         for index, layer in enumerate(self.layers):
             for name, tensor in layer.used(self.get_seq_length()).items():
@@ -455,6 +459,7 @@ class OlmemCache(Cache):
         if config.num_memory_tokens:
             memory, shape = tensors.get("memory"), (batch, config.num_memory_tokens, config.hidden_size)
             require(memory is not None and memory.shape == shape, "`memory` is damaged or missing")
+            refuse_nonfinite_memory(tensors["memory"], None, f"to be loaded from {path}", "load a file saved before.")
             cache.remember(tensors["memory"].to(device))
         for index, layer in enumerate(cache.layers):
             prefix, window = layer.context.num_prefix, min(length, layer.limit or length)

@@ -20,10 +20,12 @@ Shapes: B batch, K key/value heads, T new tokens, S keys, D head dim, M memory s
 from typing import Any
 
 import torch
+from transformers.utils.import_utils import is_tracing
 
 from .cache_layer_olmem import STORE_BLOCK, OlmemCacheLayer, gather_sinks
 from .cache_olmem import OlmemCache
 from .context_olmem import Context, Piece, Sight, cut_in_segments, last_numbers, place_in_pieces, ring_slot
+from .finite_olmem import refuse_nonfinite_memory
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # keys and values
 
@@ -148,6 +150,12 @@ def stored_candidates(
     return found[0], found[-1], numbers
 
 
+NONFINITE = (
+    "load the model in bfloat16 or float32, or look for NaN in its weights and input, and `reset()` the cache or go on "
+    "from a copy made before."
+)
+
+
 class SegmentReader:
     """Reads the new tokens of one forward call.
 
@@ -261,6 +269,8 @@ class SegmentReader:
                 return
             rows = None if bool(begin.all()) else begin.nonzero()[:, 0]
             writers = (begin & (first > 0)).nonzero()[:, 0]
+            if self.memory is not None and self.memory.device.type != "cpu":  # the host has waited, so this is cheap
+                refuse_nonfinite_memory(self.memory, None, "when a segment begins", NONFINITE)
             writers = None if not len(writers) else slice(None) if len(writers) == len(begin) else writers
         if writers is None:
             memory = initial
@@ -308,6 +318,8 @@ class SegmentReader:
             sights[layer_type] = Sight.of_writes(context, count, past, seen, rows, past_slots=slots)
         memory = of_rows(self.memory).expand(self.batch_size if rows is None else len(rows), -1, -1)
         written = self.model.memory.norm(self.run(memory, sights, self.trails, **kwargs)[0]).to(self.device)
+        if written.device.type == "cpu" and not is_tracing(written):
+            refuse_nonfinite_memory(written, rows, "at the end of a segment", NONFINITE)
         if keep is not None:
             written = torch.where(of_rows(keep)[:, None, None], written, written.detach())
         return written

@@ -34,6 +34,8 @@ from modeling.streams import BLOCKS, alone, blocks_of, choices, close, cuts, mak
 from olmem import OlmemCache, OlmemForCausalLM, memory_olmem
 from olmem.cache_layer_olmem import STORE_BLOCK
 from olmem.configuration_olmem import NORM_PLACEMENTS
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
 from transformers import DynamicCache, StaticCache
@@ -566,13 +568,13 @@ def test_reset_forgets_everything_and_keeps_the_room(changes):
 
 
 def test_nothing_of_before_comes_through_a_reset():
-    """0 times what is not a number is not a number, masked or not."""
+    """0 times what is not a number is not a number, masked or not; of fewer tokens than make a memory."""
     for changes in MEMORIES.values():
         model: Any = make(changes)
         for forget in (OlmemCache.reset, model.reset_memory):
             cache = OlmemCache(model.config)
             with torch.no_grad():
-                model(inputs_embeds=torch.full((2, 17, 24), torch.nan), past_key_values=cache)
+                model(inputs_embeds=torch.full((2, 4, 24), torch.nan), past_key_values=cache)
             forget(cache)
             assert read(model, tokens(2, 19).split([8, 1, 10], dim=1), cache=cache).isfinite().all()
 
@@ -928,6 +930,77 @@ def test_memory_is_written_through_a_norm_of_the_models_own_kind(norm_type):
     model, ids = make(MEMORIES["memory"] | {"norm_type": norm_type}), tokens(17)
     close(alone(model, ids), expected(model, ids))
     close(read(model, ids[None].split([3, 13, 1], dim=1))[0], expected(model, ids))
+
+
+# A memory that is not finite
+
+
+def test_a_model_with_memory_is_exported_for_a_length():
+    """The question whether a memory is finite is not asked while tracing, which has no answer."""
+    model, ids = make(MEMORIES["memory"]), tokens(1, 12)
+    program = torch.export.export(model, (ids,), {"use_cache": False}, strict=False)
+    close(program.module()(ids, use_cache=False).logits[0], alone(model, ids[0]))
+
+
+def spoilt_rows(*rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings (3, 8, 24) of which these rows hold infinity from their second token on, and a mask."""
+    embeddings = torch.randn(3, 8, 24, generator=torch.Generator().manual_seed(0))
+    embeddings[list(rows), 1:] = torch.inf
+    return embeddings, torch.ones(3, 8, dtype=torch.long)
+
+
+@pytest.mark.parametrize("with_cache", [True, False], ids=["cache", "no cache"])
+@pytest.mark.parametrize("differentiable", [True, False], ids=["gradients", "no gradients"])
+@pytest.mark.parametrize("shift", [0, 3], ids=["together", "apart"])
+def test_a_memory_that_is_not_finite_is_an_error_with_its_row(shift, differentiable, with_cache):
+    """Whether rows end their segments together or not."""
+    model = make(MEMORIES["memory"])
+    embeddings, mask = spoilt_rows(1)
+    mask[0, :shift] = 0
+    options: dict[str, Any] = {"past_key_values": OlmemCache(model.config)} if with_cache else {"use_cache": False}
+    words = r"`memory` of row 1 must be finite at the end .*got 48 of 48.*bfloat16 or float32"
+    with torch.set_grad_enabled(differentiable), pytest.raises(ValueError, match=words):
+        model(inputs_embeds=embeddings, attention_mask=mask, **options)
+
+
+def test_a_cache_goes_on_after_a_memory_that_was_not_finite():
+    """Once it is reset; until then it is half written."""
+    model = make(MEMORIES["both"])
+    cache = OlmemCache(model.config)
+    with torch.no_grad(), pytest.raises(ValueError, match="`memory` of row 0"):
+        model(inputs_embeds=spoilt_rows(0, 2)[0], past_key_values=cache)
+    with pytest.raises(ValueError, match="half written"):
+        read(model, [tokens(3, 9)], cache=cache)
+    cache.reset()
+    for row, logits in zip(tokens(3, 9), read(model, [tokens(3, 9)], cache=cache), strict=True):
+        close(logits, alone(model, row))
+
+
+def test_float16_that_overflows_is_an_error_and_not_a_text_of_padding():
+    """Where `generate()` would go on with token 0 for ever."""
+    model = make(MEMORIES["memory"] | {"norm_placement": "pre"})
+    model.model.layers[-1].mlp.down_proj.weight.data *= 1e6
+    assert alone(model, tokens(20)).isfinite().all()
+    with pytest.raises(ValueError, match="`memory` of row 0 must be finite"):
+        write(model.half(), tokens(1, 4), max_new_tokens=20)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_memory_that_is_not_finite_is_neither_saved_nor_loaded(value, tmp_path):
+    model = make(MEMORIES["both"])
+    cache = OlmemCache(model.config)
+    read(model, [tokens(3, 12)], cache=cache)
+    cache.save(tmp_path / "sound.safetensors")
+    with safe_open(tmp_path / "sound.safetensors", framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for memory in (tensors["memory"], cache.memory):
+        memory[1, 0, 3] = value
+    save_file(tensors, tmp_path / "spoilt.safetensors", metadata)
+    with pytest.raises(ValueError, match=r"`memory` of row 1 must be finite to be loaded from .*spoilt.*\(got 1 of 48"):
+        OlmemCache.load(tmp_path / "spoilt.safetensors", model.config)
+    with pytest.raises(ValueError, match=r"`memory` of row 1 must be finite to be saved \(got 1 of 48"):
+        cache.save(tmp_path / "again.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sound.safetensors", "spoilt.safetensors"]
 
 
 def test_a_short_text_takes_little_room(monkeypatch):

@@ -14,14 +14,11 @@ from typing import Any
 from huggingface_hub.dataclasses import type_validator
 from huggingface_hub.errors import StrictDataclassError
 from olmem import OlmemConfig
-from olmem.configuration_olmem import MEMORY_FIELDS
+from olmem.configuration_olmem import MEMORY_FIELDS, with_memory_gates
 
 from .errors import CheckpointError, reason
 from .formats import LARGEST_NUMBER, Checkpoint, Key
 
-# What memory tokens hold after their first segment is larger than any token, and no norm bounds it: at the −4 of
-# retrieval it would drown the windows of a model that was trained without.
-GATE = -10.0
 # The parameters of a new norm of each `norm_type`.
 NORMS: dict[str, list[tuple[str, float]]] = {
     "rms": [("weight", 1.0)],
@@ -67,8 +64,7 @@ def with_memory(checkpoint: Checkpoint, memory: Mapping[str, Any]) -> Checkpoint
     """
     if not memory:
         return checkpoint
-    if memory.get("num_memory_tokens"):
-        memory = {"memory_gate_init": GATE, **memory}
+    memory = with_memory_gates(checkpoint.olmem_config, memory)
     for name, value in memory.items():
         check_field(name, value)
     try:

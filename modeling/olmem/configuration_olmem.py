@@ -4,6 +4,7 @@
 import copy
 import difflib
 import math
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,10 @@ MEMORY_FIELDS = (
     "retrieval_device",
 )
 
+# Where memory gates begin beside weights that were trained without memory, if nobody says otherwise: what is read of a
+# memory that knows nothing yet is mixed in by less than 0.01 %.
+MEMORY_GATE = -10.0
+
 # What Transformers' own OLMo models are, in Olmem's terms; their other fields have the same names here.
 OLMO_BLOCKS: dict[str, dict[str, Any]] = {
     "olmo": {
@@ -61,6 +66,15 @@ OLMO_BLOCKS: dict[str, dict[str, Any]] = {
     "olmo2": {"layer_types": "full_attention"},
     "olmo3": {},
 }
+
+
+def with_memory_gates(weights: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `changes` of fields that describe some weights, with gates where they add memory tokens to weights that
+    have none and leave `memory_gate_init` out. Given as None it is a choice: no gates."""
+    adds_memory = changes.get("num_memory_tokens") and not weights.get("num_memory_tokens")
+    if adds_memory and weights.get("memory_gate_init") is None:
+        return {"memory_gate_init": MEMORY_GATE, **changes}
+    return dict(changes)
 
 
 def is_positive(value: Any) -> bool:
@@ -127,8 +141,11 @@ class OlmemConfig(PreTrainedConfig):
             a forward call's last segment so many, those of the others no more. 0 learns to read, not to write. None
             is all of the call.
         memory_gate_init (`float`, *optional*): where gates start, as logits, one a head, that mix what is seen with
-            memory and what is seen without it; −4 mixes in 2 %, for a model that was trained without memory. None has
-            no gates: memory tokens are seen like others.
+            memory and what is seen without it. None has no gates: memory tokens are seen like others. That is the
+            default of a model made from scratch. Weights without memory that are loaded into a model with
+            `num_memory_tokens` (by `from_pretrained`, `from_olmo` or `olmem convert --set`) get gates at −10, so that
+            a memory that knows nothing yet is harmless, unless the call that loads them gives this field; None is then
+            a choice too.
         retrieval_layers (`list[int]`): sliding or chunked layers that also look up what has left their window
             (Memorizing Transformers, arXiv 2203.08913): each query head, the `retrieval_top_k` tokens whose keys fit
             best, regardless of positions, mixed with what the window gives by a gate that each head learns.
@@ -151,6 +168,7 @@ class OlmemConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012  Transformers' own attribute
     ignore_keys_at_rope_validation = {"inverse_frequencies"}  # noqa: RUF012  Transformers would warn of it
     default_theta = 500000.0
+    chooses_memory_gate = False  # whether who reads this from a folder has given `memory_gate_init`, be it None
     # Queries and keys are gathered because their norm spans the whole projection, as in Olmo2Config.
     base_model_tp_plan = {  # noqa: RUF012
         "layers.*.self_attn.q_proj": "colwise_gather_output",
@@ -242,7 +260,7 @@ class OlmemConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> Any:
         """As in Transformers, but overrides join the dictionary before it is read, so that they are expanded and
         validated like any other field; and another model's configuration is an error."""
         if config_dict.get("model_type", cls.model_type) != cls.model_type:
@@ -254,7 +272,17 @@ class OlmemConfig(PreTrainedConfig):
         cls.refuse_parts_of_rope(kwargs)
         names = {field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)}
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in names or name in NOT_YET}
-        return super().from_dict({**config_dict, **overrides}, **kwargs)
+        changed = {**config_dict, **with_memory_gates(config_dict, overrides)}
+        loaded: Any = super().from_dict(changed, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded  # beside what it did not use
+        config.chooses_memory_gate = "memory_gate_init" in overrides
+        return loaded
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all fields, without what is known of this object only."""
+        values = super().to_dict()
+        values.pop("chooses_memory_gate", None)
+        return values
 
     @classmethod
     def from_olmo(cls, path_or_repo, **overrides):
@@ -272,7 +300,9 @@ class OlmemConfig(PreTrainedConfig):
                 f"{path_or_repo}); load an Olmem model with `from_pretrained`, convert a native checkpoint with "
                 "`olmem convert`."
             )
-        return cls(**(cls.fields_of_olmo(raw) | overrides))
+        config = cls(**(cls.fields_of_olmo(raw) | with_memory_gates({}, overrides)))
+        config.chooses_memory_gate = "memory_gate_init" in overrides
+        return config
 
     @classmethod
     def fields_of_olmo(cls, raw: dict[str, Any]) -> dict[str, Any]:

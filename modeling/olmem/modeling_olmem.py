@@ -48,7 +48,7 @@ from .context_olmem import Context, Sight, find_documents
 from .generation_olmem import OlmemGenerationMixin, is_olmem_cache
 from .memory_olmem import SegmentReader, Trail, read_documents
 from .positions_olmem import OlmemRotaryEmbedding, Rotation, rotate
-from .weights_olmem import ReadsOldNames, read_old_names
+from .weights_olmem import LoadsWeights, read_old_names
 
 MASK_FUNCTIONS = {
     "full_attention": create_causal_mask,
@@ -297,7 +297,7 @@ class OlmemDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.residual_dropout(self.post_feedforward_layernorm(transformed))
 
 
-class OlmemPreTrainedModel(ReadsOldNames):
+class OlmemPreTrainedModel(LoadsWeights):
     config: OlmemConfig
     config_class = OlmemConfig
     base_model_prefix = "model"

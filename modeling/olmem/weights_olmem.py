@@ -1,15 +1,20 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
-"""How weights come into a model: `from_pretrained` and `load_state_dict` also read the parameter names of version 0.1.
+"""How weights come into a model: names of version 0.1 are read, and memory beside weights without memory is gated.
 
 In 0.1 the parameters of memory and of gates were no modules of their own. Their values fit, but a memory itself does
 not: version 0.1 wrote it without a norm, so what it has learnt to read is of another size.
 """
 
+import copy
 import re
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
+from transformers import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
+
+from .configuration_olmem import MEMORY_GATE
 
 # Ends of the names of version 0.1, as regular expressions, and what takes their place.
 OLD_NAMES = {
@@ -52,8 +57,14 @@ def read_old_names(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any
         warn_of_old_memory(stacklevel=5)
 
 
-class ReadsOldNames(PreTrainedModel):
-    """A model of Transformers whose `from_pretrained` also reads weights that version 0.1 has saved."""
+def lacks_gates(config: Any, missing_keys: Iterable[str]) -> bool:
+    """Whether weights without memory were loaded into a model with memory that nothing gates, and nobody chose that."""
+    without = any(name.endswith("memory.embeddings") for name in missing_keys)
+    return without and config.memory_gate_init is None and not config.chooses_memory_gate
+
+
+class LoadsWeights(PreTrainedModel):
+    """A model of Transformers whose `from_pretrained` reads old names, and gates a memory that its weights lack."""
 
     @classmethod
     def from_pretrained(
@@ -61,13 +72,30 @@ class ReadsOldNames(PreTrainedModel):
     ) -> Any:
         """Loads weights as `PreTrainedModel.from_pretrained` does; parameters may have their names of version 0.1.
 
-        What is saved again has today's names.
+        What is saved again has today's names. Weights without memory that are loaded into a model with memory get
+        gates that begin at −10, unless `memory_gate_init` is given.
         """
         kwargs["key_mapping"] = OLD_NAMES | (kwargs.get("key_mapping") or {})
-        loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
-        model, loading_info = loaded
+        config = kwargs.get("config")
+        if isinstance(config, PreTrainedConfig) and "memory_gate_init" in kwargs:  # no argument of Transformers then
+            config = kwargs["config"] = copy.deepcopy(config)
+            config.memory_gate_init, config.chooses_memory_gate = kwargs.pop("memory_gate_init"), True
+
+        def load() -> Any:
+            return super(LoadsWeights, cls).from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+
+        model, loading_info = load()
+        if lacks_gates(model.config, loading_info["missing_keys"]):
+            # The configuration told of a memory that the weights do not have: it was edited, or made by hand.
+            config = copy.deepcopy(config) if isinstance(config, PreTrainedConfig) else None
+            del model
+            if config is None:
+                kwargs["memory_gate_init"] = MEMORY_GATE
+            else:
+                config.memory_gate_init, kwargs["config"] = MEMORY_GATE, config
+            model, loading_info = load()
         used = [conversion.source_patterns[0] for conversion in model._weight_conversions]
         model._weight_conversions = [
             conversion for conversion in model._weight_conversions if conversion.source_patterns[0] not in OLD_NAMES
@@ -77,4 +105,4 @@ class ReadsOldNames(PreTrainedModel):
         return (model, loading_info) if output_loading_info else model
 
 
-__all__ = ["OLD_NAMES", "ReadsOldNames", "new_name", "read_old_names"]
+__all__ = ["OLD_NAMES", "LoadsWeights", "new_name", "read_old_names"]

@@ -198,6 +198,20 @@ def test_gate_may_be_a_whole_number(tmp_path):
     assert type(read_config(tmp_path / "out")["retrieval_gate_init"]) is float
 
 
+@pytest.mark.parametrize("choice", [{}, {"memory_gate_init": None}, {"memory_gate_init": -2}], ids=str)
+def test_gates_of_memory_are_those_of_every_other_door(choice, converted, tmp_path):
+    """As `from_pretrained` makes them beside the weights of the same folder: −10, or what is said, None for none."""
+    tokens = {"num_memory_tokens": 2} | choice
+    convert(source(SLIDING), tmp_path / "out", memory=tokens)
+    written, found = OlmemForCausalLM.from_pretrained(tmp_path / "out"), {}
+    loaded = OlmemForCausalLM.from_pretrained(converted(SLIDING), **tokens)
+    for name, model in (("written", written), ("loaded", loaded)):
+        gates = {key: weight.tolist() for key, weight in model.state_dict().items() if "memory_gate" in key}
+        found[name] = (model.config.memory_gate_init, gates)
+    assert found["written"] == found["loaded"]
+    assert written.config.memory_gate_init == choice.get("memory_gate_init", -10.0)
+
+
 def test_memory_of_a_folder_that_loads_by_name(remembering):
     model = AutoModelForCausalLM.from_pretrained(remembering)
     assert model.config.has_memory and {name: getattr(model.config, name) for name in BOTH} == BOTH

@@ -10,9 +10,10 @@ import olmem
 import pytest
 import torch
 from modeling.helpers import BOTH, MEMORIES, SLIDING, tiny, tokens
-from olmem import OlmemForCausalLM, OlmemForSequenceClassification, OlmemModel
+from olmem import OlmemConfig, OlmemForCausalLM, OlmemForSequenceClassification, OlmemModel
 from olmem.weights_olmem import OLD_NAMES, new_name
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 GATED: dict[str, Any] = {"layer_types": SLIDING, "memory_gate_init": -1.0} | BOTH
 AGAIN = "must be trained again"
@@ -176,3 +177,142 @@ def test_parameters_of_a_classifier_are_read_by_the_same_names(tmp_path):
         found = olmem.OlmemForSequenceClassification.from_pretrained(tmp_path)
     name = "model.layers.0.self_attn.memory_gate.logits"
     assert torch.equal(found.state_dict()[name], model.state_dict()[name])
+
+
+# Gates of a memory beside weights that had none
+
+NEW: dict[str, Any] = {"num_memory_tokens": 2, "memory_segment_length": 5}
+LARGE: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
+LARGE |= {"num_attention_heads": 4, "sliding_window": 4, "pad_token_id": None, "eos_token_id": None}
+
+
+@pytest.fixture
+def without_memory(tmp_path) -> Path:
+    """A folder of a model that was trained without memory."""
+    tiny(layer_types=SLIDING).save_pretrained(tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+def edited(folder: Path, **changes: Any) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def by_config(model_class: Any, folder: Path, **fields: Any) -> Any:
+    return model_class.from_pretrained(folder, config=OlmemConfig.from_pretrained(folder, **fields))
+
+
+def by_attributes(model_class: Any, folder: Path, **fields: Any) -> Any:
+    """By a configuration that was changed after it was read, the gates' field being given to the call, if at all."""
+    config = OlmemConfig.from_pretrained(folder)
+    choice = {name: fields.pop(name) for name in ("memory_gate_init",) if name in fields}
+    for name, value in fields.items():
+        setattr(config, name, value)
+    return model_class.from_pretrained(folder, config=config, **choice)
+
+
+def by_a_new_config(model_class: Any, folder: Path, **fields: Any) -> Any:
+    """By a configuration made from scratch, and weights given as a dictionary."""
+    choice = {name: fields.pop(name) for name in ("memory_gate_init",) if name in fields}
+    config = tiny(layer_types=SLIDING, **fields).config
+    return model_class.from_pretrained(
+        None, config=config, state_dict=load_file(folder / "model.safetensors"), **choice
+    )
+
+
+def by_an_edited_file(model_class: Any, folder: Path, **fields: Any) -> Any:
+    choice = {name: fields.pop(name) for name in ("memory_gate_init",) if name in fields}
+    return model_class.from_pretrained(edited(folder, **fields), **choice)
+
+
+DOORS: dict[str, Any] = {
+    "from_pretrained": lambda model_class, folder, **fields: model_class.from_pretrained(folder, **fields),
+    "AutoModel": lambda _, folder, **fields: AutoModelForCausalLM.from_pretrained(folder, **fields),
+    "config": by_config,
+    "attributes": by_attributes,
+    "new config": by_a_new_config,
+    "edited file": by_an_edited_file,
+}
+doors = pytest.mark.parametrize("door", DOORS)
+
+
+def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(ids, use_cache=False).logits
+
+
+@doors
+def test_a_new_memory_beside_trained_weights_is_harmless_by_every_door(door, without_memory):
+    plain = OlmemForCausalLM.from_pretrained(without_memory)
+    model = DOORS[door](OlmemForCausalLM, without_memory, **NEW)
+    assert model.config.memory_gate_init == -10.0
+    for layer in model.model.layers:
+        assert torch.equal(layer.self_attn.memory_gate.logits, torch.full((4,), -10.0))
+    ids = tokens(1, 40)
+    apart = (logits_of(model, ids) - logits_of(plain, ids)).abs().max()
+    assert 0 < apart < 2e-3
+
+
+@doors
+@pytest.mark.parametrize("value", [None, -2.0])
+def test_what_the_call_says_of_gates_is_what_they_are(value, door, without_memory):
+    """None is a choice: no gates."""
+    model = DOORS[door](OlmemForCausalLM, without_memory, **NEW, memory_gate_init=value)
+    assert model.config.memory_gate_init == value
+    gates = {name: weight for name, weight in model.named_parameters() if "memory_gate" in name}
+    assert len(gates) == (0 if value is None else 2)
+    assert all(torch.equal(gate, torch.full((4,), value)) for gate in gates.values())
+
+
+@pytest.mark.parametrize("model_class", [OlmemModel, OlmemForSequenceClassification], ids=lambda kind: kind.__name__)
+def test_every_class_gates_a_memory_that_its_weights_lack(model_class, without_memory):
+    for door in ("from_pretrained", "edited file"):
+        model = DOORS[door](model_class, without_memory, **NEW)
+        assert model.get_decoder().layers[0].self_attn.gates_memory
+
+
+@pytest.mark.parametrize("model_type", ["olmo", "olmo2", "olmo3"])
+def test_from_olmo_gates_the_memory_that_it_adds(model_type, tmp_path):
+    config = AutoConfig.for_model(model_type, **LARGE)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = OlmemForCausalLM.from_olmo(tmp_path, **NEW)
+    assert torch.equal(model.model.layers[0].self_attn.memory_gate.logits, torch.full((4,), -10.0))
+    assert OlmemForCausalLM.from_olmo(tmp_path).config.memory_gate_init is None
+    for value in (None, -1.5):
+        model = OlmemForCausalLM.from_olmo(tmp_path, **NEW, memory_gate_init=value)
+        assert model.config.memory_gate_init == value
+        assert model.model.layers[0].self_attn.gates_memory == (value is not None)
+
+
+def test_a_model_made_from_scratch_has_no_gates_unless_asked():
+    assert not OlmemForCausalLM(tiny(**NEW).config).model.layers[0].self_attn.gates_memory
+    assert OlmemForCausalLM(tiny(**NEW, memory_gate_init=0).config).model.layers[0].self_attn.gates_memory
+
+
+@doors
+def test_a_memory_without_gates_that_was_saved_loads_without_gates(door, tmp_path):
+    """Weights with memory are what they are."""
+    model = tiny(layer_types=SLIDING, **NEW)
+    model.save_pretrained(tmp_path)
+    found = DOORS[door](OlmemForCausalLM, tmp_path, **NEW)
+    assert found.config.memory_gate_init is None and not found.model.layers[0].self_attn.gates_memory
+    ids = tokens(1, 20)
+    assert torch.equal(logits_of(found, ids), logits_of(model, ids))
+
+
+def test_a_memory_with_gates_that_was_loaded_is_saved_and_loads_with_them(without_memory, tmp_path):
+    model = OlmemForCausalLM.from_pretrained(without_memory, **NEW)
+    model.save_pretrained(tmp_path / "again")
+    written = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert written["memory_gate_init"] == -10.0 and "chooses_memory_gate" not in written
+    again, info = OlmemForCausalLM.from_pretrained(tmp_path / "again", output_loading_info=True)
+    assert not info["missing_keys"] and again.config.memory_gate_init == -10.0
+    ids = tokens(1, 20)
+    assert torch.equal(logits_of(again, ids), logits_of(model, ids))
+
+
+def test_a_configuration_knows_nothing_of_how_it_was_read(without_memory):
+    config = OlmemConfig.from_pretrained(without_memory, memory_gate_init=None)
+    plain = OlmemConfig.from_pretrained(without_memory)
+    assert config.to_dict() == plain.to_dict() and config.to_json_string() == plain.to_json_string()

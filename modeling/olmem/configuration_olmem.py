@@ -301,6 +301,14 @@ class OlmemConfig(PreTrainedConfig):
                 "`olmem convert`."
             )
         config = cls(**(cls.fields_of_olmo(raw) | with_memory_gates({}, overrides)))
+        slides = "layer_types" in overrides and "sliding_attention" in config.layer_types
+        trained, window = config.max_position_embeddings, config.sliding_window
+        if slides and "sliding_window" not in {*raw, *overrides} and trained < (window or 0):
+            raise ValueError(
+                f"`sliding_window` must be given with `layer_types` that slide (got the default {window}) where the "
+                f"model was trained on fewer tokens, {trained}; give a window of at most {trained}, or {window} if you "
+                "mean it."
+            )
         config.chooses_memory_gate = "memory_gate_init" in overrides
         return config
 
@@ -618,6 +626,12 @@ class OlmemConfig(PreTrainedConfig):
             ("num_sink_tokens", "keeps no sinks"),
         ):
             self._require(getattr(self, name) >= 0, name, "must not be negative", f"0 {none}")
+        self._require(
+            not self.num_sink_tokens or set(self.layer_types) != {"full_attention"},
+            "num_sink_tokens",
+            "must be 0 where every layer is 'full_attention', whose queries see all tokens anyway",
+            "leave it out, or give some `layer_types` a window",
+        )
 
     def validate_rope(self) -> None:
         """Beside Transformers' own rules: scaling belongs to full-attention layers."""

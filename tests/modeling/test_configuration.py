@@ -405,7 +405,8 @@ def test_flat_inverse_frequencies_reach_every_layer_type(layer_types):
 @pytest.mark.parametrize("layer_type", [SLIDING, CHUNKED, FULL])
 def test_inverse_frequencies_stand_in_for_those_of_the_theta(layer_type):
     """Those of another theta give its logits, in one forward and in steps."""
-    changes = {"layer_types": layer_type, "attention_chunk_size": 3, "num_sink_tokens": 2}
+    sinks = 0 if layer_type == FULL else 2
+    changes = {"layer_types": layer_type, "attention_chunk_size": 3, "num_sink_tokens": sinks}
     model = tiny(**changes, rope_parameters={"rope_theta": 20.0})
     stored = getattr(model.model.rotary_emb, f"{layer_type}_inv_freq").tolist()
     found = tiny(**changes, rope_parameters={"rope_theta": 5000.0, "inverse_frequencies": stored})
@@ -556,7 +557,8 @@ def test_overrides_of_an_olmo_configuration(config_class, tmp_path):
     assert (config.sliding_window, config.logits_scaling) == (3, 2.0)
     theta = 500000.0 if config_class is Olmo3Config else 10000.0
     assert config.rope_parameters == {SLIDING: {"rope_type": "default", "rope_theta": theta}}
-    assert OlmemConfig.from_olmo(tmp_path, num_sink_tokens=4).num_sink_tokens == 4
+    sinks = OlmemConfig.from_olmo(tmp_path, layer_types=SLIDING, sliding_window=3, num_sink_tokens=4)
+    assert sinks.num_sink_tokens == 4
     assert OlmemConfig.from_olmo(tmp_path, num_memory_tokens=4).num_memory_tokens == 4
 
 
@@ -636,3 +638,33 @@ def test_a_misspelled_override_is_refused(tmp_path):
 def test_partial_rotation_is_refused(changes):
     with pytest.raises((ValueError, StrictDataclassError), match="partial_rotary_factor"):
         OlmemConfig(num_hidden_layers=4, **changes)
+
+
+# Choices that would have no effect, or another than was meant, in silence
+
+
+def test_sinks_of_a_model_without_windows_are_refused():
+    message = refusal(layer_types=FULL, num_sink_tokens=4)
+    assert "`num_sink_tokens` must be 0 where every layer is 'full_attention'" in message
+    assert "(got 4)" in message and "leave it out, or give some `layer_types` a window" in message
+    assert OlmemConfig(num_sink_tokens=4).num_sink_tokens == 4
+    assert OlmemConfig(layer_types="chunked_attention", attention_chunk_size=8, num_sink_tokens=4).num_sink_tokens == 4
+
+
+@pytest.mark.parametrize("original", [OlmoConfig, Olmo2Config], ids=lambda kind: kind.model_type)
+def test_a_default_window_beyond_what_an_olmo_was_trained_on_is_refused(original, tmp_path):
+    original(max_position_embeddings=128).save_pretrained(tmp_path)
+    message = refusal(OlmemConfig.from_olmo, tmp_path, layer_types=SLIDING)
+    assert "`sliding_window` must be given with `layer_types` that slide (got the default 4096)" in message
+    assert "trained on fewer tokens, 128; give a window of at most 128" in message
+    for window in (64, 4096):
+        assert OlmemConfig.from_olmo(tmp_path, layer_types=SLIDING, sliding_window=window).sliding_window == window
+    assert OlmemConfig.from_olmo(tmp_path).sliding_window == 4096, "no layer slides"
+    original(max_position_embeddings=4096).save_pretrained(tmp_path)
+    assert OlmemConfig.from_olmo(tmp_path, layer_types=SLIDING).sliding_window == 4096
+
+
+def test_a_window_that_an_olmo3_has_is_its_own(tmp_path):
+    Olmo3Config(max_position_embeddings=128, sliding_window=200, num_hidden_layers=4).save_pretrained(tmp_path)
+    assert OlmemConfig.from_olmo(tmp_path, layer_types=SLIDING).sliding_window == 200
+    assert OlmemConfig.from_olmo(tmp_path).sliding_window == 200

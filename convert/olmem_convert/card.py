@@ -18,8 +18,8 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from olmem import OlmemConfig
-from olmem.configuration_olmem import MEMORY_FIELDS
 from olmem.context_olmem import Context
+from olmem.rules_olmem import MEMORY_FIELDS
 
 from .errors import CheckpointError
 from .files import read_json, reading

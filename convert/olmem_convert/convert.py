@@ -13,7 +13,7 @@ from typing import Any
 import olmem
 import torch
 from olmem import OlmemConfig, OlmemForCausalLM
-from olmem.configuration_olmem import OLMO_BLOCKS
+from olmem.rules_olmem import OLMO_BLOCKS
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 

@@ -16,7 +16,7 @@ import olmem
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from olmem import OlmemConfig, OlmemForCausalLM
-from olmem.configuration_olmem import OLMO_BLOCKS
+from olmem.rules_olmem import OLMO_BLOCKS
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING

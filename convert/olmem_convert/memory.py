@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub.dataclasses import type_validator
 from huggingface_hub.errors import StrictDataclassError
 from olmem import OlmemConfig
-from olmem.configuration_olmem import MEMORY_FIELDS, with_memory_gates
+from olmem.rules_olmem import MEMORY_FIELDS, with_memory_gates
 
 from .errors import CheckpointError, reason
 from .formats import LARGEST_NUMBER, Checkpoint, Key

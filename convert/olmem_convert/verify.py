@@ -26,7 +26,7 @@ import psutil
 import torch
 import transformers
 from olmem import OlmemConfig, OlmemForCausalLM
-from olmem.configuration_olmem import OLMO_BLOCKS
+from olmem.rules_olmem import OLMO_BLOCKS
 from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 

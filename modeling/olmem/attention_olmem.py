@@ -22,7 +22,6 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_layer_olmem import OlmemCacheLayer, gather_sinks
-from .configuration_olmem import BY_SLOT
 from .context_olmem import Context, Sight
 from .memory_olmem import Trail
 from .positions_olmem import (
@@ -37,6 +36,7 @@ from .positions_olmem import (
     xpos_scale,
 )
 from .retrieval_olmem import retrieve
+from .rules_olmem import BY_SLOT
 
 # Queries at a time. Up to WHOLE blocks of a stream's beginning are one block, the very call that Transformers' models
 # make: the same bits, and a mask of bounded size.

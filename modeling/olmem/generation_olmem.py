@@ -7,7 +7,7 @@ from transformers.generation import GenerationMixin, GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 
 from .cache_olmem import CACHE_NAME, one_cache, takes_cache
-from .configuration_olmem import BY_SLOT
+from .rules_olmem import BY_SLOT
 
 
 def is_olmem_cache(cache: Any) -> bool:

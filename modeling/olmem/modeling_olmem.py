@@ -43,11 +43,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_olmem import Rotations, attend, eager_attention_forward
 from .cache_olmem import CACHE_NAME, OlmemCache, takes_cache
-from .configuration_olmem import BY_SLOT, HUB_ARGUMENTS, NOT_YET, ROTATING, OlmemConfig
+from .configuration_olmem import HUB_ARGUMENTS, OlmemConfig
 from .context_olmem import Context, Sight, find_documents
 from .generation_olmem import OlmemGenerationMixin, is_olmem_cache
 from .memory_olmem import SegmentReader, Trail, read_documents
 from .positions_olmem import OlmemRotaryEmbedding, Rotation, rotate
+from .rules_olmem import BY_SLOT, NOT_YET, ROTATING
 from .weights_olmem import LoadsWeights, read_old_names
 
 MASK_FUNCTIONS = {

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from .configuration_olmem import MEMORY_GATE
+from .rules_olmem import MEMORY_GATE
 
 # Ends of the names of version 0.1, as regular expressions, and what takes their place.
 OLD_NAMES = {

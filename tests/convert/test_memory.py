@@ -31,7 +31,7 @@ from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 from olmem import OlmemConfig, OlmemForCausalLM
-from olmem.configuration_olmem import MEMORY_FIELDS
+from olmem.rules_olmem import MEMORY_FIELDS
 from olmem_convert import CheckpointError, convert, verify
 from olmem_convert.card import MARK
 from olmem_convert.cli import app

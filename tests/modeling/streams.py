@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from modeling.helpers import CHUNKED, FULL, ROPE, SLIDING, tiny
 from olmem import OlmemCache, OlmemForCausalLM, attention_olmem, cache_layer_olmem, memory_olmem, retrieval_olmem
-from olmem.configuration_olmem import POSITION_EMBEDDINGS, SHARED_PROJECTIONS
+from olmem.rules_olmem import POSITION_EMBEDDINGS, SHARED_PROJECTIONS
 from torch.testing import assert_close
 
 

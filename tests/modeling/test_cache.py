@@ -29,7 +29,7 @@ from modeling.helpers import (
     tokens,
 )
 from olmem import OlmemCache, OlmemConfig, OlmemForCausalLM, attention_olmem, cache_layer_olmem
-from olmem.configuration_olmem import POSITION_EMBEDDINGS
+from olmem.rules_olmem import POSITION_EMBEDDINGS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from modeling.helpers import TINY, tiny, tokens
 from olmem import OlmemConfig
-from olmem.configuration_olmem import POSITION_EMBEDDINGS
+from olmem.rules_olmem import POSITION_EMBEDDINGS
 from torch.testing import assert_close
 from transformers import AutoConfig, GenerationConfig, LlamaConfig, Olmo2Config, Olmo3Config, OlmoConfig
 

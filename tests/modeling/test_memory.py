@@ -33,7 +33,7 @@ from modeling.helpers import (
 from modeling.streams import BLOCKS, alone, blocks_of, choices, close, cuts, make, paddings, read, write
 from olmem import OlmemCache, OlmemForCausalLM, memory_olmem
 from olmem.cache_layer_olmem import STORE_BLOCK
-from olmem.configuration_olmem import NORM_PLACEMENTS
+from olmem.rules_olmem import NORM_PLACEMENTS
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn

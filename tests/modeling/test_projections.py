@@ -7,8 +7,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from modeling.helpers import CHUNKED, FULL, MIXED, ROPE, SLIDING, oracle, span, tiny, tokens
 from olmem import OlmemCache, OlmemConfig, OlmemForCausalLM, attention_olmem
-from olmem.configuration_olmem import POSITION_EMBEDDINGS, SHARED_PROJECTIONS
 from olmem.positions_olmem import as_phases, in_halves, rotate, rotate_pairs, rotate_side_by_side, side_by_side
+from olmem.rules_olmem import POSITION_EMBEDDINGS, SHARED_PROJECTIONS
 from torch.testing import assert_close
 from transformers import DynamicCache, StaticCache
 

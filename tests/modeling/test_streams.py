@@ -28,8 +28,8 @@ from modeling.helpers import (
 from modeling.streams import BLOCKS, alone, blocks_of, choices, cuts, dynamic, make, paddings, read, write
 from olmem import OlmemCache, OlmemForCausalLM
 from olmem.attention_olmem import attend, attend_reference
-from olmem.configuration_olmem import POSITION_EMBEDDINGS
 from olmem.context_olmem import Context, Sight
+from olmem.rules_olmem import POSITION_EMBEDDINGS
 from torch.testing import assert_close
 from transformers import DynamicCache, Olmo2Config, Olmo2ForCausalLM, Olmo3Config, Olmo3ForCausalLM
 

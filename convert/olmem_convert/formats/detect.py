@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
-from olmem.configuration_olmem import OLMO_BLOCKS
+from olmem.rules_olmem import OLMO_BLOCKS
 
 from ..errors import CheckpointError, reason
 from ..files import read_json

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from olmem import OlmemConfig
-from olmem.configuration_olmem import OLMO_BLOCKS
+from olmem.rules_olmem import OLMO_BLOCKS
 from transformers import GenerationConfig
 
 from ..errors import CheckpointError, reason

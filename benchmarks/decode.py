@@ -35,7 +35,7 @@ from typing import Any
 import torch
 import transformers
 from olmem import OlmemCache, OlmemForCausalLM
-from olmem.cache_olmem import CACHE_NAME
+from olmem.compat_olmem import CACHE_NAME
 from transformers import DynamicCache, Olmo3Config, Olmo3ForCausalLM
 
 MIB = 2**20

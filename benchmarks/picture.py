@@ -4,30 +4,30 @@ modeling/context.svg, the picture in the README."""
 import argparse
 from pathlib import Path
 
-from olmem.context_olmem import Context
+from olmem.visibility_olmem import Visibility
 
 PICTURE = Path(__file__).parents[1] / "modeling/context.svg"
 TOKENS, CELL = 12, 22
 LEFT, TOP, GAP, FOOT = 46, 78, 34, 42
 PANELS = (
-    ("full_attention", "every key up to its own", Context("full_attention")),
-    ("sliding_attention", "sliding_window=4, num_sink_tokens=2", Context("sliding_attention", 4, num_sinks=2)),
+    ("full_attention", "every key up to its own", Visibility("full_attention")),
+    ("sliding_attention", "sliding_window=4, num_sink_tokens=2", Visibility("sliding_attention", 4, num_sinks=2)),
     (
         "chunked_attention",
         "attention_chunk_size=3, attention_chunk_lookback=1",
-        Context("chunked_attention", chunk_size=3, lookback=1),
+        Visibility("chunked_attention", chunk_size=3, lookback=1),
     ),
 )
 OWN, WINDOW, SINK, UNSEEN = "#1f6feb", "#9ecbff", "#f2b84b", "#f0f1f3"
 LEGEND = ((OWN, "its own key"), (WINDOW, "its window"), (SINK, "sinks before it"), (UNSEEN, "not seen"))
 
 
-def cell(context: Context, query: int, key: int) -> tuple[str, str]:
+def cell(visibility: Visibility, query: int, key: int) -> tuple[str, str]:
     """Colour and slot of a key for a query."""
-    if context.sees(query, key):
-        return OWN if query == key else WINDOW, str(context.key_slot(query, key))
-    if context.sees_sink(query, key):
-        return SINK, str(context.key_slot(query, key))
+    if visibility.sees(query, key):
+        return OWN if query == key else WINDOW, str(visibility.key_slot(query, key))
+    if visibility.sees_sink(query, key):
+        return SINK, str(visibility.key_slot(query, key))
     return UNSEEN, ""
 
 
@@ -39,7 +39,7 @@ def draw() -> str:
         'font-size="11" text-anchor="middle">',
         f'<rect width="{width}" height="{height}" rx="8" fill="#ffffff"/>',
     ]
-    for panel, (title, fields, context) in enumerate(PANELS):
+    for panel, (title, fields, visibility) in enumerate(PANELS):
         left = LEFT + panel * (TOKENS * CELL + GAP)
         middle = left + TOKENS * CELL / 2
         lines.append(f'<text x="{middle}" y="24" font-size="14" font-weight="bold">{title}</text>')
@@ -51,7 +51,7 @@ def draw() -> str:
                 lines.append(f'<text x="{left - 12}" y="{TOP + centre + 4}" fill="#8b949e">{number}</text>')
         for query in range(TOKENS):
             for key in range(TOKENS):
-                colour, slot = cell(context, query, key)
+                colour, slot = cell(visibility, query, key)
                 x, y = left + key * CELL, TOP + query * CELL
                 lines.append(
                     f'<rect x="{x + 1}" y="{y + 1}" width="{CELL - 2}" height="{CELL - 2}" rx="3" fill="{colour}"/>'

@@ -18,8 +18,8 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from olmem import OlmemConfig
-from olmem.context_olmem import Context
 from olmem.rules_olmem import MEMORY_FIELDS
+from olmem.visibility_olmem import Visibility
 
 from .errors import CheckpointError
 from .files import read_json, reading
@@ -232,7 +232,7 @@ def config_values(folder: Path, made_of: Mapping[str, str]) -> dict[str, Any]:
         "config": config,
         "dtype": str(config.dtype).removeprefix("torch."),
         "layers": describe_layers(config),
-        "bounded": all(Context.of(config, layer_type).span for layer_type in config.layer_types),
+        "bounded": all(Visibility.of(config, layer_type).span for layer_type in config.layer_types),
         "tokenizer": (folder / "tokenizer.json").is_file(),
         "memory": {
             name: one_line(json.dumps(value))

@@ -17,7 +17,7 @@ import olmem
 import torch
 import transformers
 from olmem import OlmemCache, OlmemConfig
-from olmem.context_olmem import Context
+from olmem.visibility_olmem import Visibility
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import AutoTokenizer
@@ -60,7 +60,7 @@ def evaluate(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = stored_dtype(out)
     model = load(out, dtype).to(device)
-    spans = [Context.of(config, layer_type).span for layer_type in config.layer_types]
+    spans = [Visibility.of(config, layer_type).span for layer_type in config.layer_types]
     window = min((span for span in spans if span), default=None)
     rows = []
     with tqdm(total=sum(len(ids) for _, ids, _ in read), desc="evaluating", unit="token", disable=None) as bar:

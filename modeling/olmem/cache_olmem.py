@@ -1,32 +1,29 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
-"""What is remembered between forward calls: one `OlmemCache` for a batch of streams.
+"""What a batch of streams remembers between forward calls: one `OlmemCache`, whose layers are in `state_olmem`.
 
-Shapes: B batch, M memory slots. The tensors are its layers', see `cache_layer_olmem`; here are the counters, which all
-layers share, and what the rows of the batch have in common.
+Shapes: B batch, M memory slots.
 """
 
 import json
 import os
-import uuid
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import fields
-from functools import wraps
-from pathlib import Path
 from typing import Any, Self
 
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .cache_layer_olmem import OlmemCacheLayer, allocate
+from .cache_file_olmem import read_state, write_state
+from .compat_olmem import allocate, assert_on_device, unless_recorded
 from .configuration_olmem import OlmemConfig
-from .context_olmem import Context, Sight
+from .counters_olmem import Counters
 from .finite_olmem import refuse_nonfinite_memory
+from .rules_olmem import ROTATING
+from .state_olmem import OlmemCacheLayer
+from .view_olmem import View
+from .visibility_olmem import Visibility
 
-FORMAT = "olmem-cache-3"
-# What Transformers calls a cache, as an argument and in outputs: `cache` from 5.24 on.
-CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 # Fields of a configuration that change nothing of what is cached.
 NO_MATTER = {
     "attention_dropout",
@@ -47,34 +44,14 @@ NO_MATTER = {
 }
 
 
-def one_cache(arguments: dict[str, Any], name: str) -> dict[str, Any]:
-    """Keyword arguments with `cache` or `past_key_values`, which are one argument, under this name."""
-    if CACHE_NAME != "cache" and not isinstance(arguments.get("cache"), Cache | None):
-        return arguments  # of paged attention, which older releases tell of its own cache by that name
-    given = [arguments.pop(known, None) for known in ("cache", "past_key_values")]
-    if None not in given:
-        raise ValueError("`cache` and `past_key_values` must not both be passed (got both); they are one argument.")
-    found = [cache for cache in given if cache is not None]
-    return arguments | {name: found[0]} if found else arguments
-
-
-def takes_cache(forward: Callable) -> Callable:
-    """Has a function with an argument `past_key_values` take it as `cache` too, in every release of Transformers."""
-
-    @wraps(forward)
-    def wrapped(*args, **kwargs):
-        return forward(*args, **one_cache(kwargs, "past_key_values"))
-
-    return wrapped
-
-
 def architecture(config: OlmemConfig) -> dict[str, Any]:
-    """What two models have in common, beside their weights, that read each other's cache."""
+    """Returns the fields that two models must have in common, beside their weights, to read each other's cache."""
     names = {field.name for field in fields(config)} - {field.name for field in fields(PreTrainedConfig)} - NO_MATTER
     return {name: getattr(config, name) for name in sorted(names)}
 
 
-def compare(made_for: dict[str, Any], used_for: dict[str, Any]) -> None:
+def refuse_other_model(made_for: dict[str, Any], used_for: dict[str, Any]) -> None:
+    """Raises an error that names the first field in which two architectures differ."""
     for name, value in used_for.items():
         if made_for.get(name) != value:
             raise ValueError(
@@ -83,8 +60,13 @@ def compare(made_for: dict[str, Any], used_for: dict[str, Any]) -> None:
             )
 
 
+def is_olmem_cache(cache: object) -> bool:
+    """Tells whether a cache is an OlmemCache; the code of a Hub repository has another class of that name."""
+    return getattr(cache, "serves_olmem", False)
+
+
 class OlmemCache(Cache):
-    """The state of a batch of streams, bounded where the model's layers are.
+    """Holds the state of a batch of streams, bounded where the model's layers are.
 
     Args:
         config (`OlmemConfig`): of the model that it serves.
@@ -93,11 +75,13 @@ class OlmemCache(Cache):
         retrieval_device (`str`, *optional*): where what retrieval looks up is kept, and looked up; by default as
             `config.retrieval_device` says.
 
-    What it holds of memory is `memory` (B, M, hidden_size), that of each row's running segment.
+    Attributes:
+        memory (`torch.Tensor`): (B, M, hidden_size), that of each row's running segment, once something was read.
+        counters (`Counters`): what was read, on the device and as the host knows it.
     """
 
     layers: list[OlmemCacheLayer]  # pyright: ignore[reportIncompatibleVariableOverride]
-    serves_olmem = True  # a Hub repository's code is another class of this name: no `isinstance`
+    serves_olmem = True
 
     def __init__(self, config: OlmemConfig, max_length: int | None = None, retrieval_device: str | None = None):
         if max_length is not None and max_length < 1:
@@ -112,28 +96,56 @@ class OlmemCache(Cache):
         self.retrieval_device = retrieval_device or config.retrieval_device
         layers = []
         for index, layer_type in enumerate(config.layer_types):
-            capacity = config.retrieval_capacity if index in config.retrieval_layers else 0
-            context, one_tensor = Context.of(config, layer_type), config.caches_one_tensor
-            layers.append(OlmemCacheLayer(context, max_length, one_tensor, capacity, self.retrieval_device))
+            layers.append(
+                OlmemCacheLayer(
+                    Visibility.of(config, layer_type),
+                    max_length,
+                    one_tensor=config.caches_one_tensor,
+                    rotates=config.layer_position_embeddings[index] in ROTATING,
+                    store_capacity=config.retrieval_capacity if index in config.retrieval_layers else 0,
+                    store_device=self.retrieval_device,
+                )
+            )
         super().__init__(layers=layers)
-        self.memory: torch.Tensor | None = None  # once something was read by a model that has some
-        self.seen = allocate(0, dtype=torch.long, device="cpu")  # (B,) real tokens of each row, once there is a batch
-        self.columns = allocate(dtype=torch.long, device="cpu")  # () tokens and padding
-        self.fresh = True  # nothing was read yet, as far as the host knows
-        self.half_read = False  # a forward call has begun and not ended
+        self.counters = Counters()
+        self.memory: torch.Tensor | None = None
+        self.unfinished = False  # a forward call has read some of its segments and not all
         self.began_anew = False  # some rows have: columns are no longer those of one text
-        self.gaps = allocate(dtype=torch.bool, device="cpu")  # () whether a row had padding after its first token
+
+    # Between calls
+
+    @property
+    def seen(self) -> torch.Tensor:
+        """Returns the real tokens (B,) that each row has read, on the device."""
+        return self.counters.seen
+
+    @property
+    def columns(self) -> torch.Tensor:
+        """Returns the columns () that were read, padding included, on the device."""
+        return self.counters.columns
+
+    @property
+    def fresh(self) -> bool:
+        """Tells whether nothing was read yet."""
+        return self.counters.fresh
+
+    @property
+    def half_read(self) -> bool:
+        """Tells whether a forward call has begun and not ended."""
+        return self.unfinished or any(layer.half_written for layer in self.layers)
+
+    def refuse_half_read(self) -> None:
+        """Raises an error if a forward call was broken off."""
+        if self.half_read:
+            raise ValueError(
+                "`past_key_values` is half written: a forward call with it was broken off; `reset()` it, or go on from "
+                "a copy or a file made before."
+            )
 
     def begin(self, batch_size: int, device: torch.device) -> None:
-        """Makes the counters, or checks that they are of that batch, on that device."""
+        """Makes the counters of a new batch, or checks that they are of that batch, on that device."""
         if not self.is_initialized:
-            self.fresh = True
-            self.seen = allocate(batch_size, dtype=torch.long, device=device)
-            self.columns = allocate(dtype=torch.long, device=device)
-            self.gaps = allocate(dtype=torch.bool, device=device)
-            if not torch.compiler.is_compiling():
-                for counter in (self.seen, self.columns, self.gaps):
-                    torch._dynamo.mark_static_address(counter)
+            self.counters.begin(batch_size, device)
         self.refuse_half_read()
         if self.seen.device != device:
             raise ValueError(
@@ -146,150 +158,101 @@ class OlmemCache(Cache):
                 "for each batch, or `batch_repeat_interleave` and `batch_select_indices`."
             )
 
-    def refuse_half_read(self) -> None:
-        if self.half_read:
-            raise ValueError(
-                "`past_key_values` is half written: a forward call with it was broken off; `reset()` it, or go on from "
-                "a copy or a file made before."
-            )
+    def check(self, config: OlmemConfig) -> None:
+        """Raises an error that names the field in which a model differs from the one this cache was made for."""
+        if config is not self.config:
+            refuse_other_model(architecture(self.config), architecture(config))
+            self.config = config
+        for layer, layer_type in zip(self.layers, config.layer_types, strict=True):
+            visibility = Visibility.of(config, layer_type)
+            if vars(layer.visibility) != vars(visibility):  # not by class: a Hub repository's code has another one
+                raise ValueError(
+                    f"`past_key_values` was made for {layer.visibility} before the configuration was changed (got "
+                    f"{visibility}); make an `OlmemCache(model.config)`."
+                )
 
-    def remember(self, memory: torch.Tensor, rows: torch.Tensor | None = None) -> None:
-        """Keeps the memory (B or 1, M, hidden_size) of segments that begin, in these rows of the batch or in all."""
-        if self.memory is None:
-            self.memory = allocate(len(self.seen), *memory.shape[1:], dtype=memory.dtype, device=memory.device)
-        self.memory[slice(None) if rows is None else rows] = memory.detach()
+    def columns_before(self, length: int) -> int | None:
+        """Returns how many columns were read, and checks that there is room for so many more.
 
-    def forget(self, rows: int | list[int] | torch.Tensor | None = None) -> None:
-        """Has these rows of the batch, or all, begin anew: window, sinks, memory and what retrieval keeps."""
-        self.refuse_half_read()
-        if not self.is_initialized:
-            return
-        batch = len(self.seen)
-        chosen = torch.tensor(list(range(batch)) if rows is None else rows).flatten().cpu()
-        chosen = chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen.long()
-        if bool(((chosen < -batch) | (chosen >= batch)).any()):
-            raise ValueError(f"`rows` must be of the {batch} of the batch (got {rows!r}); count them from 0.")
-        if not len(chosen):
-            return
-        self.seen[chosen.to(self.seen.device)] = 0
-        if not bool(self.seen.any()):
-            self.reset()
-            return
-        self.began_anew = True
-        self.gaps.fill_(True)
-        self.columns.copy_(self.seen.max())  # all that needs room
-        for layer in self.layers:
-            layer.length = self.get_seq_length()
-            for buffer in layer.buffers.values():
-                buffer[chosen.to(buffer.device)] = 0
-
-    def limit(self, context: Context) -> int | None:
-        """Tokens that a layer of that context holds at most; None where it grows."""
-        return context.span or self.max_length
-
-    def room_for(self, length: int, differentiable: bool) -> int | None:
-        """How many columns were read before, for `length` more. None for a step that need not know: one token, where
-        every layer is bounded, and asking would make the host wait for the device, or break a compiled graph."""
-        on_host = self.seen.device.type == "cpu" and not torch.compiler.is_compiling()
+        While a graph is recorded, it is None for a step, which only the device counts.
+        """
         room = None if all(self.is_sliding) else self.max_length
-        if length == 1 and self.is_compileable and not differentiable and not on_host:
+        before = 0 if self.fresh else unless_recorded(self.counters.read_columns)
+        if before is None and length > 1:
+            before = int(self.columns)
+        if before is None:
             if room is not None:
-                torch._assert_async(self.columns < room, "`max_length` of the OlmemCache is used up")
-            return None
-        before = 0 if self.fresh else self.get_seq_length()
-        if room is not None and before + length > room:
+                assert_on_device(self.columns < room, "`max_length` of the OlmemCache is used up")
+        elif room is not None and before + length > room:
             raise ValueError(
                 f"`max_length` must be at least {before + length} to go on (got {self.max_length}): this cache's "
                 "full-attention layers have room for no more; make an `OlmemCache(config)` without it, which grows."
             )
         return before
 
-    def look(
-        self,
-        contexts: dict[str, Context],
-        numbers: torch.Tensor,
-        padded: bool,
-        before: int | None,
-        differentiable: bool,
-    ) -> dict[str, Sight]:
-        """What the layers of each type see of new tokens (B, T), `before` as `room_for` has it. Where gradients are
-        wanted, no key is read where the cache has it."""
-        return {
-            layer_type: Sight.with_cache(
-                context,
-                numbers,
-                padded,
-                self.seen,
-                before,
-                limit=self.limit(context),
-                in_place=not differentiable and (numbers.shape[1] == 1 or context.span is None),
-            )
-            for layer_type, context in contexts.items()
-        }
+    def remember(self, memory: torch.Tensor) -> None:
+        """Keeps the memory (B or 1, M, hidden_size) of the running segments."""
+        if self.memory is None:
+            shape = (len(self.seen), *memory.shape[1:])
+            self.memory = allocate(*shape, dtype=memory.dtype, device=memory.device)
+        self.memory.copy_(memory.detach())
 
-    def open(self, layer_idx: int, dtype: torch.dtype) -> OlmemCacheLayer:
-        """A layer to be written. From the first of them to `advance` the cache is half written; a refusal before that
-        leaves it as it was."""
-        layer = self.layers[layer_idx]
-        if layer.is_initialized and layer.buffers["keys"].dtype != dtype:
-            raise ValueError(
-                f"`past_key_values` holds {layer.buffers['keys'].dtype} (got {dtype}); go on with the dtype, and the "
-                "autocast, that it was begun with."
-            )
-        self.half_read = True
-        return layer
+    def advance(self, view: View, columns: int) -> None:
+        """Counts the tokens of a call that every layer has seen, and so many columns."""
+        for layer in self.layers:
+            layer.half_written = False
+        self.counters.advance(view, columns)
 
-    def advance(self, sight: Sight, columns: int | None = None) -> None:
-        """Counts the tokens of a forward call, or of a part of it, once every layer has seen them; and its columns,
-        those of `sight` or so many."""
-        self.fresh = self.half_read = False
-        real = sight.numbers >= 0
-        self.seen.add_(real.sum(-1))
-        self.columns.add_(real.shape[1] if columns is None else columns)
-        if sight.padded:
-            self.gaps.logical_or_((~real & (sight.queries >= 0)).any())
-
-    def check(self, config: OlmemConfig, contexts: dict[str, Context]) -> None:
-        """An error that names the field in which the model differs from the one this cache was made for."""
-        if config is not self.config:
-            compare(architecture(self.config), architecture(config))
-            self.config = config
-        for layer, layer_type in zip(self.layers, config.layer_types, strict=True):
-            if layer.context != contexts[layer_type]:
-                raise ValueError(
-                    f"`past_key_values` was made for {layer.context} before the configuration was changed (got "
-                    f"{contexts[layer_type]}); make an `OlmemCache(model.config)`."
-                )
+    def forget(self, rows: int | Sequence[int] | torch.Tensor | None = None) -> None:
+        """Lets these rows of the batch, or all, begin anew: window, sinks, memory and what retrieval keeps."""
+        self.refuse_half_read()
+        if not self.is_initialized:
+            return
+        batch = len(self.seen)
+        chosen = torch.as_tensor(list(range(batch)) if rows is None else rows).flatten().cpu()
+        chosen = chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen.long()
+        if bool(((chosen < -batch) | (chosen >= batch)).any()):
+            raise ValueError(f"`rows` must be of the {batch} of the batch (got {rows!r}); count them from 0.")
+        if not len(chosen):
+            return
+        self.counters.forget(chosen)
+        if not any(self.counters.read_seen()):
+            self.reset()
+            return
+        self.began_anew = True
+        for layer in self.layers:
+            layer.length = self.get_seq_length()
+            layer.clear(chosen)
 
     # Lengths
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns that were read, padding included, as `generate` counts them."""
-        return int(self.columns)
+        """Returns the columns that were read, padding included, as `generate` counts them."""
+        return self.counters.read_columns() if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Length and first column of the keys that a next call of that many columns would see, in stream order."""
-        columns, span = self.get_seq_length(), self.layers[layer_idx].context.span
-        held = columns if span is None else min(columns, span - 1)
-        return held + query_length, columns - held
+        """Returns length and first column of the keys that a next call of that many columns would see."""
+        self.layers[layer_idx].length = self.get_seq_length()
+        return self.layers[layer_idx].get_mask_sizes(query_length)
 
     @property
     def batch_size(self) -> int:
+        """Returns the number of rows, −1 before there are any."""
         return len(self.seen) or -1
 
     @property
     def is_initialized(self) -> bool:
+        """Tells whether there is a batch."""
         return len(self.seen) > 0
 
     @property
     def is_croppable(self) -> bool:
-        """Whether any number of tokens may be taken back, which needs layers that let nothing go, and no memory."""
-        return not self.config.has_memory and all(layer.context.span is None for layer in self.layers)
+        """Tells whether any token may be taken back, which needs layers that let nothing go, and no memory."""
+        return not self.config.has_memory and not any(self.is_sliding)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values, with the room that is kept for more, and of memory; the counters' few are left
-        out."""
+        """Returns the bytes of all keys and values, with the room kept for more, and of memory, without counters."""
         memory = 0 if self.memory is None else self.memory.nbytes
         return memory + sum(buffer.nbytes for layer in self.layers for buffer in layer.buffers.values())
 
@@ -297,43 +260,42 @@ class OlmemCache(Cache):
 
     def reset(self) -> None:
         """Forgets everything and keeps the room, for a batch of as many rows."""
-        for counter in (self.seen, self.columns, self.gaps):
-            counter.zero_()
-        self.half_read = self.began_anew = False
-        self.fresh, self.memory = True, None
+        self.counters.reset()
+        self.unfinished = self.began_anew = False
+        self.memory = None
         for layer in self.layers:
             layer.length = 0
-            for buffer in layer.buffers.values():
-                buffer.zero_()
+            layer.clear()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Keeps the rows of these beams, in their order."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row so many times."""
         rows = torch.arange(len(self.seen), device=self.seen.device)
         self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the rows of these indices, or where a mask of the batch is true, in their order."""
         if not self.is_initialized:
             return
         if indices.dtype == torch.bool:
             indices = indices.nonzero()[:, 0]
-        chosen = self.seen.index_select(0, indices.to(self.seen.device))
-        if len(chosen) != len(self.seen):
-            self.seen = allocate(len(chosen), dtype=torch.long, device=self.seen.device)
-        self.seen.copy_(chosen)
+        self.counters.select(indices)
         if self.memory is not None:
             chosen, self.memory = self.memory.index_select(0, indices.to(self.memory.device)), None
             self.remember(chosen)
         for layer in self.layers:
-            if layer.is_initialized:
-                layer.select(indices)
+            layer.select(indices)
 
     # The past
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes the last tokens back, `-n` or, as long as Transformers allows it, all beyond the first `n`; possible
-        until a window has let go of a token."""
+        """Takes the last tokens back, possible until a window has let go of a token.
+
+        They are the last n for `-n`, or as long as Transformers allows it, all beyond the first n for `n`.
+        """
         columns = self.get_seq_length()
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(columns - tokens_to_remove, 0)
         if not removed:
@@ -344,13 +306,13 @@ class OlmemCache(Cache):
                 f"{self.config.memory_rule}; go on from a copy made before."
             )
         for index, layer in enumerate(self.layers):
-            if layer.context.span is not None and columns > layer.context.span:
+            if layer.visibility.lets_go(columns):
                 raise ValueError(
                     f"`crop` cannot take tokens back once a window has let go of some: layer {index} holds "
-                    f"{layer.context.span} (got {columns}, of which {removed} are to go); go on from a copy made "
+                    f"{layer.visibility.span} (got {columns}, of which {removed} are to go); go on from a copy made "
                     "before, or generate with `cache_implementation='dynamic'`."
                 )
-        if bool(self.gaps):
+        if self.counters.has_gaps:
             raise ValueError(
                 "`crop` cannot tell tokens from padding in a batch that had padding after a row's first token, or a "
                 f"row that began anew (got {removed} columns to take back); pad on the left, or go on from a copy made "
@@ -358,8 +320,7 @@ class OlmemCache(Cache):
             )
         if removed > columns:
             raise ValueError(f"`crop` cannot take back more than was read (got {removed} of {columns}).")
-        self.seen.sub_(removed).clamp_(min=0)
-        self.columns.sub_(removed)
+        self.counters.crop(removed)
         for layer in self.layers:
             layer.length = columns - removed
 
@@ -367,40 +328,23 @@ class OlmemCache(Cache):
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes everything to one safetensors file, which appears whole or not at all."""
-        try:
-            from safetensors.torch import save_file
-        except ImportError as error:
-            raise ImportError("`OlmemCache.save` needs safetensors: pip install safetensors") from error
-
         if not self.is_initialized or self.fresh:
             raise ValueError("`OlmemCache.save` needs a cache that has read something; pass it to the model first.")
         self.refuse_half_read()
-        tensors = {"seen": self.seen, "columns": self.columns, "gaps": self.gaps}
+        tensors = dict(self.counters.tensors)
         if self.memory is not None:
-            refuse_nonfinite_memory(
-                self.memory, None, "to be saved", "`reset_memory` that row, or save a copy made before."
-            )
+            remedy = "`reset_memory` that row, or save a copy made before."
+            refuse_nonfinite_memory(self.memory, None, "to be saved", remedy)
             tensors["memory"] = self.memory
         for index, layer in enumerate(self.layers):
             for name, tensor in layer.used(self.get_seq_length()).items():
                 tensors[f"layers.{index}.{name}"] = tensor
-        metadata = {
-            "format": FORMAT,
-            "architecture": json.dumps(architecture(self.config)),
-            "max_length": json.dumps(self.max_length),
-            "began_anew": json.dumps(self.began_anew),
+        facts = {
+            "architecture": architecture(self.config),
+            "max_length": self.max_length,
+            "began_anew": self.began_anew,
         }
-        path = Path(path)
-        scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-        try:
-            scratch.touch()
-            mode = scratch.stat().st_mode  # as the umask has it; safetensors writes for the owner alone
-            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, scratch, metadata)
-            scratch.chmod(mode)
-            os.replace(scratch, path)
-        except BaseException:
-            scratch.unlink(missing_ok=True)
-            raise
+        write_state(path, tensors, facts)
 
     @classmethod
     def load(
@@ -410,85 +354,43 @@ class OlmemCache(Cache):
         device: torch.device | str = "cpu",
         retrieval_device: str | None = None,
     ) -> Self:
-        """Reads what `save` wrote, onto a device, for a model of that configuration; the weights must be the same too,
-        which no file can tell."""
-        try:
-            from safetensors import SafetensorError, safe_open
-        except ImportError as error:
-            raise ImportError("`OlmemCache.load` needs safetensors: pip install safetensors") from error
+        """Reads what `save` wrote, onto a device, for a model of that configuration.
 
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
-        except SafetensorError as error:
-            raise ValueError(f"`path` must be a whole file of `OlmemCache.save` (got {path}: {error}).") from None
-        if metadata.get("format") != FORMAT:
-            raise ValueError(
-                f"`path` must be a file of `OlmemCache.save` (got {path}, of format {metadata.get('format')!r}); this "
-                f"version reads {FORMAT!r}."
-            )
-
-        def require(holds: bool, problem: str) -> None:
-            if not holds:
-                raise ValueError(
-                    f"`path` must be a whole file of `OlmemCache.save` (got {path}: {problem}); save it anew."
+        The weights must be the same too, which no file can tell.
+        """
+        with read_state(path) as file:
+            refuse_other_model(file.facts["architecture"], json.loads(json.dumps(architecture(config))))
+            cache = cls(config, max_length=file.facts["max_length"], retrieval_device=retrieval_device)
+            batch, length = file.batch_size, file.columns
+            cache.begin(batch, torch.empty(0, device=device).device)
+            wanted = {}
+            if config.num_memory_tokens:
+                wanted["memory"] = (batch, config.num_memory_tokens, config.hidden_size)
+            for index, layer in enumerate(cache.layers):
+                window = layer.visibility.num_prefix + min(length, layer.limit or length)
+                slots = dict.fromkeys(layer.names, window)
+                if layer.store_limit:
+                    slots |= dict.fromkeys(layer.store_names, min(length, layer.store_limit))
+                for name, size in slots.items():
+                    wanted[f"layers.{index}.{name}"] = (batch, config.num_key_value_heads, size, config.head_dim)
+            tensors = file.read(wanted)
+            cache.counters.set(**{name: tensors[name] for name in cache.counters.tensors})
+            cache.began_anew = file.facts["began_anew"]
+            if config.num_memory_tokens:
+                refuse_nonfinite_memory(
+                    tensors["memory"], None, f"to be loaded from {path}", "load a file saved before."
                 )
-
-        saved, max_length, began_anew = (
-            parse(metadata.get(name)) for name in ("architecture", "max_length", "began_anew")
-        )
-        require(isinstance(saved, dict), "its `architecture` is damaged")
-        require(max_length is None or (type(max_length) is int and max_length > 0), "its `max_length` is damaged")
-        require(isinstance(began_anew, bool), "its `began_anew` is damaged")
-        compare(saved, json.loads(json.dumps(architecture(config))))
-        kinds = {"seen": (1, torch.long), "columns": (0, torch.long), "gaps": (0, torch.bool)}
-        for name, (dimensions, dtype) in kinds.items():
-            stored = tensors.get(name)
-            fits = stored is not None and (stored.dim(), stored.dtype) == (dimensions, dtype) and stored.numel() > 0
-            require(fits, f"`{name}` is damaged or missing")
-        batch, length = len(tensors["seen"]), int(tensors["columns"])
-        least, most = int(tensors["seen"].min()), int(tensors["seen"].max())
-        require(0 <= least <= most <= length, f"`seen` counts {least} to {most} tokens in {length} `columns`")
-
-        cache = cls(config, max_length=max_length, retrieval_device=retrieval_device)
-        cache.begin(batch, tensors["seen"].to(device).device)
-        for name in kinds:
-            getattr(cache, name).copy_(tensors[name])
-        cache.fresh, cache.began_anew = False, began_anew
-        if config.num_memory_tokens:
-            memory, shape = tensors.get("memory"), (batch, config.num_memory_tokens, config.hidden_size)
-            require(memory is not None and memory.shape == shape, "`memory` is damaged or missing")
-            refuse_nonfinite_memory(tensors["memory"], None, f"to be loaded from {path}", "load a file saved before.")
-            cache.remember(tensors["memory"].to(device))
-        for index, layer in enumerate(cache.layers):
-            prefix, window = layer.context.num_prefix, min(length, layer.limit or length)
-            names = dict.fromkeys(layer.names, prefix + window)
-            names |= {"prefix": prefix} if prefix and not layer.one_tensor else {}
-            if layer.store_limit:
-                names |= dict.fromkeys(layer.store_names, min(length, layer.store_limit))
-            for name, slots in names.items():
-                shape = (batch, config.num_key_value_heads, slots, config.head_dim)
-                found = tensors.get(f"layers.{index}.{name}")
-                fits = found is not None and found.shape == shape and found.is_floating_point()
-                require(fits, f"`layers.{index}.{name}` is damaged or missing")
-            stored = {name: tensors[f"layers.{index}.{name}"] for name in names}
-            layer.lazy_initialization(*(stored[name][:, :, :0].to(device) for name in layer.names))
-            layer.length = length
-            layer.reserve(length)
-            if layer.store_limit:
-                layer.reserve_store(length)
-            for name, place in layer.used(length).items():
-                place.copy_(stored[name])
+                cache.remember(tensors["memory"].to(device))
+            for index, layer in enumerate(cache.layers):
+                own = [tensors[f"layers.{index}.{name}"] for name in layer.names]
+                layer.lazy_initialization(*(each[:, :, :0].to(device) for each in (own[0], own[-1])))
+                layer.length = length
+                layer.reserve(length)
+                if layer.store_limit:
+                    layer.reserve_store(length)
+                for name, place in layer.used(length).items():
+                    place.copy_(tensors[f"layers.{index}.{name}"])
         return cache
 
 
-def parse(text: str | None) -> Any:
-    """What JSON says, or what no field can be where it says nothing."""
-    try:
-        return json.loads(text or "")
-    except ValueError:
-        return ...
-
-
-__all__ = ["OlmemCache"]
+__all__ = ["OlmemCache", "is_olmem_cache"]

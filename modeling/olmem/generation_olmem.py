@@ -1,22 +1,20 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
-"""`generate()` with an `OlmemCache`: made unless the caller has another, gone on from, and never told of masks."""
+"""`generate()` with an `OlmemCache`, which is made unless the caller has another, and goes on where it ended."""
 
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from transformers.generation import GenerationMixin, GenerationMode
+from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.masking_utils import create_masks_for_generate
 
-from .cache_olmem import CACHE_NAME, one_cache, takes_cache
+from .cache_olmem import is_olmem_cache
+from .compat_olmem import CACHE_NAME, rename_cache, takes_cache
 from .rules_olmem import BY_SLOT
 
 
-def is_olmem_cache(cache: Any) -> bool:
-    """By a mark: the code of a Hub repository has another class of that name."""
-    return getattr(cache, "serves_olmem", False)
-
-
 class OlmemGenerationMixin(GenerationMixin):
-    """What of Transformers' `generate()` an OlmemCache needs otherwise."""
+    """Changes what an OlmemCache needs otherwise in Transformers' `generate()`."""
 
     if TYPE_CHECKING:
         config: Any
@@ -24,14 +22,17 @@ class OlmemGenerationMixin(GenerationMixin):
         __call__: Any
 
     def generate(self, *args, **kwargs):
-        """As in Transformers; a cache is given as `past_key_values` or as `cache`, whatever the release."""
-        return super().generate(*args, **one_cache(kwargs, CACHE_NAME))  # pyright: ignore[reportAttributeAccessIssue]
+        """Generates as Transformers does; a cache is given as `past_key_values` or as `cache` in every release."""
+        return super().generate(*args, **rename_cache(kwargs, CACHE_NAME))  # pyright: ignore[reportAttributeAccessIssue]
 
     def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]  nor does it return a bool
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
-        """An OlmemCache, unless the caller has one or asks for a kind of Transformers'. Assisted decoding takes tokens
-        back, which a bounded cache cannot once a window has let go: it keeps the one of Transformers, on both sides."""
+        """Makes an OlmemCache, unless the caller has a cache or asks for a kind of Transformers'.
+
+        Assisted decoding takes tokens back, which a bounded cache cannot do once a window has let go of one, so it
+        keeps the cache of Transformers on both sides.
+        """
         rolls_back = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
         wants_own = generation_config.use_cache and generation_config.cache_implementation is None
         if model_kwargs.get(CACHE_NAME) is None and wants_own:
@@ -49,7 +50,8 @@ class OlmemGenerationMixin(GenerationMixin):
                     f"`position_embedding` must be made of rope and none (got {min(by_slot)!r}) to assist or be "
                     "assisted, which needs a cache of Transformers; use no assistant and no `prompt_lookup_num_tokens`."
                 )
-            if any(context.num_sinks or context.chunk_size for context in self.model.contexts.values()):
+            types = set(self.config.layer_types)
+            if "chunked_attention" in types or (self.config.num_sink_tokens and types != {"full_attention"}):
                 raise ValueError(
                     f"`num_sink_tokens` must be 0 (got {self.config.num_sink_tokens}) and no layer chunked to assist "
                     "or be assisted, which takes tokens back; use no assistant and no `prompt_lookup_num_tokens`."
@@ -58,10 +60,36 @@ class OlmemGenerationMixin(GenerationMixin):
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
 
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # whose arguments Transformers looks at
+    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+        """Prepares the inputs of a call as Transformers does; a step with an OlmemCache needs no mask.
+
+        What `generate()` has written is never padding, so a step need not wait until a mask is read.
+        """
+        inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            input_ids, *args, **kwargs
+        )
+        cache, ids = inputs.get(CACHE_NAME), inputs.get("input_ids")
+        if ids is not None and ids.shape[1] == 1 and is_olmem_cache(cache) and not cache.fresh:
+            inputs.pop("attention_mask", None)
+            inputs.pop("position_ids", None)
+        return inputs
+
+    def _get_stopping_criteria(self, *args, **kwargs):
+        """Returns Transformers' criteria, without its warning of a longest text where no layer has one."""
+        criteria = super()._get_stopping_criteria(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        if "full_attention" not in self.config.layer_types:
+            for each in criteria:
+                if isinstance(each, MaxLengthCriteria):
+                    each.max_position_embeddings = None
+        return criteria
+
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
-        """As in Transformers, where `input_ids` are the whole text, what the cache has read included, unless the mask
-        covers more columns than they are. One id alone is a new one, as nobody keeps the whole of a stream. What goes
-        on from an OlmemCache is read in pieces too, where some releases read the whole text again."""
+        """Reads a prompt as Transformers does, and goes on from an OlmemCache in pieces too.
+
+        `input_ids` are the whole text, what the cache has read included, unless the mask covers more columns than they
+        have. One id alone is a new one, because nobody keeps the whole of a stream.
+        """
         cache, embeddings = model_kwargs.get(CACHE_NAME), model_kwargs.get("inputs_embeds")
         read = cache.get_seq_length() if cache is not None and is_olmem_cache(cache) else 0
         given = (input_ids if embeddings is None else embeddings).shape[1]
@@ -97,7 +125,7 @@ class OlmemGenerationMixin(GenerationMixin):
     @staticmethod
     @takes_cache
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
-        """With an OlmemCache no mask is made ahead: of the columns, those of the new tokens are all it needs."""
+        """Makes masks ahead, but none with an OlmemCache, which needs the columns of the new tokens alone."""
         if is_olmem_cache(past_key_values):
             return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
         if "chunked_attention" in config.layer_types:  # the forward refuses the cache, in our words
@@ -106,4 +134,4 @@ class OlmemGenerationMixin(GenerationMixin):
         return create_masks_for_generate(config, inputs_embeds, attention_mask, **given, **kwargs)
 
 
-__all__ = ["OlmemGenerationMixin", "is_olmem_cache"]
+__all__ = ["OlmemGenerationMixin"]

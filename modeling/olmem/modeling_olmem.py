@@ -6,15 +6,22 @@ under the same parameter names, so their checkpoints load without renaming. What
 
 - where the norms stand, and what kind they are (`norm_placement`, `norm_type`, `qk_norm`);
 - clipping of queries, keys and values (`clip_qkv`), scaled logits (`logits_scaling`), residual dropout;
-- RoPE by layer type, scaled on full-attention layers only;
+- which projections are one (`shared_projections`), and how positions are given (`position_embedding`);
 - windows that slide or step, sinks before them, and a cache that holds no more than they need (`OlmemCache`);
 - memory of what has left them, by memory tokens or by retrieval.
 
-Shapes: B batch, H query heads, K key/value heads, T queries, S keys, D head dim.
+One forward call, from ids to logits:
+
+    tokens = number_tokens(...)                 rows of real tokens by number (inputs_olmem)
+    for call in schedule.calls():               passes, [memory read | tokens | memory written] (segments_olmem)
+        plans = planner.plans(call)             who sees whom, where it is written, positions, backend (plan_olmem)
+        run_layers(hidden_states, plans, ...)   the only place that calls a decoder layer
+
+Shapes: B batch, H query heads, K key/value heads, C columns of a pass, T tokens, D head dim, M memory slots.
 """
 
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -28,45 +35,33 @@ from transformers import (
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.import_utils import is_tracing
-from transformers.utils.output_capturing import capture_outputs
 
-from .attention_olmem import Rotations, attend, eager_attention_forward
-from .cache_olmem import CACHE_NAME, OlmemCache, takes_cache
+from .backends_olmem import BACKENDS
+from .cache_olmem import OlmemCache, is_olmem_cache
+from .compat_olmem import CACHE_NAME, takes_cache
 from .configuration_olmem import HUB_ARGUMENTS, OlmemConfig
-from .context_olmem import Context, Sight, find_documents
-from .generation_olmem import OlmemGenerationMixin, is_olmem_cache
-from .memory_olmem import SegmentReader, Trail, read_documents
-from .positions_olmem import OlmemRotaryEmbedding, Rotation, rotate
-from .rules_olmem import BY_SLOT, NOT_YET, ROTATING
+from .contracts_olmem import Heads, LayerKind, LayerState, Plan
+from .fallback_olmem import Fallback, Implementation, falls_back, is_padding_mask
+from .generation_olmem import OlmemGenerationMixin
+from .inputs_olmem import number_tokens
+from .plan_olmem import Planner, layer_kinds
+from .positions_olmem import ROPE, XPOS, LinspaceScheme, OlmemRotaryEmbedding, PositionScheme
+from .retrieval_olmem import Retrieval
+from .rules_olmem import NOT_YET
+from .segments_olmem import OlmemMemory, Schedule, pack_documents, unpack_documents
 from .weights_olmem import LoadsWeights, read_old_names
-
-MASK_FUNCTIONS = {
-    "full_attention": create_causal_mask,
-    "sliding_attention": create_sliding_window_causal_mask,
-}
-
-
-CONTEXT_BACKENDS = ("sdpa", "eager")
-
-
-def is_padding_mask(attention_mask) -> bool:
-    """Whether it is (B, T), or no mask, which pads nothing."""
-    return attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2)
 
 
 class OlmemRMSNorm(nn.Module):
-    """Root-mean-square norm, weight included, in float32; then back to the input's dtype."""
+    """Divides by the root mean square and multiplies by a weight, in float32, then returns to the input's dtype."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -85,46 +80,40 @@ class OlmemRMSNorm(nn.Module):
 
 
 def make_norm(config: OlmemConfig, size: int) -> nn.Module:
+    """Returns a norm over so many features, of the kind that `norm_type` says."""
     if config.norm_type == "rms":
         return OlmemRMSNorm(size, config.rms_norm_eps)
     return nn.LayerNorm(size, config.rms_norm_eps, elementwise_affine=config.norm_type == "layer")
 
 
 class Elephant(nn.Module):
-    """1 / (1 + |x|⁸): an activation that is one near zero and nothing elsewhere (Lan and Mahmood, arXiv 2310.01365)."""
+    """Computes 1 / (1 + |x|⁸), which is one near zero and nothing elsewhere (Lan and Mahmood, arXiv 2310.01365)."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return 1 / (1 + hidden_states.pow(8))
 
 
 class OlmemGate(nn.Module):
-    """One gate a head: it returns numbers (H,) between 0 and 1, the sigmoids of learned logits."""
+    """Holds how far each head opens to memory or to retrieval, as one logit a head.
 
-    def __init__(self, num_heads: int, initial: float):
+    Args:
+        num_heads: H.
+        init_logit: where the logits start.
+    """
+
+    def __init__(self, num_heads: int, init_logit: float):
         super().__init__()
-        self.initial = initial
-        self.logits = nn.Parameter(torch.full((num_heads,), initial))
+        self.init_logit = float(init_logit)
+        self.logits = nn.Parameter(torch.full((num_heads,), self.init_logit))
 
     def forward(self) -> torch.Tensor:
+        """Returns the gates (H,) between 0 and 1."""
         return self.logits.sigmoid()
 
 
-class OlmemMemory(nn.Module):
-    """The parameters of recurrent memory: it returns what a stream's first segment reads (M, hidden_size), and its
-    norm is applied to what is written at a segment's end."""
-
-    def __init__(self, config: OlmemConfig):
-        super().__init__()
-        self.embeddings = nn.Parameter(torch.empty(config.num_memory_tokens, config.hidden_size))
-        self.norm = make_norm(config, config.hidden_size)
-
-    def forward(self) -> torch.Tensor:
-        return self.embeddings
-
-
 class OlmemAttention(nn.Module):
-    """Olmo3Attention, with choices: which projections are one, the kind of QK-norm, a clip at one of two stages, and
-    how positions are told. What a choice does not use does not exist."""
+    """Computes Olmo3's attention with choices: shared projections, the kind of QK-norm, a clip, and how positions are
+    given. What a choice does not use does not exist."""
 
     def __init__(self, config: OlmemConfig, layer_idx: int):
         super().__init__()
@@ -136,19 +125,19 @@ class OlmemAttention(nn.Module):
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
         self.qk_norm = config.qk_norm
+        self.shared = config.shared_projections
         self.clip_qkv, self.clip_qkv_stage = config.clip_qkv, config.clip_qkv_stage
         self.position_embedding = config.layer_position_embeddings[layer_idx]
-        self.rotates = self.position_embedding in ROTATING
         self.layer_type = config.layer_types[layer_idx]
         self.sliding_window = config.sliding_window if self.layer_type == "sliding_attention" else None
 
         query_size = config.num_attention_heads * self.head_dim
         key_size = config.num_key_value_heads * self.head_dim
-        has_query = config.shared_projections not in ("query_key", "query_key_value")
+        has_query = self.shared not in ("query_key", "query_key_value")
         if has_query:
             self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
-        if config.shared_projections in ("none", "query_key"):
+        if self.shared in ("none", "query_key"):
             self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
         if config.qk_norm != "none":
@@ -158,95 +147,94 @@ class OlmemAttention(nn.Module):
             self.k_norm = make_norm(config, key_size if whole else self.head_dim)
         if self.position_embedding == "linspace":
             self.linspace_scale = nn.Parameter(torch.ones(self.head_dim))
-        self.gates_memory = config.num_memory_tokens > 0 and config.memory_gate_init is not None
-        if self.gates_memory:
-            self.memory_gate = OlmemGate(config.num_attention_heads, float(config.memory_gate_init or 0))
-        self.retrieves = layer_idx in config.retrieval_layers
-        if self.retrieves:
-            self.retrieval_gate = OlmemGate(config.num_attention_heads, float(config.retrieval_gate_init))
+        self.memory_gate: OlmemGate | None = None
+        if config.num_memory_tokens and config.memory_gate_init is not None:
+            self.memory_gate = OlmemGate(config.num_attention_heads, config.memory_gate_init)
+        self.retrieval_gate: OlmemGate | None = None
+        if layer_idx in config.retrieval_layers:
+            self.retrieval_gate = OlmemGate(config.num_attention_heads, config.retrieval_gate_init)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: Rotations,
-        attention_mask: torch.Tensor | None = None,
-        kv_cache: Any = None,
-        sight: Sight | None = None,
-        trail: Trail | None = None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """With a `sight`, attention over what it says is seen, in a cache or on a `trail`; without, the attention of
-        Transformers' models."""
+        self, hidden_states: torch.Tensor, plan: Plan, state: LayerState, earlier: Sequence[torch.Tensor] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """Attends from hidden states (B, C, hidden_size) to what the plan says they see.
+
+        Args:
+            plan: of this call, for layers of this kind.
+            state: what the layer remembers, which keeps what is new.
+            earlier: keys and values of earlier calls of the same forward, in turns, where gradients are wanted.
+
+        Returns:
+            The output (B, C, hidden_size); the weights (B, H, C, S) if the backend has them and they are wanted; and
+            the new keys and values (B, K, C, D), without positions.
+        """
         query, key, value = self.project(hidden_states)
-        rotations = position_embeddings if self.rotates else Rotations()
-        if sight is not None:
-            past = None if kv_cache is None else kv_cache.open(self.layer_idx, key.dtype)
-            output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
-            output, weights = attend(self, query, key, value, rotations, sight, trail or past, output_attentions)
-            return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
-
-        query, key = self.place(query, rotations.token), self.place(key, rotations.token)
-        value = self.clip("rotary", value)
-        if isinstance(kv_cache, Cache):
-            key, value = kv_cache.update(key, value, self.layer_idx)
-        elif kv_cache is not None:  # of paged attention, which is told where it writes
-            key, value = kv_cache.update(key, value, self.layer_idx, kwargs=kwargs)
-        interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation or "eager", eager_attention_forward
-        )
-        output, weights = interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.dropout,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
-
-    @property
-    def dropout(self) -> float:
-        return self.attention_dropout if self.training else 0.0
+        parts, heads = state.write(key, value, plan, earlier), self.heads(plan)
+        outputs, weights = [], None
+        for section, seen in zip(plan.sections, parts, strict=True):
+            output, weights = section.attend(heads, query, seen)
+            if plan.retrieves and section.view.role == "token":
+                output = self.retrieve(query, key, value, output, plan, state, earlier)
+            outputs.append(output)
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights, key, value
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries (B, H, T, D), keys and values (B, K, T, D), without positions; some may be the same tensor."""
+        """Returns queries (B, H, C, D), keys and values (B, K, C, D), without positions; some may be one tensor.
 
-        def heads(name: str) -> torch.Tensor:
-            states = self.clip("projection", getattr(self, f"{name}_proj")(hidden_states))
-            qk_norm = "none" if name == "v" else self.qk_norm
-            if qk_norm == "full":
-                states = getattr(self, f"{name}_norm")(states)
-            states = states.view(*hidden_states.shape[:-1], -1, self.head_dim)
-            if qk_norm == "head":
-                states = getattr(self, f"{name}_norm")(states)
-            return states.transpose(1, 2)
+        The order is projection, clip, QK-norm. Positions come when keys are written or read, and a clip of rotated
+        vectors after them.
+        """
+        if self.shared in ("query_key", "query_key_value"):
+            key = self.project_heads("k", hidden_states)
+            query, value = key, key if self.shared == "query_key_value" else self.project_heads("v", hidden_states)
+        else:
+            query, key = self.project_heads("q", hidden_states), self.project_heads("k", hidden_states)
+            if self.shared == "none":
+                value = self.project_heads("v", hidden_states)
+            else:
+                value = key if self.shared == "key_value" else query - key
+        return query, key, self.clip("rotary", value)
 
-        shared = self.config.shared_projections
-        if shared == "none":
-            return heads("q"), heads("k"), heads("v")
-        if shared == "query_key":
-            key = heads("k")
-            return key, key, heads("v")
-        if shared == "query_key_value":
-            key = heads("k")
-            return key, key, key
-        query, key = heads("q"), heads("k")
-        return query, key, key if shared == "key_value" else query - key
-
-    def place(self, states: torch.Tensor, rotation: Rotation | None, turn: Callable = rotate) -> torch.Tensor:
-        """Gives queries or keys their positions, where these are rotations."""
-        if rotation is not None:
-            states = turn(states, *rotation)
-        return self.clip("rotary", states)
+    def project_heads(self, letter: str, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Returns queries, keys or values (B, heads, C, D)."""
+        states = self.clip("projection", getattr(self, f"{letter}_proj")(hidden_states))
+        qk_norm = "none" if letter == "v" else self.qk_norm
+        if qk_norm == "full":
+            states = getattr(self, f"{letter}_norm")(states)
+        states = states.view(*hidden_states.shape[:-1], -1, self.head_dim)
+        if qk_norm == "head":
+            states = getattr(self, f"{letter}_norm")(states)
+        return states.transpose(1, 2)
 
     def clip(self, stage: str, states: torch.Tensor) -> torch.Tensor:
+        """Returns states clipped to `clip_qkv` if this is the stage at which that happens."""
         limit = self.clip_qkv
         if limit is None or self.clip_qkv_stage != stage:
             return states
         return states.clamp(-limit, limit)
+
+    def heads(self, plan: Plan) -> Heads:
+        """Returns what attention needs of this layer."""
+        gate = None if self.memory_gate is None else self.memory_gate()
+        dropout = self.attention_dropout if self.training else 0.0
+        return Heads(self, self.scheme(plan), self.scaling, dropout, self.config.num_memory_tokens, gate)
+
+    def scheme(self, plan: Plan) -> PositionScheme:
+        """Returns how this layer's queries and keys are given positions, beside a rotation."""
+        if self.position_embedding == "linspace":
+            return LinspaceScheme(self.linspace_scale, plan.visibility.span or self.config.max_position_embeddings)
+        return XPOS if self.position_embedding == "xpos" else ROPE
+
+    def retrieve(self, query, key, value, seen: torch.Tensor, plan: Plan, state: LayerState, earlier) -> torch.Tensor:
+        """Mixes what the tokens' heads see (B, T, H, D) with what they retrieve."""
+        assert self.retrieval_gate is not None
+        tokens = plan.columns("token")
+        query, key, value = (states[:, :, tokens] for states in (query, key, value))
+        candidates = state.candidates(key, value, plan, earlier)
+        top_k, capacity = self.config.retrieval_top_k, self.config.retrieval_capacity
+        retrieval = Retrieval(plan.visibility, top_k, capacity, self.scaling)
+        return retrieval.mix(query, candidates, seen, self.retrieval_gate())
 
 
 class OlmemMLP(nn.Module):
@@ -264,8 +252,10 @@ class OlmemMLP(nn.Module):
 
 
 class OlmemDecoderLayer(GradientCheckpointingLayer):
-    """x + post(f(pre(x))) for attention, then for the MLP; a norm that `norm_placement` does not name is the identity.
-    `parallel` adds both sublayers of one norm at once."""
+    """Adds post(f(pre(x))) to x, with attention as f and then with the MLP.
+
+    A norm that `norm_placement` does not name is the identity. `parallel` adds both sublayers of one norm at once.
+    """
 
     def __init__(self, config: OlmemConfig, layer_idx: int):
         super().__init__()
@@ -286,31 +276,48 @@ class OlmemDecoderLayer(GradientCheckpointingLayer):
         self.pre_feedforward_layernorm = norm_if(placement in ("pre", "peri"))
         self.post_feedforward_layernorm = norm_if(placement in ("post", "peri"))
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, *earlier: torch.Tensor, plan: Plan, state: LayerState
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Computes one layer, as `OlmemAttention.forward` says.
+
+        Tensors that gradients go through come in and leave by position, so that wrappers that checkpoint, shard or
+        offload a layer see all of them.
+
+        Returns:
+            The hidden states (B, C, hidden_size). Where the plan wants more they are followed by the attention weights,
+            and by the new keys and values (B, K, C, D).
+        """
         if self.parallel:
             normed = self.input_layernorm(hidden_states)
-            attended = self.residual_dropout(self.self_attn(normed, **kwargs)[0])
-            return hidden_states + attended + self.residual_dropout(self.mlp(normed))
-
-        attended, _ = self.self_attn(self.pre_attention_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + self.residual_dropout(self.post_attention_layernorm(attended))
-        transformed = self.mlp(self.pre_feedforward_layernorm(hidden_states))
-        return hidden_states + self.residual_dropout(self.post_feedforward_layernorm(transformed))
+            attended, weights, key, value = self.self_attn(normed, plan, state, earlier)
+            attended = self.residual_dropout(attended)
+            hidden_states = hidden_states + attended + self.residual_dropout(self.mlp(normed))
+        else:
+            normed = self.pre_attention_layernorm(hidden_states)
+            attended, weights, key, value = self.self_attn(normed, plan, state, earlier)
+            hidden_states = hidden_states + self.residual_dropout(self.post_attention_layernorm(attended))
+            transformed = self.mlp(self.pre_feedforward_layernorm(hidden_states))
+            hidden_states = hidden_states + self.residual_dropout(self.post_feedforward_layernorm(transformed))
+        more = (weights,) if plan.returns_weights and weights is not None else ()
+        more += (key, value) if plan.carries else ()
+        return (hidden_states, *more) if more else hidden_states
 
 
 class OlmemPreTrainedModel(LoadsWeights):
+    """Registers what Transformers asks of every class of the family, and how parameters begin."""
+
     config: OlmemConfig
     config_class = OlmemConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["OlmemDecoderLayer"]  # noqa: RUF012  Transformers' own attributes, here and below
-    _skip_keys_device_placement = ["past_key_values", "cache", "kv_cache"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache", "state"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": OlmemDecoderLayer, "attentions": OlmemAttention}  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -321,25 +328,68 @@ class OlmemPreTrainedModel(LoadsWeights):
         if isinstance(module, OlmemAttention) and module.position_embedding == "linspace":
             init.ones_(module.linspace_scale)
         if isinstance(module, OlmemGate):
-            init.constant_(module.logits, module.initial)
+            init.constant_(module.logits, module.init_logit)
         if isinstance(module, OlmemMemory):
             init.normal_(module.embeddings, std=self.config.initializer_range)
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """Tells that `set_attn_implementation` works, which Transformers looks for in this file's text."""
+        return True
+
     @staticmethod
     def auto_map() -> dict[str, str]:
-        """Where a Hub repository has the code of every Auto class that can load it."""
+        """Returns where a Hub repository has the code of every Auto class that can load it."""
         return {"AutoConfig": "configuration_olmem.OlmemConfig"} | {
             auto_class.__name__: f"modeling_olmem.{model_class.__name__}" for auto_class, model_class in AUTO_CLASSES
         }
 
     def save_pretrained(self, *args, **kwargs):
-        """As in Transformers; the folder also holds this code, whatever the class of the model that is saved."""
+        """Saves as Transformers does; the folder also holds this code, whatever the class of the model."""
         self.config.auto_map = self.auto_map()
         return super().save_pretrained(*args, **kwargs)
 
 
+@dataclass
+class Captured:
+    """Keeps hidden states and attention weights that a caller wants of one pass through the layers.
+
+    Attributes:
+        wanted: which of the `num_hidden_layers` + 1 hidden states are kept, from the embeddings on; None is all.
+        hidden_states: (B, C, hidden_size) each, None for those that are not wanted.
+        attentions: (B, H, C, S) of each layer, as far as the backend has them.
+        states: new keys and values (B, K, C, D) of each layer, where later passes need them.
+    """
+
+    wanted: set[int] | None
+    hidden_states: list[torch.Tensor | None] = field(default_factory=list)
+    attentions: list[torch.Tensor] = field(default_factory=list)
+    states: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    def keep(self, hidden_states: torch.Tensor) -> None:
+        """Keeps the next hidden states if they are wanted."""
+        is_wanted = self.wanted is None or len(self.hidden_states) in self.wanted
+        self.hidden_states.append(hidden_states if is_wanted else None)
+
+    def fill(self, stages: Sequence[torch.Tensor], last: torch.Tensor, num_layers: int) -> tuple[Any, ...]:
+        """Returns `num_layers` + 1 hidden states, None for those not wanted; the last one is that after the norm."""
+        found = iter([*stages[:-1], last] if self.wanted is None or num_layers in self.wanted else stages)
+        return tuple(
+            next(found) if self.wanted is None or index in self.wanted else None for index in range(num_layers + 1)
+        )
+
+
+def wanted_states(output_hidden_states: bool | int | Sequence[int] | None, num_hidden_layers: int) -> set[int] | None:
+    """Returns which of the hidden states are asked for: all (None), none, or those of an index or of several."""
+    if output_hidden_states is None or isinstance(output_hidden_states, bool):
+        return None if output_hidden_states else set()
+    indices = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
+    count = num_hidden_layers + 1
+    return {index % count for index in indices if -count <= index < count}
+
+
 class OlmemModel(OlmemPreTrainedModel):
-    """Token ids (B, T) to hidden states (B, T, hidden_size) after the last norm."""
+    """Turns token ids (B, T) into hidden states (B, T, hidden_size) after the last norm."""
 
     def __init__(self, config: OlmemConfig):
         super().__init__(config)
@@ -348,14 +398,16 @@ class OlmemModel(OlmemPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([OlmemDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = make_norm(config, config.hidden_size)
+        self.memory: OlmemMemory | None = None
         if config.num_memory_tokens:
-            self.memory = OlmemMemory(config)
+            self.memory = OlmemMemory(config, make_norm(config, config.hidden_size))
         self.register_load_state_dict_pre_hook(read_old_names)
         self.rotary_emb = OlmemRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
     @takes_cache
+    @can_return_tuple
     @merge_with_config_defaults
     def forward(
         self,
@@ -365,297 +417,165 @@ class OlmemModel(OlmemPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
+        output_attentions: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
+        """Computes as Olmo3Model does.
+
+        Args:
+            output_hidden_states: True for all, an index, or several; what is not asked for is None in its place.
+            kwargs: what an attention function of Transformers or of an engine is given.
+        """
+        hidden_states = self.embed(input_ids, inputs_embeds)
+        past_key_values, use_cache = self.refuse_cache_in_checkpoints(past_key_values, use_cache)
+        if use_cache and past_key_values is None:
+            past_key_values = self.make_cache(attention_mask)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        captured = Captured(wanted_states(output_hidden_states, self.config.num_hidden_layers))
+        if falls_back(self.config, past_key_values, attention_mask, position_ids):
+            arguments = kwargs | ({"output_attentions": output_attentions} if output_attentions else {})
+            given = hidden_states, attention_mask, position_ids, arguments
+            fallback = Fallback(self.config, self.rotary_emb, past_key_values, *given)
+            hidden_states = self.run_layers(hidden_states, fallback.plans(), fallback.states(), captured)
+            stages = [each for each in captured.hidden_states if each is not None]
+        else:
+            inputs = hidden_states, attention_mask, position_ids, past_key_values
+            last, stages = self.read(*inputs, captured, bool(output_attentions))
+            if captured.wanted is None or 0 in captured.wanted:  # those of padding too
+                stages[0] = hidden_states
+            hidden_states = last
+        last = self.norm(hidden_states)
+        returned: dict[str, Any] = {CACHE_NAME: past_key_values}
+        output = BaseModelOutputWithPast(last_hidden_state=last, **returned)
+        if captured.wanted is None or captured.wanted:
+            output.hidden_states = captured.fill(stages, last, self.config.num_hidden_layers)
+        if output_attentions:
+            output.attentions = tuple(captured.attentions)
+        return output
+
+    def run_layers(
+        self,
+        hidden_states: torch.Tensor,
+        plans: Mapping[LayerKind, Plan],
+        states: Sequence[LayerState],
+        captured: Captured,
+        earlier: Sequence[Sequence[torch.Tensor]] = (),
+    ) -> torch.Tensor:
+        """Passes hidden states (B, C, hidden_size) through all layers.
+
+        Args:
+            plans: of each kind of layer.
+            states: what each layer remembers.
+            captured: keeps what the caller wants beside the last hidden states, which are returned.
+            earlier: of each layer, keys and values of earlier passes of the same forward.
+        """
+        captured.keep(hidden_states)
+        layers = self.layers[: self.config.num_hidden_layers]  # fewer in one that assists and leaves early
+        for index, (layer, kind) in enumerate(zip(layers, layer_kinds(self.config), strict=False)):
+            plan = plans[kind]
+            output = layer(hidden_states, *(earlier[index] if earlier else ()), plan=plan, state=states[index])
+            hidden_states, *more = output if isinstance(output, tuple) else (output,)
+            if plan.carries:
+                captured.states.append((more[-2], more[-1]))
+                more = more[:-2]
+            captured.attentions += more
+            captured.keep(hidden_states)
+        return hidden_states
+
+    def read(
+        self,
+        embeddings: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: OlmemCache | None,
+        captured: Captured,
+        output_attentions: bool,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Reads embeddings (B, T, hidden_size) as a stream, going on from a cache.
+
+        Returns the last hidden states (B, T, hidden_size), and all those that `captured` wants.
+        """
+        if output_attentions and self.memory is not None:
+            raise ValueError(
+                f"{self.config.memory_rule} to return attentions, whose columns are tokens; leave `output_attentions` "
+                "out."
+            )
+        if cache is not None:
+            cache.check(self.config)
+            cache.begin(len(embeddings), embeddings.device)
+        counters = None if cache is None else cache.counters
+        tokens = number_tokens(embeddings, attention_mask, position_ids, counters, self.config.has_memory)
+        implementation = Implementation.of(self.config)
+        planner = Planner(self.config, self.rotary_emb, BACKENDS, implementation.is_plain, output_attentions)
+        if tokens.documents is None or self.memory is None:
+            return self.run(Schedule(self.config, self.memory, cache, tokens, embeddings), planner, captured)
+        packed = unpack_documents(tokens, embeddings)
+        found = []
+        for each in packed:
+            last, stages = self.run(
+                Schedule(self.config, self.memory, None, each.tokens, each.embeddings), planner, captured
+            )
+            found.append([last, *stages])
+        last, *stages = pack_documents(packed, found, embeddings)
+        return last, stages
+
+    def run(self, schedule: Schedule, planner: Planner, captured: Captured) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Runs a schedule. Returns the last hidden states (B, T, hidden_size), and all that are wanted."""
+        for call in schedule.calls():
+            plans, kept = planner.plans(call), Captured(captured.wanted)
+            earlier = [schedule.inputs(index, call) for index in range(len(self.layers))] if schedule.earlier else ()
+            last = self.run_layers(schedule.enter(call), plans, schedule.states, kept, earlier)
+            schedule.leave(call, next(iter(plans.values())), [*kept.hidden_states, last], kept.states)
+            captured.attentions += kept.attentions
+        *stages, last = schedule.result()
+        return last, stages
+
+    def embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Returns the embeddings (B, T, hidden_size) of ids (B, T), or those that were given instead."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if input_ids is None:
+            assert inputs_embeds is not None
+            return inputs_embeds
         home = self.embed_tokens.weight.device
         dispatched = home.type == "meta" or hasattr(self.embed_tokens, "_hf_hook")  # accelerate moves what it is given
-        if input_ids is not None and input_ids.device != home and not dispatched:
+        if input_ids.device != home and not dispatched:
             raise ValueError(
                 f"`input_ids` must be on the model's device, {home} (got {input_ids.device}); pass "
                 "`input_ids.to(model.device)`."
             )
-        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        return self.embed_tokens(input_ids)
 
-        if self.computes_twice:
-            # Transformers gives no cache to a layer that is computed twice: neither is one counted on, nor returned.
-            if is_olmem_cache(past_key_values) and not past_key_values.fresh:  # pyright: ignore
-                raise ValueError(
-                    "`past_key_values` cannot be gone on from in training with gradient checkpointing, which computes "
-                    "a layer twice; turn it off, or leave the cache out."
-                )
-            past_key_values, use_cache = None, False
-        if use_cache and past_key_values is None:
-            past_key_values = self.make_cache(attention_mask)
-        inputs = hidden_states, attention_mask, position_ids, past_key_values
-        if not self.reads_in_context(past_key_values, attention_mask, position_ids):
-            return self.pass_layers(hidden_states, past_key_values, self.look_as_transformers(*inputs), **kwargs)
-        goes_back = self.config.retrieval_layers and past_key_values is not None and torch.is_grad_enabled()
-        if self.config.num_memory_tokens or goes_back:
-            return self.read_by_segments(*inputs, **kwargs)
-        return self.pass_layers(hidden_states, past_key_values, self.look(*inputs), **kwargs)
+    def refuse_cache_in_checkpoints(
+        self, cache: Cache | None, use_cache: bool | None
+    ) -> tuple[Cache | None, bool | None]:
+        """Returns neither cache nor `use_cache` where layers are computed twice, which would count tokens twice."""
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return cache, use_cache
+        if is_olmem_cache(cache) and not cache.fresh:  # pyright: ignore
+            raise ValueError(
+                "`past_key_values` cannot be gone on from in training with gradient checkpointing, which computes a "
+                "layer twice; turn it off, or leave the cache out."
+            )
+        return None, False
 
-    @capture_outputs
-    def pass_layers(
-        self, hidden_states: torch.Tensor, past_key_values: Cache | None, arguments: dict[str, dict], **kwargs
-    ) -> BaseModelOutputWithPast:
-        """All layers at once, told what `arguments` has for their type. Their cache is not called `past_key_values`,
-        which some releases of Transformers keep from layers that can be checkpointed, also while nothing is."""
-        layers = self.layers[: self.config.num_hidden_layers]  # fewer in one that assists and leaves early
-        for layer, layer_type in zip(layers, self.config.layer_types, strict=False):
-            hidden_states = layer(hidden_states, kv_cache=past_key_values, **arguments[layer_type], **kwargs)
-        if is_olmem_cache(past_key_values):
-            sight = arguments[self.config.layer_types[0]]["sight"]
-            past_key_values.advance(sight)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
-        returned: dict[str, Any] = {CACHE_NAME: past_key_values}
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **returned)
+    def make_cache(self, attention_mask: torch.Tensor | dict | None = None) -> Cache:
+        """Returns an OlmemCache, or Transformers' cache where another backend or a mask of the caller's own attends."""
+        own = Implementation.of(self.config).is_own and is_padding_mask(attention_mask)
+        return OlmemCache(self.config) if own else DynamicCache(config=self.config)
 
-    @can_return_tuple
-    def read_by_segments(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
-        position_ids: torch.Tensor | None,
-        past_key_values: Any,
-        output_hidden_states: bool | None = None,
-        **kwargs,
-    ) -> BaseModelOutputWithPast:
-        """Segments one after another, each with the memory that the one before has written."""
-        if kwargs.get("output_attentions", self.config.output_attentions):
-            remedy = ", whose columns are tokens; leave `output_attentions` out."
-            if not self.config.num_memory_tokens:
-                remedy = " with a cache and gradients; read under `torch.no_grad()`, or pass use_cache=False."
-            raise ValueError(f"{self.config.memory_rule} to return attentions{remedy}")
-        for layer in self.layers if self.computes_twice else ():
-            if getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False) is True:
-                raise ValueError(
-                    "`use_reentrant` must be False (got True) for gradients through memory; call "
-                    "`gradient_checkpointing_enable({'use_reentrant': False})`."
-                )
-        all_stages = bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
-        numbers, padded, documents = self.count(hidden_states, attention_mask, position_ids, past_key_values)
-        if documents is not None:
-            stages = read_documents(self, hidden_states, documents, all_stages, **kwargs)
-        else:
-            batch, length = hidden_states.shape[:2]
-            reader = SegmentReader(self, past_key_values, batch, length, hidden_states.device)
-            stages = reader.read(hidden_states, numbers, padded, all_stages, **kwargs)
-        last = self.norm(stages[-1])
-        returned: dict[str, Any] = {CACHE_NAME: past_key_values}
-        output = BaseModelOutputWithPast(last_hidden_state=last, **returned)
-        if all_stages:
-            output.hidden_states = (hidden_states, *stages[1:-1], last)
-        return output
+    def reset_memory(self, cache: OlmemCache, rows: int | Sequence[int] | torch.Tensor | None = None) -> None:
+        """Lets these rows of a batch, or all, begin anew in a cache: memory, sinks, window, and what is retrieved.
 
-    def reset_memory(self, cache: OlmemCache, rows: int | list[int] | torch.Tensor | None = None) -> None:
-        """Has these rows of a batch, or all, begin anew in a cache, as a conversation that has ended makes room for
-        another: memory, sinks, window, and what retrieval keeps."""
+        A conversation that has ended makes room for another that way.
+        """
         if not is_olmem_cache(cache):
             raise ValueError(f"`cache` must be an OlmemCache (got a {type(cache).__name__}); make another cache anew.")
         cache.forget(rows)
-
-    @property
-    def computes_twice(self) -> bool:
-        """Whether layers are checkpointed: not without gradients, as in `generate()` between steps of training."""
-        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-
-    @property
-    def contexts(self) -> dict[str, Context]:
-        """What the layers of each type see."""
-        return {layer_type: Context.of(self.config, layer_type) for layer_type in sorted(set(self.config.layer_types))}
-
-    def make_cache(self, attention_mask: torch.Tensor | dict | None = None) -> Cache:
-        """An OlmemCache, or where another backend or a mask of the caller's own attends, Transformers' cache."""
-        own = self.config._attn_implementation in CONTEXT_BACKENDS and is_padding_mask(attention_mask)
-        return OlmemCache(self.config) if own else DynamicCache(config=self.config)
-
-    def reads_in_context(self, past_key_values, attention_mask, position_ids) -> bool:
-        """Whether attention goes by what a `Sight` says is seen. If not, the model is Olmo3: keys of absolute
-        positions, masks and backends of Transformers, and what that cannot do is an error."""
-        implementation = self.config._attn_implementation
-        own_cache = is_olmem_cache(past_key_values)
-        reasons = {
-            f"`attn_implementation` {implementation!r}; set 'sdpa' or 'eager'": implementation not in CONTEXT_BACKENDS,
-            "an `attention_mask` that is not (B, T); pass one, zeros for padding": (
-                isinstance(attention_mask, torch.Tensor) and attention_mask.dim() != 2
-            ),
-            f"a {type(past_key_values).__name__}; leave `past_key_values` and `cache_implementation` out": (
-                past_key_values is not None and not own_cache
-            ),
-            "masks made ahead; pass an `attention_mask` (B, T)": isinstance(attention_mask, dict),
-            "`position_ids` while tracing without a cache; leave them out": (
-                past_key_values is None and position_ids is not None and is_tracing(position_ids)
-            ),
-        }
-        reason = next((reason for reason, holds in reasons.items() if holds), None)
-        if reason is None:
-            return True
-        if own_cache:
-            raise ValueError(f"`past_key_values` is an OlmemCache, which does not work with {reason}.")
-        types = set(self.config.layer_types)
-        if self.config.num_sink_tokens and types != {"full_attention"}:
-            raise ValueError(f"`num_sink_tokens` must be 0 (got {self.config.num_sink_tokens}) with {reason}.")
-        if self.config.has_memory:
-            raise ValueError(f"{self.config.memory_rule}, as memory is an OlmemCache's, with {reason}.")
-        by_slot = set(BY_SLOT) & set(self.config.layer_position_embeddings)
-        if by_slot:
-            raise ValueError(
-                f"`position_embedding` must be made of rope and none (got {min(by_slot)!r}, which goes by what a "
-                f"query sees) with {reason}."
-            )
-        if "chunked_attention" in types:
-            raise ValueError(f"`layer_types` must not have 'chunked_attention' with {reason}.")
-        if past_key_values is not None and "sliding_attention" in types and self.config.sliding_window == 1:
-            raise ValueError(
-                "`sliding_window` must be at least 2 (got 1) with a cache of Transformers, which cannot keep a window "
-                "that holds nothing of the past; leave `past_key_values` and `cache_implementation` out."
-            )
-        return False
-
-    def count(self, hidden_states, attention_mask, position_ids, past_key_values):
-        """Numbers (B or 1, T) of the new tokens, −1 of padding; whether there is some; and packed documents, which are
-        numbered (1, T of the longest). An OlmemCache is checked, and begun."""
-        batch, length = hidden_states.shape[:2]
-        if not length:
-            raise ValueError("`input_ids` must hold a token at least (got none); leave a call without any out.")
-        device = hidden_states.device
-        column = torch.arange(length, device=device)
-        mask = None
-        if attention_mask is not None:
-            if attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
-                raise ValueError(
-                    f"`attention_mask` must cover the input's {batch} rows of {length} tokens, and may cover those "
-                    f"before (got {tuple(attention_mask.shape)}); give a column for each token."
-                )
-            mask = attention_mask[:, -length:].to(device) != 0
-            if (length > 1 or device.type == "cpu") and not is_tracing(mask) and bool(mask.all()):
-                mask = None
-        numbers = column[None] if mask is None else mask.cumsum(-1) - 1
-        position_ids = None if position_ids is None else position_ids.to(device)
-        documents = None
-        if past_key_values is None:
-            whole = attention_mask is None or (mask is None and self.config.has_memory)
-            if position_ids is not None and whole:
-                documents = find_documents(position_ids.expand(batch, -1))
-            elif position_ids is not None and self.config.has_memory and mask is not None and length > 1:
-                self.refuse_packed_padding(position_ids, mask)
-            if documents is not None:
-                longest = max(stop - start for row in documents for start, stop in row)
-                numbers = column[None, :longest]
-        else:
-            past_key_values.check(self.config, self.contexts)
-            past_key_values.begin(batch, device)
-            numbers = numbers + past_key_values.seen[:, None]
-        numbers = numbers if mask is None else torch.where(mask, numbers, -1)
-        if past_key_values is not None and position_ids is not None and length > 1 and not is_tracing(position_ids):
-            shift = (position_ids - numbers).masked_fill(numbers < 0, 0)
-            one = shift.amax(-1) == torch.where(numbers < 0, shift.amax(-1, keepdim=True), shift).amin(-1)
-            if not one.all():
-                raise ValueError(
-                    "`position_ids` must count a row's tokens one by one with an OlmemCache (got others); for "
-                    "packed documents or positions of your own pass use_cache=False."
-                )
-        return numbers, mask is not None, documents
-
-    @staticmethod
-    def refuse_packed_padding(position_ids: torch.Tensor, mask: torch.Tensor) -> None:
-        follow = position_ids[:, 1:] == position_ids[:, :-1] + 1
-        if not bool((follow | ~mask[:, 1:] | ~mask[:, :-1]).all()):
-            raise ValueError(
-                "`position_ids` must count a row's tokens one by one beside an `attention_mask` with padding (got "
-                "others); pass packed documents without a mask, and without padding."
-            )
-
-    def look(self, hidden_states, attention_mask, position_ids, past_key_values) -> dict[str, dict]:
-        """What the layers of each type are told: the `Sight` and the rotations that go with it."""
-        numbers, padded, documents = self.count(hidden_states, attention_mask, position_ids, past_key_values)
-        if past_key_values is None:
-            position_ids = None if documents else position_ids
-            sights = {
-                layer_type: Sight.without_cache(context, numbers, padded, documents)
-                for layer_type, context in self.contexts.items()
-            }
-        else:
-            position_ids = None  # the cache has counted
-            differentiable = torch.is_grad_enabled()  # of any layer's weights, whatever the input
-            before = past_key_values.room_for(hidden_states.shape[1], differentiable)
-            sights = past_key_values.look(self.contexts, numbers, padded, before, differentiable)
-        return self.tell(hidden_states, sights, past_key_values, position_ids)
-
-    def tell(self, hidden_states, sights: dict[str, Sight], cache: Cache | None, position_ids=None) -> dict[str, dict]:
-        """The same, of what the layers of each type see."""
-        one_tensor = self.config.caches_one_tensor and cache is not None
-        return {
-            layer_type: {
-                "sight": sight,
-                "position_embeddings": self.rotations(hidden_states, layer_type, sight, position_ids, one_tensor),
-            }
-            for layer_type, sight in sights.items()
-        }
-
-    def rotations(
-        self, hidden_states, layer_type: str, sight: Sight, position_ids: torch.Tensor | None, one_tensor: bool
-    ) -> Rotations:
-        """Those that the layers of one type need for what they see; `position_ids` may stand in for numbers. With
-        `one_tensor` a cache's keys are not rotated."""
-
-        def at(positions: torch.Tensor, below: int | None = None) -> Rotation:
-            return self.rotary_emb(hidden_states, positions, layer_type, below)
-
-        context = sight.context
-        most = context.span or sight.length
-        slots_below = most and context.num_prefix + most + (sight.numbers.shape[1] if sight.memory else 0)
-        if one_tensor and sight.is_step:  # all keys are rotated now, by slots, which stay small
-            if context.span is None or slots_below is None:
-                step = self.rotary_emb.phases(sight.step_slots, layer_type, slots_below)
-            else:
-                step = self.rotary_emb.phases_of_slots(sight.step_slots, layer_type, slots_below)
-            return Rotations(at(sight.query_slots, slots_below), step=step)
-        key = prefix = query = None
-        if one_tensor:  # so are these, in a window from its first key on
-            first = 0 if context.span is None else sight.key_places[:, :1].clamp(min=0)
-            token, key = at((sight.places - first).clamp(min=0)), at((sight.key_places - first).clamp(min=0))
-        else:
-            token = at(sight.places.clamp(min=0) if position_ids is None else position_ids)
-        if sight.prefix:
-            prefix = at(sight.prefix_positions.clamp(min=0))
-            query = None if sight.is_step else at(sight.query_slots, slots_below)
-        return Rotations(token, query, prefix, key)
-
-    def look_as_transformers(self, hidden_states, attention_mask, position_ids, past_key_values) -> dict[str, dict]:
-        """What the layers of each type are told: masks as `attn_implementation` wants them, absolute positions."""
-        if position_ids is None:
-            position_ids = self.positions(hidden_states, attention_mask, past_key_values)
-        arguments = {}
-        for layer_type in set(self.config.layer_types):
-            if isinstance(attention_mask, dict):  # `generate` has made them already
-                mask = attention_mask[layer_type]
-            else:
-                mask = MASK_FUNCTIONS[layer_type](
-                    config=self.config,
-                    inputs_embeds=hidden_states,
-                    attention_mask=attention_mask,
-                    position_ids=position_ids,
-                    **{CACHE_NAME: past_key_values},
-                )
-            rotations = Rotations(self.rotary_emb(hidden_states, position_ids, layer_type))
-            arguments[layer_type] = {
-                "attention_mask": mask,
-                "position_ids": position_ids,
-                "position_embeddings": rotations,
-            }
-        return arguments
-
-    def positions(self, hidden_states, attention_mask, past_key_values) -> torch.Tensor:
-        """Each token's index (1 or B, T). RoPE knows differences only, so left padding may count; not so where
-        rotated values are clipped, which are of a row's real tokens."""
-        length = hidden_states.shape[1]
-        clips_rotated = self.config.clip_qkv is not None and self.config.clip_qkv_stage == "rotary"
-        if clips_rotated and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        return (torch.arange(length, device=hidden_states.device) + seen).unsqueeze(0)
 
 
 class OlmemForCausalLM(OlmemPreTrainedModel, OlmemGenerationMixin):

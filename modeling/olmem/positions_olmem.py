@@ -1,34 +1,35 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
-"""How positions are told: rotations (RoPE), and how xpos scales them.
+"""How queries and keys are given positions: the angles of RoPE, rotations, and the four schemes.
 
-Two layouts of a head's D numbers: in halves, as Transformers' models have them, the pair that is rotated together being
-d and d + D/2; and side by side, for a rotation to be one complex product, which keys have that are values too.
+A head's D numbers have two layouts. In halves, as in Transformers' models, the numbers d and d + D/2 are rotated
+together. In pairs they are neighbours, so that a rotation is one complex product; the keys of a cache that are values
+too have this layout, because they are rotated whenever they are read.
 
-Shapes: B batch, H query heads, T queries, D head dim; R is B, or 1 where one row stands for all.
+Shapes: B batch, H heads, T tokens, D head dim; R is B, or 1 where one row stands for all.
 """
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from .compat_olmem import has_complex, table_of
 from .configuration_olmem import OlmemConfig
 
 XPOS_GAMMA, XPOS_BASE = 0.4, 512
-
-Rotation = tuple[torch.Tensor, torch.Tensor]  # cosines and sines
+LINSPACE_REACH = 0.1  # over its span, linspace adds from nothing to so many `linspace_scale` to a key
 
 
 def inverse_frequencies(theta: float | torch.Tensor, size: int) -> torch.Tensor:
-    """theta^(−2d/D) (…, D/2) of a theta, or of thetas (…, 1), in float32, to the bit as Transformers computes them."""
+    """Returns theta^(−2d/D) (…, D/2) of a theta, or of thetas (…, 1), in float32, with Transformers' own bits."""
     device = theta.device if isinstance(theta, torch.Tensor) else None
     return 1.0 / theta ** (torch.arange(0, size, 2, dtype=torch.float, device=device) / size)
 
 
 class OlmemRotaryEmbedding(nn.Module):
-    """Cosines and sines (B, T, D) in float32 of positions, by layer type."""
+    """Returns cosines and sines (R, T, D) in float32 of positions (R, T), by layer type."""
 
     def __init__(self, config: OlmemConfig, device: torch.device | None = None):
         super().__init__()
@@ -44,20 +45,21 @@ class OlmemRotaryEmbedding(nn.Module):
 
     @staticmethod
     def compute_default_rope_parameters(config, device=None, seq_len=None, layer_type=None):
+        """Returns inverse frequencies and the scaling of `rope_type` "default", in the form Transformers calls for."""
         if stored := config.rope_parameters[layer_type].get("inverse_frequencies"):
             return torch.tensor(stored, dtype=torch.float, device=device), 1.0
         return inverse_frequencies(config.rope_parameters[layer_type]["rope_theta"], config.head_dim).to(device), 1.0
 
     def frequencies(self, layer_type: str, device: torch.device | None = None) -> tuple[torch.Tensor, float]:
-        """Inverse frequencies (D/2,) and the factor of cosines and sines, as Transformers defines each `rope_type`."""
+        """Returns inverse frequencies (D/2,) and the factor of cosines and sines, as Transformers defines them."""
         rope_functions = {**ROPE_INIT_FUNCTIONS, "default": self.compute_default_rope_parameters}
         return rope_functions[self.rope_type[layer_type]](self.config, device, layer_type=layer_type)
 
     def dynamic_frequencies(self, position: torch.Tensor, layer_type: str) -> torch.Tensor:
-        """Inverse frequencies (…, D/2) of `rope_type` "dynamic" at positions (…, 1): those of a text that ends there.
+        """Returns inverse frequencies (…, D/2) of `rope_type` "dynamic" at positions (…, 1).
 
-        Transformers gives all tokens of a call those of its last one, so that they depend on how a text is cut; read
-        token by token, its are these.
+        They are those of a text that ends there. Transformers gives all tokens of a call the frequencies of its last
+        one, so that they depend on how a text is cut; read token by token, its frequencies are these.
         """
         rope, size = self.config.rope_parameters[layer_type], self.config.head_dim
         trained = self.config.max_position_embeddings
@@ -67,7 +69,11 @@ class OlmemRotaryEmbedding(nn.Module):
         return inverse_frequencies(theta, size)
 
     def angles(self, position_ids: torch.Tensor, layer_type: str, below: int | None = None) -> torch.Tensor:
-        """(B, T, D/2) in float32 of positions (B, T), of which the caller may know that they are `below` something."""
+        """Returns angles (R, T, D/2) in float32 of positions (R, T), all of which are `below` a number if one is given.
+
+        Where the model was trained, they are the very angles that it was trained with. Beyond, where a float32 product
+        would round them more and more, they are computed from the exact integer.
+        """
         position = position_ids[..., None]
         inverse_frequency = getattr(self, f"{layer_type}_inv_freq").to(position.device, torch.float)
         if self.rope_type[layer_type] == "dynamic":
@@ -75,8 +81,6 @@ class OlmemRotaryEmbedding(nn.Module):
             inverse_frequency = torch.where(
                 position < self.config.max_position_embeddings, inverse_frequency, stretched
             )
-        # Where the model was trained, the very angles that it was trained with. Beyond, where a float32 product would
-        # round them more and more, from the exact integer.
         angles = position.float() * inverse_frequency
         if below is None or below > self.trained_length:
             wide = "cpu" if position.device.type == "mps" else position.device  # mps has no float64
@@ -88,6 +92,7 @@ class OlmemRotaryEmbedding(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, position_ids: torch.Tensor, layer_type: str, below: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns cosines and sines (R, T, D) of positions (R, T), on the device of `hidden_states`."""
         angles = self.angles(position_ids.to(hidden_states.device), layer_type, below)
         scaling = getattr(self, f"{layer_type}_attention_scaling")
         cos, sin = angles.cos() * scaling, angles.sin() * scaling
@@ -95,23 +100,26 @@ class OlmemRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def phases(self, position_ids: torch.Tensor, layer_type: str, below: int | None = None) -> torch.Tensor:
-        """Cosines and sines side by side (B, T, D/2, 2)."""
+        """Returns cosines and sines as pairs (R, T, D/2, 2) of positions (R, T)."""
         angles = self.angles(position_ids, layer_type, below)
         scaling = getattr(self, f"{layer_type}_attention_scaling")
         return torch.stack((angles.cos() * scaling, angles.sin() * scaling), dim=-1)
 
     def phases_of_slots(self, slots: torch.Tensor, layer_type: str, below: int) -> torch.Tensor:
-        """`phases`, from a table of all slots."""
-        if torch.compiler.is_compiling():
-            return self.phases(slots, layer_type, below)
-        place = (layer_type, slots.device)
-        if place not in self.tables or len(self.tables[place]) < below:
-            self.tables[place] = self.phases(torch.arange(below, device=slots.device), layer_type, below)
-        return self.tables[place][slots]
+        """Returns the phases (R, T, D/2, 2) of slots (R, T) from a table of all slots `below` a number."""
+
+        def make() -> torch.Tensor:
+            return self.phases(torch.arange(below, device=slots.device), layer_type, below)
+
+        table = table_of(self.tables, (layer_type, slots.device), below, make)
+        return self.phases(slots, layer_type, below) if table is None else table[slots]
+
+
+# Rotations
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Applies RoPE to states (B, H, T, D), halves paired as in Transformers; the product is in float32.
+    """Applies RoPE in float32 to states (B, H, T, D) in halves, by cosines and sines (R, T, D).
 
     The operations and their order are Transformers', so that gradients too are the same bit for bit.
     """
@@ -121,34 +129,23 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return (straight + turned * sin[:, None]).to(states.dtype)
 
 
-def side_by_side(states: torch.Tensor) -> torch.Tensor:
-    """States (…, D) with the two numbers of each rotation, d and d + D/2, as neighbours."""
+def to_pairs(states: torch.Tensor) -> torch.Tensor:
+    """Brings states (…, D) from halves into pairs."""
     return states.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
 
-def in_halves(states: torch.Tensor) -> torch.Tensor:
-    """The inverse."""
+def to_halves(states: torch.Tensor) -> torch.Tensor:
+    """Brings states (…, D) from pairs into halves."""
     return states.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
-def has_complex(device: torch.device) -> bool:
-    """Whether complex products are there, and fast; a compiler fuses real ones."""
-    return device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
-
-
 def as_complex(states: torch.Tensor) -> torch.Tensor:
-    """States (…, D) that are `side_by_side` as (…, D/2), the same memory."""
+    """Views states (…, D) in pairs as complex numbers (…, D/2) in the same memory."""
     return torch.view_as_complex(states.unflatten(-1, (-1, 2)))
 
 
-def as_phases(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Cosines and sines (R, T, D) side by side, (R, T, D/2, 2): of each pair, the two numbers of its complex factor."""
-    half = cos.shape[-1] // 2
-    return torch.stack((cos[..., :half], sin[..., :half]), dim=-1)
-
-
 def rotate_pairs(states: torch.Tensor, phases: torch.Tensor) -> torch.Tensor:
-    """`rotate` for states (B, H, T, D) that are `side_by_side`, by phases (R, T, D/2, 2)."""
+    """Applies RoPE in float32 to states (B, H, T, D) in pairs, by phases (R, T, D/2, 2)."""
     phases = phases[:, None]
     if has_complex(states.device):
         wide = states.to(torch.promote_types(states.dtype, torch.float32))
@@ -157,38 +154,127 @@ def rotate_pairs(states: torch.Tensor, phases: torch.Tensor) -> torch.Tensor:
     return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2).to(states.dtype)
 
 
-def rotate_side_by_side(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`rotate` for states (B, H, T, D) that are `side_by_side`."""
-    return rotate_pairs(states, as_phases(cos, sin))
+@dataclass
+class Rotation:
+    """Gives states (B, H, T, D) their positions: in halves by cosines and sines (R, T, D), in pairs by phases.
+
+    Without any of them states stay as they are. With a clip, rotated states are clipped to it.
+    """
+
+    cos: torch.Tensor | None = None
+    sin: torch.Tensor | None = None
+    phases: torch.Tensor | None = None  # (R, T, D/2, 2)
+    clip: float | None = None
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        if self.phases is not None:
+            states = rotate_pairs(states, self.phases)
+        elif self.cos is not None and self.sin is not None:
+            states = rotate(states, self.cos, self.sin)
+        return states if self.clip is None else states.clamp(-self.clip, self.clip)
+
+    @property
+    def length(self) -> int:
+        """Returns the number of tokens T, 0 where nothing is rotated."""
+        states = self.phases if self.cos is None else self.cos
+        return 0 if states is None else states.shape[1]
+
+    def part(self, columns: slice, rows: slice = slice(None)) -> "Rotation":
+        """Returns the rotation of some of the T tokens, of some rows if each has its own."""
+        states = [
+            each if each is None else each[rows if len(each) > 1 else slice(None), columns]
+            for each in (self.cos, self.sin, self.phases)
+        ]
+        return Rotation(*states, clip=self.clip)
+
+    def to(self, device: torch.device) -> "Rotation":
+        """Returns the same rotation on another device."""
+        states = [each if each is None else each.to(device) for each in (self.cos, self.sin, self.phases)]
+        return Rotation(*states, clip=self.clip)
 
 
-def xpos_powers(like: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
-    """ζ^(distance/512) (R, T, D/2) of distances (R, T): xpos multiplies queries by that of their position, and keys by
-    its inverse (Sun et al., arXiv 2212.10554)."""
-    size = like.shape[-1]
-    zeta = (torch.arange(0, size, 2, device=like.device) / size + XPOS_GAMMA) / (1 + XPOS_GAMMA)
-    return zeta ** (distance[..., None] / XPOS_BASE)
+# Schemes: what positions do beside the rotation
 
 
-def xpos_scale(like: torch.Tensor, distance: torch.Tensor, turn: Callable) -> torch.Tensor:
-    """The same for states (B, H, T, D), (R, 1, T, D) in the order of dimensions of `turn`."""
-    scale = xpos_powers(like, distance)
-    scale = scale.repeat_interleave(2, dim=-1) if turn is rotate_side_by_side else torch.cat((scale, scale), dim=-1)
-    return scale[:, None].to(like.dtype)
+class PositionScheme:
+    """Gives positions by RoPE alone, or not at all: nothing is added or scaled when keys are read."""
 
+    by_slot = False  # whether keys are changed on read, by their distance from the call's first query
+
+    def place_query(self, query: torch.Tensor, offset: torch.Tensor, in_pairs: bool) -> torch.Tensor:
+        """Returns queries (B, H, T, D) at offsets (R, T) from any one base."""
+        return query
+
+    def place_key(self, key: torch.Tensor, offset: torch.Tensor, in_pairs: bool) -> torch.Tensor:
+        """Returns keys (B, K, S, D) at offsets (R, S) from the same base as the queries'."""
+        return key
+
+    def score_bias(self, query: torch.Tensor, shift: torch.Tensor, scaling: float) -> torch.Tensor | None:
+        """Returns what is added to the scores (B, H, T, 1) of keys whose base lies `shift` (R, T) from the others'."""
+        return None
+
+
+class XposScheme(PositionScheme):
+    """Scales queries and keys so that scores decay with distance (Sun et al., arXiv 2212.10554)."""
+
+    by_slot = True
+
+    @staticmethod
+    def powers(like: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+        """Returns ζ^(distance/512) (R, T, D/2) of distances (R, T)."""
+        size = like.shape[-1]
+        zeta = (torch.arange(0, size, 2, device=like.device) / size + XPOS_GAMMA) / (1 + XPOS_GAMMA)
+        return zeta ** (distance[..., None] / XPOS_BASE)
+
+    def scaled(self, states: torch.Tensor, distance: torch.Tensor, in_pairs: bool) -> torch.Tensor:
+        """Returns states (B, H, T, D) times the powers of their distances (R, T)."""
+        scale = self.powers(states, distance)
+        scale = scale.repeat_interleave(2, dim=-1) if in_pairs else torch.cat((scale, scale), dim=-1)
+        return states * scale[:, None].to(states.dtype)
+
+    def place_query(self, query, offset, in_pairs):
+        return self.scaled(query, offset, in_pairs)
+
+    def place_key(self, key, offset, in_pairs):
+        return self.scaled(key, -offset, in_pairs)
+
+
+class LinspaceScheme(PositionScheme):
+    """Adds a multiple of a learned vector to each key, growing evenly over a window's span.
+
+    Args:
+        scale (D,): the layer's `linspace_scale`.
+        span: the tokens over which the multiple grows from 0 to 0.1.
+    """
+
+    by_slot = True
+
+    def __init__(self, scale: torch.Tensor, span: int):
+        wide = scale.to(torch.promote_types(scale.dtype, torch.float32))
+        self.step = wide * (LINSPACE_REACH / max(span - 1, 1))
+
+    def place_key(self, key, offset, in_pairs):
+        return (key + offset[:, None, :, None] * self.step).to(key.dtype)
+
+    def score_bias(self, query, shift, scaling):
+        bias = query.to(self.step.dtype) @ self.step[:, None] * shift[:, None, :, None] * scaling
+        return bias.to(query.dtype)
+
+
+ROPE, XPOS = PositionScheme(), XposScheme()
 
 __all__ = [
+    "ROPE",
+    "XPOS",
+    "LinspaceScheme",
     "OlmemRotaryEmbedding",
+    "PositionScheme",
     "Rotation",
+    "XposScheme",
     "as_complex",
-    "as_phases",
-    "has_complex",
-    "in_halves",
     "inverse_frequencies",
     "rotate",
     "rotate_pairs",
-    "rotate_side_by_side",
-    "side_by_side",
-    "xpos_powers",
-    "xpos_scale",
+    "to_halves",
+    "to_pairs",
 ]

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from olmem import OlmemConfig, OlmemForCausalLM
+from olmem.visibility_olmem import Visibility
 from torch import nn
 
 WINDOW = 4
@@ -99,7 +100,7 @@ def tokens(*shape: int, vocab_size: int = 61, seed: int = 0) -> torch.Tensor:
 
 def span(model: OlmemForCausalLM) -> int:
     """Tokens of the widest window that has an end."""
-    return max(context.span or 1 for context in model.model.contexts.values())
+    return max(Visibility.of(model.config, kind).span or 1 for kind in model.config.layer_types)
 
 
 def left_padded(*rows: torch.Tensor, pad: int = 0) -> dict[str, torch.Tensor]:

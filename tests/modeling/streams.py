@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from modeling.helpers import CHUNKED, FULL, ROPE, SLIDING, tiny
-from olmem import OlmemCache, OlmemForCausalLM, attention_olmem, cache_layer_olmem, memory_olmem, retrieval_olmem
+from olmem import OlmemCache, OlmemForCausalLM, backends_olmem, retrieval_olmem, state_olmem, visibility_olmem
 from olmem.rules_olmem import POSITION_EMBEDDINGS, SHARED_PROJECTIONS
 from torch.testing import assert_close
 
@@ -85,11 +85,12 @@ def paddings(draw, rows: int, pieces: list[int]) -> list[torch.Tensor]:
 def blocks_of(queries: int):
     """Attention and retrieval in blocks of that many queries, and of few keys, for short texts to have many."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (cache_layer_olmem, memory_olmem, retrieval_olmem):
+        for module in (state_olmem, visibility_olmem):
             patch.setattr(module, "STORE_BLOCK", queries)
+        patch.setattr(retrieval_olmem, "BLOCK", queries)
         patch.setattr(retrieval_olmem, "SCORES", 1)
-        patch.setattr(attention_olmem, "BLOCK", {"cpu": queries})
-        patch.setattr(attention_olmem, "WHOLE", 1)
+        patch.setattr(backends_olmem, "BLOCK", {"cpu": queries})
+        patch.setattr(backends_olmem, "WHOLE", 1)
         yield
 
 

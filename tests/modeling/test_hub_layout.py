@@ -212,7 +212,7 @@ def test_what_the_loader_cannot_load_is_found(source, tmp_path):
 
 
 def test_imports_go_one_way():
-    """Rules import no file of the package, fields import the rules, and the package imports nothing of the converter."""
+    """Rules import no file of the package, fields import the rules, and nothing imports the converter."""
     for name, siblings in (("rules_olmem", []), ("configuration_olmem", ["rules_olmem"])):
         tree = ast.parse((PACKAGE / f"{name}.py").read_text())
         imported = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]

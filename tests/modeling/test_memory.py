@@ -31,9 +31,11 @@ from modeling.helpers import (
     weights_of,
 )
 from modeling.streams import BLOCKS, alone, blocks_of, choices, close, cuts, make, paddings, read, write
-from olmem import OlmemCache, OlmemForCausalLM, memory_olmem
-from olmem.cache_layer_olmem import STORE_BLOCK
+from olmem import OlmemCache, OlmemForCausalLM, segments_olmem
+from olmem.cache_file_olmem import checksum
 from olmem.rules_olmem import NORM_PLACEMENTS
+from olmem.state_olmem import OlmemTape
+from olmem.visibility_olmem import STORE_BLOCK
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -589,7 +591,7 @@ def test_a_call_that_is_broken_off_between_segments_leaves_no_cache_to_go_on_fro
             raise KeyboardInterrupt
 
     hook = model.model.layers[0].register_forward_pre_hook(fail)
-    for calls in (2, 3, 4, 5):  # the first segment; the second one's memory, as it is written and read; that segment
+    for calls in (2, 3):  # each segment is one pass, with the memory that it reads and the one that it writes
         calls_left[0] = calls
         with pytest.raises(KeyboardInterrupt):
             read(model, [tokens(1, 12)], cache=cache)
@@ -738,14 +740,20 @@ def test_attention_weights_are_refused_with_memory_tokens(backend):
     assert model(tokens(1, 3), output_attentions=False).attentions is None
 
 
-def test_reentrant_checkpointing_is_refused_with_memory_tokens():
-    """It would leave out what a layer is told beside its input: gradients would be wrong, and nobody the wiser."""
-    model = make(MEMORIES["memory"]).train()
-    model.gradient_checkpointing_enable({"use_reentrant": True})
-    with pytest.raises(ValueError, match="`use_reentrant`"):
-        model(tokens(1, 7))
-    with torch.no_grad():
-        close(model.eval()(tokens(1, 7)).logits[0], expected(model, tokens(7)))
+@every_memory
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_changes_no_gradient_through_memory(changes, use_reentrant):
+    """Whatever gradients go through enters and leaves a layer by position, which reentrant checkpointing sees."""
+    found = []
+    for checkpointing in (False, True):
+        model = make(changes).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        ids = left_padded(tokens(23), tokens(12, seed=1))
+        model(**ids, use_cache=False).logits[ids["attention_mask"].bool()].square().mean().backward()
+        found.append({name: weight.grad for name, weight in model.named_parameters()})
+    for name, gradient in found[0].items():
+        assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_the_first_memory_begins_as_embeddings_do():
@@ -819,7 +827,7 @@ def test_a_half_written_cache_is_not_saved(tmp_path):
     with pytest.raises(ZeroDivisionError):
         read(model, [tokens(1, 8)], cache=cache)
     handle.remove()
-    cache.fresh = False
+    cache.counters.fresh = False
     for forbidden in (lambda: cache.save(tmp_path / "cache"), lambda: model.reset_memory(cache)):
         with pytest.raises(ValueError, match="half written"):
             forbidden()
@@ -856,12 +864,14 @@ def test_many_short_documents_cost_no_more_than_their_tokens():
     assert sum(seen) < 4 * sum(sizes)
 
 
-def test_attentions_are_refused_where_gradients_go_through_a_store():
+def test_attentions_are_the_same_where_gradients_go_through_a_store():
     model = make(MEMORIES["retrieval"] | {"attn_implementation": "eager"})
-    with pytest.raises(ValueError, match="`retrieval_layers` must be empty"):
-        model(tokens(1, 9), output_attentions=True)
+    found = model(tokens(1, 9), output_attentions=True).attentions
     with torch.no_grad():
-        assert len(model(tokens(1, 9), output_attentions=True).attentions) == model.config.num_hidden_layers
+        expected = model(tokens(1, 9), output_attentions=True).attentions
+    assert len(expected) == model.config.num_hidden_layers
+    for weights, exact in zip(found, expected, strict=True):
+        close(weights, exact)
 
 
 def test_second_derivatives_are_refused_and_anomalies_found_nowhere():
@@ -878,14 +888,14 @@ def test_second_derivatives_are_refused_and_anomalies_found_nowhere():
 
 def test_what_goes_back_holds_as_much_as_may_be_looked_up(monkeypatch):
     model = make(MEMORIES["both"] | {"retrieval_capacity": 6})
-    kept, original = [], memory_olmem.Trail.recall
+    kept, original = [], OlmemTape.candidates
 
-    def recall(*arguments):
-        found = original(*arguments)
-        kept.append(found[0].shape[2])
-        return found
+    def candidates(*arguments):
+        for found in original(*arguments):
+            kept.append(found.key.shape[2])
+            yield found
 
-    monkeypatch.setattr(memory_olmem.Trail, "recall", recall)
+    monkeypatch.setattr(OlmemTape, "candidates", candidates)
     model(tokens(1, 200), use_cache=False)
     assert max(kept) <= 6 + 2 * span(model) + model.config.memory_segment_length
 
@@ -995,7 +1005,7 @@ def test_a_memory_that_is_not_finite_is_neither_saved_nor_loaded(value, tmp_path
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for memory in (tensors["memory"], cache.memory):
         memory[1, 0, 3] = value
-    save_file(tensors, tmp_path / "spoilt.safetensors", metadata)
+    save_file(tensors, tmp_path / "spoilt.safetensors", metadata | {"checksum": checksum(tensors)})
     with pytest.raises(ValueError, match=r"`memory` of row 1 must be finite to be loaded from .*spoilt.*\(got 1 of 48"):
         OlmemCache.load(tmp_path / "spoilt.safetensors", model.config)
     with pytest.raises(ValueError, match=r"`memory` of row 1 must be finite to be saved \(got 1 of 48"):
@@ -1011,6 +1021,6 @@ def test_a_short_text_takes_little_room(monkeypatch):
         made.append(OlmemCache(*arguments, **options))
         return made[-1]
 
-    monkeypatch.setattr(memory_olmem, "OlmemCache", make_cache)
+    monkeypatch.setattr(segments_olmem, "OlmemCache", make_cache)
     alone(model, tokens(5))
     assert made[0].nbytes < 100_000

@@ -6,8 +6,8 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from modeling.helpers import CHUNKED, FULL, MIXED, ROPE, SLIDING, oracle, span, tiny, tokens
-from olmem import OlmemCache, OlmemConfig, OlmemForCausalLM, attention_olmem
-from olmem.positions_olmem import as_phases, in_halves, rotate, rotate_pairs, rotate_side_by_side, side_by_side
+from olmem import OlmemCache, OlmemConfig, OlmemForCausalLM, backends_olmem
+from olmem.positions_olmem import rotate, rotate_pairs, to_halves, to_pairs
 from olmem.rules_olmem import POSITION_EMBEDDINGS, SHARED_PROJECTIONS
 from torch.testing import assert_close
 from transformers import DynamicCache, StaticCache
@@ -129,7 +129,7 @@ def test_a_step_is_that_of_the_design_however_many_heads_are_rotated_at_a_time(
     shared, scheme, backend, scratch, monkeypatch
 ):
     """Window, sinks, chunks and a growing layer; grouped heads."""
-    monkeypatch.setattr(attention_olmem, "SCRATCH", scratch)
+    monkeypatch.setattr(backends_olmem, "SCRATCH", scratch)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     heads = {"num_key_value_heads": 4} if shared == "query_key_value" else {}
     model = tiny(**MIXED, **heads, shared_projections=shared, position_embedding=scheme)
@@ -162,10 +162,10 @@ def test_pairs_side_by_side_turn_as_halves_do(dtype):
     states = torch.randn(2, 3, 5, 8, generator=generator).to(dtype)
     angles = torch.randn(2, 5, 4, generator=generator)
     cos, sin = (torch.cat((part, part), dim=-1) for part in (angles.cos(), angles.sin()))
-    assert torch.equal(in_halves(side_by_side(states)), states)
+    assert torch.equal(to_halves(to_pairs(states)), states)
     expected = rotate(states, cos, sin)
-    assert_close(in_halves(rotate_side_by_side(side_by_side(states), cos, sin)), expected)
-    assert_close(in_halves(rotate_pairs(side_by_side(states), as_phases(cos, sin))), expected)
+    phases = torch.stack((angles.cos(), angles.sin()), dim=-1)
+    assert_close(to_halves(rotate_pairs(to_pairs(states), phases)), expected)
 
 
 @every_sharing

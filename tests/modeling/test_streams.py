@@ -25,11 +25,16 @@ from modeling.helpers import (
     tiny,
     tokens,
 )
+from modeling.reference import attend_reference
 from modeling.streams import BLOCKS, alone, blocks_of, choices, cuts, dynamic, make, paddings, read, write
 from olmem import OlmemCache, OlmemForCausalLM
-from olmem.attention_olmem import attend, attend_reference
-from olmem.context_olmem import Context, Sight
+from olmem.backends_olmem import BACKENDS
+from olmem.fallback_olmem import Implementation
+from olmem.inputs_olmem import number_tokens
+from olmem.plan_olmem import Call, Frame, Planner
 from olmem.rules_olmem import POSITION_EMBEDDINGS
+from olmem.segments_olmem import Schedule
+from olmem.visibility_olmem import Visibility
 from torch.testing import assert_close
 from transformers import DynamicCache, Olmo2Config, Olmo2ForCausalLM, Olmo3Config, Olmo3ForCausalLM
 
@@ -189,6 +194,8 @@ def attention_inputs(draw) -> dict[str, Any]:
     """One layer and random queries, keys and values of any size for it, a gradient of its output."""
     changes = draw(choices()) | {"num_hidden_layers": 1, "layer_types": draw(st.sampled_from([SLIDING, CHUNKED, FULL]))}
     changes |= {"head_dim": draw(st.sampled_from([2, 6, 8]))}
+    if changes["layer_types"] == FULL:  # in whose windows every sink stays
+        changes |= {"num_sink_tokens": 0}
     # As the reference, whose angles are products of differences and frequencies.
     changes |= {"shared_projections": "none", "position_embedding": "rope", "rope_parameters": ROPE}
     batch, length = draw(st.integers(1, 2)), draw(st.integers(1, 40))
@@ -203,14 +210,19 @@ def attention_inputs(draw) -> dict[str, Any]:
 
 
 def attend_in(model: OlmemForCausalLM, states, cache: OlmemCache | None = None) -> torch.Tensor:
-    """What the first layer's attention makes of queries, keys and values without positions."""
-    query = states[0]
-    hidden = query.new_zeros(len(query), query.shape[2], 1).requires_grad_(query.requires_grad)
-    told = model.model.look(hidden, None, None, cache)[model.config.layer_types[0]]
-    past = None if cache is None else cache.layers[0]
-    output, _ = attend(model.model.layers[0].self_attn, *states, told["position_embeddings"], told["sight"], past)
+    """Returns what the first layer's attention makes of queries, keys and values without positions."""
+    query, key, value = states
+    embeddings = query.new_zeros(len(query), query.shape[2], 1)
     if cache is not None:
-        cache.advance(told["sight"])
+        cache.begin(len(query), query.device)
+    tokens = number_tokens(embeddings, None, None, None if cache is None else cache.counters, has_memory=False)
+    schedule = Schedule(model.config, None, cache, tokens, embeddings)
+    is_plain = Implementation.of(model.config).is_plain
+    [call] = schedule.calls()
+    plan = Planner(model.config, model.model.rotary_emb, BACKENDS, is_plain).plans(call)[schedule.kinds[0]]
+    [section], [parts] = plan.sections, schedule.states[0].write(key, value, plan, ())
+    output, _ = section.attend(model.model.layers[0].self_attn.heads(plan), query, parts)
+    schedule.leave(call, plan, [output], [])
     return output
 
 
@@ -236,7 +248,7 @@ def test_attention_is_the_reference_with_its_gradients(inputs, block, data):
             value,
             numbers,
             numbers,
-            model.model.contexts[layer_type],
+            Visibility.of(model.config, layer_type),
             lambda positions: model.model.rotary_emb(query, positions, layer_type),
             model.model.layers[0].self_attn.scaling,
         )
@@ -313,6 +325,7 @@ def read_from(model: OlmemForCausalLM, first: int) -> torch.Tensor:
     read(model, [tokens(1, 7)], cache=cache)
     cache.seen.fill_(first)
     cache.columns.fill_(first)
+    cache.counters.host_seen = cache.counters.host_columns = None
     renewed = tokens(1, model.config.num_hidden_layers * span(model), seed=1)
     rest = tokens(1, 3 * span(model), seed=2)
     read(model, renewed.split(4, dim=1), cache=cache)
@@ -352,23 +365,25 @@ def test_slots_of_a_step_are_bounded_however_long_the_stream(data):
     one."""
     layer_type, sinks = data.draw(st.sampled_from([SLIDING, CHUNKED])), data.draw(st.integers(0, 5))
     sizes = {name: data.draw(st.integers(least, 6)) for name, least in (("window", 1), ("chunk", 1), ("lookback", 0))}
-    context = Context(layer_type, num_sinks=sinks, sliding_window=sizes["window"])
+    visibility = Visibility(layer_type, num_sinks=sinks, sliding_window=sizes["window"])
     if layer_type == CHUNKED:
-        context = Context(layer_type, num_sinks=sinks, chunk_size=sizes["chunk"], lookback=sizes["lookback"])
+        visibility = Visibility(layer_type, num_sinks=sinks, chunk_size=sizes["chunk"], lookback=sizes["lookback"])
     counts = st.integers(0, 40) | st.integers(10**8, 10**8 + 40)
     seen = torch.tensor(data.draw(st.lists(counts, min_size=1, max_size=3)))
     real = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(seen), max_size=len(seen))))
     before = data.draw(st.sampled_from([int(seen.max()), None]))
     numbers = torch.where(real, seen, -1)[:, None]
-    sight = Sight.with_cache(context, numbers, not bool(real.all()), seen, before, context.span, in_place=True)
-    slots = sight.step_slots
-    assert slots.shape == (len(seen), sinks + sight.key_numbers.shape[1])
-    assert set(slots.flatten().tolist()) <= set(range(context.span + sinks))
+    frame = Frame(visibility, Call(numbers, not bool(real.all()), seen=seen, before=before), [], 0)
+    [(_, view)] = frame.sections
+    slots = view.step_slots
+    assert view.is_step
+    assert slots.shape == (len(seen), sinks + view.key_numbers.shape[1])
+    assert set(slots.flatten().tolist()) <= set(range(visibility.span + sinks))
     for row, number in enumerate(numbers[:, 0].tolist()):
         assert slots[row, :sinks].tolist() == list(range(sinks))
         if 0 <= number <= 40:
             before_window, inside = seen_by(number, layer_type, **sizes, sinks=sinks)
-            listed, keys = before_window + inside, sight.key_numbers[row].tolist()
+            listed, keys = before_window + inside, view.key_numbers[row].tolist()
             for slot, key in zip(slots[row, sinks:].tolist(), keys, strict=True):
                 assert slot == (listed.index(key) if key in inside else 0)
 

@@ -269,7 +269,7 @@ def test_what_the_call_says_of_gates_is_what_they_are(value, door, without_memor
 def test_every_class_gates_a_memory_that_its_weights_lack(model_class, without_memory):
     for door in ("from_pretrained", "edited file"):
         model = DOORS[door](model_class, without_memory, **NEW)
-        assert model.get_decoder().layers[0].self_attn.gates_memory
+        assert model.get_decoder().layers[0].self_attn.memory_gate is not None
 
 
 @pytest.mark.parametrize("model_type", ["olmo", "olmo2", "olmo3"])
@@ -282,12 +282,13 @@ def test_from_olmo_gates_the_memory_that_it_adds(model_type, tmp_path):
     for value in (None, -1.5):
         model = OlmemForCausalLM.from_olmo(tmp_path, **NEW, memory_gate_init=value)
         assert model.config.memory_gate_init == value
-        assert model.model.layers[0].self_attn.gates_memory == (value is not None)
+        assert (model.model.layers[0].self_attn.memory_gate is not None) == (value is not None)
 
 
 def test_a_model_made_from_scratch_has_no_gates_unless_asked():
-    assert not OlmemForCausalLM(tiny(**NEW).config).model.layers[0].self_attn.gates_memory
-    assert OlmemForCausalLM(tiny(**NEW, memory_gate_init=0).config).model.layers[0].self_attn.gates_memory
+    assert OlmemForCausalLM(tiny(**NEW).config).model.layers[0].self_attn.memory_gate is None
+    gated = OlmemForCausalLM(tiny(**NEW, memory_gate_init=0).config)
+    assert gated.model.layers[0].self_attn.memory_gate is not None
 
 
 @doors
@@ -296,7 +297,7 @@ def test_a_memory_without_gates_that_was_saved_loads_without_gates(door, tmp_pat
     model = tiny(layer_types=SLIDING, **NEW)
     model.save_pretrained(tmp_path)
     found = DOORS[door](OlmemForCausalLM, tmp_path, **NEW)
-    assert found.config.memory_gate_init is None and not found.model.layers[0].self_attn.gates_memory
+    assert found.config.memory_gate_init is None and found.model.layers[0].self_attn.memory_gate is None
     ids = tokens(1, 20)
     assert torch.equal(logits_of(found, ids), logits_of(model, ids))
 

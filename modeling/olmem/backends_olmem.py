@@ -1,0 +1,417 @@
+# Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
+"""Ways to compute attention over the parts that a section sees, all under one softmax.
+
+A forward over many queries cannot give the prefix (memory and sinks) one rotation that suits them all: its distance
+stops growing where its query's slot does. So the window's keys have the positions of their places and meet the query
+rotated at its place; the prefix has the positions of its slots and meets the query rotated at its slot.
+
+Shapes: B batch, H query heads, K key/value heads, T queries, S keys of the window part, D head dim, P slots of the
+prefix; R is B, or 1 where one row stands for all.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .compat_olmem import pieces
+from .contracts_olmem import Backend, Heads, Needs, Output, Part, Rotations, Section, choose
+from .positions_olmem import XposScheme, as_complex, rotate_pairs, to_halves, to_pairs
+from .view_olmem import View, find_sinks
+
+# Queries at a time. Up to WHOLE blocks of a stream's beginning are one block, the very call that Transformers' models
+# make: the same bits, and a mask of bounded size.
+BLOCK = {"cpu": 128}
+BLOCK_ELSEWHERE = 1024
+WHOLE = 8
+SCRATCH = 2**21  # bytes of rotated keys at a time and thread, on a CPU
+ALL = slice(None)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attends in plain operations with a softmax in float32, in the form of Transformers' attention functions.
+
+    query (B, H, T, D), key and value (B, K, S, D); the mask is added to the scores. Returns the output (B, T, H, D)
+    and the weights (B, H, T, S).
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (state[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for state in (key, value))
+    weights = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def block_size(device: torch.device) -> int:
+    """Returns how many queries are attended for at a time on a device."""
+    return BLOCK.get(device.type, BLOCK_ELSEWHERE)
+
+
+class Documents:
+    """Attends within each of the documents that are packed into rows, as if it were alone.
+
+    Args:
+        backends: those of one document, in the order in which they are asked.
+    """
+
+    def __init__(self, backends: Sequence[Backend]):
+        self.backends = backends
+
+    def supports(self, view: View, needs: Needs) -> bool:
+        """Takes views of packed documents."""
+        return view.documents is not None
+
+    def attend(self, heads: Heads, query: torch.Tensor, parts: Sequence[Part], section: Section) -> Output:
+        """Attends as `Backend.attend` does; the sinks of a document are its own first tokens."""
+        window, length = parts[-1], query.shape[2]
+        outputs, weights = [], None
+        for row, documents in enumerate(section.view.documents or ()):
+            rows = slice(row, row + 1)
+            for start, stop in documents:
+                part, view = slice(start, stop), section.view.upto(stop - start)
+                own = [Part(window.key[rows, :, part], window.value[rows, :, part])]
+                if view.prefix:
+                    sinks = torch.arange(view.visibility.num_sinks, device=query.device).clamp(max=stop - start - 1)
+                    own.insert(0, Part(own[0].key[:, :, sinks], own[0].value[:, :, sinks], is_prefix=True))
+                rotations, backend = section.rotations.part(part, rows), choose(self.backends, view, section.needs)
+                alone = Section(ALL, view, rotations, section.needs, backend)
+                output, share = alone.attend(heads, query[rows, :, part], own)
+                outputs.append(output)
+                if share is not None:
+                    weights = query.new_zeros(*query.shape[:3], length) if weights is None else weights
+                    weights[rows, :, part, part] = share
+        return torch.cat(outputs, dim=1).view(len(query), length, *outputs[0].shape[2:]), weights
+
+
+class Step:
+    """Attends for one query a row to keys that are read where a cache has them."""
+
+    def supports(self, view: View, needs: Needs) -> bool:
+        """Takes steps."""
+        return view.is_step
+
+    def attend(self, heads: Heads, query: torch.Tensor, parts: Sequence[Part], section: Section) -> Output:
+        """Attends as `Backend.attend` does."""
+        view, rotations, needs = section.view, section.rotations, section.needs
+        if rotations.step.phases is not None:
+            output, weights = self.attend_bare(heads, query, parts[0], section)
+        else:
+            queries = [(rotations.slot if part.is_prefix else rotations.place)(query) for part in parts]
+            keys = [part.key for part in parts]
+            if needs.by_slot:
+                offsets = view.step_slots - view.query_slots
+                sizes = [key.shape[2] for key in keys]
+                offsets = offsets[:, offsets.shape[1] - sum(sizes) :].split(sizes, dim=1)
+                keys = [heads.scheme.place_key(key, each, False) for key, each in zip(keys, offsets, strict=True)]
+            values = [part.value for part in parts]
+            if len(parts) == 1 and not needs.plain and heads.memory_gate is None:
+                output, weights = attend_sdpa(heads, queries[0], keys[0], values[0], view.step_mask), None
+            else:
+                gate = heads.memory_gate
+                output, weights = attend_side_by_side(heads, queries, keys, values, view.step_mask, gate)
+        return output, in_order(weights, view) if needs.weights and weights is not None else None
+
+    def attend_bare(self, heads: Heads, query: torch.Tensor, part: Part, section: Section) -> Output:
+        """Attends to keys that are values too, in pairs, and rotates them to their slots a few heads at a time."""
+        view, phases = section.view, section.rotations.step.phases
+        assert phases is not None
+        query = section.rotations.slot(to_pairs(query))
+        if isinstance(heads.scheme, XposScheme):
+            distance = view.query_slots - view.step_slots
+            phases = phases * heads.scheme.powers(query, distance.clamp(min=0))[..., None]
+        groups = query.shape[1] // part.key.shape[1]
+        outputs, weights = [], []
+        for kv_heads, key in rotated_heads(part.key, phases):
+            some = ALL if kv_heads == ALL else slice(kv_heads.start * groups, kv_heads.stop * groups)
+            own, value, share = query[:, some], part.value[:, kv_heads], None
+            gate = None if heads.memory_gate is None else heads.memory_gate[some]
+            if section.needs.plain or gate is not None:
+                output, share = attend_side_by_side(heads, [own], [key], [value], view.step_mask, gate)
+            else:
+                output = attend_sdpa(heads, own, key, value, view.step_mask)
+            outputs.append(output)
+            weights.append(share)
+        return to_halves(torch.cat(outputs, dim=2)), torch.cat(weights, dim=1) if section.needs.weights else None
+
+
+class Whole:
+    """Attends to one part in one call, the very call that Transformers' models make, with the same bits."""
+
+    def supports(self, view: View, needs: Needs) -> bool:
+        """Takes tokens that are all there is, up to a size at which one mask for all of them is still small."""
+        if view.prefix or view.key_numbers.shape[1] != view.numbers.shape[1] or needs.by_slot:
+            return False
+        blocks = pieces(view.numbers.shape[1], WHOLE * block_size(view.numbers.device), view.numbers)
+        return len(blocks) == 1 or (view.causal and not needs.plain)
+
+    def attend(self, heads: Heads, query: torch.Tensor, parts: Sequence[Part], section: Section) -> Output:
+        """Attends as `Backend.attend` does."""
+        view, plain, part = section.view, section.needs.plain, parts[-1]
+        query, key = place_on_read(query, part, section.rotations)
+        mask = None
+        if plain or not view.causal:
+            mask = view.mask(ALL, ALL)[:, None]
+        if plain and mask is not None:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface("eager" if plain else "sdpa", eager_attention_forward)
+        dropout, scaling = heads.dropout, heads.scaling
+        output, weights = interface(heads.module, query, key, part.value, mask, dropout=dropout, scaling=scaling)
+        return to_halves(output) if part.in_pairs else output, weights if section.needs.weights else None
+
+
+class Blocks:
+    """Attends a block of queries at a time, so that work and memory grow with the window and not with the stream."""
+
+    def supports(self, view: View, needs: Needs) -> bool:
+        """Takes everything."""
+        return True
+
+    def attend(self, heads: Heads, query: torch.Tensor, parts: Sequence[Part], section: Section) -> Output:
+        """Attends as `Backend.attend` does."""
+        view, needs, window = section.view, section.needs, parts[-1]
+        in_pairs = window.in_pairs
+        queries, key = place_on_read(query, window, section.rotations)
+        before = parts[0] if parts[0].is_prefix else None
+        if before is not None:
+            before = Prefix(*place_on_read(query, before, section.rotations), before.value)
+        blocks = pieces(query.shape[2], block_size(query.device), query)
+        reaches = [ALL if needs.weights else view.reach(block) for block in blocks]
+        keys, values = slices(key, reaches), slices(window.value, reaches)
+        outputs, weights = [], []
+        for block, reach, block_key, block_value in zip(blocks, reaches, keys, values, strict=True):
+            block_query, bias = queries[:, :, block], None
+            prefix = before and before.some(block)
+            if needs.by_slot:
+                block_query, block_key, prefix, bias = place_by_slot(
+                    heads, block_query, block_key, prefix, view, block, reach, in_pairs
+                )
+            mask = view.mask(block, reach, prefix is not None)
+            if prefix is not None:
+                some = [prefix.query, block_query], [prefix.key, block_key], [prefix.value, block_value]
+                output, share = attend_side_by_side(heads, *some, mask, heads.memory_gate, bias)
+            elif needs.plain:
+                output, share = attend_side_by_side(heads, [block_query], [block_key], [block_value], mask)
+            else:
+                output, share = attend_sdpa(heads, block_query, block_key, block_value, mask), None
+            outputs.append(output)
+            weights.append(share)
+        output = torch.cat(outputs, dim=1)
+        output = to_halves(output) if in_pairs else output
+        return output, in_order(torch.cat(weights, dim=2), view) if needs.weights else None
+
+
+# One document, and all: the reference, which takes everything, is the last one.
+SINGLE: list[Backend] = [Step(), Whole(), Blocks()]
+BACKENDS: list[Backend] = [Documents(SINGLE), *SINGLE]
+
+
+# Parts of the backends
+
+
+class Prefix(NamedTuple):
+    """Holds queries at their slots (B, H, T, D), and keys and values (B, K, P, D) of memory and sinks."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+    def some(self, queries: slice) -> "Prefix":
+        """Returns the prefix of some of the queries."""
+        return self._replace(query=self.query[:, :, queries])
+
+
+def place_on_read(query: torch.Tensor, part: Part, rotations: Rotations) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns queries (B, H, T, D) and the keys (B, K, S, D) of a part, both with their positions."""
+    query = to_pairs(query) if part.in_pairs else query
+    query = (rotations.slot if part.is_prefix else rotations.place)(query)
+    if not part.is_bare:
+        return query, part.key
+    return query, (rotations.prefix if part.is_prefix else rotations.key)(part.key)
+
+
+def place_by_slot(
+    heads: Heads,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    prefix: Prefix | None,
+    view: View,
+    block: slice,
+    reach: slice,
+    in_pairs: bool,
+) -> tuple[torch.Tensor, torch.Tensor, Prefix | None, torch.Tensor | None]:
+    """Returns a block's queries, keys and prefix as xpos or linspace change them, and a bias of the prefix' scores.
+
+    Positions count from the block's first query, so that none grows with the stream.
+    """
+    scheme, place, bias = heads.scheme, view.places[:, block], None
+    first = place[:, :1]
+    if prefix is not None:
+        slot = view.query_slots[:, block]
+        least = slot.amin(-1, keepdim=True)
+        bias = scheme.score_bias(prefix.query, place - slot - first + least, heads.scaling)
+        prefix = Prefix(
+            scheme.place_query(prefix.query, slot - least, in_pairs),
+            scheme.place_key(prefix.key, view.prefix_slots - least, in_pairs),
+            prefix.value,
+        )
+    query = scheme.place_query(query, place - first, in_pairs)
+    return query, scheme.place_key(key, view.key_places[:, reach] - first, in_pairs), prefix, bias
+
+
+class Slices(torch.autograd.Function):
+    """Takes overlapping slices of states (B, K, S, D), whose gradients are added up in one tensor."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(states, *ranges):
+        """Returns one slice for each range of S."""
+        return tuple(states[:, :, part] for part in ranges)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        """Keeps what the backward pass needs."""
+        ctx.shape, ctx.ranges = inputs[0].shape, inputs[1:]
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        """Returns the gradient of the states."""
+        total = gradients[0].new_zeros(ctx.shape)
+        for part, gradient in zip(ctx.ranges, gradients, strict=True):
+            total[:, :, part] += gradient
+        return total, *(None for _ in ctx.ranges)
+
+
+def slices(states: torch.Tensor, ranges: Sequence[slice]) -> Sequence[torch.Tensor]:
+    """Returns slices (B, K, …, D) of states (B, K, S, D), one for each range of S."""
+    if len(ranges) > 1 and torch.is_grad_enabled():
+        return Slices.apply(states, *ranges)
+    return [states[:, :, part] for part in ranges]
+
+
+def rotated_heads(states: torch.Tensor, phases: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yields states (B, K, S, D) rotated by phases (R, S, D/2, 2), on a CPU a few heads at a time.
+
+    What is yielded must be used before the next heads. They are as many as stay in the processor's cache until then,
+    but no fewer than there are threads to attend to them.
+    """
+    batch, kv_heads, length, width = states.shape
+    size = kv_heads
+    if states.device.type == "cpu":
+        threads = torch.get_num_threads()
+        size = min(max(threads * SCRATCH // (batch * length * width * 4), -(-threads // batch)), kv_heads)
+    blocks = pieces(kv_heads, size, states)
+    in_place = len(blocks) > 1 and states.dtype == torch.float32
+    scratch = states.new_empty(batch, size, length, width) if in_place else None
+    for block in blocks:
+        if scratch is None:
+            yield block, rotate_pairs(states[:, block], phases)
+            continue
+        rotated = scratch[:, : block.stop - block.start]
+        torch.mul(as_complex(states[:, block]), torch.view_as_complex(phases[:, None]), out=as_complex(rotated))
+        yield block, rotated
+
+
+def attend_sdpa(
+    heads: Heads, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Attends for queries (B, H, T, D) to keys (B, K, S, D) under a mask (R, T, S). Returns (B, T, H, D).
+
+    The query heads of one key head stand as more queries, so that no key is copied.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if mask is not None:
+        mask = mask[:, None] if groups == 1 else mask[:, None].repeat(1, 1, groups, 1)
+    output = nn.functional.scaled_dot_product_attention(
+        query.reshape(*key.shape[:2], -1, key.shape[-1]),
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=heads.dropout,
+        scale=heads.scaling,
+    )
+    return output.reshape(query.shape).transpose(1, 2)
+
+
+def attend_side_by_side(
+    heads: Heads,
+    queries: Sequence[torch.Tensor],
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    mask: torch.Tensor | None,
+    gate: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attends in plain operations, the scores of all parts side by side under one softmax.
+
+    Each part has queries (B, H, T, D), keys and values (B, K, S, D) of its own. The mask (R, T, S) covers all of them,
+    `gate` (H,) opens heads to memory, which comes first, and `bias` (B, H, T, 1) is added to the scores of the first
+    part. Returns (B, T, H, D) and weights (B, H, T, S).
+    """
+    batch, kv_heads, size = len(keys[0]), keys[0].shape[1], keys[0].shape[3]
+    shape = queries[0].shape
+    scores = [
+        (query * heads.scaling).reshape(batch, kv_heads, -1, size) @ key.transpose(2, 3)
+        for query, key in zip(queries, keys, strict=True)
+    ]
+    if bias is not None:
+        scores[0] = scores[0] + bias.reshape(*scores[0].shape[:3], 1)
+    joined = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
+    weights = weigh(heads, joined.view(*shape[:3], -1), mask, gate).to(queries[0].dtype)
+    shares = weights.view(batch, kv_heads, -1, weights.shape[-1]).split([key.shape[2] for key in keys], dim=-1)
+    output = shares[0] @ values[0]
+    for share, value in zip(shares[1:], values[1:], strict=True):
+        output = output + share @ value
+    return output.reshape(shape).transpose(1, 2), weights
+
+
+def weigh(heads: Heads, scores: torch.Tensor, mask: torch.Tensor | None, gate: torch.Tensor | None) -> torch.Tensor:
+    """Returns the weights of scores (B, H, T, S) where the mask (R, T, S) lets them be, with a softmax in float32.
+
+    With a memory gate g (H,) they are g times those, and 1 − g times those of a softmax without memory.
+    """
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None], -torch.inf)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32)
+    if gate is not None:
+        gate, count = gate[:, None, None], heads.num_memory
+        without = nn.functional.softmax(scores[..., count:], dim=-1, dtype=torch.float32)
+        without = nn.functional.pad(without, (count, 0)).nan_to_num()  # of padding that sees memory alone
+        weights = gate * weights + (1 - gate) * without
+    return nn.functional.dropout(weights.to(scores.dtype), p=heads.dropout, training=heads.dropout > 0)
+
+
+def in_order(weights: torch.Tensor, view: View) -> torch.Tensor:
+    """Returns weights (B, H, T, [P +] S) in the order of the stream.
+
+    Without a cache there is a column for each token. With one there is a column for each key that was held, oldest
+    first, after those of the sinks where these may have left.
+    """
+    sinks = weights.shape[-1] - view.key_numbers.shape[1]  # there is no memory where weights are asked for
+    before, window = (weights[..., :sinks], weights[..., sinks:]) if sinks else (weights, weights)
+    if view.in_place and view.visibility.span is not None:
+        order = view.key_numbers.argsort(dim=-1, stable=True)[:, None, None]
+        window = window.take_along_dim(order.expand(-1, *window.shape[1:3], -1), dim=-1)
+    if not sinks:
+        return window
+    if view.seen is not None:
+        return torch.cat((before, window), dim=-1)
+    found, column = find_sinks(view.numbers, sinks)
+    return window.scatter_add(-1, column[:, None, None].expand(*before.shape), before * found[:, None, None])
+
+
+__all__ = ["BACKENDS", "eager_attention_forward"]

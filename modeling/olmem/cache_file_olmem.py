@@ -1,0 +1,144 @@
+# Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
+"""The state of a batch of streams as one safetensors file, checked before anything of it is used."""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = "olmem-cache-4"
+MOST_COLUMNS = 2**60  # beyond any stream, so that no number leaves the range of int64
+COUNTERS = {"seen": (1, torch.long), "columns": (0, torch.long), "gaps": (0, torch.bool)}
+HINT = "pip install safetensors"
+
+
+def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Returns the SHA-256 of names, types, shapes and values of tensors on the CPU."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def write_state(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+    """Writes tensors and facts to a file, which appears whole or not at all."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise ImportError(f"`OlmemCache.save` needs safetensors: {HINT}") from error
+
+    on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    metadata = {name: json.dumps(value) for name, value in facts.items()}
+    metadata |= {"format": FORMAT, "checksum": checksum(on_cpu)}
+    path = Path(path)
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        scratch.touch()
+        mode = scratch.stat().st_mode  # as the umask has it; safetensors writes for the owner alone
+        save_file(on_cpu, scratch, metadata)
+        scratch.chmod(mode)
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+class StateFile:
+    """Reads a state file that is open.
+
+    Attributes:
+        facts: `architecture`, `max_length` and `began_anew`, of the types that they must have.
+        batch_size, columns: the rows, and the columns that they have read.
+    """
+
+    def __init__(self, path: str | os.PathLike, file: Any):
+        self.path, self.file = path, file
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise ValueError(
+                f"`path` must be a file of `OlmemCache.save` (got {path}, of format {metadata.get('format')!r}); this "
+                f"version reads {FORMAT!r}: read the text again with this version, and save it."
+            )
+        self.checksum = metadata.get("checksum")
+        self.facts = {name: parse(metadata.get(name)) for name in ("architecture", "max_length", "began_anew")}
+        self.require(isinstance(self.facts["architecture"], dict), "its `architecture` is damaged")
+        most = self.facts["max_length"]
+        self.require(most is None or (type(most) is int and 0 < most < 2**31), "its `max_length` is damaged")
+        self.require(isinstance(self.facts["began_anew"], bool), "its `began_anew` is damaged")
+        self.names = set(file.keys())
+        for name, (dimensions, dtype) in COUNTERS.items():
+            self.require(name in self.names, f"`{name}` is missing")
+            shape, stored = file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()
+            kind = {torch.long: "I64", torch.bool: "BOOL"}[dtype]
+            self.require(len(shape) == dimensions and stored == kind, f"`{name}` is damaged")
+        seen, self.columns = file.get_tensor("seen"), int(file.get_tensor("columns"))
+        self.batch_size = len(seen)
+        self.require(self.batch_size > 0, "`seen` is damaged")
+        least, most = int(seen.min()), int(seen.max())
+        fits = 0 <= least <= most <= self.columns < MOST_COLUMNS and self.columns > 0
+        self.require(fits, f"`seen` counts {least} to {most} tokens in {self.columns} `columns`")
+
+    def require(self, holds: bool, problem: str) -> None:
+        """Raises an error that names a problem of the file unless something holds."""
+        if not holds:
+            raise ValueError(
+                f"`path` must be a whole file of `OlmemCache.save` (got {self.path}: {problem}); save it anew."
+            )
+
+    def read(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+        """Returns the counters and the tensors of these names, once shapes, types, checksum and values are right."""
+        dtypes = set()
+        for name, shape in shapes.items():
+            self.require(name in self.names, f"`{name}` is damaged or missing")
+            found = self.file.get_slice(name)
+            self.require(tuple(found.get_shape()) == shape, f"`{name}` is damaged or missing")
+            self.require(found.get_dtype() in ("F64", "F32", "F16", "BF16"), f"`{name}` is damaged or missing")
+            if name != "memory":
+                dtypes.add(found.get_dtype())
+        self.require(len(dtypes) == 1, f"its keys and values are of several types, {', '.join(sorted(dtypes))}")
+        unknown = sorted(self.names - set(shapes) - set(COUNTERS))
+        self.require(not unknown, f"`{unknown[0] if unknown else ''}` is not part of such a state")
+        tensors = {name: self.file.get_tensor(name) for name in (*COUNTERS, *shapes)}
+        self.require(checksum(tensors) == self.checksum, "its content does not have its checksum")
+        for name, tensor in tensors.items():
+            if name.startswith("layers.") and not bool(tensor.isfinite().all()):
+                self.require(False, f"`{name}` holds values that are not finite")
+        return tensors
+
+
+@contextmanager
+def read_state(path: str | os.PathLike) -> Iterator[StateFile]:
+    """Opens a file that `write_state` has written.
+
+    Raises:
+        ValueError: if it is not such a file, or is damaged.
+    """
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise ImportError(f"`OlmemCache.load` needs safetensors: {HINT}") from error
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield StateFile(path, file)
+    except SafetensorError as error:
+        raise ValueError(f"`path` must be a whole file of `OlmemCache.save` (got {path}: {error}).") from None
+
+
+def parse(text: str | None) -> Any:
+    """Returns what JSON says, or what no fact can be where it says nothing that can be read."""
+    try:
+        return json.loads(text or "")
+    except (ValueError, RecursionError):
+        return ...
+
+
+__all__ = ["read_state", "write_state"]

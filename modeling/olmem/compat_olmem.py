@@ -1,0 +1,124 @@
+# Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
+"""What differs between releases of Transformers and torch, and what may be asked while a graph is traced."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.import_utils import is_tracing
+
+# What Transformers calls a cache, as an argument and in outputs: `cache` from 5.24 on.
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+
+
+def rename_cache(arguments: dict[str, Any], name: str) -> dict[str, Any]:
+    """Returns keyword arguments in which `cache` and `past_key_values`, which are one argument, have this name."""
+    if CACHE_NAME != "cache" and not isinstance(arguments.get("cache"), Cache | None):
+        return arguments  # of paged attention, which older releases pass by that name
+    given = [arguments.pop(known, None) for known in ("cache", "past_key_values")]
+    if None not in given:
+        raise ValueError("`cache` and `past_key_values` must not both be passed (got both); they are one argument.")
+    found = [cache for cache in given if cache is not None]
+    return arguments | {name: found[0]} if found else arguments
+
+
+def takes_cache(forward: Callable) -> Callable:
+    """Lets a function with an argument `past_key_values` take it as `cache` too, in every release of Transformers."""
+
+    @wraps(forward)
+    def wrapped(*args, **kwargs):
+        return forward(*args, **rename_cache(kwargs, "past_key_values"))
+
+    return wrapped
+
+
+def is_recorded(tensor: torch.Tensor | None = None) -> bool:
+    """Tells whether a graph is being recorded, so that no value of a tensor may decide anything."""
+    return is_tracing(tensor) or (tensor is not None and tensor.device.type == "meta")
+
+
+def known(tensor: torch.Tensor, otherwise: Any) -> Any:
+    """Returns the value of a tensor of one element, for which the host waits; a default while a graph is recorded."""
+    return otherwise if is_recorded(tensor) else tensor.item()
+
+
+def known_here(tensor: torch.Tensor, otherwise: Any) -> Any:
+    """Returns the value of a tensor of one element if the host has it without waiting, and a default if not."""
+    return known(tensor, otherwise) if tensor.device.type == "cpu" else otherwise
+
+
+def unless_recorded(read: Callable[[], Any]) -> Any:
+    """Returns what a function reads on the host, or None while a graph is recorded, which would hold for that alone."""
+    return None if is_recorded() else read()
+
+
+def pieces(length: int, size: int, like: torch.Tensor) -> list[slice]:
+    """Cuts a length into slices of at most that size; into one for any length while a graph is recorded."""
+    if is_recorded(like):
+        return [slice(None)]
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def columns_of(mask: torch.Tensor) -> tuple[int, int]:
+    """Returns the first column of a mask (R, S) where any row is true, and the one after the last.
+
+    While a graph is recorded, these are all columns. Where no row is true anywhere they are (0, 0).
+    """
+    if is_recorded(mask):
+        return 0, mask.shape[1]
+    found = mask.any(0).nonzero()[:, 0]
+    return (int(found[0]), int(found[-1]) + 1) if len(found) else (0, 0)
+
+
+def table_of(tables: dict[Any, torch.Tensor], key: Any, size: int, make: Callable[[], torch.Tensor]) -> Any:
+    """Returns a table of at least that many rows, made once, or None while a graph is recorded."""
+    if is_recorded():
+        return None
+    if key not in tables or len(tables[key]) < size:
+        tables[key] = make()
+    return tables[key]
+
+
+def has_complex(device: torch.device) -> bool:
+    """Tells whether complex products exist on a device and are fast; a compiler fuses real ones instead."""
+    return device.type in ("cpu", "cuda") and not is_recorded()
+
+
+def keep_address(*tensors: torch.Tensor) -> None:
+    """Marks tensors that are written in place, so that a compiled step does not copy them."""
+    if not is_recorded():
+        for tensor in tensors:
+            torch._dynamo.mark_static_address(tensor)
+
+
+def assert_on_device(condition: torch.Tensor, message: str) -> None:
+    """Checks a condition where the tensor lies, without making the host wait."""
+    torch._assert_async(condition, message)
+
+
+def allocate(*shape: int, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    """Returns zeros that may be written in place in and out of `torch.inference_mode`."""
+    with torch.inference_mode(False):
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+
+__all__ = [
+    "CACHE_NAME",
+    "allocate",
+    "assert_on_device",
+    "columns_of",
+    "has_complex",
+    "is_recorded",
+    "keep_address",
+    "known",
+    "known_here",
+    "pieces",
+    "rename_cache",
+    "table_of",
+    "takes_cache",
+    "unless_recorded",
+]

@@ -1,0 +1,254 @@
+# Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
+"""Plain Olmo2 and Olmo3, for caches, masks and attention functions of Transformers or of a serving engine.
+
+Keys have absolute positions here, and a query sees what a mask of Transformers shows. What only an `OlmemCache` can do
+is an error.
+
+Shapes: B batch, H query heads, K key/value heads, T tokens, D head dim.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .backends_olmem import eager_attention_forward
+from .cache_olmem import is_olmem_cache
+from .compat_olmem import CACHE_NAME, is_recorded
+from .configuration_olmem import OlmemConfig
+from .contracts_olmem import Candidates, Heads, LayerKind, Needs, Output, Part, Plan, Rotations, Section
+from .plan_olmem import layer_kinds
+from .positions_olmem import OlmemRotaryEmbedding, Rotation
+from .rules_olmem import BY_SLOT, ROTATING
+from .view_olmem import View
+from .visibility_olmem import Visibility
+
+OWN_IMPLEMENTATIONS = ("sdpa", "eager")  # of `attn_implementation`, for which Olmem has backends of its own
+MASK_FUNCTIONS = {
+    "full_attention": create_causal_mask,
+    "sliding_attention": create_sliding_window_causal_mask,
+}
+
+
+class Implementation(NamedTuple):
+    """Holds what `attn_implementation` asks for."""
+
+    name: str
+    is_own: bool  # Olmem has backends of its own for it
+    is_plain: bool  # plain operations, which have attention weights
+
+    @classmethod
+    def of(cls, config: OlmemConfig) -> "Implementation":
+        """Returns what a model's configuration asks for."""
+        name = config._attn_implementation or "eager"
+        return cls(name, name in OWN_IMPLEMENTATIONS, name == "eager")
+
+
+def is_padding_mask(attention_mask: Any) -> bool:
+    """Tells whether a mask is (B, T), or none, which pads nothing."""
+    return attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2)
+
+
+def falls_back(config: OlmemConfig, cache: Any, attention_mask: Any, position_ids: torch.Tensor | None) -> bool:
+    """Decides whether a call is one of plain Olmo2 or Olmo3.
+
+    Raises:
+        ValueError: where it would have to be, and the model has what only an `OlmemCache` can do.
+    """
+    implementation, own_cache = Implementation.of(config), is_olmem_cache(cache)
+    reasons = {
+        f"`attn_implementation` {implementation.name!r}; set 'sdpa' or 'eager'": not implementation.is_own,
+        "an `attention_mask` that is not (B, T); pass one, zeros for padding": (
+            isinstance(attention_mask, torch.Tensor) and attention_mask.dim() != 2
+        ),
+        f"a {type(cache).__name__}; leave `past_key_values` and `cache_implementation` out": (
+            cache is not None and not own_cache
+        ),
+        "masks made ahead; pass an `attention_mask` (B, T)": isinstance(attention_mask, dict),
+        "`position_ids` while tracing without a cache; leave them out": (
+            cache is None and position_ids is not None and is_recorded(position_ids)
+        ),
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    if reason is None:
+        return False
+    if own_cache:
+        raise ValueError(f"`past_key_values` is an OlmemCache, which does not work with {reason}.")
+    refuse_own_features(config, cache, reason)
+    return True
+
+
+def refuse_own_features(config: OlmemConfig, cache: Any, reason: str) -> None:
+    """Raises an error for the first feature of a model that plain Olmo2 and Olmo3 do not have."""
+    types = set(config.layer_types)
+    if config.num_sink_tokens and types != {"full_attention"}:
+        raise ValueError(f"`num_sink_tokens` must be 0 (got {config.num_sink_tokens}) with {reason}.")
+    if config.has_memory:
+        raise ValueError(f"{config.memory_rule}, as memory is an OlmemCache's, with {reason}.")
+    by_slot = set(BY_SLOT) & set(config.layer_position_embeddings)
+    if by_slot:
+        raise ValueError(
+            f"`position_embedding` must be made of rope and none (got {min(by_slot)!r}, which goes by what a query "
+            f"sees) with {reason}."
+        )
+    if "chunked_attention" in types:
+        raise ValueError(f"`layer_types` must not have 'chunked_attention' with {reason}.")
+    if cache is not None and "sliding_attention" in types and config.sliding_window == 1:
+        raise ValueError(
+            "`sliding_window` must be at least 2 (got 1) with a cache of Transformers, which cannot keep a window that "
+            "holds nothing of the past; leave `past_key_values` and `cache_implementation` out."
+        )
+
+
+@dataclass
+class ForeignPart(Part):
+    """Holds keys and values of a cache of Transformers or of an engine, and the keywords that go with them."""
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+class InterfaceBackend:
+    """Attends by Transformers' attention function of a name.
+
+    Args:
+        implementation: the function's name.
+        attention_mask: what Transformers makes for it.
+        sliding_window: the window of sliding layers.
+    """
+
+    def __init__(self, implementation: str, attention_mask: Any, sliding_window: int | None):
+        self.interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        self.attention_mask, self.sliding_window = attention_mask, sliding_window
+
+    def supports(self, view: View, needs: Needs) -> bool:
+        """Takes every call that falls back."""
+        return True
+
+    def attend(self, heads: Heads, query: torch.Tensor, parts: Sequence[Part], section: Section) -> Output:
+        """Attends as `Backend.attend` does."""
+        part = parts[0]
+        assert isinstance(part, ForeignPart)
+        return self.interface(
+            heads.module,
+            section.rotations.place(query),
+            part.key,
+            part.value,
+            self.attention_mask,
+            dropout=heads.dropout,
+            scaling=heads.scaling,
+            sliding_window=self.sliding_window,
+            **part.arguments,
+        )
+
+
+class ForeignState:
+    """Remembers what one layer has read in a cache of Transformers or of an engine, or nothing.
+
+    Args:
+        cache: the cache, or None.
+        layer_index: the layer's place in it.
+        arguments: the caller's other keywords, which every layer is given; paged attention adds to them.
+    """
+
+    def __init__(self, cache: Any, layer_index: int, arguments: dict[str, Any]):
+        self.cache, self.layer_index, self.arguments = cache, layer_index, arguments
+
+    def write(
+        self, key: torch.Tensor, value: torch.Tensor, plan: Plan, earlier: Sequence[torch.Tensor] = ()
+    ) -> list[list[Part]]:
+        """Keeps new keys at their positions, and values (B, K, T, D), as `LayerState.write` does."""
+        key, arguments = plan.rotations.place(key), dict(self.arguments)
+        if isinstance(self.cache, Cache):
+            key, value = self.cache.update(key, value, self.layer_index)
+        elif self.cache is not None:  # of paged attention
+            key, value = self.cache.update(key, value, self.layer_index, kwargs=arguments)
+        return [[ForeignPart(key, value, arguments=arguments)]]
+
+    def candidates(
+        self, key: torch.Tensor, value: torch.Tensor, plan: Plan, earlier: Sequence[torch.Tensor] = ()
+    ) -> Iterator[Candidates]:
+        """Yields nothing, because a model that retrieves does not fall back."""
+        return iter(())
+
+
+class Fallback:
+    """Plans a call of plain Olmo2 or Olmo3.
+
+    Args:
+        config: the model's configuration.
+        rotary: its angles.
+        cache: a cache of Transformers or of an engine, or None.
+        hidden_states: (B, T, hidden_size), the embeddings.
+        attention_mask: what the caller gave: None, (B, T), a mask of its own, or masks by layer type.
+        position_ids: (1 or B, T), or None for each token's index.
+        arguments: the caller's other keywords, which every layer is given.
+    """
+
+    def __init__(
+        self,
+        config: OlmemConfig,
+        rotary: OlmemRotaryEmbedding,
+        cache: Any,
+        hidden_states: torch.Tensor,
+        attention_mask: Any,
+        position_ids: torch.Tensor | None,
+        arguments: dict[str, Any],
+    ):
+        self.config, self.rotary, self.cache = config, rotary, cache
+        self.hidden_states, self.attention_mask = hidden_states, attention_mask
+        self.clip = float(config.clip_qkv) if config.clip_qkv and config.clip_qkv_stage == "rotary" else None
+        self.position_ids = self.positions() if position_ids is None else position_ids
+        self.arguments = {"position_ids": self.position_ids, **arguments}
+
+    def positions(self) -> torch.Tensor:
+        """Returns each token's index (1 or B, T).
+
+        RoPE knows differences only, so left padding may count; not so where rotated values are clipped, which are of a
+        row's real tokens.
+        """
+        length, mask = self.hidden_states.shape[1], self.attention_mask
+        if self.clip is not None and isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        seen = self.cache.get_seq_length() if self.cache is not None else 0
+        return (torch.arange(length, device=self.hidden_states.device) + seen).unsqueeze(0)
+
+    def states(self) -> list[ForeignState]:
+        """Returns what each layer remembers."""
+        return [ForeignState(self.cache, index, self.arguments) for index in range(self.config.num_hidden_layers)]
+
+    def plans(self) -> dict[LayerKind, Plan]:
+        """Makes the plan of each kind of layer."""
+        masks, plans = {}, {}
+        for kind in dict.fromkeys(layer_kinds(self.config)):
+            if kind.layer_type not in masks:
+                masks[kind.layer_type] = self.mask(kind.layer_type)
+            rotation = Rotation(clip=self.clip)
+            if kind.position_embedding in ROTATING:
+                angles = self.rotary(self.hidden_states, self.position_ids, kind.layer_type)
+                rotation = Rotation(*angles, clip=self.clip)
+            window = self.config.sliding_window if kind.layer_type == "sliding_attention" else None
+            backend = InterfaceBackend(Implementation.of(self.config).name, masks[kind.layer_type], window)
+            visibility, rotations = Visibility.of(self.config, kind.layer_type), Rotations.of(rotation)
+            view = View(visibility, self.position_ids, self.position_ids)
+            section = Section(slice(None), view, rotations, Needs(), backend)
+            plans[kind] = Plan(visibility, [section], rotations, returns_weights=True)
+        return plans
+
+    def mask(self, layer_type: str) -> Any:
+        """Returns the mask of one type of layers, as `attn_implementation` wants it."""
+        if isinstance(self.attention_mask, dict):  # `generate` has made them already
+            return self.attention_mask[layer_type]
+        return MASK_FUNCTIONS[layer_type](
+            config=self.config,
+            inputs_embeds=self.hidden_states,
+            attention_mask=self.attention_mask,
+            position_ids=self.position_ids,
+            **{CACHE_NAME: self.cache},
+        )
+
+
+__all__ = ["Fallback", "Implementation", "falls_back", "is_padding_mask"]

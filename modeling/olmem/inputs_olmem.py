@@ -1,0 +1,128 @@
+# Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
+"""What a forward call is given, as numbered tokens: padding, packed documents, and what is refused.
+
+Shapes: B batch, T tokens; R is B, or 1 where one row stands for all.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from .compat_olmem import known
+from .counters_olmem import Counters
+
+Document = tuple[int, int]  # first column, and the one after the last
+
+
+@dataclass
+class Tokens:
+    """Holds the new tokens of a forward call by number.
+
+    A row's real tokens are numbered from those that were read before; the tokens of a packed document from 0.
+    """
+
+    numbers: torch.Tensor  # (R, T); −1 is padding
+    padded: bool  # some numbers may be −1
+    documents: list[list[Document]] | None = None  # of each row, where documents are packed
+    position_ids: torch.Tensor | None = None  # (R, T) the caller's own places in the stream, without a cache
+
+
+def number_tokens(
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    counters: Counters | None,
+    has_memory: bool,
+) -> Tokens:
+    """Numbers the tokens of hidden states (B, T, hidden_size) that may go on from a cache.
+
+    Args:
+        counters: what was read before with an `OlmemCache`, or None.
+        attention_mask: (B, S) with S at least T, zeros for padding, which may stand anywhere.
+        position_ids: (B or 1, T). Without a cache they may start anew where documents are packed.
+        has_memory: whether the model carries on more than its windows show.
+
+    Raises:
+        ValueError: where mask and positions do not say which tokens there are.
+    """
+    batch, length = hidden_states.shape[:2]
+    if not length:
+        raise ValueError("`input_ids` must hold a token at least (got none); leave a call without any out.")
+    device = hidden_states.device
+    column = torch.arange(length, device=device)[None]
+    mask = read_mask(attention_mask, batch, length, device)
+    position_ids = None if position_ids is None else position_ids.to(device)
+    if counters is None:
+        documents = None
+        if position_ids is not None and (attention_mask is None or (mask is None and has_memory)):
+            documents = find_documents(position_ids.expand(batch, -1))
+        elif position_ids is not None and has_memory and mask is not None and length > 1:
+            refuse_packed_padding(position_ids, mask)
+        if documents is not None:
+            starts = torch.tensor(
+                [[start for start, stop in row for _ in range(start, stop)] for row in documents], device=device
+            )
+            return Tokens(column - starts, False, documents)
+    numbers = column if mask is None else mask.cumsum(-1) - 1
+    if counters is not None:
+        numbers = numbers + counters.seen[:, None]
+    if mask is not None:
+        numbers = torch.where(mask, numbers, -1)
+    if counters is not None and position_ids is not None and length > 1:
+        refuse_other_positions(position_ids, numbers)
+    return Tokens(numbers, mask is not None, position_ids=position_ids if counters is None else None)
+
+
+def read_mask(
+    attention_mask: torch.Tensor | None, batch: int, length: int, device: torch.device
+) -> torch.Tensor | None:
+    """Returns which of the new columns are real tokens, (B, T), or None where all are, as far as may be asked."""
+    if attention_mask is None:
+        return None
+    if attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
+        raise ValueError(
+            f"`attention_mask` must cover the input's {batch} rows of {length} tokens, and may cover those before "
+            f"(got {tuple(attention_mask.shape)}); give a column for each token."
+        )
+    mask = attention_mask[:, -length:].to(device) != 0
+    return None if known(mask.all(), False) else mask
+
+
+def refuse_packed_padding(position_ids: torch.Tensor, mask: torch.Tensor) -> None:
+    """Raises an error for positions (R, T) that start anew beside padding, where documents cannot be told apart."""
+    follow = position_ids[:, 1:] == position_ids[:, :-1] + 1
+    if not known((follow | ~mask[:, 1:] | ~mask[:, :-1]).all(), True):
+        raise ValueError(
+            "`position_ids` must count a row's tokens one by one beside an `attention_mask` with padding (got others); "
+            "pass packed documents without a mask, and without padding."
+        )
+
+
+def refuse_other_positions(position_ids: torch.Tensor, numbers: torch.Tensor) -> None:
+    """Raises an error for positions (R, T) that do not count a row's tokens (B, T) one by one."""
+    shift = (position_ids - numbers).masked_fill(numbers < 0, 0)
+    one = shift.amax(-1) == torch.where(numbers < 0, shift.amax(-1, keepdim=True), shift).amin(-1)
+    if not known(one.all(), True):
+        raise ValueError(
+            "`position_ids` must count a row's tokens one by one with an OlmemCache (got others); for packed documents "
+            "or positions of your own pass use_cache=False."
+        )
+
+
+def find_documents(position_ids: torch.Tensor) -> list[list[Document]] | None:
+    """Finds where positions (B, T) start anew, as Transformers marks packed documents.
+
+    Returns (start, stop) of each document of each row, or None where no row holds more than one.
+    """
+    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if not known(starts.any(), False):
+        return None
+    documents = []
+    for row in starts:
+        cuts = [0, *(row.nonzero()[:, 0] + 1).tolist(), position_ids.shape[1]]
+        documents.append(list(pairwise(cuts)))
+    return documents
+
+
+__all__ = ["Tokens", "find_documents", "number_tokens"]

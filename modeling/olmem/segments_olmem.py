@@ -1,0 +1,435 @@
+# Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
+"""A forward call as a schedule of passes through the layers, with a memory that is written at the end of each segment
+(Recurrent Memory Transformer, Bulatov et al., arXiv 2207.06881).
+
+Before a segment the model holds M vectors. They enter as read tokens, which see one another; their keys and values, of
+every layer, are what the segment's tokens see of memory. After its last token M write tokens enter, with the same
+vectors as input; they see what that token sees, and one another, and what they are after the last layer, through
+memory's norm, are the vectors of the next segment.
+
+A pass is [read | tokens | write]. Memory is written with the segment's last token where the next segment begins in the
+same forward, else when the next segment begins, in a pass of its own. Rows of a batch begin their segments at different
+columns, so a forward is cut into pieces of one segment a row.
+
+Shapes: B batch, T tokens of a pass, K key/value heads, D head dim, M memory slots; R is B, or 1 where one row stands
+for all.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from .cache_olmem import OlmemCache
+from .compat_olmem import known, known_here, unless_recorded
+from .configuration_olmem import OlmemConfig
+from .contracts_olmem import LayerKind, LayerState, Plan
+from .finite_olmem import refuse_nonfinite_memory
+from .inputs_olmem import Tokens
+from .plan_olmem import Call, layer_kinds
+from .state_olmem import OlmemTape
+from .visibility_olmem import Visibility
+
+# What helps against a memory that is not finite.
+REMEDY = (
+    "load the model in bfloat16 or float32, or look for NaN in its weights and input, and `reset()` the cache or go on "
+    "from a copy made before."
+)
+
+
+class OlmemMemory(nn.Module):
+    """Holds memory's own parameters: the vectors of a stream's first segment, and the norm of what is written.
+
+    Args:
+        config: the model's configuration.
+        norm: of hidden_size, of the model's kind.
+    """
+
+    def __init__(self, config: OlmemConfig, norm: nn.Module):
+        super().__init__()
+        self.embeddings = nn.Parameter(torch.empty(config.num_memory_tokens, config.hidden_size))
+        self.norm = norm
+
+    def forward(self, written: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns the first memory (1, M, hidden_size), or what was written (B, M, hidden_size) with its norm."""
+        return self.embeddings[None] if written is None else self.norm(written)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Holds new tokens of a forward call that are of one segment in each row, and begin in its first column."""
+
+    numbers: torch.Tensor  # (R, T); −1 is padding
+    columns: slice | torch.Tensor  # where they are in the call; (B, T) where rows differ
+    padded: bool
+
+
+def cut_in_segments(numbers: torch.Tensor, padded: bool, phase: int | None, length: int) -> list[Piece]:
+    """Cuts new tokens (R, T) into pieces of at most one segment of that length.
+
+    `phase` is how far into a segment the first token is, None where rows differ.
+    """
+    columns = numbers.shape[1]
+    if phase is not None:
+        starts = [0, *range(length - phase, columns, length)]
+        parts = [slice(start, stop) for start, stop in pairwise([*starts, columns])]
+        return [Piece(numbers[:, part], part, padded) for part in parts]
+    real = numbers >= 0
+    if columns == 1 or not real.any():
+        return [Piece(numbers, slice(0, columns), padded)]
+    segment = torch.where(real, numbers // length, -1)
+    first = segment.where(real, torch.iinfo(segment.dtype).max).amin(-1, keepdim=True)
+    pieces = []
+    for index in range(int((segment - first).max()) + 1):
+        mine = segment == first + index
+        width = int(mine.sum(-1).max())
+        order = (~mine).int().argsort(dim=-1, stable=True)[:, :width]
+        its_numbers = torch.where(mine, numbers, -1).gather(1, order)
+        pieces.append(Piece(its_numbers, order, bool((its_numbers < 0).any())))
+    return pieces
+
+
+def place_in_pieces(pieces: Sequence[Piece], columns: int) -> torch.Tensor:
+    """Returns where each token of a call is among its pieces side by side, (B, columns), 0 for padding.
+
+    The columns of the pieces must be tensors.
+    """
+    batch = len(pieces[0].numbers)
+    places, before = pieces[0].numbers.new_zeros(batch, columns), 0
+    for piece in pieces:
+        assert isinstance(piece.columns, torch.Tensor)
+        width = piece.numbers.shape[1]
+        place = before + torch.arange(width, device=places.device).expand(batch, -1)
+        found = places.gather(1, piece.columns).where(piece.numbers < 0, place)
+        places = places.scatter(1, piece.columns, found)
+        before += width
+    return places
+
+
+@dataclass
+class Earlier:
+    """Holds what a pass has made for later passes of the same forward, where gradients are wanted."""
+
+    numbers: torch.Tensor  # (R, T)
+    padded: bool
+    has_sink: bool
+    states: list[tuple[torch.Tensor, torch.Tensor]]  # new keys and values (B, K, T, D) of each layer
+
+
+class Schedule:
+    """Passes the tokens of one forward call through the layers, segment by segment.
+
+    The caller runs the layers: for each call it enters what `enter` returns, and gives what came out to `leave`.
+
+    Args:
+        config: the model's configuration.
+        memory: its memory, or None without memory tokens.
+        cache: to go on from, or None. Without one, and without gradients, one is made for a call with memory.
+        tokens: the new tokens.
+        embeddings: their embeddings (B, T, hidden_size).
+    """
+
+    def __init__(
+        self,
+        config: OlmemConfig,
+        memory: OlmemMemory | None,
+        cache: OlmemCache | None,
+        tokens: Tokens,
+        embeddings: torch.Tensor,
+    ):
+        self.config, self.memory_module = config, memory
+        self.batch_size, self.length = embeddings.shape[:2]
+        self.device = embeddings.device
+        self.differentiable = torch.is_grad_enabled()
+        if memory is not None and cache is None and not self.differentiable:
+            cache = OlmemCache(config)
+            cache.begin(self.batch_size, self.device)
+        self.cache, self.tokens, self.embeddings = cache, tokens, embeddings
+        self.before = 0 if cache is None else cache.columns_before(self.length)  # columns read
+        self.before_first = self.before or 0
+        self.seen_first = cache.seen.clone() if cache is not None and self.differentiable else None
+        self.kinds = layer_kinds(config)
+        self.states: list[LayerState] = [
+            OlmemTape(None if cache is None else cache.layers[index])
+            if self.differentiable or cache is None
+            else cache.layers[index]
+            for index in range(len(self.kinds))
+        ]
+        # The memory (B or 1, M, hidden_size) of each row's running segment.
+        self.memory = None if cache is None or memory is None else cache.memory
+        if self.memory is not None:
+            self.memory = self.memory.clone()
+        self.earlier: list[Earlier] = []
+        self.outputs: list[list[torch.Tensor]] = []  # of each piece: hidden states (B, T, hidden_size) of its tokens
+        self.pieces = self.cut()
+
+    def cut(self) -> list[Piece]:
+        """Cuts the tokens into pieces of one segment a row, or leaves them whole without memory."""
+        numbers, padded, segment = self.tokens.numbers, self.tokens.padded, self.config.memory_segment_length
+        if self.cache is not None:
+            numbers = numbers.expand(self.batch_size, -1)
+        if self.memory_module is None or segment is None:
+            return [Piece(numbers, slice(0, self.length), padded)]
+        phase = None
+        if self.cache is None and not padded:
+            phase = 0
+        elif self.cache is not None and not padded and self.length > 1:
+            phases = {seen % segment for seen in unless_recorded(self.cache.counters.read_seen) or ()}
+            phase = phases.pop() if len(phases) == 1 else None
+        return cut_in_segments(numbers, padded, phase, segment)
+
+    def calls(self) -> Iterable[Call]:
+        """Returns one call after another; each may need what came out of the one before."""
+        if self.memory_module is None:
+            return [self.call(self.pieces[0], False, None, writes=False, carries=False)]
+        return self.segment_calls()
+
+    def segment_calls(self) -> Iterator[Call]:
+        """Yields the calls of a model with memory."""
+        for index, piece in enumerate(self.pieces):
+            reads, begins = self.begins(piece, index)
+            if reads:
+                if index == 0:
+                    yield from self.first_memory(piece, begins)
+                if self.cache is not None and self.memory is not None:
+                    self.cache.remember(self.memory)
+            after = self.pieces[index + 1 :]
+            yield self.call(piece, reads, begins, writes=bool(after), carries=bool(after) and self.differentiable)
+
+    def call(self, piece: Piece, reads: bool, begins: torch.Tensor | None, writes: bool, carries: bool) -> Call:
+        """Describes the pass of one piece."""
+        call = Call(
+            piece.numbers,
+            piece.padded,
+            self.tokens.documents,
+            None if self.cache is not None else self.tokens.position_ids,
+            reads=reads,
+            writes=writes,
+            begins=begins,
+            differentiable=self.differentiable,
+            carries=carries,
+        )
+        if call.writes:
+            call.written_after = (piece.numbers.amax(-1) + 1).clamp(min=0)
+        self.add_cache(call)
+        for kind in set(self.kinds) if self.earlier else ():
+            call.earlier[kind] = [earlier.numbers for earlier in self.needed(kind)]
+        call.loose = any(earlier.padded for earlier in self.earlier)
+        return call
+
+    def add_cache(self, call: Call) -> None:
+        """Adds what a call must know of the cache that it goes on from."""
+        if self.cache is None:
+            return
+        call.seen, call.seen_first = self.cache.seen, self.seen_first
+        call.before, call.before_first = self.before, self.before_first
+        host_seen = unless_recorded(self.cache.counters.read_seen)
+        call.least_seen = None if host_seen is None else min(host_seen)
+        call.max_length, call.bare = self.cache.max_length, self.config.caches_one_tensor
+
+    # Memory
+
+    def begins(self, piece: Piece, index: int) -> tuple[bool, torch.Tensor | None]:
+        """Tells whether a row begins a segment with a piece, and which rows (R,) do, None if all do."""
+        first, segment = piece.numbers[:, 0], self.config.memory_segment_length
+        assert segment is not None
+        if index == 0 and self.memory is None:  # of a batch that has read nothing
+            return True, None
+        host_seen = None if self.cache is None else unless_recorded(self.cache.counters.read_seen)
+        if index == 0 and not piece.padded and host_seen is not None:
+            flags = [seen % segment == 0 for seen in host_seen]
+            rows = None if all(flags) else torch.tensor(flags, device=self.device)
+            return any(flags), rows
+        if index > 0 and not piece.padded:
+            return True, None
+        rows = (first >= 0) & (first % segment == 0)
+        return known(rows.any(), True), None if known(rows.all(), False) else rows
+
+    def first_memory(self, piece: Piece, begins: torch.Tensor | None) -> Iterator[Call]:
+        """Finds the memory of the rows that begin a segment with the first piece, and yields a call that writes it.
+
+        It was not written before, because nobody had asked.
+        """
+        assert self.memory_module is not None
+        initial = self.memory_module().to(self.device)
+        if self.memory is None:
+            self.memory = initial if self.cache is None else initial.expand(self.batch_size, -1, -1)
+            return
+        first = piece.numbers[:, 0]
+        rows = torch.ones_like(first, dtype=torch.bool) if begins is None else begins
+        new = rows & (first <= 0)
+        self.memory = torch.where(new[:, None, None], initial, self.memory)
+        writers = (rows & (first > 0)).nonzero()[:, 0]
+        if not len(writers):
+            return
+        call = Call(
+            piece.numbers[writers, :0],
+            writes=True,
+            written_after=first[writers],
+            chosen=None if len(writers) == self.batch_size else writers,
+            differentiable=self.differentiable,
+        )
+        self.add_cache(call)
+        yield call
+
+    def commit(self, call: Call, written: torch.Tensor) -> None:
+        """Makes what write tokens became (R, M, hidden_size) the memory of the rows whose next segment begins."""
+        assert self.memory_module is not None and self.memory is not None
+        written = self.memory_module(written).to(self.memory.dtype)
+        if known_here(written.isfinite().all(), True) is False:
+            refuse_nonfinite_memory(written, call.chosen, "at the end of a segment", REMEDY)
+        index = 0 if not call.numbers.shape[1] else len(self.outputs)
+        keep = self.keeps_gradients(index)
+        if keep is not None:
+            keep = keep if call.chosen is None or len(keep) == 1 else keep[call.chosen]
+            written = torch.where(keep[:, None, None], written, written.detach())
+        if call.chosen is not None:
+            memory = self.memory.expand(self.batch_size, -1, -1).index_copy(0, call.chosen, written)
+        elif call.numbers.shape[1] and self.pieces[index].padded:
+            goes_on = self.pieces[index].numbers[:, 0] >= 0
+            memory = torch.where(goes_on[:, None, None], written, self.memory)
+        else:
+            memory = written
+        self.memory = memory
+
+    def keeps_gradients(self, index: int) -> torch.Tensor | None:
+        """Tells of which rows (R,) gradients go back from a piece through the memory that it begins with.
+
+        They do `memory_bptt_segments` times in a row, counted from the row's last piece. None is always.
+        """
+        depth, length = self.config.memory_bptt_segments, self.config.memory_segment_length
+        if depth is None or length is None or not self.differentiable:
+            return None
+        numbers = self.tokens.numbers
+        real = numbers >= 0
+        last = torch.where(real, numbers, -1).amax(-1) // length
+        first = torch.where(real, numbers, last[:, None] * length).amin(-1) // length
+        return (last - first + 1 - index) % (depth + 1) != 0
+
+    # Passes
+
+    def enter(self, call: Call) -> torch.Tensor:
+        """Returns what enters the layers for a call, (R, C, hidden_size): [read | tokens | write]."""
+        parts = []
+        if call.numbers.shape[1]:
+            columns = self.pieces[len(self.outputs)].columns
+            if isinstance(columns, slice):
+                whole = columns == slice(0, self.length)
+                parts.append(self.embeddings if whole else self.embeddings[:, columns])
+            else:
+                index = columns[..., None].expand(-1, -1, self.embeddings.shape[2])
+                parts.append(self.embeddings.gather(1, index))
+        if call.reads or call.writes:
+            assert self.memory is not None
+            memory = self.memory.expand(self.batch_size, -1, -1).to(self.embeddings.dtype)
+            memory = memory if call.chosen is None else memory[call.chosen]
+            parts = [memory] * call.reads + parts + [memory] * call.writes
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def inputs(self, layer_index: int, call: Call) -> list[torch.Tensor]:
+        """Returns the keys and values of earlier calls that a layer needs, in turns."""
+        found: list[torch.Tensor] = []
+        if self.earlier and call.numbers.shape[1]:
+            for earlier in self.needed(self.kinds[layer_index]):
+                found += earlier.states[layer_index]
+        return found
+
+    def needed(self, kind: LayerKind) -> list[Earlier]:
+        """Returns the earlier calls that hold a key which layers of that kind may see or retrieve."""
+        visibility = Visibility.of(self.config, kind.layer_type)
+        if visibility.span is None:
+            return self.earlier
+        reach = visibility.span + (self.config.retrieval_capacity if kind.retrieves else 0)
+        found, between = [], 0
+        for earlier in reversed(self.earlier):
+            if between < reach or (earlier.has_sink and visibility.num_sinks):
+                found.insert(0, earlier)
+            count = earlier.numbers.shape[1]
+            between += known((earlier.numbers >= 0).sum(-1).min(), 0) if earlier.padded else count
+        return found
+
+    def leave(
+        self,
+        call: Call,
+        plan: Plan,
+        hidden_states: Sequence[torch.Tensor | None],
+        states: list[tuple[torch.Tensor, torch.Tensor]],
+    ) -> None:
+        """Takes what came out of a call.
+
+        Args:
+            hidden_states: (R, C, hidden_size) after the last layer, and before it those that are wanted.
+            states: new keys and values (R, K, C, D) of each layer, where later calls need them.
+        """
+        tokens, write = plan.columns("token"), plan.columns("write")
+        if tokens is not None:
+            self.outputs.append([each[:, tokens].to(self.device) for each in hidden_states if each is not None])
+        if write is not None and hidden_states[-1] is not None:
+            self.commit(call, hidden_states[-1][:, write].to(self.device))
+        if tokens is None:
+            return
+        last = len(self.outputs) == len(self.pieces)
+        if call.carries:
+            new = [(key[:, :, tokens], value[:, :, tokens]) for key, value in states]
+            count = self.config.num_sink_tokens
+            real = call.numbers.where(call.numbers >= 0, count)
+            has_sink = count > 0 and known((real < count).any(), True)
+            self.earlier.append(Earlier(call.numbers, call.padded, has_sink, new))
+        if self.before is not None:
+            self.before += call.numbers.shape[1]
+        if self.cache is not None:
+            self.cache.unfinished = not last
+            self.cache.advance(plan.view(), self.length if last else 0)
+
+    def result(self) -> list[torch.Tensor]:
+        """Returns the hidden states (B, T, hidden_size) of the call's tokens, one for each that was wanted."""
+        if len(self.outputs) == 1 and isinstance(self.pieces[0].columns, slice):
+            return self.outputs[0]
+        joined = [torch.cat(states, dim=1) for states in zip(*self.outputs, strict=True)]
+        if isinstance(self.pieces[0].columns, slice):
+            return joined
+        places = place_in_pieces(self.pieces, self.length)[..., None]
+        return [states.gather(1, places.expand(-1, -1, states.shape[2])) for states in joined]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Holds packed documents as rows of their own, beside others of about their length."""
+
+    tokens: Tokens
+    embeddings: torch.Tensor  # (B, T, hidden_size)
+    real: torch.Tensor  # (B, T) which columns are tokens
+    places: torch.Tensor  # where these are in the flattened input
+
+
+def unpack_documents(tokens: Tokens, embeddings: torch.Tensor) -> list[Packed]:
+    """Makes a row of each document that is packed into embeddings (B, T, hidden_size)."""
+    device, length = embeddings.device, embeddings.shape[1]
+    groups: dict[int, list[tuple[int, int, int]]] = {}
+    for row, documents in enumerate(tokens.documents or ()):
+        for start, stop in documents:
+            groups.setdefault((stop - start).bit_length(), []).append((row, start, stop - start))
+    found = []
+    for group in groups.values():
+        row, start, size = torch.tensor(group, device=device).T[:, :, None]
+        column = torch.arange(max(span[2] for span in group), device=device)[None]
+        real = column < size
+        padded = len({span[2] for span in group}) > 1
+        states = embeddings[row, (start + column).clamp(max=length - 1)]
+        numbers = torch.where(real, column, -1) if padded else column
+        found.append(Packed(Tokens(numbers, padded), states, real, (row * length + start + column)[real]))
+    return found
+
+
+def pack_documents(
+    packed: Sequence[Packed], results: Sequence[Sequence[torch.Tensor]], like: torch.Tensor
+) -> list[torch.Tensor]:
+    """Brings the hidden states of unpacked documents back into rows like `like` (B, T, hidden_size)."""
+    back = torch.cat([each.places for each in packed]).argsort()
+    of_rows = [[states[each.real] for states in result] for each, result in zip(packed, results, strict=True)]
+    return [torch.cat(parts)[back].view(like.shape) for parts in zip(*of_rows, strict=True)]
+
+
+__all__ = ["OlmemMemory", "Schedule", "cut_in_segments", "pack_documents", "place_in_pieces", "unpack_documents"]

@@ -1,0 +1,454 @@
+# Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
+"""What one layer remembers: a layer of an `OlmemCache`, or a tape that keeps gradients within one forward.
+
+Shapes: B batch, K key/value heads, C columns of a call, S keys, D head dim, P slots of the prefix (M of memory, then
+the sinks). The buffers of a cache's layer are (B, K, slots, D):
+
+    | P slots of memory and sinks | a ring of a window's span, or a row that grows | one slot for what is not kept |
+
+| layer | key of the window | key of the prefix |
+|---|---|---|
+| separate values, RoPE | rotated once, at its place, since only differences count | rotated at its slot |
+| … xpos; linspace; no positions | rotated, not scaled; as projected; as projected | the same |
+| shared tensor | as projected, positioned on read; one buffer is key and value | the same |
+
+The place of a sink is its slot, and so is that of a memory token, so one rotation serves window and prefix. What
+retrieval looks up is a ring of its own, of keys without positions and values.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from .compat_olmem import allocate, keep_address
+from .contracts_olmem import Candidates, Part, Plan, Writes
+from .positions_olmem import to_halves, to_pairs
+from .visibility_olmem import STORE_BLOCK, Visibility, held, ring_slot
+
+GROWTH = 256  # tokens for which a layer has room at first
+ALL = slice(None)
+
+Pair = tuple[torch.Tensor, torch.Tensor]  # keys and values (B, K, S, D)
+
+
+class OlmemCacheLayer(CacheLayerMixin):
+    """Remembers the keys and values of one layer in an `OlmemCache`, in place and without gradients.
+
+    Args:
+        visibility: what the layer's queries see.
+        max_length: tokens for which a layer that grows gets its room at once, or None.
+        one_tensor: whether values are the keys, kept once and without positions.
+        rotates: whether the layer's keys are rotated.
+        store_capacity: tokens that may be retrieved once they have left the window; 0 has no store.
+        store_device: where the store is kept; None is where the layer is.
+    """
+
+    def __init__(
+        self,
+        visibility: Visibility,
+        max_length: int | None,
+        one_tensor: bool = False,
+        rotates: bool = True,
+        store_capacity: int = 0,
+        store_device: str | None = None,
+    ):
+        self.visibility = visibility
+        self.one_tensor = one_tensor
+        self.in_pairs = one_tensor and rotates
+        self.is_sliding = visibility.span is not None
+        self.is_compileable = False  # `generate()` shall not compile: its first token would wait for it
+        self.limit = visibility.span or max_length  # tokens held at most; None grows
+        self.room = min(self.limit, max_length) if self.limit and max_length else None  # made at once
+        self.store_limit = store_capacity and visibility.store_size(store_capacity)
+        self.store_device = store_device
+        self.is_initialized = False
+        self.buffers: dict[str, torch.Tensor] = {}  # "keys", "values", and "store_…" of both
+        self.capacity = 0
+        self.length: int | None = 0  # columns read; None where only the device knows
+        self.half_written = False  # a forward call has written here and not ended
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Returns the names of the buffers that a new token is written to."""
+        return ("keys",) if self.one_tensor else ("keys", "values")
+
+    @property
+    def store_names(self) -> tuple[str, ...]:
+        """Returns the names of the store's buffers."""
+        return tuple(f"store_{name}" for name in self.names)
+
+    # What Transformers asks of a cache's layer
+
+    def held(self, name: str) -> torch.Tensor | None:
+        """Returns what a buffer holds of the window, (B, K, S, D)."""
+        if not self.is_initialized:
+            return None
+        first, length = self.visibility.num_prefix, self.capacity if self.length is None else self.length
+        return self.buffers[name][:, :, first : first + min(length, self.limit or length)]
+
+    @property
+    def keys(self) -> torch.Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Returns the window's keys as they are stored; once the ring is full, the newest stand over the oldest."""
+        return self.held("keys")
+
+    @property
+    def values(self) -> torch.Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Returns the window's values in the order of `keys`."""
+        return self.held(self.names[-1])
+
+    def get_seq_length(self) -> int:
+        """Returns the columns that were read, as far as the host knows."""
+        return self.length or 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Returns length and first column of the keys that a next call of that many columns would see."""
+        columns, span = self.get_seq_length(), self.visibility.span
+        before = columns if span is None else min(columns, span - 1)
+        return before + query_length, columns - before
+
+    def get_max_length(self) -> int:
+        """Returns the most tokens that the layer holds, −1 where there is no limit."""
+        return -1 if self.limit is None else self.limit
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__) -> Pair:
+        """Refuses the update of a model that is not an Olmem model, which has no plan of where keys go."""
+        raise ValueError(
+            "`past_key_values` is an OlmemCache, which serves Olmem models only (got an update of another model); "
+            "leave it out, or pass a cache of Transformers."
+        )
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Makes buffers without room for keys and values (B, K, S, D) like these."""
+        states = dict(zip(self.names, (key_states, value_states), strict=False))
+        for name, like in states.items():
+            shape = (*like.shape[:2], self.visibility.num_prefix + 1, like.shape[3])
+            self.buffers[name] = allocate(*shape, dtype=like.dtype, device=like.device)
+        if self.store_limit:
+            for name, like in zip(self.store_names, states.values(), strict=True):
+                shape = (*like.shape[:2], 1, like.shape[3])
+                self.buffers[name] = allocate(*shape, dtype=like.dtype, device=self.store_device or like.device)
+        self.is_initialized = True
+
+    # Room
+
+    def prepare(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Makes sure that there are buffers for such keys and values (B, K, S, D), on their device."""
+        if not self.is_initialized:
+            self.lazy_initialization(key, value)
+        if self.buffers["keys"].dtype != key.dtype:
+            raise ValueError(
+                f"`past_key_values` holds {self.buffers['keys'].dtype} (got {key.dtype}); go on with the dtype, "
+                "and the autocast, that it was begun with."
+            )
+        self.half_written = True
+        if self.buffers["keys"].device != key.device:  # a cache from a file, a model on several devices
+            for name, buffer in self.buffers.items():
+                device = self.store_device if name in self.store_names and self.store_device else key.device
+                self.buffers[name] = buffer.to(device)
+
+    def reserve(self, length: int | None) -> None:
+        """Makes room for that many tokens, at least twice the room there was, at most what the layer ever holds.
+
+        Where only the device knows the length, all room is made at once, so that its shapes stay.
+        """
+        if length is None:
+            length = self.limit or self.capacity
+        elif self.limit is not None:
+            length = min(length, self.limit)
+        if length <= self.capacity:
+            return
+        room = max(self.room or 0, length, GROWTH, 2 * self.capacity)
+        self.capacity = room if self.limit is None else min(room, self.limit)
+        for name in self.names:
+            self.buffers[name] = grown(self.buffers[name], self.visibility.num_prefix + self.capacity + 1)
+
+    def reserve_store(self, length: int | None) -> None:
+        """Makes room in the store for that many tokens, at least twice the room there was."""
+        room = self.buffers[self.store_names[0]].shape[2] - 1
+        wanted = self.store_limit if length is None else min(length, self.store_limit)
+        if room < wanted:
+            room = min(max(2 * room, wanted, GROWTH), self.store_limit)
+            for name in self.store_names:
+                self.buffers[name] = grown(self.buffers[name], room + 1)
+
+    # Writing and reading
+
+    def stored_form(self, key: torch.Tensor, value: torch.Tensor, plan: Plan) -> Pair:
+        """Returns new keys and values (B, K, C, D) as the buffers hold them."""
+        if self.one_tensor:
+            key = to_pairs(key) if self.in_pairs else key
+            return key, key
+        return plan.rotations.place(key), value
+
+    def past(self, writes: Writes) -> Pair | None:
+        """Returns copies (B, K, S, D) of the keys and values before a call, oldest first; None if it needs none."""
+        if writes.past_slots is None or not writes.past_slots.shape[1]:
+            return None
+        copies = [self.buffers[name][writes.rows, :, writes.past_slots].transpose(1, 2) for name in self.names]
+        return copies[0], copies[-1]
+
+    def prefix(self, writes: Writes) -> Pair:
+        """Returns keys and values (B, K, P, D) of memory and sinks, of the rows that take part."""
+        rows = ALL if writes.chosen is None else writes.chosen
+        kept = [self.buffers[name][:, :, : self.visibility.num_prefix][rows] for name in self.names]
+        return kept[0], kept[-1]
+
+    def keep(self, key: torch.Tensor, value: torch.Tensor, plan: Plan) -> None:
+        """Writes new keys and values (B, K, C, D), in their stored form, to their slots."""
+        writes, read, tokens = require(plan.writes), plan.columns("read"), plan.columns("token")
+        for name, states in zip(self.names, (key, value), strict=False):
+            buffer = self.buffers[name]
+            if read is not None:
+                memory = buffer[:, :, : self.visibility.num_memory]
+                new = states[:, :, read]
+                if writes.begins is not None:
+                    new = torch.where(writes.begins[:, None, None, None], new, memory)
+                memory.copy_(new)
+            if tokens is not None:
+                new = states[:, :, tokens]
+                kept = new[:, :, new.shape[2] - writes.slots.shape[1] :]
+                buffer[writes.rows, :, writes.slots] = kept.transpose(1, 2)
+                if writes.sink_slots is not None:
+                    sinks = new[:, :, : writes.sink_slots.shape[1]]
+                    buffer[writes.rows, :, writes.sink_slots] = sinks.transpose(1, 2)
+
+    def write(
+        self, key: torch.Tensor, value: torch.Tensor, plan: Plan, earlier: Sequence[torch.Tensor] = ()
+    ) -> list[list[Part]]:
+        """Keeps new keys and values, as `LayerState.write` does, without gradients."""
+        writes = require(plan.writes)
+        key, value = self.stored_form(key, value, plan)
+        self.prepare(key, value)
+        if plan.columns("token") is not None:
+            self.reserve(writes.length)
+            self.length = writes.length
+        past = self.past(writes)
+        self.keep(key, value, plan)
+        prefix = self.prefix(writes)
+        if writes.past_slots is None:
+            first, stop = self.visibility.num_prefix, self.visibility.num_prefix + writes.filled
+            if self.one_tensor and plan.view().is_step:  # one part, of which each key has its slot
+                first, prefix = 0, None
+            kept = [self.buffers[name][:, :, first:stop] for name in self.names]
+            past = kept[0], kept[-1]
+        return parts_of_sections(plan, past, (key, value), prefix, self.one_tensor, self.in_pairs)
+
+    # What is retrieved
+
+    def store(self, key: torch.Tensor, value: torch.Tensor, plan: Plan, block: slice) -> torch.Tensor:
+        """Takes a block of the new tokens' keys and values (B, K, T, D), without positions, into the store.
+
+        Returns the numbers (R, S) of the store's first S tokens.
+        """
+        view, length = plan.view(), require(plan.writes).length
+        device = self.buffers[self.store_names[0]].device
+        numbers = view.numbers[:, block].to(device)
+        length = None if length is None else length - view.numbers.shape[1] + block.stop
+        self.reserve_store(length)
+        slots = torch.where(numbers >= 0, ring_slot(numbers, self.store_limit), -1)
+        rows = torch.arange(len(numbers), device=device)[:, None]
+        for name, states in zip(self.store_names, (key, value), strict=False):
+            self.buffers[name][rows, :, slots] = states[:, :, block].transpose(1, 2).to(device)
+        filled = self.store_limit if length is None else min(length, self.store_limit)
+        after = view.queries[:, block.stop - 1 : block.stop].to(device) + 1
+        return held(torch.arange(filled, device=device), after, self.store_limit)
+
+    def candidates(
+        self, key: torch.Tensor, value: torch.Tensor, plan: Plan, earlier: Sequence[torch.Tensor] = ()
+    ) -> Iterator[Candidates]:
+        """Yields what the new tokens may retrieve, which enter the store a block at a time."""
+        view = plan.view()
+        for block in blocks(view.numbers.shape[1]):
+            numbers = self.store(key, value, plan, block)
+            stored = [self.buffers[name] for name in self.store_names]
+            queries = view.queries[:, block].to(numbers.device)
+            yield Candidates(ALL, block, stored[0], stored[-1], numbers, queries)
+
+    def stored(self, numbers: torch.Tensor) -> Pair:
+        """Returns copies of the keys and values (B, K, S, D) of tokens with these numbers (B, S) in the store."""
+        buffers = [self.buffers[name] for name in self.store_names]
+        slots = ring_slot(numbers.clamp(min=0), self.store_limit).to(buffers[0].device)
+        rows = torch.arange(len(slots), device=slots.device)[:, None]
+        copies = [buffer[rows, :, slots].transpose(1, 2).to(numbers.device) for buffer in buffers]
+        return copies[0], copies[-1]
+
+    # The batch, and files
+
+    def used(self, length: int) -> dict[str, torch.Tensor]:
+        """Returns what the buffers hold after `length` columns: prefix and window (B, K, P + S, D), and the store."""
+        window = self.visibility.num_prefix + min(length, self.limit or length)
+        slots = dict.fromkeys(self.names, window) | dict.fromkeys(self.store_names, min(length, self.store_limit))
+        return {name: buffer[:, :, : slots[name]] for name, buffer in self.buffers.items()}
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keeps these rows of the batch, in their order, in place while there are as many as before."""
+        for name, buffer in self.buffers.items():
+            chosen = buffer.index_select(0, rows.to(buffer.device))
+            if chosen.shape != buffer.shape:
+                self.buffers[name] = allocate(*chosen.shape, dtype=buffer.dtype, device=buffer.device)
+            self.buffers[name].copy_(chosen)
+
+    def clear(self, rows: torch.Tensor | None = None) -> None:
+        """Forgets what these rows of the batch hold, or all rows, and keeps the room."""
+        self.half_written = False
+        for buffer in self.buffers.values():
+            buffer[ALL if rows is None else rows.to(buffer.device)] = 0
+
+
+class OlmemTape:
+    """Joins the keys and values of one forward, so that gradients go back through all of them.
+
+    What earlier calls of the forward have made comes in as arguments. Behind a tape there may be a cache's layer, whose
+    past it reads as copies, and to which it writes what is new, without gradients.
+
+    Args:
+        layer: the layer of an `OlmemCache` to go on from, or None.
+    """
+
+    def __init__(self, layer: OlmemCacheLayer | None = None):
+        self.layer = layer
+
+    def write(
+        self, key: torch.Tensor, value: torch.Tensor, plan: Plan, earlier: Sequence[torch.Tensor] = ()
+    ) -> list[list[Part]]:
+        """Joins new keys and values to those before, as `LayerState.write` does."""
+        rotations, placed, past, prefix = plan.rotations, plan.rotations.place(key), None, None
+        before: list[Pair] = []
+        if self.layer is not None and plan.writes is not None:
+            past, prefix = self.read_layer(key, value, plan)
+        if earlier:
+            before.append((torch.cat(tuple(earlier[0::2]), dim=2), torch.cat(tuple(earlier[1::2]), dim=2)))
+        bare = self.layer is not None and self.layer.one_tensor
+        if past is not None:
+            before.insert(0, past)
+        joined = join(before)
+        if joined is not None:  # the last keys have no positions yet
+            first = joined[0].shape[2] - rotations.key.length
+            turned = rotations.key(joined[0][:, :, first:])
+            joined = torch.cat((joined[0][:, :, :first], turned), dim=2), joined[1]
+        if prefix is not None and bare:
+            prefix = rotations.prefix(prefix[0]), prefix[1]
+        return parts_of_sections(plan, joined, (placed, value), self.prefix(plan, joined, (placed, value), prefix))
+
+    def read_layer(self, key: torch.Tensor, value: torch.Tensor, plan: Plan) -> tuple[Pair | None, Pair | None]:
+        """Returns the layer's past and prefix as copies in halves, then writes what is new to the layer."""
+        layer, writes = require(self.layer), require(plan.writes)
+        with torch.no_grad():
+            new = layer.stored_form(key.detach(), value.detach(), plan)
+            layer.prepare(*new)
+            past = layer.past(writes)
+            prefix = layer.prefix(writes) if layer.visibility.num_prefix else None
+            copies = [pair and (pair[0].clone(), pair[1].clone()) for pair in (past, prefix)]
+            if plan.columns("token") is not None:
+                layer.reserve(writes.length)
+                layer.length = writes.length
+            layer.keep(*new, plan)
+        if layer.in_pairs:
+            copies = [pair and (to_halves(pair[0]), to_halves(pair[1])) for pair in copies]
+        return copies[0], copies[1]
+
+    def prefix(self, plan: Plan, joined: Pair | None, new: Pair, stored: Pair | None) -> Pair | None:
+        """Returns keys and values (B, K, P, D) of memory and sinks, of this call, of earlier ones, or as stored."""
+        visibility, tape = plan.visibility, require(plan.tape)
+        count, read, tokens = visibility.num_memory, plan.columns("read"), plan.columns("token")
+        found = []
+        for index in range(2):
+            memory = None if stored is None else stored[index][:, :, :count]
+            sinks = None if stored is None else stored[index][:, :, count:]
+            if read is not None:
+                fresh = new[index][:, :, read]
+                whole = memory is None or tape.begins is None
+                memory = fresh if whole else torch.where(tape.begins[:, None, None, None], fresh, memory)
+            if tape.sinks is not None and tokens is not None:
+                own = new[index][:, :, tokens]
+                own = own if joined is None else torch.cat((joined[index], own), dim=2)
+                has_sink, column = tape.sinks
+                gathered = own.gather(2, column[:, None, :, None].expand(*own.shape[:2], -1, own.shape[3]))
+                sinks = gathered if sinks is None else torch.where(has_sink[:, None, :, None], gathered, sinks)
+            found.append([states for states in (memory, sinks) if states is not None and states.shape[2]])
+        if not found[0]:
+            return None
+        return torch.cat(found[0], dim=2), torch.cat(found[1], dim=2)
+
+    def candidates(
+        self, key: torch.Tensor, value: torch.Tensor, plan: Plan, earlier: Sequence[torch.Tensor] = ()
+    ) -> Iterator[Candidates]:
+        """Yields all that the new tokens may retrieve, document by document where documents are packed."""
+        view, tape = plan.view(), require(plan.tape)
+        if view.documents is not None:
+            for row, documents in enumerate(view.documents):
+                for start, stop in documents:
+                    rows, part = slice(row, row + 1), slice(start, stop)
+                    numbers = view.numbers[rows, part]
+                    yield Candidates(rows, part, key[rows, :, part], value[rows, :, part], numbers, numbers)
+            return
+        pairs = [(key, value)]
+        if earlier:
+            pairs.insert(0, (torch.cat(tuple(earlier[0::2]), dim=2), torch.cat(tuple(earlier[1::2]), dim=2)))
+        numbers = tape.own_numbers
+        if self.layer is not None and plan.writes is not None:
+            with torch.no_grad():
+                if tape.store_numbers is not None and tape.store_numbers.shape[1]:
+                    pairs.insert(0, self.layer.stored(tape.store_numbers))
+                    numbers = torch.cat((tape.store_numbers, numbers.expand(len(tape.store_numbers), -1)), dim=1)
+                for block in blocks(key.shape[2]):
+                    self.layer.store(key.detach(), value.detach(), plan, block)
+        joined = require(join(pairs))
+        yield Candidates(ALL, slice(0, key.shape[2]), *joined, numbers, view.queries)
+
+
+def parts_of_sections(
+    plan: Plan, past: Pair | None, new: Pair, prefix: Pair | None, is_bare: bool = False, in_pairs: bool = False
+) -> list[list[Part]]:
+    """Returns the parts that each section of a plan sees: its window, and before it the prefix if it may see one.
+
+    Args:
+        past: keys and values (B, K, S, D) before the call, or where they are read in place, with the new ones.
+        new: the new ones (B, K, C, D).
+        prefix: memory and sinks (B, K, P, D).
+    """
+    sections, window = [], past
+    for section in plan.sections:
+        own = new[0][:, :, section.columns], new[1][:, :, section.columns]
+        if section.view.role == "read":
+            seen = own
+        elif section.view.in_place:
+            seen = require(window)
+        else:
+            seen = window = require(join([own] if window is None else [window, own]))
+        parts = [Part(*seen, is_bare=is_bare, in_pairs=in_pairs)]
+        if section.view.prefix and prefix is not None:
+            parts.insert(0, Part(*prefix, is_prefix=True, is_bare=is_bare, in_pairs=in_pairs))
+        sections.append(parts)
+    return sections
+
+
+def require(value: Any) -> Any:
+    """Returns a value that the plan of such a call always has."""
+    assert value is not None
+    return value
+
+
+def join(pairs: Sequence[Pair]) -> Pair | None:
+    """Returns keys and values (B, K, S, D) one after another, or None of none."""
+    if len(pairs) < 2:
+        return pairs[0] if pairs else None
+    return torch.cat([pair[0] for pair in pairs], dim=2), torch.cat([pair[1] for pair in pairs], dim=2)
+
+
+def blocks(length: int) -> list[slice]:
+    """Returns the blocks in which so many tokens enter a store."""
+    return [slice(start, min(start + STORE_BLOCK, length)) for start in range(0, length, STORE_BLOCK)]
+
+
+def grown(old: torch.Tensor, slots: int) -> torch.Tensor:
+    """Returns a buffer (B, K, slots, D) with what an old one held; the last slot of each is for what is not kept."""
+    new = allocate(*old.shape[:2], slots, old.shape[3], dtype=old.dtype, device=old.device)
+    new[:, :, : old.shape[2] - 1] = old[:, :, :-1]
+    keep_address(new)
+    return new
+
+
+__all__ = ["OlmemCacheLayer", "OlmemTape"]

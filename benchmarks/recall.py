@@ -38,7 +38,7 @@ KEYS, VALUES, FILLER = 32, 32, 16  # kinds of tokens, numbered in this order
 WINDOW = 32  # tokens, of a segment too
 PAIRS = 8  # told in a row's first half window, and asked for in its last
 TRAINED = 7  # windows' distance at most: 8 segments
-DISTANCES = (0, 1, 4, 7, 8, 16, 64)
+DISTANCES = (0, 1, 4, 7, 8, 16, 64, 256, 1535)
 VARIANTS: dict[str, dict[str, Any]] = {
     "window": {},
     "retrieval": {
@@ -160,7 +160,8 @@ def train(variant: str, seed: int, settings: Settings, device: str) -> dict[str,
     for distance in DISTANCES:
         rows = make_rows(settings.rows, distance, torch.Generator().manual_seed(1000 + seed))
         with torch.no_grad():
-            parts = zip(*(each.to(device).split(64) for each in rows), strict=True)
+            some = max(1, min(64, 2**18 // rows[0].shape[1]))  # of so many tokens that they find room
+            parts = zip(*(each.to(device).split(some) for each in rows), strict=True)
             parts = [answers(model, *part)[1] for part in parts]
         right[distance] = float(torch.cat(parts).float().mean())
     return found | {"right": right}

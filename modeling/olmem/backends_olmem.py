@@ -87,7 +87,7 @@ class Documents:
                 if view.prefix:
                     sinks = torch.arange(view.visibility.num_sinks, device=query.device).clamp(max=stop - start - 1)
                     own.insert(0, Part(own[0].key[:, :, sinks], own[0].value[:, :, sinks], is_prefix=True))
-                rotations, backend = section.rotations.part(part, rows), choose(self.backends, view, section.needs)
+                rotations, backend = section.rotations.part(part, row), choose(self.backends, view, section.needs)
                 alone = Section(ALL, view, rotations, section.needs, backend)
                 output, share = alone.attend(heads, query[rows, :, part], own)
                 outputs.append(output)
@@ -162,11 +162,7 @@ class Whole:
         """Attends as `Backend.attend` does."""
         view, plain, part = section.view, section.needs.plain, parts[-1]
         query, key = place_on_read(query, part, section.rotations)
-        mask = None
-        if plain or not view.causal:
-            mask = view.mask(ALL, ALL)[:, None]
-        if plain and mask is not None:
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+        mask = view.whole_mask(query.dtype if plain else None) if plain or not view.causal else None
         interface = ALL_ATTENTION_FUNCTIONS.get_interface("eager" if plain else "sdpa", eager_attention_forward)
         dropout, scaling = heads.dropout, heads.scaling
         output, weights = interface(heads.module, query, key, part.value, mask, dropout=dropout, scaling=scaling)
@@ -177,8 +173,8 @@ class Blocks:
     """Attends a block of queries at a time, so that work and memory grow with the window and not with the stream."""
 
     def supports(self, view: View, needs: Needs) -> bool:
-        """Takes everything."""
-        return True
+        """Takes everything but a step whose keys get their positions as one part."""
+        return not (view.is_step and needs.is_bare)
 
     def attend(self, heads: Heads, query: torch.Tensor, parts: Sequence[Part], section: Section) -> Output:
         """Attends as `Backend.attend` does."""
@@ -214,7 +210,7 @@ class Blocks:
         return output, in_order(torch.cat(weights, dim=2), view) if needs.weights else None
 
 
-# One document, and all: the reference, which takes everything, is the last one.
+# Of one document, and of all.
 SINGLE: list[Backend] = [Step(), Whole(), Blocks()]
 BACKENDS: list[Backend] = [Documents(SINGLE), *SINGLE]
 

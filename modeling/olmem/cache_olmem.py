@@ -4,6 +4,7 @@
 Shapes: B batch, M memory slots.
 """
 
+import copy
 import json
 import os
 from collections.abc import Sequence
@@ -112,6 +113,15 @@ class OlmemCache(Cache):
         self.unfinished = False  # a forward call has read some of its segments and not all
         self.began_anew = False  # some rows have: columns are no longer those of one text
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Returns a copy that can be gone on from in and out of `torch.inference_mode`."""
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        with torch.inference_mode(False):
+            for name, value in vars(self).items():
+                setattr(copied, name, copy.deepcopy(value, memo))
+        return copied
+
     # Between calls
 
     @property
@@ -165,7 +175,7 @@ class OlmemCache(Cache):
             self.config = config
         for layer, layer_type in zip(self.layers, config.layer_types, strict=True):
             visibility = Visibility.of(config, layer_type)
-            if vars(layer.visibility) != vars(visibility):  # not by class: a Hub repository's code has another one
+            if layer.visibility.sizes != visibility.sizes:
                 raise ValueError(
                     f"`past_key_values` was made for {layer.visibility} before the configuration was changed (got "
                     f"{visibility}); make an `OlmemCache(model.config)`."
@@ -181,6 +191,11 @@ class OlmemCache(Cache):
         if before is None and length > 1:
             before = int(self.columns)
         if before is None:
+            if room is None and not all(self.is_sliding):
+                raise ValueError(
+                    "`max_length` must be given to an OlmemCache whose step is recorded as a graph, for full-attention "
+                    "layers to have their room (got None); make an `OlmemCache(config, max_length=…)`."
+                )
             if room is not None:
                 assert_on_device(self.columns < room, "`max_length` of the OlmemCache is used up")
         elif room is not None and before + length > room:

@@ -100,10 +100,17 @@ def assert_on_device(condition: torch.Tensor, message: str) -> None:
     torch._assert_async(condition, message)
 
 
+def moves_inputs(module: torch.nn.Module) -> bool:
+    """Tells whether a module takes inputs from any device, because accelerate moves them or nothing is computed."""
+    return hasattr(module, "_hf_hook") or any(weight.device.type == "meta" for weight in module.parameters())
+
+
 def allocate(*shape: int, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
     """Returns zeros that may be written in place in and out of `torch.inference_mode`."""
     with torch.inference_mode(False):
-        return torch.zeros(shape, dtype=dtype, device=device)
+        new = torch.zeros(shape, dtype=dtype, device=device)
+    keep_address(new)
+    return new
 
 
 __all__ = [
@@ -113,9 +120,9 @@ __all__ = [
     "columns_of",
     "has_complex",
     "is_recorded",
-    "keep_address",
     "known",
     "known_here",
+    "moves_inputs",
     "pieces",
     "rename_cache",
     "table_of",

@@ -11,7 +11,7 @@ P slots of the prefix; R is B, or 1 where one row stands for all.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -70,6 +70,11 @@ class Candidates:
     queries: torch.Tensor  # (R, T) the tokens from which the queries look out
 
 
+def moved_tensors(holder: object, device: torch.device) -> dict[str, Any]:
+    """Returns the attributes of an object that are tensors, on another device."""
+    return {name: value.to(device) for name, value in vars(holder).items() if isinstance(value, torch.Tensor)}
+
+
 @dataclass
 class Writes:
     """States where the new keys and values of a call go in an `OlmemCache`, and where those before them lie."""
@@ -85,7 +90,7 @@ class Writes:
 
     def to(self, device: torch.device) -> "Writes":
         """Returns the same on another device."""
-        return Writes(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()})
+        return replace(self, **moved_tensors(self, device))
 
 
 @dataclass
@@ -100,8 +105,8 @@ class Tape:
 
     def to(self, device: torch.device) -> "Tape":
         """Returns the same on another device."""
-        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()}
-        return Tape(**moved | {"sinks": self.sinks and (self.sinks[0].to(device), self.sinks[1].to(device))})
+        sinks = self.sinks and (self.sinks[0].to(device), self.sinks[1].to(device))
+        return replace(self, sinks=sinks, **moved_tensors(self, device))
 
 
 @dataclass
@@ -120,9 +125,9 @@ class Rotations:
         none = Rotation(clip=place.clip)
         return cls(place, none, none, none, none)
 
-    def part(self, columns: slice, rows: slice = slice(None)) -> "Rotations":
-        """Returns the rotations of queries of some columns of the call, and of some rows."""
-        place, slot = self.place.part(columns, rows), self.slot.part(columns, rows)
+    def part(self, columns: slice, row: int | None = None) -> "Rotations":
+        """Returns the rotations of queries of some columns of the call, of one row if each has its own."""
+        place, slot = self.place.part(columns, row), self.slot.part(columns, row)
         return Rotations(place, slot, self.key, self.prefix, self.step)
 
     def to(self, device: torch.device) -> "Rotations":
@@ -155,7 +160,7 @@ class Backend(Protocol):
 
 
 def choose(backends: Sequence[Backend], view: View, needs: Needs) -> Backend:
-    """Returns the first backend of a list that supports a view; the last one supports every view."""
+    """Returns the first backend of a list that supports a view."""
     return next(backend for backend in backends if backend.supports(view, needs))
 
 
@@ -205,6 +210,8 @@ class Plan:
         self.returns_weights = returns_weights
         self.carries = carries  # layers return their new keys and values too
         self.copies: dict[torch.device, Plan] = {}  # on other devices
+        if sections:
+            self.copies[sections[0].view.numbers.device] = self
 
     def columns(self, role: str) -> slice | None:
         """Returns the columns of the section of that role, or None where the call has none."""
@@ -218,9 +225,10 @@ class Plan:
         """Returns the same on another device; it is copied there once."""
         if device not in self.copies:
             sections = [section.to(device) for section in self.sections]
-            writes, tape = (each and each.to(device) for each in (self.writes, self.tape))
+            writes, tape = self.writes and self.writes.to(device), self.tape and self.tape.to(device)
             rest = self.retrieves, self.returns_weights, self.carries
-            self.copies[device] = Plan(self.visibility, sections, self.rotations.to(device), writes, tape, *rest)
+            moved = Plan(self.visibility, sections, self.rotations.to(device), writes, tape, *rest)
+            self.copies[device], moved.copies = moved, self.copies
         return self.copies[device]
 
 

@@ -3,7 +3,7 @@
 
 import torch
 
-from .compat_olmem import allocate, keep_address, known, unless_recorded
+from .compat_olmem import allocate, known, unless_recorded
 from .view_olmem import View
 
 
@@ -36,7 +36,6 @@ class Counters:
         self.columns = allocate(dtype=torch.long, device=device)
         self.gaps = allocate(dtype=torch.bool, device=device)
         self.host_seen, self.host_columns = [0] * batch_size, 0
-        keep_address(self.seen, self.columns, self.gaps)
 
     def reset(self) -> None:
         """Counts from nothing, for a batch of as many rows."""
@@ -105,6 +104,7 @@ class Counters:
         self.seen.sub_(removed).clamp_(min=0)
         self.columns.sub_(removed)
         self.host_seen = self.host_columns = None
+        self.fresh = self.read_columns() == 0
 
     @property
     def has_gaps(self) -> bool:

@@ -1,15 +1,18 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
 """`generate()` with an `OlmemCache`, which is made unless the caller has another, and goes on where it ended."""
 
+from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin, GenerationMode
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.masking_utils import create_masks_for_generate
 
 from .cache_olmem import is_olmem_cache
 from .compat_olmem import CACHE_NAME, rename_cache, takes_cache
+from .configuration_olmem import OlmemConfig
 from .rules_olmem import BY_SLOT
 
 
@@ -17,8 +20,8 @@ class OlmemGenerationMixin(GenerationMixin):
     """Changes what an OlmemCache needs otherwise in Transformers' `generate()`."""
 
     if TYPE_CHECKING:
-        config: Any
-        model: Any
+        config: OlmemConfig
+        make_cache: Callable[[], Cache]
         __call__: Any
 
     def generate(self, *args, **kwargs):
@@ -37,7 +40,7 @@ class OlmemGenerationMixin(GenerationMixin):
         wants_own = generation_config.use_cache and generation_config.cache_implementation is None
         if model_kwargs.get(CACHE_NAME) is None and wants_own:
             if not rolls_back:
-                model_kwargs[CACHE_NAME] = self.model.make_cache()
+                model_kwargs[CACHE_NAME] = self.make_cache()
                 return None
             if self.config.has_memory:
                 raise ValueError(
@@ -60,8 +63,8 @@ class OlmemGenerationMixin(GenerationMixin):
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
 
-    @wraps(GenerationMixin.prepare_inputs_for_generation)  # whose arguments Transformers looks at
-    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # pyright: ignore  whose arguments Transformers looks at
+    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):  # pyright: ignore
         """Prepares the inputs of a call as Transformers does; a step with an OlmemCache needs no mask.
 
         What `generate()` has written is never padding, so a step need not wait until a mask is read.

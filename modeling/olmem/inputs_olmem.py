@@ -34,6 +34,7 @@ def number_tokens(
     position_ids: torch.Tensor | None,
     counters: Counters | None,
     has_memory: bool,
+    has_prefix: bool,
 ) -> Tokens:
     """Numbers the tokens of hidden states (B, T, hidden_size) that may go on from a cache.
 
@@ -41,7 +42,9 @@ def number_tokens(
         counters: what was read before with an `OlmemCache`, or None.
         attention_mask: (B, S) with S at least T, zeros for padding, which may stand anywhere.
         position_ids: (B or 1, T). Without a cache they may start anew where documents are packed.
+            At a step with a cache they are not read, because the host would wait for them.
         has_memory: whether the model carries on more than its windows show.
+        has_prefix: whether sinks or memory come before windows, and have slots of their own.
 
     Raises:
         ValueError: where mask and positions do not say which tokens there are.
@@ -69,8 +72,8 @@ def number_tokens(
         numbers = numbers + counters.seen[:, None]
     if mask is not None:
         numbers = torch.where(mask, numbers, -1)
-    if counters is not None and position_ids is not None and length > 1:
-        refuse_other_positions(position_ids, numbers)
+    if position_ids is not None and length > 1 and (counters is not None or has_prefix):
+        refuse_other_positions(position_ids, numbers, has_cache=counters is not None)
     return Tokens(numbers, mask is not None, position_ids=position_ids if counters is None else None)
 
 
@@ -99,15 +102,16 @@ def refuse_packed_padding(position_ids: torch.Tensor, mask: torch.Tensor) -> Non
         )
 
 
-def refuse_other_positions(position_ids: torch.Tensor, numbers: torch.Tensor) -> None:
+def refuse_other_positions(position_ids: torch.Tensor, numbers: torch.Tensor, has_cache: bool) -> None:
     """Raises an error for positions (R, T) that do not count a row's tokens (B, T) one by one."""
     shift = (position_ids - numbers).masked_fill(numbers < 0, 0)
     one = shift.amax(-1) == torch.where(numbers < 0, shift.amax(-1, keepdim=True), shift).amin(-1)
     if not known(one.all(), True):
-        raise ValueError(
-            "`position_ids` must count a row's tokens one by one with an OlmemCache (got others); for packed documents "
-            "or positions of your own pass use_cache=False."
-        )
+        reason, remedy = "sinks or memory tokens, which have slots of their own", "leave them out."
+        if has_cache:
+            reason = "an OlmemCache"
+            remedy = "for packed documents or positions of your own pass use_cache=False."
+        raise ValueError(f"`position_ids` must count a row's tokens one by one with {reason} (got others); {remedy}")
 
 
 def find_documents(position_ids: torch.Tensor) -> list[list[Document]] | None:

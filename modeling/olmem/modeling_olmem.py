@@ -10,6 +10,8 @@ under the same parameter names, so their checkpoints load without renaming. What
 - windows that slide or step, sinks before them, and a cache that holds no more than they need (`OlmemCache`);
 - memory of what has left them, by memory tokens or by retrieval.
 
+A window's size is used in one place, `Visibility` (visibility_olmem), which plans and states ask.
+
 One forward call, from ids to logits:
 
     tokens = number_tokens(...)                 rows of real tokens by number (inputs_olmem)
@@ -46,7 +48,7 @@ from transformers.utils.generic import merge_with_config_defaults
 
 from .backends_olmem import BACKENDS
 from .cache_olmem import OlmemCache, is_olmem_cache
-from .compat_olmem import CACHE_NAME, takes_cache
+from .compat_olmem import CACHE_NAME, moves_inputs, takes_cache
 from .configuration_olmem import HUB_ARGUMENTS, OlmemConfig
 from .contracts_olmem import Heads, LayerKind, LayerState, Plan
 from .fallback_olmem import Fallback, Implementation, falls_back, is_padding_mask
@@ -129,6 +131,8 @@ class OlmemAttention(nn.Module):
         self.clip_qkv, self.clip_qkv_stage = config.clip_qkv, config.clip_qkv_stage
         self.position_embedding = config.layer_position_embeddings[layer_idx]
         self.layer_type = config.layer_types[layer_idx]
+        # Read by attention functions of Transformers and of engines alone, as `is_causal` is: what Olmem's own backends
+        # see is `Visibility`'s to say.
         self.sliding_window = config.sliding_window if self.layer_type == "sliding_attention" else None
 
         query_size = config.num_attention_heads * self.head_dim
@@ -172,9 +176,11 @@ class OlmemAttention(nn.Module):
         parts, heads = state.write(key, value, plan, earlier), self.heads(plan)
         outputs, weights = [], None
         for section, seen in zip(plan.sections, parts, strict=True):
-            output, weights = section.attend(heads, query, seen)
-            if plan.retrieves and section.view.role == "token":
-                output = self.retrieve(query, key, value, output, plan, state, earlier)
+            output, shares = section.attend(heads, query, seen)
+            if section.view.role == "token":
+                weights = shares
+                if plan.retrieves:
+                    output = self.retrieve(query, key, value, output, plan, state, earlier)
             outputs.append(output)
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights, key, value
@@ -182,8 +188,10 @@ class OlmemAttention(nn.Module):
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns queries (B, H, C, D), keys and values (B, K, C, D), without positions; some may be one tensor.
 
-        The order is projection, clip, QK-norm. Positions come when keys are written or read, and a clip of rotated
-        vectors after them.
+        The order is projection, clip (`clip_qkv_stage="projection"`), QK-norm, view as heads; then positions, which
+        queries get when they attend, and keys when they are written or read; then the clip of rotated queries and keys
+        (`"rotary"`), which is part of their rotation. With `shared_projections="key_value"` the value is the key after
+        its norm, and a cache keeps one tensor for both, without a rotation, which is rotated when it is read.
         """
         if self.shared in ("query_key", "query_key_value"):
             key = self.project_heads("k", hidden_states)
@@ -279,10 +287,17 @@ class OlmemDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: torch.Tensor, *earlier: torch.Tensor, plan: Plan, state: LayerState
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Computes one layer, as `OlmemAttention.forward` says.
+        """Computes one layer.
 
         Tensors that gradients go through come in and leave by position, so that wrappers that checkpoint, shard or
         offload a layer see all of them.
+
+        Args:
+            hidden_states: (B, C, hidden_size).
+            earlier: keys and values (B, K, T, D) of earlier calls of the same forward, in turns, where gradients are
+                wanted.
+            plan: of this call, for layers of this kind.
+            state: what the layer remembers, which keeps what is new.
 
         Returns:
             The hidden states (B, C, hidden_size). Where the plan wants more they are followed by the attention weights,
@@ -428,7 +443,7 @@ class OlmemModel(OlmemPreTrainedModel):
             kwargs: what an attention function of Transformers or of an engine is given.
         """
         hidden_states = self.embed(input_ids, inputs_embeds)
-        past_key_values, use_cache = self.refuse_cache_in_checkpoints(past_key_values, use_cache)
+        past_key_values, use_cache = self.cache_beside_checkpoints(past_key_values, use_cache)
         if use_cache and past_key_values is None:
             past_key_values = self.make_cache(attention_mask)
         if output_hidden_states is None:
@@ -444,7 +459,7 @@ class OlmemModel(OlmemPreTrainedModel):
             stages = [each for each in captured.hidden_states if each is not None]
         else:
             inputs = hidden_states, attention_mask, position_ids, past_key_values
-            last, stages = self.read(*inputs, captured, bool(output_attentions))
+            last, stages = self.read(*inputs, captured, bool(output_attentions))  # pyright: ignore[reportArgumentType]
             if captured.wanted is None or 0 in captured.wanted:  # those of padding too
                 stages[0] = hidden_states
             hidden_states = last
@@ -508,7 +523,9 @@ class OlmemModel(OlmemPreTrainedModel):
             cache.check(self.config)
             cache.begin(len(embeddings), embeddings.device)
         counters = None if cache is None else cache.counters
-        tokens = number_tokens(embeddings, attention_mask, position_ids, counters, self.config.has_memory)
+        has_prefix = self.memory is not None or self.config.num_sink_tokens > 0
+        inputs = embeddings, attention_mask, position_ids, counters
+        tokens = number_tokens(*inputs, has_memory=self.config.has_memory, has_prefix=has_prefix)
         implementation = Implementation.of(self.config)
         planner = Planner(self.config, self.rotary_emb, BACKENDS, implementation.is_plain, output_attentions)
         if tokens.documents is None or self.memory is None:
@@ -524,10 +541,14 @@ class OlmemModel(OlmemPreTrainedModel):
         return last, stages
 
     def run(self, schedule: Schedule, planner: Planner, captured: Captured) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Runs a schedule. Returns the last hidden states (B, T, hidden_size), and all that are wanted."""
+        """Runs a schedule. Returns the last hidden states (B, T, hidden_size), and all that are wanted.
+
+        Where a segment ends, its call also has M write tokens; `leave` makes what they became, through memory's norm,
+        the memory that the next call reads. A segment that ends with the forward is written when the next one begins.
+        """
         for call in schedule.calls():
             plans, kept = planner.plans(call), Captured(captured.wanted)
-            earlier = [schedule.inputs(index, call) for index in range(len(self.layers))] if schedule.earlier else ()
+            earlier = [schedule.inputs(index, call) for index in range(len(schedule.kinds))] if schedule.earlier else ()
             last = self.run_layers(schedule.enter(call), plans, schedule.states, kept, earlier)
             schedule.leave(call, next(iter(plans.values())), [*kept.hidden_states, last], kept.states)
             captured.attentions += kept.attentions
@@ -542,21 +563,18 @@ class OlmemModel(OlmemPreTrainedModel):
             assert inputs_embeds is not None
             return inputs_embeds
         home = self.embed_tokens.weight.device
-        dispatched = home.type == "meta" or hasattr(self.embed_tokens, "_hf_hook")  # accelerate moves what it is given
-        if input_ids.device != home and not dispatched:
+        if input_ids.device != home and not moves_inputs(self.embed_tokens):
             raise ValueError(
                 f"`input_ids` must be on the model's device, {home} (got {input_ids.device}); pass "
                 "`input_ids.to(model.device)`."
             )
         return self.embed_tokens(input_ids)
 
-    def refuse_cache_in_checkpoints(
-        self, cache: Cache | None, use_cache: bool | None
-    ) -> tuple[Cache | None, bool | None]:
+    def cache_beside_checkpoints(self, cache: Cache | None, use_cache: bool | None) -> tuple[Cache | None, bool | None]:
         """Returns neither cache nor `use_cache` where layers are computed twice, which would count tokens twice."""
         if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
             return cache, use_cache
-        if is_olmem_cache(cache) and not cache.fresh:  # pyright: ignore
+        if cache is not None and cache.get_seq_length() > 0:
             raise ValueError(
                 "`past_key_values` cannot be gone on from in training with gradient checkpointing, which computes a "
                 "layer twice; turn it off, or leave the cache out."
@@ -613,8 +631,12 @@ class OlmemForCausalLM(OlmemPreTrainedModel, OlmemGenerationMixin):
         """Whether tokens cannot be taken back, as Transformers asks before it assists or searches contrastively."""
         return self.config.has_memory
 
-    def reset_memory(self, cache: OlmemCache, rows: int | list[int] | torch.Tensor | None = None) -> None:
-        """See `OlmemModel.reset_memory`."""
+    def make_cache(self) -> Cache:
+        """Returns the cache that a stream begins with."""
+        return self.model.make_cache()
+
+    def reset_memory(self, cache: OlmemCache, rows: int | Sequence[int] | torch.Tensor | None = None) -> None:
+        """Lets rows of a batch begin anew in a cache, as `OlmemModel.reset_memory` does."""
         self.model.reset_memory(cache, rows)
 
     @takes_cache

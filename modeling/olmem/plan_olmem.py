@@ -60,7 +60,7 @@ class Call:
 
 def layer_kinds(config: OlmemConfig) -> list[LayerKind]:
     """Returns the kind of each layer."""
-    kinds = zip(config.layer_types, config.layer_position_embeddings, strict=True)
+    kinds = zip(config.layer_types, config.layer_position_embeddings, strict=False)  # fewer where a model leaves early
     return [LayerKind(*kind, index in config.retrieval_layers) for index, kind in enumerate(kinds)]
 
 
@@ -145,7 +145,7 @@ class Planner:
         slots_below = None if span is None else visibility.num_prefix + span + visibility.num_memory
         views = [view for _, view in frame.sections]
         places = [view.places for view in views]
-        if call.position_ids is not None:
+        if call.position_ids is not None and not visibility.num_prefix:  # whose slots are counted from 0
             places, below = [call.position_ids], None
         rows = max(len(each) for each in places)
         joined = torch.cat([each.expand(rows, -1) for each in places], dim=1) if len(places) > 1 else places[0]
@@ -155,16 +155,16 @@ class Planner:
             joined = torch.cat([each.expand(rows, -1) for each in slots], dim=1) if len(slots) > 1 else slots[0]
             whole.slot = at(joined, slots_below)
         if call.bare:
-            whole.prefix = at(torch.arange(visibility.num_prefix, device=joined.device)[None], slots_below)
+            whole.prefix = at(torch.arange(visibility.num_prefix, device=joined.device)[None], visibility.num_prefix)
         if frame.bare_numbers is not None and frame.bare_numbers.shape[1]:
-            whole.key = at((visibility.num_memory + frame.bare_numbers).clamp(min=0))
+            whole.key = at((visibility.num_memory + frame.bare_numbers).clamp(min=0), below)
         sections = [whole.part(columns) for columns, _ in frame.sections]
         for view, rotations in zip(views, sections, strict=True):
             if in_pairs and view.is_step:
                 phases = self.step_phases(view, layer_type, slots_below)
                 rotations.step = Rotation(phases=phases)
             elif in_pairs:
-                rotations.key = at(view.key_places.clamp(min=0))
+                rotations.key = at(view.key_places.clamp(min=0), below)
         return whole, sections
 
     def step_phases(self, view: View, layer_type: str, below: int | None) -> torch.Tensor:
@@ -258,7 +258,7 @@ class Frame:
             self.writes = self.write_slots(call, None, filled)
             causal = not call.padded and before == 0 and visibility.span is None
             return View(visibility, numbers, key_numbers, "token", call.padded, prefix, causal, True, seen=seen)
-        past = last_numbers(seen, before or 0, None if visibility.span is None else visibility.span - 1)
+        past = last_numbers(seen, before, self.limit(call) if visibility.span is None else visibility.span - 1)
         self.writes = self.write_slots(call, past, 0)
         return View(
             visibility,
@@ -301,7 +301,7 @@ class Frame:
             padded=call.padded,
             prefix=self.prefix_may_show(call),
             causal=not call.padded and count == 0 and (span is None or length < span),
-            slack=count if earlier and (call.padded or call.loose) else slack,
+            slack=slack + (count if earlier and (call.padded or call.loose) else 0),
             seen=call.seen,
             documents=call.documents,
         )
@@ -314,7 +314,7 @@ class Frame:
         if self.sections and self.sections[-1][1].role == "token":
             past = self.sections[-1][1].key_numbers
         else:  # of a cache
-            past = last_numbers(after, call.before or 0, visibility.span)
+            past = last_numbers(after, call.before, self.limit(call))
             self.writes = self.write_slots(call, past, 0)
             if call.differentiable:
                 self.tape = Tape(past, call.numbers)

@@ -179,12 +179,11 @@ class Rotation:
         states = self.phases if self.cos is None else self.cos
         return 0 if states is None else states.shape[1]
 
-    def part(self, columns: slice, rows: slice = slice(None)) -> "Rotation":
-        """Returns the rotation of some of the T tokens, of some rows if each has its own."""
-        states = [
-            each if each is None else each[rows if len(each) > 1 else slice(None), columns]
-            for each in (self.cos, self.sin, self.phases)
-        ]
+    def part(self, columns: slice, row: int | None = None) -> "Rotation":
+        """Returns the rotation of some of the T tokens, of one row if each has its own."""
+        states = [each if each is None else each[:, columns] for each in (self.cos, self.sin, self.phases)]
+        if row is not None:
+            states = [each[row : row + 1] if each is not None and len(each) > 1 else each for each in states]
         return Rotation(*states, clip=self.clip)
 
     def to(self, device: torch.device) -> "Rotation":
@@ -198,8 +197,6 @@ class Rotation:
 
 class PositionScheme:
     """Gives positions by RoPE alone, or not at all: nothing is added or scaled when keys are read."""
-
-    by_slot = False  # whether keys are changed on read, by their distance from the call's first query
 
     def place_query(self, query: torch.Tensor, offset: torch.Tensor, in_pairs: bool) -> torch.Tensor:
         """Returns queries (B, H, T, D) at offsets (R, T) from any one base."""
@@ -216,8 +213,6 @@ class PositionScheme:
 
 class XposScheme(PositionScheme):
     """Scales queries and keys so that scores decay with distance (Sun et al., arXiv 2212.10554)."""
-
-    by_slot = True
 
     @staticmethod
     def powers(like: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
@@ -246,8 +241,6 @@ class LinspaceScheme(PositionScheme):
         scale (D,): the layer's `linspace_scale`.
         span: the tokens over which the multiple grows from 0 to 0.1.
     """
-
-    by_slot = True
 
     def __init__(self, scale: torch.Tensor, span: int):
         wide = scale.to(torch.promote_types(scale.dtype, torch.float32))

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from .cache_olmem import OlmemCache
-from .compat_olmem import known, known_here, unless_recorded
+from .compat_olmem import known, unless_recorded
 from .configuration_olmem import OlmemConfig
 from .contracts_olmem import LayerKind, LayerState, Plan
 from .finite_olmem import refuse_nonfinite_memory
@@ -261,7 +261,9 @@ class Schedule:
         rows = torch.ones_like(first, dtype=torch.bool) if begins is None else begins
         new = rows & (first <= 0)
         self.memory = torch.where(new[:, None, None], initial, self.memory)
-        writers = (rows & (first > 0)).nonzero()[:, 0]
+        writers = self.writers(piece)
+        if writers is None:
+            writers = (rows & (first > 0)).nonzero()[:, 0]
         if not len(writers):
             return
         call = Call(
@@ -274,12 +276,20 @@ class Schedule:
         self.add_cache(call)
         yield call
 
+    def writers(self, piece: Piece) -> torch.Tensor | None:
+        """Returns the rows whose last segment has just ended, if the host knows them without waiting."""
+        host_seen = None if self.cache is None else unless_recorded(self.cache.counters.read_seen)
+        if host_seen is None or piece.padded:
+            return None
+        segment = self.config.memory_segment_length
+        assert segment is not None
+        rows = [row for row, seen in enumerate(host_seen) if seen and seen % segment == 0]
+        return torch.tensor(rows, dtype=torch.long, device=self.device)
+
     def commit(self, call: Call, written: torch.Tensor) -> None:
         """Makes what write tokens became (R, M, hidden_size) the memory of the rows whose next segment begins."""
         assert self.memory_module is not None and self.memory is not None
         written = self.memory_module(written).to(self.memory.dtype)
-        if known_here(written.isfinite().all(), True) is False:
-            refuse_nonfinite_memory(written, call.chosen, "at the end of a segment", REMEDY)
         index = 0 if not call.numbers.shape[1] else len(self.outputs)
         keep = self.keeps_gradients(index)
         if keep is not None:
@@ -292,6 +302,8 @@ class Schedule:
             memory = torch.where(goes_on[:, None, None], written, self.memory)
         else:
             memory = written
+        if not known(memory.isfinite().all(), True):
+            refuse_nonfinite_memory(memory, None, "at the end of a segment", REMEDY)
         self.memory = memory
 
     def keeps_gradients(self, index: int) -> torch.Tensor | None:

@@ -17,12 +17,12 @@ retrieval looks up is a ring of its own, of keys without positions and values.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TypeVar
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from .compat_olmem import allocate, keep_address
+from .compat_olmem import allocate
 from .contracts_olmem import Candidates, Part, Plan, Writes
 from .positions_olmem import to_halves, to_pairs
 from .visibility_olmem import STORE_BLOCK, Visibility, held, ring_slot
@@ -31,6 +31,7 @@ GROWTH = 256  # tokens for which a layer has room at first
 ALL = slice(None)
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # keys and values (B, K, S, D)
+Held = TypeVar("Held")
 
 
 class OlmemCacheLayer(CacheLayerMixin):
@@ -146,7 +147,7 @@ class OlmemCacheLayer(CacheLayerMixin):
         if self.buffers["keys"].device != key.device:  # a cache from a file, a model on several devices
             for name, buffer in self.buffers.items():
                 device = self.store_device if name in self.store_names and self.store_device else key.device
-                self.buffers[name] = buffer.to(device)
+                self.buffers[name] = allocate(*buffer.shape, dtype=buffer.dtype, device=device).copy_(buffer)
 
     def reserve(self, length: int | None) -> None:
         """Makes room for that many tokens, at least twice the room there was, at most what the layer ever holds.
@@ -324,7 +325,7 @@ class OlmemTape:
         if past is not None:
             before.insert(0, past)
         joined = join(before)
-        if joined is not None:  # the last keys have no positions yet
+        if joined is not None and rotations.key.length:  # of the last keys, which have no positions yet
             first = joined[0].shape[2] - rotations.key.length
             turned = rotations.key(joined[0][:, :, first:])
             joined = torch.cat((joined[0][:, :, :first], turned), dim=2), joined[1]
@@ -359,8 +360,10 @@ class OlmemTape:
             sinks = None if stored is None else stored[index][:, :, count:]
             if read is not None:
                 fresh = new[index][:, :, read]
-                whole = memory is None or tape.begins is None
-                memory = fresh if whole else torch.where(tape.begins[:, None, None, None], fresh, memory)
+                if memory is None or tape.begins is None:
+                    memory = fresh
+                else:
+                    memory = torch.where(tape.begins[:, None, None, None], fresh, memory)
             if tape.sinks is not None and tokens is not None:
                 own = new[index][:, :, tokens]
                 own = own if joined is None else torch.cat((joined[index], own), dim=2)
@@ -395,8 +398,8 @@ class OlmemTape:
                     numbers = torch.cat((tape.store_numbers, numbers.expand(len(tape.store_numbers), -1)), dim=1)
                 for block in blocks(key.shape[2]):
                     self.layer.store(key.detach(), value.detach(), plan, block)
-        joined = require(join(pairs))
-        yield Candidates(ALL, slice(0, key.shape[2]), *joined, numbers, view.queries)
+        keys, values = require(join(pairs))
+        yield Candidates(ALL, slice(0, key.shape[2]), keys, values, numbers, view.queries)
 
 
 def parts_of_sections(
@@ -418,14 +421,14 @@ def parts_of_sections(
             seen = require(window)
         else:
             seen = window = require(join([own] if window is None else [window, own]))
-        parts = [Part(*seen, is_bare=is_bare, in_pairs=in_pairs)]
+        parts = [Part(seen[0], seen[1], False, is_bare, in_pairs)]
         if section.view.prefix and prefix is not None:
-            parts.insert(0, Part(*prefix, is_prefix=True, is_bare=is_bare, in_pairs=in_pairs))
+            parts.insert(0, Part(prefix[0], prefix[1], True, is_bare, in_pairs))
         sections.append(parts)
     return sections
 
 
-def require(value: Any) -> Any:
+def require(value: Held | None) -> Held:
     """Returns a value that the plan of such a call always has."""
     assert value is not None
     return value
@@ -447,7 +450,6 @@ def grown(old: torch.Tensor, slots: int) -> torch.Tensor:
     """Returns a buffer (B, K, slots, D) with what an old one held; the last slot of each is for what is not kept."""
     new = allocate(*old.shape[:2], slots, old.shape[3], dtype=old.dtype, device=old.device)
     new[:, :, : old.shape[2] - 1] = old[:, :, :-1]
-    keep_address(new)
     return new
 
 

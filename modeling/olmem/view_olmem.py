@@ -37,6 +37,7 @@ class View:
     queries: torch.Tensor = field(init=False)  # (R, T) the tokens from which the queries look out
     places: torch.Tensor = field(init=False)  # (R, T) the places of the queries' tokens in the stream
     step_mask: torch.Tensor | None = field(init=False)  # (R, 1, [P +] S) which keys a step sees; None is all
+    masks: dict[torch.dtype | None, torch.Tensor] = field(init=False, default_factory=dict)  # of `whole_mask`
 
     def __post_init__(self):
         self.queries = self.numbers
@@ -99,6 +100,18 @@ class View:
         if with_prefix:
             mask = torch.cat((self.prefix_slots < self.visibility.prefix_count(query), mask), dim=-1)
         return mask | ~mask.any(-1, keepdim=True) if self.padded else mask
+
+    def whole_mask(self, dtype: torch.dtype | None) -> torch.Tensor:
+        """Returns which keys all queries see, (R, 1, T, S), or of a dtype what is added to their scores.
+
+        It is made once for all layers that share the view, and is asked for only where it is small.
+        """
+        if dtype not in self.masks:
+            mask = self.mask(slice(None), slice(None))[:, None]
+            if dtype is not None:
+                mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+            self.masks[dtype] = mask
+        return self.masks[dtype]
 
     def reach(self, queries: slice) -> slice:
         """Returns the columns of the window part that hold all the keys which these queries see."""

@@ -62,6 +62,12 @@ class Visibility:
         return cls(layer_type, **sizes)
 
     @property
+    def sizes(self) -> tuple[str, int, int, int, int, int]:
+        """Returns all that tells one visibility from another, whatever module their classes come from."""
+        chunks = self.chunk_size, self.lookback
+        return self.layer_type, self.sliding_window, *chunks, self.num_sinks, self.num_memory
+
+    @property
     def span(self) -> int | None:
         """Returns the most tokens that a window holds, the query's own included, or None where there is no limit."""
         if self.layer_type == "full_attention":
@@ -130,12 +136,13 @@ def held(slot: Number, seen: Number, size: int) -> Number:
     return seen - 1 - (seen - 1 - slot) % size
 
 
-def last_numbers(seen: torch.Tensor, before: int, most: int | None) -> torch.Tensor:
+def last_numbers(seen: torch.Tensor, before: int | None, most: int | None) -> torch.Tensor:
     """Returns the numbers (R, P) of the last tokens of rows that have read `seen` (R,), at most `most` of them.
 
-    `before` is the largest number of tokens that a row may have read. Numbers below 0 stand for no token.
+    `before` is the largest number of tokens that a row may have read; None where only the device knows, and there is a
+    `most`. Numbers below 0 stand for no token.
     """
-    count = before if most is None else min(before, most)
+    count = min(number for number in (before, most) if number is not None)
     return seen[:, None] - count + torch.arange(count, device=seen.device)
 
 

@@ -11,9 +11,11 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from .configuration_olmem import OlmemConfig
 from .rules_olmem import MEMORY_GATE
 
 # Ends of the names of version 0.1, as regular expressions, and what takes their place.
@@ -40,7 +42,7 @@ def warn_of_old_memory(stacklevel: int) -> None:
     )
 
 
-def read_old_names(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def read_old_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Renames the parameters of version 0.1 in a state dict before `module`, an `OlmemModel`, loads it.
 
     It is a hook for `register_load_state_dict_pre_hook`. The norm of memory, which version 0.1 did not have, is left
@@ -52,12 +54,13 @@ def read_old_names(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any
         state_dict[new_name(name)] = state_dict.pop(name)
     if had_memory:
         if "memory" in module._modules:
-            for name, value in module.memory.norm.state_dict().items():
+            norm = module.get_submodule("memory.norm")
+            for name, value in norm.state_dict().items():
                 state_dict.setdefault(f"{prefix}memory.norm.{name}", value)
         warn_of_old_memory(stacklevel=5)
 
 
-def lacks_gates(config: Any, missing_keys: Iterable[str]) -> bool:
+def lacks_gates(config: OlmemConfig, missing_keys: Iterable[str]) -> bool:
     """Whether weights without memory were loaded into a model with memory that nothing gates, and nobody chose that."""
     without = any(name.endswith("memory.embeddings") for name in missing_keys)
     return without and config.memory_gate_init is None and not config.chooses_memory_gate

@@ -7,6 +7,7 @@ import torch
 from hypothesis import strategies as st
 from modeling.helpers import CHUNKED, FULL, ROPE, SLIDING, TINY
 from modeling.numbering import listed, number, real_tokens
+from modeling.streams import cuts
 from olmem import OlmemConfig
 from olmem.backends_olmem import BACKENDS
 from olmem.contracts_olmem import Part, Plan
@@ -39,11 +40,9 @@ class Stream:
         self.generator = torch.Generator().manual_seed(seed)
         self.one_tensor = self.config.caches_one_tensor
         self.max_length = max_length
-        self.real, self.batch_size = real, len(real)
-        self.key, self.value = self.states(real.shape[1])
-        for states in (self.key, self.value):
-            states.masked_fill_(~real[:, None, :, None], torch.nan)
-        self.columns = [row.nonzero()[:, 0].tolist() for row in real]  # of each token by its number
+        self.batch_size = len(real)
+        self.drawn = self.states(real.shape[1])
+        self.pad(real)
         self.layer = OlmemCacheLayer(
             self.visibility,
             max_length,
@@ -54,6 +53,13 @@ class Stream:
         self.seen, self.before = torch.zeros(self.batch_size, dtype=torch.long), 0
         self.memory = self.states(0)
         self.written = self.states(0)
+
+    def pad(self, real: torch.Tensor, padding: float = torch.nan) -> None:
+        """Makes padding of all columns that are not real, of which keys and values are but one number."""
+        self.real = real
+        self.columns = [row.nonzero()[:, 0].tolist() for row in real]  # of each token by its number
+        self.key, value = (states.masked_fill(~real[:, None, :, None], padding) for states in self.drawn)
+        self.value = self.key if self.one_tensor else value
 
     def states(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns keys and values (B, K, length, D), which are one where the configuration says so."""
@@ -161,8 +167,9 @@ class Stream:
 
 
 @st.composite
-def streams(draw, most: int = 20, **fixed: Any) -> Stream:
-    """Draws a stream of one to three rows of any kind of layer, padded anywhere."""
+def streams(draw, least: int = 1, most: int = 20, memory: bool | None = None, **fixed: Any) -> Stream:
+    """Draws a stream of one to three rows of any kind of layer, padded anywhere, with memory or not."""
+    memory = draw(st.booleans()) if memory is None else memory
     layer_type = draw(st.sampled_from([FULL, SLIDING, CHUNKED]))
     changes = {
         "layer_types": layer_type,
@@ -172,14 +179,21 @@ def streams(draw, most: int = 20, **fixed: Any) -> Stream:
         "num_sink_tokens": 0 if layer_type == FULL else draw(st.integers(0, 4)),
         "position_embedding": draw(st.sampled_from(POSITION_EMBEDDINGS)),
         "shared_projections": draw(st.sampled_from(["none", "key_value"])),
-        "num_memory_tokens": draw(st.sampled_from([0, 0, 2])),
     }
-    if changes["num_memory_tokens"]:
-        changes["memory_segment_length"] = 7
-    rows, length = draw(st.integers(1, 3)), draw(st.integers(1, most))
+    if memory:
+        changes |= {"num_memory_tokens": 2, "memory_segment_length": 7}
+    rows, length = draw(st.integers(1, 3)), draw(st.integers(least, most))
     real = draw(real_tokens(rows, length, draw(st.sampled_from(["none", "anywhere"]))))
     max_length = draw(st.sampled_from([None, length + 2]))
     return Stream(changes | fixed, real, draw(st.integers(0, 99)), max_length)
+
+
+@st.composite
+def cuts_after_a_cache(draw, length: int) -> tuple[list[int], int]:
+    """Draws lengths of the pieces of a stream, and how many of them are read before a forward with gradients."""
+    before = draw(st.sampled_from(range(1, length)))
+    first = draw(cuts(before))
+    return [*first, *draw(cuts(length - before))], len(first)
 
 
 def flags(draw, rows: int) -> torch.Tensor:
@@ -187,12 +201,17 @@ def flags(draw, rows: int) -> torch.Tensor:
     return torch.tensor(draw(st.lists(st.booleans(), min_size=rows, max_size=rows)))
 
 
-def on_tape(stream: Stream, pieces: list[int], first: int, draw) -> Iterator[tuple[Plan, list[list[Part]]]]:
+def on_tape(
+    stream: Stream, pieces: list[int], first: int, draw, padding: float = torch.nan
+) -> Iterator[tuple[Plan, list[list[Part]]]]:
     """Reads some pieces of a stream with the cache's layer, and the rest in one forward with a tape, which it yields.
 
-    Where `first` is 0 there is no cache.
+    Where `first` is 0 there is no cache. Calls of a forward after its first one begin in their first column.
     """
     memory = stream.visibility.num_memory > 0
+    masks = stream.real.split(pieces, dim=1)
+    packed = [mask.sort(dim=-1, descending=True, stable=True).values for mask in masks[first + 1 :]]
+    stream.pad(torch.cat((*masks[: first + 1], *packed), dim=1), padding)
     for index, length in enumerate(pieces[:first]):
         stream.step(length, reads=memory and index == 0)
     tape = OlmemTape(stream.layer if first else None)

@@ -1062,3 +1062,29 @@ def test_a_refused_call_leaves_the_cache_as_it_was(changes):
     with pytest.raises(ValueError, match=r"`past_key_values` holds torch.float32"):
         read(tiny(**changes).double(), ids, cache)
     close(read(model, ids, cache)[0], alone(model, tokens(5), ids[0]))
+
+
+def test_what_was_taken_back_whole_is_not_saved(tmp_path):
+    """A file of nothing cannot be told from a damaged one."""
+    model = tiny(layer_types=FULL)
+    cache = after(model, tokens(1, 5))
+    cache.crop(-5)
+    with pytest.raises(ValueError, match="has read something"):
+        cache.save(tmp_path / "cache")
+
+
+@every_model
+def test_a_copy_made_in_inference_mode_goes_on_outside(changes):
+    model, ids = tiny(**changes), tokens(1, 9)
+    with torch.inference_mode():
+        copied = copy.deepcopy(after(model, ids))
+    close(read(model, tokens(1, 3, seed=1), copied)[0], alone(model, ids[0], tokens(3, seed=1)))
+
+
+def test_a_cache_of_transformers_is_not_gone_on_from_with_checkpointed_gradients():
+    """It was dropped in silence."""
+    model, cache = tiny(), DynamicCache()
+    read(model, tokens(1, 5), cache)
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="`past_key_values` cannot be gone on from in training with gradient"):
+        model.train()(tokens(1, 3), past_key_values=cache)

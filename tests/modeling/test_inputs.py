@@ -27,7 +27,7 @@ def numbered(
     has_memory: bool = False,
 ) -> Tokens:
     """Returns the tokens of hidden states of that shape."""
-    return number_tokens(torch.zeros(rows, length, 3), mask, positions, counters, has_memory)
+    return number_tokens(torch.zeros(rows, length, 3), mask, positions, counters, has_memory, has_prefix=False)
 
 
 @settings(max_examples=60, deadline=None)
@@ -119,6 +119,8 @@ def test_packed_documents_beside_padding_are_refused_where_there_is_memory():
         numbered(1, 5, mask, torch.tensor([[0, 0, 1, 0, 1]]), has_memory=True)
     counted = numbered(1, 5, mask, torch.tensor([[1, 0, 1, 2, 3]]), has_memory=True)
     assert counted.numbers.tolist() == [[-1, 0, 1, 2, 3]]
+    counted = numbered(1, 5, mask.flip(1), torch.tensor([[0, 1, 2, 3, 1]]), has_memory=True)
+    assert counted.numbers.tolist() == [[0, 1, 2, 3, -1]]
     assert numbered(1, 5, mask, torch.tensor([[0, 0, 1, 0, 1]])).documents is None
 
 

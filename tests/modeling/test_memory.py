@@ -1024,3 +1024,14 @@ def test_a_short_text_takes_little_room(monkeypatch):
     monkeypatch.setattr(segments_olmem, "OlmemCache", make_cache)
     alone(model, tokens(5))
     assert made[0].nbytes < 100_000
+
+
+@every_memory
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_positions_that_begin_later_change_nothing(changes, differentiable):
+    """Of the pieces that segments cut a text into too."""
+    model, ids = make(changes), tokens(1, 23)
+    with torch.set_grad_enabled(differentiable):
+        expected = model(ids, use_cache=False).logits
+        for shift in (0, 100):
+            close(model(ids, position_ids=torch.arange(23)[None] + shift, use_cache=False).logits, expected)

@@ -258,6 +258,8 @@ def test_with_a_cache_every_key_is_where_the_writes_say(visibility, data):
             check_past(stores, view.key_numbers[:, :past], writes)
             write_all(stores, numbers, writes)
         check_stores(stores, visibility, limit, (seen + real.sum(-1)).tolist())
+        looks_from = numbers.cummax(-1).values.maximum(seen[:, None] - 1)  # padding from a token before it
+        assert torch.equal(view.queries, looks_from)
         check_mask(view)
         if view.is_step:
             check_step(view)

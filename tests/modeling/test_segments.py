@@ -191,12 +191,17 @@ def written_before(number: int, segment: int = 5) -> int:
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_each_pass_reads_the_memory_of_its_rows_segments(data):
-    """A memory is written at the end of each segment and read at the beginning of the next, whatever is padded."""
+    """A memory is written at the end of each segment and read at the beginning of the next, whatever is padded.
+
+    A row that begins anew reads the first memory again.
+    """
     config = config_of()
     rows, lengths = data.draw(st.integers(1, 3)), data.draw(st.lists(st.integers(1, 14), min_size=1, max_size=5))
     cache, memory = begun(config, rows), memory_of(config)
     padding = data.draw(st.sampled_from(["none", "anywhere"]))
     for length in lengths:
+        if data.draw(st.booleans()):
+            cache.forget([data.draw(st.integers(0, rows - 1))])
         real, seen = data.draw(real_tokens(rows, length, padding)), cache.seen.clone()
         numbers, embeddings = number(real, seen), torch.randn(rows, length, HIDDEN)
         has_gradients = data.draw(st.booleans())

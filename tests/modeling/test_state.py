@@ -3,12 +3,14 @@
 No test needs a model: keys and values are random numbers, and a token that is not to be kept has none.
 """
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from modeling.helpers import CHUNKED, FULL, SLIDING
-from modeling.layer_streams import HEADS, SIZE, Stream, flags, on_tape, streams
+from modeling.layer_streams import HEADS, SIZE, Stream, cuts_after_a_cache, flags, on_tape, streams
 from modeling.numbering import listed
 from modeling.streams import cuts
 from olmem import state_olmem, visibility_olmem
@@ -20,51 +22,53 @@ from olmem.state_olmem import OlmemTape
 ALL = slice(None)
 
 
-@settings(max_examples=60, deadline=None)
-@given(stream=streams(), data=st.data())
-def test_a_cache_gives_each_query_the_keys_and_values_that_it_sees(stream, data):
+@pytest.mark.parametrize("has_memory", [False, True])
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_a_cache_gives_each_query_the_keys_and_values_that_it_sees(has_memory, data):
     """It does however a stream is cut, also past its first room, and with memory that some rows read anew."""
-    memory = stream.visibility.num_memory > 0
+    stream = data.draw(streams(memory=has_memory))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(state_olmem, "GROWTH", data.draw(st.sampled_from([1, 3, 256])))
         for index, length in enumerate(data.draw(cuts(stream.real.shape[1]))):
-            reads = memory and (index == 0 or data.draw(st.booleans()))
+            reads = has_memory and (index == 0 or data.draw(st.booleans()))
             begins = flags(data.draw, stream.batch_size) if reads and index and data.draw(st.booleans()) else None
-            seen, writes = stream.seen, memory and data.draw(st.booleans())
+            seen, writes = stream.seen, has_memory and data.draw(st.booleans())
             plan, parts = stream.step(length, reads=reads, begins=begins, writes=writes)
             stream.check(plan, parts, seen)
             assert stream.layer.length == stream.before
 
 
-@settings(max_examples=60, deadline=None)
-@given(stream=streams(), data=st.data())
-def test_a_tape_gives_each_query_the_keys_and_values_that_it_sees(stream, data):
-    """It does alone and behind a cache, which it also keeps up to date for calls without gradients."""
-    pieces = data.draw(cuts(stream.real.shape[1]))
-    first = data.draw(st.integers(0, len(pieces) - 1))
+@pytest.mark.parametrize("has_memory", [False, True])
+@pytest.mark.parametrize("has_cache", [False, True])
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_a_tape_gives_each_query_the_keys_and_values_that_it_sees(has_cache, has_memory, data):
+    """It does alone and behind a cache, to whose buffers no gradient goes back."""
+    stream = data.draw(streams(least=2, memory=has_memory))
+    length = stream.real.shape[1]
+    pieces, first = data.draw(cuts_after_a_cache(length)) if has_cache else (data.draw(cuts(length)), 0)
     for plan, parts in on_tape(stream, pieces, first, data.draw):
         assert all(not part.is_bare for seen in parts for part in seen)
         assert plan.tape is not None
-    if first:
-        held = [stream.layer.buffers[name].clone() for name in stream.layer.names]
-        assert all(not buffer.requires_grad for buffer in held)
+    assert bool(stream.layer.buffers) is has_cache
+    assert not any(buffer.requires_grad for buffer in stream.layer.buffers.values())
 
 
-@settings(max_examples=40, deadline=None)
-@given(data=st.data(), seed=st.integers(0, 99))
-def test_a_tape_writes_to_a_cache_what_the_cache_would_have_written(data, seed):
+@pytest.mark.parametrize("shared", ["none", "key_value"])
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_a_tape_writes_to_a_cache_what_the_cache_would_have_written(shared, data):
     """What a forward with gradients leaves in the buffers is the same bit for bit."""
-    drawn = data.draw(streams())
-    changes = {
-        name: getattr(drawn.config, name)
-        for name in ("layer_types", "sliding_window", "num_sink_tokens", "position_embedding", "shared_projections")
-    }
-    pieces = data.draw(cuts(drawn.real.shape[1]))
-    left, right = (Stream(changes, drawn.real, seed, drawn.max_length) for _ in range(2))
+    left = data.draw(streams(least=2, memory=False, shared_projections=shared))
+    right = copy.deepcopy(left)
+    pieces, first = data.draw(cuts_after_a_cache(left.real.shape[1]))
+    for _ in on_tape(right, pieces, first, data.draw):
+        pass
+    left.pad(right.real)
     for length in pieces:
         left.step(length)
-    for _ in on_tape(right, pieces, data.draw(st.integers(1, max(1, len(pieces) - 1))), data.draw):
-        pass
+    assert right.layer.length == left.layer.length == left.before
     for name in left.layer.names:
         kept = left.visibility.num_prefix + min(left.before, left.layer.limit or left.before)
         expected, found = (each.layer.buffers[name][:, :, :kept] for each in (left, right))
@@ -223,16 +227,17 @@ def test_a_tape_keeps_gradients_and_a_cache_has_none(layer_type, has_cache, shar
 
 
 def test_what_a_tape_has_read_of_a_cache_stays_when_the_cache_goes_on():
-    """The ring is written over in place, and the backward pass of a call must still find what that call saw."""
-    stream = Stream({"layer_types": SLIDING, "num_sink_tokens": 2}, torch.ones(1, 20, dtype=torch.bool))
-    stream.step(8)
+    """Ring and memory are written over in place, and the backward pass of a call must still find what that call saw."""
+    changes = {"layer_types": SLIDING, "num_sink_tokens": 2, "num_memory_tokens": 2, "memory_segment_length": 10}
+    stream = Stream(changes, torch.ones(1, 20, dtype=torch.bool))
+    stream.step(8, reads=True)
     call, key, value = stream.call(2, differentiable=True)
     call.seen_first, call.before_first = stream.seen, stream.before
     [parts] = OlmemTape(stream.layer).write(key, value, stream.plan(call), ())
     kept = [(part.key.clone(), part.value.clone()) for part in parts]
     stream.advance(2)
-    for _ in range(8):
-        stream.step(1)
+    for index in range(8):
+        stream.step(1, reads=index == 0)
     for part, (key, value) in zip(parts, kept, strict=True):
         assert torch.equal(part.key, key) and torch.equal(part.value, value)
 
@@ -257,7 +262,7 @@ def check_candidates(stream: Stream, found: Candidates, queries: dict[int, list[
                 assert torch.equal(found.value[row, :, column], value)
 
 
-RETRIEVES = {"retrieval_layers": [0], "retrieval_top_k": 1, "num_memory_tokens": 0}
+RETRIEVES = {"retrieval_layers": [0], "retrieval_top_k": 1}
 
 
 @settings(max_examples=60, deadline=None)
@@ -269,7 +274,7 @@ def test_candidates_of_a_cache_are_those_of_the_table(data, block, capacity):
             patch.setattr(module, "STORE_BLOCK", block)
         patch.setattr(state_olmem, "GROWTH", data.draw(st.sampled_from([1, 256])))
         fixed = RETRIEVES | {"layer_types": data.draw(st.sampled_from([SLIDING, CHUNKED]))}
-        stream = data.draw(streams(30, **fixed, retrieval_capacity=capacity))
+        stream = data.draw(streams(1, 30, memory=False, **fixed, retrieval_capacity=capacity))
         for length in data.draw(cuts(stream.real.shape[1])):
             call, key, value = stream.call(length)
             plan = stream.plan(call)
@@ -289,17 +294,18 @@ def test_candidates_of_a_cache_are_those_of_the_table(data, block, capacity):
             assert stream.layer.buffers[name].shape[2] <= most + 1
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("has_cache", [False, True])
+@settings(max_examples=30, deadline=None)
 @given(data=st.data(), capacity=st.integers(1, 6))
-def test_candidates_of_a_tape_are_those_of_the_table(data, capacity):
+def test_candidates_of_a_tape_are_those_of_the_table(has_cache, data, capacity):
     """They are those that its cache's store held before the forward, those of earlier calls, and the new ones."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (state_olmem, visibility_olmem):
             patch.setattr(module, "STORE_BLOCK", 2)
         fixed = RETRIEVES | {"layer_types": data.draw(st.sampled_from([SLIDING, CHUNKED]))}
-        stream = data.draw(streams(30, **fixed, retrieval_capacity=capacity))
-        pieces = data.draw(cuts(stream.real.shape[1]))
-        first = data.draw(st.integers(0, len(pieces) - 1))
+        stream = data.draw(streams(2, 30, memory=False, **fixed, retrieval_capacity=capacity))
+        length = stream.real.shape[1]
+        pieces, first = data.draw(cuts_after_a_cache(length)) if has_cache else (data.draw(cuts(length)), 0)
         for length in pieces[:first]:
             call, key, value = stream.call(length)
             plan = stream.plan(call)
@@ -437,5 +443,5 @@ def test_a_layer_shows_what_its_window_holds():
     assert torch.equal(stream.layer.values, stream.value[:, :, [8, 5, 6, 7]])
     assert stream.layer.get_mask_sizes(2) == (5, 6)
     assert stream.layer.get_max_length() == 4
-    with pytest.raises(ValueError, match="must be a cache of Transformers"):
+    with pytest.raises(ValueError, match="which serves Olmem models only"):
         stream.layer.update(stream.key, stream.value)

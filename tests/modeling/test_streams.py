@@ -215,7 +215,7 @@ def attend_in(model: OlmemForCausalLM, states, cache: OlmemCache | None = None) 
     embeddings = query.new_zeros(len(query), query.shape[2], 1)
     if cache is not None:
         cache.begin(len(query), query.device)
-    tokens = number_tokens(embeddings, None, None, None if cache is None else cache.counters, has_memory=False)
+    tokens = number_tokens(embeddings, None, None, None if cache is None else cache.counters, False, False)
     schedule = Schedule(model.config, None, cache, tokens, embeddings)
     is_plain = Implementation.of(model.config).is_plain
     [call] = schedule.calls()
@@ -425,3 +425,19 @@ def test_blocks_work_under_function_transforms():
     model(ids, use_cache=False).logits.square().mean().backward()
     for name, gradient in zip(names, found, strict=True):
         assert_close(gradient, dict(model.named_parameters())[name].grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", STREAMS.values(), ids=STREAMS)
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_positions_that_begin_later_change_nothing(changes, differentiable):
+    """Without a cache, where only their differences may count; others are refused where slots are counted."""
+    model = make(changes)
+    ids, positions = tokens(1, 4 * span(model)), torch.arange(4 * span(model))[None]
+    with torch.set_grad_enabled(differentiable):
+        expected = model(ids, use_cache=False).logits
+        for shift in (0, 100):
+            found = model(ids, position_ids=positions + shift, use_cache=False).logits
+            assert_close(found, expected, rtol=0, atol=1e-4)
+        if model.config.num_sink_tokens:
+            with pytest.raises(ValueError, match="`position_ids` must count a row's tokens one by one with sinks"):
+                model(ids, position_ids=3 * positions, use_cache=False)

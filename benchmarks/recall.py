@@ -1,6 +1,6 @@
 """Associative recall: a pair is told, many windows later its key is asked for.
 
-    python benchmarks/recall.py [--minutes 4] [--seeds 3] [--processes 1] [--smoke] [--json FILE]
+    python benchmarks/recall.py [--variants memory,…] [--minutes 4] [--seeds 3] [--processes 1] [--smoke] [--json FILE]
 
 A row is segments of as many tokens as the window has. The first half of the first tells pairs of a key and a value; the
 last half of the last asks for the keys, in another order, a value after each, which is what is scored; all between is
@@ -63,6 +63,7 @@ class Settings:
     heads: int = 4
     processes: int = 1
     rows: int = 256
+    variants: str = "window,retrieval,memory"
 
 
 SMOKE = Settings(minutes=0.5, seeds=1, steps=3, batch=4, width=32, rows=4)
@@ -74,6 +75,7 @@ HELP = {
     "rate": "largest learning rate",
     "processes": "trainings at a time",
     "rows": "of an evaluation, with 4 answers each",
+    "variants": "that are trained",
 }
 
 
@@ -160,7 +162,7 @@ def train(variant: str, seed: int, settings: Settings, device: str) -> dict[str,
     for distance in DISTANCES:
         rows = make_rows(settings.rows, distance, torch.Generator().manual_seed(1000 + seed))
         with torch.no_grad():
-            some = max(1, min(64, 2**18 // rows[0].shape[1]))  # of so many tokens that they find room
+            some = max(1, min(64, 2**22 // rows[0].shape[1]))  # of so many tokens that they find room
             parts = zip(*(each.to(device).split(some) for each in rows), strict=True)
             parts = [answers(model, *part)[1] for part in parts]
         right[distance] = float(torch.cat(parts).float().mean())
@@ -177,7 +179,7 @@ def make_table(rows: list[dict[str, Any]]) -> tuple[list[str], dict[str, dict[in
     """The lines to print, and mean and standard deviation of the shares in them."""
     lines, table = ["right answers, %, at a distance of so many windows"], {}
     lines.append(f"{'':<10}{'parameters':>11}" + "".join(f"{distance:>14}" for distance in DISTANCES))
-    for variant in VARIANTS:
+    for variant in dict.fromkeys(row["variant"] for row in rows):
         found = [row for row in rows if row["variant"] == variant]
         line, table[variant] = f"{variant:<10}{found[0]['parameters']:>11}", {}
         for distance in DISTANCES:
@@ -201,7 +203,9 @@ def main() -> None:
     chosen = {name: value for name, value in given.items() if value is not None}
     settings = replace(SMOKE if smoke else Settings(), **chosen)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    jobs = [(variant, seed, settings, device) for seed in range(settings.seeds) for variant in VARIANTS]
+    jobs = [
+        (variant, seed, settings, device) for seed in range(settings.seeds) for variant in settings.variants.split(",")
+    ]
     print(f"{device}, torch {torch.__version__}: {len(jobs)} trainings, {settings.processes} at a time", flush=True)
     rows = []
     pool = multiprocessing.get_context("spawn").Pool(settings.processes, maxtasksperchild=1)

@@ -440,4 +440,4 @@ def test_positions_that_begin_later_change_nothing(changes, differentiable):
             assert_close(found, expected, rtol=0, atol=1e-4)
         if model.config.num_sink_tokens:
             with pytest.raises(ValueError, match="`position_ids` must count a row's tokens one by one with sinks"):
-                model(ids, position_ids=3 * positions, use_cache=False)
+                model(ids, attention_mask=torch.ones_like(ids), position_ids=3 * positions, use_cache=False)

@@ -95,6 +95,11 @@ def require_plain(path: Path, largest: int | None = None) -> Path:
     return path
 
 
+def identity(status: os.stat_result) -> tuple[int, ...]:
+    """What of a file says that it is the same one, and has not changed: nobody can set the last of them."""
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
 def read_bytes(path: Path, largest: int = LARGEST_TEXT) -> bytes:
     require_plain(path, largest)
     with reading(path), path.open("rb") as file:

@@ -2,8 +2,11 @@
 
 The plan compares the folder with the branch as one commit has it. The upload is one commit on top of that one, which
 the Hub refuses if the branch has moved. A commit whose answer was lost is found again by what it holds and by what it
-lies on, so that none is made twice. The tag comes last: it says that the Hub's files have the checksums of this folder,
-and that they load, by the repository's own code, to the same logits.
+lies on, so that none is made twice. The tag comes last: it says that the Hub sends the files of this folder, bit for
+bit, and that they load, by the repository's own code, to the same logits.
+
+What the Hub says of its files is compared, and so is what it sends, before any of it is imported. The process that
+imports it has neither the token nor the network.
 """
 
 import json
@@ -21,19 +24,21 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, get_token, is_offline_mode
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 from tqdm import tqdm
 
 from .card import CARD_NAME
 from .errors import CheckpointError
 from .files import read_json
-from .release import LocalFile, check_release
+from .release import LocalFile, check_release, require_unchanged
 from .remote import (
     NETWORK_ERRORS,
     WAITS,
     Remote,
     differences,
     is_passing,
+    keeping_token,
     persistently,
     quiet_hub,
     wait_for,
@@ -45,9 +50,8 @@ TITLE = "Model verified by olmem"
 REF_NAME = re.compile(r"(?!refs/)(?!.*\.\.)[a-z0-9][\w.+-]*(/[a-z0-9][\w.+-]*)*(?<!\.)(?<!\.lock)", re.ASCII | re.I)
 OF_THE_USER = {  # variables of places and rules that a process with an empty cache must not know
     *("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_XET_CACHE", "HF_ASSETS_CACHE", "TRANSFORMERS_CACHE"),
-    "HF_HUB_DISABLE_IMPLICIT_TOKEN",
+    *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_STORED_TOKENS_PATH", "HF_OIDC_RESOURCE"),
 }
-TRY_AGAIN = 75  # exit code of reload.py
 MOST_OF_MEMORY = 0.8  # of which weights may take this much before they are offloaded
 
 
@@ -113,7 +117,8 @@ def push(
             "the token must be of ASCII signs (it holds another, as pasting adds some); copy it again."
         )
     remote = Remote(repo_id, token)
-    with quiet_hub(), remote.telling(lambda: "nothing was sent"):
+    guarded = keeping_token(token, remote.api.endpoint)
+    with quiet_hub(), guarded, remote.telling(lambda: "nothing was sent"):
         remote.check_card(files[CARD_NAME].path)
         plan = make_plan(remote, files, revision or MAIN, create_pr, private, tag)
         for line in table(plan, private):
@@ -270,8 +275,8 @@ class Push:
                 commit = str(self.plan.head)
         with self.after(commit):
             self.check_checksums(commit)
-            self.say(f"verified: the checksums of {len(self.files)} files, at {commit}")
-            self.say("loading it from the Hub by this commit, with the repository's own code and an empty cache")
+            self.say(f"verified: the checksums of {len(self.files)} files as the Hub lists them, at {commit}")
+            self.say("downloading this commit, and loading it with the repository's own code, without token or network")
             if self.logits(installed=False, commit=commit) != expected:
                 raise CheckpointError("the logits of the model on the Hub are not those of OUT, bit for bit")
             self.say("verified: the same logits, bit for bit")
@@ -310,6 +315,7 @@ class Push:
             CommitOperationAdd(name, self.files[name].path) for name in sorted([*plan.new, *plan.changed])
         ]
         operations += [CommitOperationDelete(name) for name in sorted(plan.deleted)]
+        require_unchanged(self.files)
         waits = [*WAITS]
         while True:
             try:
@@ -374,7 +380,7 @@ class Push:
 
     def logits(self, installed: bool, commit: str | None) -> str:
         """The checksum of the logits, in a process of its own: of OUT with the installed olmem, or of the repository at
-        this commit by its own code, downloaded to an empty cache."""
+        this commit by its own code, once what was downloaded is known to be OUT's, bit for bit."""
         weights = sum(file.size for name, file in self.files.items() if name.endswith(".safetensors"))
         prompt = read_json(self.folder / REPORT_NAME)["prompt"]
         with tempfile.TemporaryDirectory(prefix="olmem-") as scratch:
@@ -384,6 +390,8 @@ class Push:
                 self.say(
                     "the model is larger than memory: layers are read from disk as they are needed, which takes long"
                 )
+            if commit is not None:
+                self.download(commit, Path(scratch))
             task = {
                 "model": str(self.folder) if installed else self.plan.repo_id,
                 "installed": installed,
@@ -398,28 +406,34 @@ class Push:
             raise CheckpointError(f"the code that loads the model is another than was to be tried ({report['module']})")
         return report["logits"]
 
+    def download(self, commit: str, home: Path) -> None:
+        """Lays the commit's files where huggingface_hub would keep them, each compared with the one of OUT."""
+        snapshot = home / "hub" / repo_folder_name(repo_id=self.plan.repo_id, repo_type="model") / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        for name, file in self.files.items():
+            self.remote.download(name, commit, snapshot / name, file)
+        self.say(f"verified: the {len(self.files)} files that the Hub sends are those of OUT, bit for bit")
+
     def reload(self, task: dict[str, Any], scratch: str) -> dict[str, Any]:
-        """Runs reload.py, away from the user's caches; the token goes by the environment, as to any program."""
-        environment = {name: value for name, value in os.environ.items() if name not in OF_THE_USER} | {
+        """Runs reload.py away from the user's caches, without the token and without the network."""
+        token = self.remote.token
+        environment = {
+            name: value for name, value in os.environ.items() if name not in OF_THE_USER and token not in value
+        } | {
             "HF_HOME": scratch,
             "HF_MODULES_CACHE": f"{scratch}/modules",
-            "HF_ENDPOINT": self.remote.api.endpoint,
-            "HF_TOKEN": self.remote.token,
+            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }
         command = [sys.executable, "-P", str(Path(__file__).with_name("reload.py"))]
-        waits = [*WAITS]
-        while True:
-            done = subprocess.run(command, input=json.dumps(task), env=environment, capture_output=True, text=True)
-            if done.returncode == 0:
-                return json.loads(done.stdout.splitlines()[-1])
-            why = self.remote.without_token((done.stderr.strip().splitlines() or ["nothing"])[-1])
-            remedy = "; convert again: nothing was sent" if task["installed"] else ""
-            error = CheckpointError(f"the model must load and run (a new process ended with {why!r}){remedy}.")
-            if done.returncode != TRY_AGAIN or task["installed"] or not waits:
-                raise error
-            wait_for(error, waits.pop(0))
+        done = subprocess.run(command, input=json.dumps(task), env=environment, capture_output=True, text=True)
+        if done.returncode == 0:
+            return json.loads(done.stdout.splitlines()[-1])
+        why = self.remote.without_token((done.stderr.strip().splitlines() or ["nothing"])[-1])
+        remedy = "; convert again: nothing was sent" if task["installed"] else ""
+        raise CheckpointError(f"the model must load and run (a new process ended with {why!r}){remedy}.")
 
     def check_room(self, scratch: str, needed: int) -> None:
         free = shutil.disk_usage(scratch).free

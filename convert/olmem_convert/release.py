@@ -21,7 +21,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from .card import check_card, check_metadata
 from .convert import WRITTEN
 from .errors import CheckpointError
-from .files import read_json, reading, refuse_code
+from .files import identity, read_json, reading, refuse_code
 from .plan import TOKEN_IDS
 from .shards import INDEX_NAME
 from .tensors import LazyTensor
@@ -43,6 +43,7 @@ class LocalFile:
     size: int
     sha256: str
     git_sha1: str
+    identity: tuple[int, ...]  # by which a change since is seen
 
 
 def check_release(out: str | Path) -> dict[str, LocalFile]:
@@ -159,6 +160,7 @@ def read_all(paths: list[Path]) -> dict[str, LocalFile]:
         total=sum(path.stat().st_size for path in paths), desc="checksums", unit="B", unit_scale=True, disable=None
     ) as bar:
         for path in paths:
+            before = identity(path.stat())
             size = path.stat().st_size
             sha256, git_sha1 = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
             with path.open("rb") as file:
@@ -166,8 +168,19 @@ def read_all(paths: list[Path]) -> dict[str, LocalFile]:
                     sha256.update(block)
                     git_sha1.update(block)
                     bar.update(len(block))
-            files[path.name] = LocalFile(path, size, sha256.hexdigest(), git_sha1.hexdigest())
+            files[path.name] = LocalFile(path, size, sha256.hexdigest(), git_sha1.hexdigest(), before)
+    require_unchanged(files)
     return files
+
+
+def require_unchanged(files: Mapping[str, LocalFile]) -> None:
+    """Raises CheckpointError if a file is another than when it was checked."""
+    for name, file in files.items():
+        if identity(file.path.lstat()) != file.identity:
+            raise CheckpointError(
+                f"`{name}` must stay as it is while it is published (it has changed since it was checked); run the "
+                "same command again."
+            )
 
 
 def check_seal(folder: Path, seal: Mapping[str, Any], files: Mapping[str, LocalFile]) -> None:

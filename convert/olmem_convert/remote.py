@@ -1,5 +1,6 @@
 """What a push asks a repository of the Hub and tells it, persistently where a server or a connection fails."""
 
+import hashlib
 import json
 import logging
 import re
@@ -7,14 +8,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlsplit
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants, set_client_factory
 from huggingface_hub import logging as hub_logging
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import GitCommitInfo, RepoFile
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, parse_ratelimit_headers
+from huggingface_hub.utils import (
+    _http,
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+    parse_ratelimit_headers,
+)
 
 from .errors import CheckpointError
 from .release import LocalFile
@@ -24,6 +34,7 @@ OF_THE_HUB = ".gitattributes"
 PASSING = (408, 429, 500, 502, 503, 504)  # statuses that another try may not meet
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each further try
 LONGEST_WAIT = 300.0  # seconds, of those that the Hub asks for
+LARGEST_ANSWER, MOST_REQUESTS = 2**24, 20_000  # bytes, and requests of one push; a listing of 1,000 files has 2**18
 NETWORK_ERRORS = (HTTPError, OSError, ValueError, RuntimeError)  # huggingface_hub wraps those of uploads
 
 
@@ -36,6 +47,90 @@ def quiet_hub() -> Iterator[None]:
         yield
     finally:
         hub_logging.set_verbosity(level)
+
+
+class UnlikeTheHubError(CheckpointError):
+    """A server did what the Hub does not do, and what must not be gone along with."""
+
+
+HTTPX: Any = import_module(HTTPError.__module__.partition(".")[0])  # httpx, or httpx2 since huggingface_hub 2
+
+
+class Bounded(HTTPX.SyncByteStream):
+    """The body of an answer, of which no more is read than any answer of the Hub's has."""
+
+    def __init__(self, stream: Any, url: str):
+        self.stream, self.url = stream, url
+
+    def __iter__(self) -> Iterator[bytes]:
+        read = 0
+        for block in self.stream:
+            read += len(block)
+            if read > LARGEST_ANSWER:
+                raise UnlikeTheHubError(
+                    f"{self.url} must answer in at most {LARGEST_ANSWER:,} bytes (it sends more), as the Hub does; "
+                    "check HF_ENDPOINT and your proxy"
+                )
+            yield block
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+@contextmanager
+def keeping_token(token: str, endpoint: str) -> Iterator[None]:
+    """Lets no request with the token go anywhere but to the Hub's own address.
+
+    The Hub's answers name addresses: of the next page of a listing, of what confirms an upload, of redirects.
+    huggingface_hub asks some of them with the token, whatever host they are of. Every request of its client passes
+    here, so it does not matter where an address comes from. Answers without end are refused here too.
+    """
+    home, before, asked = origin(endpoint), _http._GLOBAL_CLIENT_FACTORY, count()
+
+    def check_request(request: Any) -> None:
+        url = str(request.url)
+        carries = token in url or any(token in value for value in request.headers.values())
+        if carries and origin(url) != home:
+            raise UnlikeTheHubError(
+                f"{endpoint} must name addresses of its own for what it is asked with the token (it named one of "
+                f"{urlsplit(url).hostname}, which was not asked); do not trust what stands between you and the Hub: "
+                "check HF_ENDPOINT and your proxy"
+            )
+        if next(asked) >= MOST_REQUESTS:
+            raise UnlikeTheHubError(
+                f"{endpoint} must answer in at most {MOST_REQUESTS:,} requests (it names further ones), as the Hub "
+                "does; check HF_ENDPOINT and your proxy"
+            )
+        request.headers["Accept-Encoding"] = "identity"  # a compressed answer may be of any size
+
+    def check_response(response: Any) -> None:
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            raise UnlikeTheHubError(
+                f"{response.url.host} must not compress what it was asked to send as it is (it does); check your proxy"
+            )
+        if response.request.extensions.get("olmem") != "download":
+            response.stream = Bounded(response.stream, f"{response.url.scheme}://{response.url.host}")
+
+    def make() -> Any:
+        client = before()
+        hooks = client.event_hooks
+        client.event_hooks = {
+            "request": [*hooks.get("request", ()), check_request],
+            "response": [*hooks.get("response", ()), check_response],
+        }
+        return client
+
+    set_client_factory(make)
+    try:
+        yield
+    finally:
+        set_client_factory(before)
+
+
+def origin(url: str) -> tuple[str, str | None, int | None]:
+    """The scheme, the host and the port of an address."""
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -186,6 +281,45 @@ class Remote:
                 f"the front matter of `{path}` must be valid on the Hub (it says: {said}); correct it."
             )
 
+    def download(self, name: str, commit: str, path: Path, expected: LocalFile) -> None:
+        """Writes the file of the commit to `path`, or raises CheckpointError if it is not the expected one.
+
+        What is expected bounds what is read. A download that was cut goes on where it was.
+        """
+        digest, done = hashlib.sha256(), 0
+        url = f"{self.api.endpoint}/{self.repo_id}/resolve/{commit}/{quote(name)}"
+
+        def fetch() -> None:
+            nonlocal digest, done
+            if done == expected.size:  # the connection ended behind the last byte
+                return
+            headers = build_hf_headers(token=self.token)
+            if done:
+                headers["Range"] = f"bytes={done}-"
+            timeout, extensions = constants.HF_HUB_DOWNLOAD_TIMEOUT, {"olmem": "download"}
+            session = get_session()
+            with session.stream("GET", url, headers=headers, timeout=timeout, extensions=extensions) as response:
+                hf_raise_for_status(response)
+                if response.status_code != 206:
+                    digest, done = hashlib.sha256(), 0
+                with path.open("r+b" if done else "wb") as file:
+                    file.seek(done)
+                    for block in response.iter_raw():
+                        if done + len(block) > expected.size:
+                            raise CheckpointError(
+                                f"the Hub sends more of {name} than the {expected.size:,} bytes of OUT"
+                            )
+                        file.write(block)
+                        digest.update(block)
+                        done += len(block)
+
+        if expected.size:
+            persistently(fetch, also=(404,))
+        else:
+            path.touch()
+        if digest.hexdigest() != expected.sha256:
+            raise CheckpointError(f"the Hub sends another {name} than the one of OUT, whose checksum it states")
+
     @contextmanager
     def telling(self, state: Callable[[], str]) -> Iterator[None]:
         """Turns what the network or the Hub raises into one line with the way out, without the token."""
@@ -195,13 +329,20 @@ class Remote:
             raise
         except NETWORK_ERRORS as error:
             raise CheckpointError(f"{self.explain(error)}; {state()}.") from None
-        except (AttributeError, LookupError, TypeError) as error:  # huggingface_hub's, of JSON of another kind
+        except UnlikeTheHubError as error:
+            raise CheckpointError(f"{error}; {state()}.") from None
+        except CheckpointError:
+            raise
+        except Exception as error:  # of the many that huggingface_hub raises over answers of another kind
             said = self.without_token(f"{type(error).__name__}: {error}")
             raise CheckpointError(
                 f"{self.api.endpoint} must answer as the Hub does (reading it gave {said}); {state()}."
             ) from error
 
     def explain(self, error: BaseException) -> str:
+        unlike = next((cause for cause in causes(error) if isinstance(cause, UnlikeTheHubError)), None)
+        if unlike is not None:  # which huggingface_hub wraps where it uploads
+            return str(unlike)
         answer = next((cause for cause in causes(error) if isinstance(cause, HfHubHTTPError)), None)
         lost = next((cause for cause in causes(error) if isinstance(cause, HTTPError)), error)
         if answer is None:

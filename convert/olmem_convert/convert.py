@@ -23,7 +23,7 @@ from .files import read_bytes, read_json, reading, require_numbers
 from .formats import Checkpoint, Given
 from .formats.detect import open_checkpoint
 from .memory import listed, new_parameters, switched, with_memory
-from .partial import Partial, job_of, settle, written_whole
+from .partial import Partial, job_of, recover, require_apart, written_whole
 from .plan import TOKEN_IDS, check_copies, make_config, make_tensors, tokens_of
 from .progress import Progress, Tell
 from .shards import WeightFiles, check_size
@@ -69,8 +69,9 @@ def convert(
     """
     source, out = Path(source), named(out)
     check_options(dtype, max_shard_size, tokenizer)
-    settle(out, strays_of, say)
-    check_out(source, out, overwrite)
+    require_apart(source, out, {"tokenizer": as_path(tokenizer), "native_config": as_path(native_config)})
+    recover(out, say)
+    check_out(out, overwrite)
     kept = kept_metadata(out)  # of a folder to be replaced
     given = Given(Path(native_config) if native_config else None, n_ctx, act_fn)
     checkpoint = open_checkpoint(source, max_length, given)
@@ -238,10 +239,11 @@ def named(out: str | Path) -> Path:
     return path
 
 
-def check_out(source: Path, out: Path, overwrite: bool) -> None:
-    inner, outer = out.resolve(), source.resolve()
-    if inner == outer or outer in inner.parents or (overwrite and inner in outer.parents):
-        raise CheckpointError(f"`OUT` and SRC must lie apart (got {out} and {source}); name another folder.")
+def as_path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+def check_out(out: Path, overwrite: bool) -> None:
     if not os.path.lexists(out):
         return
     if not out.is_dir() or out.is_symlink():
@@ -254,8 +256,6 @@ def check_out(source: Path, out: Path, overwrite: bool) -> None:
         )
     if not overwrite:
         raise CheckpointError(f"`OUT` must not exist yet (got {out}); name a new folder, or add --overwrite.")
-    if Path.cwd().is_relative_to(out):
-        raise CheckpointError(f"`OUT` must not be the folder you are in, nor hold it (got {out}); name another one.")
 
 
 WRITTEN = re.compile(

@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .convert import (
     announce,
+    as_path,
     carry_generation_config,
     check_options,
     check_out,
@@ -36,7 +37,7 @@ from .errors import CheckpointError, reason
 from .files import NAMES_CODE, NAMES_KERNELS, read_json, refuse_code
 from .formats import Checkpoint, check_common, check_layers, expand, typed
 from .formats.transformers_olmo import key_table
-from .partial import job_of, settle, written_whole
+from .partial import job_of, recover, require_apart, written_whole
 from .plan import TOKEN_IDS, make_tensors, require_meaning
 from .progress import Tell
 from .shards import WeightFiles
@@ -85,8 +86,9 @@ def export(
     check_options(dtype, max_shard_size, tokenizer)
     if target not in OLMO_BLOCKS:
         raise CheckpointError(f"`to` must be one of {', '.join(OLMO_BLOCKS)} (got {target!r}); choose one.")
-    settle(out, strays_of, say)
-    check_out(source, out, overwrite)
+    require_apart(source, out, {"tokenizer": as_path(tokenizer)})
+    recover(out, say)
+    check_out(out, overwrite)
     config, weights = read_olmem(source)
     try:
         check_nothing_lost(config, target)

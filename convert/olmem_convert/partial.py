@@ -2,11 +2,13 @@
 
 It becomes OUT by a rename when all of it is on the disk. A conversion that fails or is stopped removes it; one that was
 killed, or is to be resumed, leaves it, and by the journal a later one goes on: files of the right checksum stay, all
-else is made again. The journal also says what the last renames were about to do, for `settle` to end what a crash cut.
+else is made again.
+
+Where a crash cut the last renames, `recover` puts back what is there, and deletes nothing. What was replaced is deleted
+only by a conversion that replaces OUT, once the files in OUT are seen to be those that the journal tells of.
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -16,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .errors import CheckpointError
@@ -72,30 +75,92 @@ def hashed(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def places(out: Path) -> tuple[Path, Path, Path]:
-    """Beside `out`: the folder that is being written, its journal, and the folder that was there."""
-    partial, journal, replaced = (
-        out.with_name(f".{out.name}.{end}") for end in ("partial", "partial.jsonl", "replaced")
+def places(out: Path) -> tuple[Path, Path, Path, Path]:
+    """Beside `out`: the folder that is being written, its journal, the folder that was there, and the lock."""
+    partial, journal, replaced, lock = (
+        out.with_name(f".{out.name}.{end}") for end in ("partial", "partial.jsonl", "replaced", "lock")
     )
-    return partial, journal, replaced
+    return partial, journal, replaced, lock
 
 
-def settle(out: Path, strays_of: StraysOf = lambda folder: [], say: Say = lambda line: None) -> None:
-    """After a crash in the last renames: the folder that was there is back, or what replaced it is there for good."""
-    folder, notes, replaced = places(out)
-    if not os.path.lexists(notes):
+def require_apart(source: Path, out: Path, others: Mapping[str, Path | None]) -> None:
+    """Raises CheckpointError if writing `out` could change or remove what the conversion reads.
+
+    The folders beside `out` are written and removed too. others: what else is read, by the name of its option.
+    """
+    folder, _, replaced, _ = places(out)
+    for place in (out, folder, replaced):
+        if lies_in(source, place) or lies_in(place, source):
+            what = f"`OUT` and SRC must lie apart (got {out} and {source}"
+            what += ")" if place == out else f", and a conversion to OUT writes {place})"
+            raise CheckpointError(f"{what}; name another folder.")
+        if lies_in(Path.cwd(), place):
+            raise CheckpointError(
+                f"`OUT` must not be the folder you are in, nor hold it (got {out}, whose conversion writes {place}); "
+                "name another one."
+            )
+    for option, path in others.items():
+        for place in (folder, replaced):
+            if path is not None and lies_in(path, place):
+                raise CheckpointError(
+                    f"`{option}` must lie apart from what a conversion to {out} removes (got {path} in {place}); copy "
+                    "it to another place first."
+                )
+
+
+def lies_in(inner: Path, outer: Path) -> bool:
+    """Whether `inner` is `outer` or lies in it, whatever links lead there and however their names are spelled."""
+    inner, outer = Path(os.path.realpath(inner)), Path(os.path.realpath(outer))
+    if inner.is_relative_to(outer):
+        return True
+    with suppress(OSError):
+        status = outer.stat()
+        return any(parent.exists() and os.path.samestat(parent.stat(), status) for parent in (inner, *inner.parents))
+    return False
+
+
+def recover(out: Path, say: Say = lambda line: None) -> None:
+    """After a crash between the last renames, puts the folder that was `out` back, or else the one that was to replace
+    it, if it is whole. Nothing is deleted."""
+    folder, notes, replaced, _ = places(out)
+    if os.path.lexists(out) or not os.path.lexists(notes):
         return
-    with owned(notes, out) as journal:
-        entries = read_notes(journal)
-        replaces = any("replaces" in entry for entry in entries)
-        if folder.exists():
-            if replaces and os.path.lexists(replaced) and not os.path.lexists(out):
-                replaced.rename(out)
-        else:
-            flush(out.parent)
-            if replaces:
-                discard(replaced, out, strays_of, say)
-            notes.unlink()
+    with owned(out):
+        entries = read_entries(notes)
+        if not was_replacing(entries) or os.path.lexists(out):
+            return
+        if replaced.is_dir():
+            replaced.rename(out)
+            say(f"note: {out} is back as it was, as a conversion that was to replace it was killed")
+        elif is_whole(folder, entries):
+            folder.rename(out)
+            say(f"note: {out} is what a conversion wrote that was killed at its end, as what it replaced is gone")
+        flush(out.parent)
+
+
+def was_replacing(entries: list[dict[str, Any]]) -> bool:
+    """Whether the conversion had written all files, and had begun to put its folder in the place of another one."""
+    return any("replaces" in entry for entry in entries)
+
+
+def is_whole(folder: Path, entries: list[dict[str, Any]]) -> bool:
+    """Whether the folder holds all weight files that the journal tells of, with their checksums."""
+    noted = [entry for entry in entries if "file" in entry]
+    sound = all(isinstance(entry["file"], str) and is_sound(folder / entry["file"], entry) for entry in noted)
+    return bool(noted) and sound and (folder / "config.json").is_file()
+
+
+def finish_replacing(out: Path, entries: list[dict[str, Any]], strays_of: StraysOf, say: Say) -> list[dict[str, Any]]:
+    """Ends what a crash behind the last rename cut: the folder that was replaced goes, if what replaced it is there.
+
+    Returns the journal's entries, none if they told of nothing else.
+    """
+    folder, _, replaced, _ = places(out)
+    if not was_replacing(entries) or folder.exists():
+        return entries
+    if os.path.lexists(replaced) and is_whole(out, entries):
+        discard(replaced, out, strays_of, say)
+    return []
 
 
 def discard(replaced: Path, out: Path, strays_of: StraysOf, say: Say) -> None:
@@ -125,14 +190,16 @@ def written_whole(
     beside it.
     """
     absent = [parent for parent in out.parents if not parent.exists()]
-    folder, notes, replaced = places(out)
+    folder, notes, replaced, _ = places(out)
     began, entries = False, []
     try:
         if absent:
             out.parent.mkdir(parents=True, exist_ok=True)
-        with owned(notes, out) as journal:
+        with owned(out), open(notes, "a+b", opener=without_links) as journal:
             try:
                 entries = read_notes(journal)
+                if overwrite:
+                    entries = finish_replacing(out, entries, strays_of, say)
                 check_places(out, folder, replaced, entries, job, overwrite, resume)
                 began = True
                 finished = sound_files(folder, entries[1:], names) if resume else {}
@@ -173,20 +240,22 @@ def is_of_out(error: OSError, out: Path) -> bool:
 
 
 @contextmanager
-def owned(notes: Path, out: Path) -> Iterator[BinaryIO]:
-    """The journal, open and locked, so that no two conversions write one folder."""
+def owned(out: Path) -> Iterator[None]:
+    """Holds the lock beside `out`, so that no two conversions write one folder."""
     require_no_link(out)
-    with open(notes, "a+b", opener=without_links) as journal:
-        try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            owner = os.path.lexists(notes) and os.path.samestat(os.fstat(journal.fileno()), notes.stat())
-        except BlockingIOError:
-            owner = False
-        if not owner:
-            raise CheckpointError(
-                f"`OUT` must be written by one conversion (another one is writing {out}); wait for it."
-            )
-        yield journal
+    path = places(out)[-1]
+    lock = FileLock(path, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise CheckpointError(
+            f"`OUT` must be written by one conversion (another one is writing {out}); wait for it."
+        ) from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held: whoever opened it meanwhile sees that it is no file any more
+        lock.release()
 
 
 def without_links(path: str, flags: int) -> int:
@@ -195,13 +264,26 @@ def without_links(path: str, flags: int) -> int:
 
 def require_no_link(out: Path) -> None:
     """What lies beside OUT may have come with an archive, to lead what is written or removed there elsewhere."""
-    for path, kind in zip(places(out), (Path.is_dir, Path.is_file, Path.is_dir), strict=True):
+    for path, kind in zip(places(out), (Path.is_dir, Path.is_file, Path.is_dir, Path.is_file), strict=True):
         if os.path.lexists(path) and (path.is_symlink() or not kind(path)):
             raise CheckpointError(f"`OUT` must not have {path} beside it, which is no conversion's; move it away.")
 
 
+def read_entries(notes: Path) -> list[dict[str, Any]]:
+    """The journal's entries, of a file that is left as it is."""
+    with open(notes, "rb", opener=without_links) as journal:
+        return entries_of(journal)[0]
+
+
 def read_notes(journal: BinaryIO) -> list[dict[str, Any]]:
     """The journal's entries, without one that a crash cut short, which is removed."""
+    entries, length = entries_of(journal)
+    journal.truncate(length)
+    return entries
+
+
+def entries_of(journal: BinaryIO) -> tuple[list[dict[str, Any]], int]:
+    """The entries up to the first that is none, and the bytes that they take."""
     journal.seek(0)
     entries, length = [], 0
     for line in journal.read().splitlines(keepends=True):
@@ -213,8 +295,7 @@ def read_notes(journal: BinaryIO) -> list[dict[str, Any]]:
             break
         entries.append(entry)
         length += len(line)
-    journal.truncate(length)
-    return entries
+    return entries, length
 
 
 def check_places(

@@ -5,10 +5,12 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -64,8 +66,8 @@ def test_what_was_finished_is_not_read_again(reads, kill, monkeypatch, tmp_path)
     out, lines = tmp_path / "place" / "out", []
     killed(kill, monkeypatch, out, reads)
     left = sorted(path.name for path in out.parent.iterdir())
-    assert left == [".out.partial", ".out.partial.jsonl"]
-    finished = [json.loads(line) for line in (out.parent / left[1]).read_text().splitlines()[1:]]
+    assert left == [".out.lock", ".out.partial", ".out.partial.jsonl"]
+    finished = [json.loads(line) for line in (out.parent / left[2]).read_text().splitlines()[1:]]
     report = convert(DEMO / "step1872", out, resume=True, say=lines.append, **SMALL)
     assert snapshot(out) == snapshot(tmp_path / "whole")
     assert os.listdir(out.parent) == ["out"]
@@ -76,6 +78,7 @@ def test_what_was_finished_is_not_read_again(reads, kill, monkeypatch, tmp_path)
 def test_without_resume_a_killed_conversion_is_said_to_be_there(kill, monkeypatch, tmp_path):
     out = tmp_path / "out"
     killed(kill, monkeypatch, out, 20)
+    (tmp_path / ".out.lock").unlink()
     before = snapshot(tmp_path)
     with pytest.raises(CheckpointError, match=r"half-written .*--resume .*--overwrite"):
         convert(DEMO / "step1872", out, **SMALL)
@@ -129,6 +132,7 @@ def test_another_conversion_is_not_gone_on_with(change, words, kill, monkeypatch
     with pytest.raises(Killed):
         convert(folder, out, **SMALL)
     monkeypatch.undo()
+    (tmp_path / ".out.lock").unlink()
     before = snapshot(tmp_path)
     options = SMALL | change(folder)
     with pytest.raises(CheckpointError, match=rf"--resume.*{words}.*--overwrite"):
@@ -290,8 +294,8 @@ def test_what_came_into_it_is_kept_after_a_kill_too(monkeypatch, tmp_path):
     with pytest.raises(Killed):
         convert(source("olmo"), out, overwrite=True, verify=False)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="must not exist yet"):
-        convert(source("olmo"), out, verify=False, say=lines.append)
+    with pytest.raises(CheckpointError, match=r"\.out\.replaced beside it, which is in the way"):
+        convert(source("olmo"), out, overwrite=True, verify=False, say=lines.append)
     assert (tmp_path / ".out.replaced" / "results.csv").read_text() == "mine"
     assert any("kept as it holds results.csv" in line for line in lines)
 
@@ -365,6 +369,121 @@ def swap_that_cannot_undo(folder, out, replaced, journal, overwrite):
     out.rename(replaced)
     folder.rename(out)
     return True
+
+
+def killed_between_the_renames(out: Path, monkeypatch) -> tuple[dict[str, str], dict[str, str]]:
+    """`out` is replaced by a conversion that SIGKILL stops between its renames; what the two folders hold."""
+    convert(source("olmo1"), out, verify=False)
+    old, rename = snapshot(out), Path.rename
+
+    def killed(self, target):
+        if self.name.endswith(".partial"):
+            raise Killed
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        patch.setattr(Path, "rename", killed)
+        patch.setattr("olmem_convert.partial.swap", swap_that_cannot_undo)
+        with pytest.raises(Killed):
+            convert(source("olmo"), out, overwrite=True, verify=False)
+    left = sorted(path.name for path in out.parent.iterdir() if path.name.startswith(".out"))
+    assert left == [".out.lock", ".out.partial", ".out.partial.jsonl", ".out.replaced"] and not out.exists()
+    new = snapshot(out.with_name(".out.partial"))
+    return old, new
+
+
+FAILING = {
+    "no source": lambda tmp_path: convert(tmp_path / "nothing", tmp_path / "out"),
+    "no source, to replace": lambda tmp_path: convert(tmp_path / "nothing", tmp_path / "out", overwrite=True),
+    "a bad option": lambda tmp_path: convert(source("olmo"), tmp_path / "out", dtype="int8", overwrite=True),
+    "a source of another kind": lambda tmp_path: export(source("olmo"), tmp_path / "out", "olmo2", overwrite=True),
+    "values that none are": lambda tmp_path: convert(
+        write_olmo_core(tmp_path / "bad", with_nonfinite(olmo_core_state())), tmp_path / "out", overwrite=True
+    ),
+}
+
+
+@pytest.mark.parametrize("removed", [None, ".out.partial", ".out.replaced"])
+@pytest.mark.parametrize("failing", FAILING)
+def test_the_old_folder_or_the_new_one_is_always_whole(failing, removed, monkeypatch, tmp_path):
+    """A command that failed deleted the only copy, as it concluded from a folder that was not there."""
+    old, new = killed_between_the_renames(tmp_path / "out", monkeypatch)
+    if removed:
+        shutil.rmtree(tmp_path / removed)
+    with pytest.raises(CheckpointError):
+        FAILING[failing](tmp_path)
+    held = [snapshot(path) for path in tmp_path.iterdir() if path.is_dir()]
+    wanted = {".out.partial": [old], ".out.replaced": [new], None: [old]}[removed]
+    assert any(folder in held for folder in wanted)
+    with suppress(CheckpointError):
+        convert(source("olmo"), tmp_path / "out", resume=True, overwrite=True, verify=False)
+    assert snapshot(tmp_path / "out") == new
+    assert not any(path.name.startswith(".out") for path in tmp_path.iterdir())
+
+
+def test_what_was_replaced_stays_until_it_is_replaced_anew(monkeypatch, tmp_path):
+    """A crash behind the last rename leaves both; a command that fails is no reason to delete one."""
+    out = tmp_path / "out"
+    old, new = killed_between_the_renames(out, monkeypatch)
+    (tmp_path / ".out.partial").rename(out)
+    for name in ("no source", "no source, to replace", "a bad option"):
+        with pytest.raises(CheckpointError):
+            FAILING[name](tmp_path)
+        assert snapshot(out) == new and snapshot(tmp_path / ".out.replaced") == old
+    convert(source("olmo"), out, overwrite=True, verify=False)
+    assert snapshot(out) == new and not any(path.name.startswith(".out") for path in tmp_path.iterdir())
+
+
+def test_what_was_replaced_stays_if_another_folder_took_its_place(monkeypatch, tmp_path):
+    out = tmp_path / "out"
+    old, _ = killed_between_the_renames(out, monkeypatch)
+    shutil.rmtree(tmp_path / ".out.partial")
+    convert(source("olmo_core"), tmp_path / "other", verify=False)
+    (tmp_path / "other").rename(out)
+    with pytest.raises(CheckpointError, match=r"\.out\.replaced beside it, which is in the way"):
+        convert(source("olmo"), out, overwrite=True, verify=False)
+    assert snapshot(tmp_path / ".out.replaced") == old
+
+
+@pytest.mark.parametrize("how", ["plainly", "by a link", "by a link to its parent", "from inside"])
+@pytest.mark.parametrize("name", [".out.partial", ".out.replaced", "out"])
+def test_a_source_that_the_conversion_would_remove(name, how, monkeypatch, tmp_path):
+    """`olmem convert .out.partial out --to olmo3 --overwrite` deleted what it was to read."""
+    out = tmp_path / "place" / "out"
+    out.parent.mkdir()
+    killed_between_the_renames(out, monkeypatch)
+    if name == "out":
+        (out.parent / ".out.replaced").rename(out)
+    place, given = out.parent / name, out.parent / name
+    if how == "by a link":
+        given = tmp_path / "link"
+        given.symlink_to(place)
+    elif how == "by a link to its parent":
+        (tmp_path / "link").symlink_to(out.parent)
+        given = tmp_path / "link" / name
+    elif how == "from inside":
+        monkeypatch.chdir(place)
+        given = Path(".")
+    (out.parent / ".out.lock").unlink()
+    before = snapshot(tmp_path)
+    for run in (
+        lambda: export(given, out, "olmo3", overwrite=True, verify=False),
+        lambda: convert(given, out, overwrite=True, resume=True, verify=False),
+    ):
+        with pytest.raises(CheckpointError, match="`OUT` and SRC must lie apart"):
+            run()
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("option", ["tokenizer", "native_config"])
+def test_other_files_that_the_conversion_would_remove(option, monkeypatch, tmp_path):
+    killed_between_the_renames(tmp_path / "out", monkeypatch)
+    path = tmp_path / ".out.partial" / "config.json"
+    with pytest.raises(CheckpointError, match=f"`{option}` must lie apart"):
+        convert(source("olmo"), tmp_path / "out", overwrite=True, verify=False, **{option: path})
+    assert path.exists()
 
 
 def test_a_failure_with_resume_keeps_what_is_finished(monkeypatch, tmp_path):

@@ -22,9 +22,10 @@ from olmem.rules_olmem import MEMORY_FIELDS
 from olmem.visibility_olmem import Visibility
 
 from .errors import CheckpointError
-from .files import read_json, reading
 from .metadata import FIELDS, checked, merged
 from .plan import load_config
+from .reading.plain import reading
+from .reading.texts import read_json
 from .shards import INDEX_NAME, sha256
 
 CARD_NAME = "README.md"

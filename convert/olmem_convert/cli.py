@@ -81,6 +81,9 @@ def convert(
         bool, typer.Option("--resume", help="Go on where it was killed; when stopped, keep what is finished.")
     ] = False,
     allow_nonfinite: Nonfinite = False,
+    allow_growth: Annotated[
+        bool, typer.Option("--allow-growth", help="Accept tensors that share their numbers, and more than double.")
+    ] = False,
     to: Annotated[
         str | None, typer.Option(metavar="CLASS", help="Back to Transformers' olmo, olmo2 or olmo3; SRC is of Olmem.")
     ] = None,
@@ -99,6 +102,7 @@ def convert(
         "overwrite": overwrite,
         "resume": resume,
         "allow_nonfinite": allow_nonfinite,
+        "allow_growth": allow_growth,
         "tell": tell_script if as_json else None,
     }
     of_native = {"max_length": max_length, "native_config": native_config, "n_ctx": n_ctx, "act_fn": act_fn}

@@ -19,18 +19,20 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from .card import CARD_NAME, REPORT_NAME, is_own, kept_metadata, write_card
 from .errors import CheckpointError
-from .files import read_bytes, read_json, reading, require_numbers
 from .formats import Checkpoint, Given
 from .formats.detect import open_checkpoint
 from .memory import listed, new_parameters, switched, with_memory
 from .partial import Partial, job_of, recover, require_apart, written_whole
 from .plan import TOKEN_IDS, check_copies, make_config, make_tensors, tokens_of
 from .progress import Progress, Tell
+from .reading.plain import reading
+from .reading.tensors import LazyTensor, require_same
+from .reading.texts import read_bytes, read_json, require_numbers
 from .shards import WeightFiles, check_size
-from .tensors import LazyTensor
 from .tokenizer import COMPANIONS, carry_tokenizer, find_tokenizer, write_tokenizer
 from .verify import verify_checkpoint
 
+LARGEST_GROWTH = 2  # a tied head that is stored with its embedding, and written apart, makes less
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -50,6 +52,7 @@ def convert(
     overwrite: bool = False,
     resume: bool = False,
     allow_nonfinite: bool = False,
+    allow_growth: bool = False,
     say: Callable[[str], None] = lambda line: None,
     tell: Tell | None = None,
 ) -> dict[str, Any]:
@@ -62,8 +65,9 @@ def convert(
     switch a memory on, `{"num_memory_tokens": 16, "retrieval_layers": [20]}`, with new parameters beside the converted
     ones; what is verified is the model with it off. overwrite: replace `out`, if it is an Olmem folder. resume: keep
     what is finished when this does not come to its end, and go on from what an earlier one has kept. allow_nonfinite:
-    carry NaN and infinite weights over. say: is told, line by line, what was found and done. tell: is told how far
-    writing has come, about once a second, in place of a progress bar.
+    carry NaN and infinite weights over. allow_growth: write a model of more than twice what the checkpoint's files
+    hold, as one whose tensors share their numbers is. say: is told, line by line, what was found and done. tell: is
+    told how far writing has come, about once a second, in place of a progress bar.
 
     Returns what was written. Raises CheckpointError when anything is amiss, leaving nothing behind without `resume`.
     """
@@ -82,10 +86,13 @@ def convert(
     if added:
         config = make_config(planned, stored)
     tensors = make_tensors(planned, config)
-    announce(checkpoint, config, {name: tensor for name, tensor in tensors.items() if name not in added}, say)
+    native = {name: tensor for name, tensor in tensors.items() if name not in added}
+    announce(checkpoint, config, native, say)
+    check_growth(native, checkpoint.tensors, allow_growth)
     if added:
         say(f"memory: {listed(switched(planned, checkpoint))}, with {count(tensors, added):,} new parameters")
     files = WeightFiles(tensors, stored, max_shard_size)
+    say(f"writing {files.total():,} bytes of weights in {plural(len(files.names), 'file')}, as {name_of(stored)}")
     job = job_of(source, olmem.__version__, config.to_json_string(), files.names, allow_nonfinite)
 
     options: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "strays_of": strays_of, "say": say}
@@ -103,13 +110,14 @@ def convert(
         report = {
             "format": checkpoint.description,
             "parameters": count(tensors),
-            "dtype": str(stored).removeprefix("torch."),
+            "dtype": name_of(stored),
             **written,
             "notes": list(checkpoint.notes),
             "tokenizer": tokenizer_report,
             "memory": switched(planned, checkpoint) or None,
             "verification": verify_checkpoint(folder, checkpoint, say, allow_nonfinite) if verify else None,
         }
+        require_same(checkpoint.tensors)
         write_card(folder, kept, (report["verification"] or {}).get("sha256"))
         if not verify:
             say(f"not verified: `olmem verify {quote(str(out))} --against {quote(str(source))}{given.options}` does it")
@@ -145,6 +153,27 @@ def announce(
         say(line)
     check_copies(checkpoint)
     return parameters
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def plural(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+def check_growth(made: Mapping[str, LazyTensor], held: Mapping[str, LazyTensor], allowed: bool) -> None:
+    """Raises CheckpointError if the model is more than twice what its files hold: tensors can share their numbers, and
+    a file of a megabyte then makes a model of any size."""
+    makes = sum(tensor.nbytes for tensor in made.values())
+    holds = sum(file.size for file in {file for tensor in held.values() for file in tensor.sources})
+    if makes > LARGEST_GROWTH * holds and not allowed:
+        raise CheckpointError(
+            f"the model must be at most {LARGEST_GROWTH} times what its files hold (its weights take {makes:,} bytes, "
+            f"the files have {holds:,}), as in them tensors share their numbers, and what is written has each apart; "
+            "add --allow-growth if that is meant."
+        )
 
 
 def count(tensors: Mapping[str, LazyTensor], names: Iterable[str] | None = None) -> int:

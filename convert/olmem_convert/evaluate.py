@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 from .card import CARD_NAME, EVALUATION_NAME, config_values, digests, is_own, kept_metadata, replace_text, write_card
 from .errors import CheckpointError
-from .files import reading
+from .reading.plain import reading
 from .verify import load, stored_dtype
 
 CHUNK = 512  # tokens of a call

@@ -25,23 +25,27 @@ from .convert import (
     announce,
     as_path,
     carry_generation_config,
+    check_growth,
     check_options,
     check_out,
     choose_dtype,
     copy_tokenizer,
+    name_of,
     named,
+    plural,
     strays_of,
     write_weights,
 )
 from .errors import CheckpointError, reason
-from .files import NAMES_CODE, NAMES_KERNELS, read_json, refuse_code
 from .formats import Checkpoint, check_common, check_layers, expand, typed
 from .formats.transformers_olmo import key_table
 from .partial import job_of, recover, require_apart, written_whole
 from .plan import TOKEN_IDS, make_tensors, require_meaning
 from .progress import Tell
+from .reading.tensors import LazyTensor, LoadedOnDemand, require_same
+from .reading.texts import NAMES_CODE, NAMES_KERNELS, read_json, refuse_code
+from .reading.weight_files import read_weights
 from .shards import WeightFiles
-from .tensors import LazyTensor, LoadedOnDemand
 from .transformers_forward import transformers_forward
 from .verify import (
     compare_stages,
@@ -53,7 +57,6 @@ from .verify import (
     weights_that_differ,
     write_report,
 )
-from .weight_files import read_weights
 
 LAYER_TYPES = ("full_attention", "sliding_attention")  # of Olmo3; the others have full attention alone
 NOT_OF_THE_MODEL = {"architectures", "dtype", "residual_dropout", "transformers_version"}
@@ -74,6 +77,7 @@ def export(
     overwrite: bool = False,
     resume: bool = False,
     allow_nonfinite: bool = False,
+    allow_growth: bool = False,
     say: Callable[[str], None] = lambda line: None,
     tell: Tell | None = None,
 ) -> dict[str, Any]:
@@ -102,8 +106,10 @@ def export(
     exported.architectures = [model_class.__name__]
     tensors = make_tensors(checkpoint, exported, model_class)
     parameters = announce(checkpoint, config, tensors, say)
+    check_growth(tensors, checkpoint.tensors, allow_growth)
 
     files = WeightFiles(tensors, stored, max_shard_size)
+    say(f"writing {files.total():,} bytes of weights in {plural(len(files.names), 'file')}, as {name_of(stored)}")
     job = job_of(source, olmem.__version__, exported.to_json_string(), files.names, allow_nonfinite)
 
     options: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "strays_of": strays_of, "say": say}
@@ -117,7 +123,7 @@ def export(
         report = {
             "format": f"Transformers {target}",
             "parameters": parameters,
-            "dtype": str(stored).removeprefix("torch."),
+            "dtype": name_of(stored),
             **written,
             "notes": list(checkpoint.notes),
             "tokenizer": tokenizer_report,
@@ -127,6 +133,7 @@ def export(
             report["verification"] = verify_export(folder, model_class, config, checkpoint, files, say, allow_nonfinite)
         else:
             say("not verified: run it again without --no-verify for the proof")
+        require_same(checkpoint.tensors)
     say(f"wrote {out}")
     return report
 

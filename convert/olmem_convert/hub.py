@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from .card import CARD_NAME
 from .errors import CheckpointError
-from .files import read_json
+from .reading.texts import read_json
 from .release import LocalFile, check_release, require_unchanged
 from .remote import (
     NETWORK_ERRORS,

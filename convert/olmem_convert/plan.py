@@ -9,9 +9,10 @@ from olmem import OlmemConfig, OlmemForCausalLM
 from transformers import PreTrainedConfig
 
 from .errors import CheckpointError, reason
-from .files import read_json, reading, refuse_code, require_numbers
 from .formats import LARGEST_NUMBER, Checkpoint, to_olmem
-from .tensors import LazyTensor, same_bits
+from .reading.plain import reading
+from .reading.tensors import LazyTensor, same_bits
+from .reading.texts import read_json, refuse_code, require_numbers
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 

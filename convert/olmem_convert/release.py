@@ -21,12 +21,13 @@ from transformers.dynamic_module_utils import custom_object_save
 from .card import check_card, check_metadata
 from .convert import WRITTEN
 from .errors import CheckpointError
-from .files import identity, read_json, reading, refuse_code
 from .plan import TOKEN_IDS
+from .reading.plain import identity, reading
+from .reading.tensors import LazyTensor
+from .reading.texts import read_json, refuse_code
+from .reading.weight_files import read_weights
 from .shards import INDEX_NAME
-from .tensors import LazyTensor
 from .verify import REPORT_NAME, UNSEALED, load_config, stored_dtype
-from .weight_files import read_weights
 
 ALLOWED = re.compile("|".join([WRITTEN.pattern, *map(re.escape, sorted(UNSEALED))]))
 PICKLES = (".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth", ".mar")

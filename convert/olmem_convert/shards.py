@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from .errors import CheckpointError
-from .tensors import LazyTensor
+from .reading.tensors import LazyTensor
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 INDEX_NAME = "model.safetensors.index.json"

@@ -18,15 +18,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from .errors import CheckpointError
-from .files import (
-    LARGEST_TOKENIZER,
-    read_bytes,
-    read_json,
-    read_text,
-    require_numbers,
-    require_own,
-    require_shallow,
-)
+from .reading.plain import require_own
+from .reading.texts import LARGEST_TOKENIZER, read_bytes, read_json, read_text, require_numbers, require_shallow
 
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 LONGEST_TEXT = 1e31  # of `model_max_length`, which Transformers sets to 1e30 where there is no limit

@@ -32,16 +32,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .card import CARD_NAME, EVALUATION_NAME, REPORT_NAME, kept_metadata, replace_text, write_card
 from .errors import CheckpointError, DifferenceError
-from .files import read_json, reading
 from .formats import Checkpoint, Given, is_dynamic
 from .formats.detect import open_checkpoint
 from .memory import OFF, listed, memory_of, new_parameters, switched, with_memory
 from .native_forward import native_forward
 from .plan import TOKEN_IDS, load_config, make_config, make_tensors
+from .reading.plain import reading
+from .reading.tensors import LazyTensor, LoadedOnDemand, require_same, same_bits
+from .reading.texts import read_json
+from .reading.weight_files import read_safetensors
 from .shards import PIECE, count_nonfinite, is_finite, refuse_nonfinite, sha256
-from .tensors import LazyTensor, LoadedOnDemand, same_bits
 from .transformers_forward import transformers_forward
-from .weight_files import read_safetensors
 
 # What a verification does not vouch for, and may come after it.
 UNSEALED = {REPORT_NAME, CARD_NAME, EVALUATION_NAME} | {
@@ -96,6 +97,7 @@ def verify(
     (out / REPORT_NAME).unlink(missing_ok=True)  # an old report must not vouch for what is being checked
     write_card(out, kept)
     report = verify_checkpoint(out, checkpoint, say, allow_nonfinite)
+    require_same(checkpoint.tensors)
     write_card(out, kept, report["sha256"])
     return report
 

@@ -16,12 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from olmem import OlmemConfig, OlmemForCausalLM
 from olmem.positions_olmem import OlmemRotaryEmbedding
-from olmem_convert import CheckpointError, convert, pickles, verify
+from olmem_convert import CheckpointError, convert, verify
 from olmem_convert.cli import app
 from olmem_convert.formats import Given, Key, PairsToHalves, baka, to_native, to_olmem
 from olmem_convert.formats.detect import open_checkpoint
-from olmem_convert.pickles import read_pickle
-from olmem_convert.tensors import LazyTensor
+from olmem_convert.reading import archives
+from olmem_convert.reading.archives import read_pickle
+from olmem_convert.reading.tensors import LazyTensor
 from transformers import AutoModelForCausalLM, Olmo2Config, modeling_rope_utils
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RotaryEmbedding
 from typer.testing import CliRunner
@@ -561,7 +562,7 @@ def test_weights_that_are_no_numbers(value, src):
 
 
 def test_nothing_is_unpickled_to_recognise_a_file(monkeypatch):
-    monkeypatch.setattr(pickles, "unpickle", None)
+    monkeypatch.setattr(archives, "unpickle", None)
     assert baka.recognise(BARE_FILE) == baka.recognise(BARE) == "BakaLLM"
     with pytest.raises(CheckpointError):
         read_pickle(BARE_FILE)

@@ -30,9 +30,10 @@ def test_convert_says_what_it_finds_and_does(tmp_path):
     parameters = sum(weight.numel() for weight in load_weights(tmp_path / "out").values())
     found = f"found OLMo-core 3.0.0: {parameters:,} parameters, 4 layers, 3 of them with a window of 256"
     assert lines[0] == f"{found}, 6 heads, trained length 1024"
-    assert lines[1].startswith("tokenizer: 2048 tokens")
-    assert lines[2].startswith("verified: logits differ by at most ")
-    assert lines[3:] == [f"wrote {tmp_path / 'out'}"]
+    assert lines[1] == f"writing {4 * parameters:,} bytes of weights in 1 file, as float32"
+    assert lines[2].startswith("tokenizer: 2048 tokens")
+    assert lines[3].startswith("verified: logits differ by at most ")
+    assert lines[4:] == [f"wrote {tmp_path / 'out'}"]
 
 
 def test_json_is_one_object_on_standard_output(tmp_path):

@@ -28,7 +28,7 @@ from olmem import OlmemConfig, OlmemForCausalLM
 from olmem_convert import CheckpointError, convert
 from olmem_convert.formats import olmo, read_fields, to_native, to_olmem
 from olmem_convert.formats.detect import open_checkpoint
-from olmem_convert.tensors import LazyTensor
+from olmem_convert.reading.tensors import LazyTensor
 
 
 def target_shapes(checkpoint) -> dict[str, tuple[int, ...]]:

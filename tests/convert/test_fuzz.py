@@ -25,14 +25,15 @@ from convert.fuzzing.target import Escape, Place, standing_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from olmem_convert import CheckpointError, convert, export
-from olmem_convert import pickles as pickles_module
 from olmem_convert.errors import LONGEST
-from olmem_convert.files import DEEPEST, LARGEST_TEXT, LARGEST_TOKENIZER, LARGEST_YAML, read_yaml
 from olmem_convert.formats import MOST_LAYERS, check_layers
 from olmem_convert.formats.detect import open_checkpoint
-from olmem_convert.pickles import pickle_mentions, read_pickle
-from olmem_convert.tensors import LazyTensor
-from olmem_convert.weight_files import read_weights
+from olmem_convert.reading import archives as archives_module
+from olmem_convert.reading import pickles as pickles_module
+from olmem_convert.reading.archives import pickle_mentions, read_pickle
+from olmem_convert.reading.tensors import LazyTensor
+from olmem_convert.reading.texts import DEEPEST, LARGEST_TEXT, LARGEST_TOKENIZER, LARGEST_YAML, read_yaml
+from olmem_convert.reading.weight_files import read_weights
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -314,7 +315,7 @@ def test_layers_that_are_no_number(reader, value, tmp_path):
 
 
 def test_more_tensors_than_any_model_has(tmp_path, monkeypatch):
-    monkeypatch.setattr(pickles_module, "MOST_TENSORS", 3)
+    monkeypatch.setattr(archives_module, "MOST_TENSORS", 3)
     (tmp_path / "model.pt").write_bytes(seeds("olmo_pickle")[0]["model.pt"])
     with pytest.raises(CheckpointError, match=r"at most 3 tensors \(got 11\)"):
         read_pickle(tmp_path / "model.pt")

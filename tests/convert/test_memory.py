@@ -402,12 +402,12 @@ def test_command_says_what_is_switched_on(tmp_path):
     fields += 'retrieval_device="cpu"'
     assert "2,559,168 parameters" in lines[0], "those of the checkpoint"
     assert lines[1] == f"memory: {fields}, with {16 * 192 + 192 + 6 + 24:,} new parameters"
-    assert lines[3].startswith("verified: logits differ by at most ")
-    assert lines[4].startswith(f"memory: {fields} were switched on; logits above were compared with them off; on, they")
+    assert lines[4].startswith("verified: logits differ by at most ")
+    assert lines[5].startswith(f"memory: {fields} were switched on; logits above were compared with them off; on, they")
     config = read_config(tmp_path / "out")
     assert (config["num_memory_tokens"], config["retrieval_layers"], config["retrieval_device"]) == (16, [1], "cpu")
     result = CliRunner().invoke(app, ["verify", str(tmp_path / "out"), "--against", str(DEMO / "step1872")])
-    assert result.exit_code == 0 and result.stdout.splitlines() == lines[3:5]
+    assert result.exit_code == 0 and result.stdout.splitlines() == lines[4:6]
 
 
 def test_without_verification_it_says_so_too(tmp_path):

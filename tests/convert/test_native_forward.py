@@ -8,7 +8,7 @@ import torch
 from convert.checkpoints import DEMO, EXACT, FOLDERS, GOLDEN, expected, golden
 from olmem_convert import CheckpointError
 from olmem_convert.native_forward import native_forward
-from olmem_convert.tensors import LoadedOnDemand
+from olmem_convert.reading.tensors import LoadedOnDemand
 
 
 class Counted(LoadedOnDemand):

@@ -20,7 +20,7 @@ from convert.writers import olmo_core_state, olmo_state, write_olmo, write_olmo_
 from olmem_convert import CheckpointError, card, convert, export
 from olmem_convert.cli import app
 from olmem_convert.partial import note
-from olmem_convert.tensors import Span
+from olmem_convert.reading.tensors import Span
 from typer.testing import CliRunner
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}

@@ -11,8 +11,8 @@ from convert.test_tensors import values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from olmem_convert import CheckpointError
+from olmem_convert.reading.tensors import LazyTensor
 from olmem_convert.shards import INDEX_NAME, WeightFiles, sha256
-from olmem_convert.tensors import LazyTensor
 from safetensors import safe_open
 from safetensors.torch import load_file
 

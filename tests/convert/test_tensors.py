@@ -20,11 +20,12 @@ from convert.writers import encoded, olmo_state, write_distributed, write_flat_s
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from olmem_convert import CheckpointError
-from olmem_convert.distributed import Chunk, overlap, read_distributed
 from olmem_convert.formats.detect import open_checkpoint
-from olmem_convert.pickles import decode_pickled_key, read_pickle
-from olmem_convert.tensors import LazyTensor, LoadedOnDemand, Span, same_bits
-from olmem_convert.weight_files import read_flat_shards, read_safetensors
+from olmem_convert.reading.archives import read_pickle
+from olmem_convert.reading.distributed import Chunk, overlap, read_distributed
+from olmem_convert.reading.pickles import decode_pickled_key
+from olmem_convert.reading.tensors import LazyTensor, LoadedOnDemand, Span, same_bits
+from olmem_convert.reading.weight_files import read_flat_shards, read_safetensors
 from safetensors.torch import save_file
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -454,7 +455,7 @@ def test_chunks_that_lie_across_are_read_once(tmp_path, reads):
 
 @pytest.mark.parametrize("block", [1, 30, 2**22])
 def test_bits_are_compared_to_the_last(block, monkeypatch):
-    monkeypatch.setattr("olmem_convert.tensors.BLOCK", block)
+    monkeypatch.setattr("olmem_convert.reading.tensors.BLOCK", block)
     one = values(9, 5)
 
     def lazy(tensor):
@@ -652,7 +653,7 @@ def test_code_in_a_key_does_not_run(canary):
         "torch.distributed.checkpoint.metadata.Metadata.__init__",
         "torch.distributed.checkpoint.filesystem.FileSystemReader",
         "torch.serialization.os",
-        "olmem_convert.tensors.Path",
+        "olmem_convert.reading.tensors.Path",
         "collections.OrderedDict.__class__",
     ],
 )

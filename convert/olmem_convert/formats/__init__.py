@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from ..tensors import LazyTensor
+from ..reading.tensors import LazyTensor
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import torch
 from olmem.positions_olmem import inverse_frequencies
 
 from ..errors import CheckpointError
-from ..files import read_json
-from ..pickles import pickle_mentions, read_pickle
-from ..tensors import LazyTensor
+from ..reading.archives import pickle_mentions, read_pickle
+from ..reading.tensors import LazyTensor
+from ..reading.texts import read_json
 from . import Checkpoint, Field, Given, Key, PairsToHalves, carried, check_layers, expand, read_fields
 
 ACTIVATIONS = {

@@ -7,9 +7,9 @@ from huggingface_hub.errors import StrictDataclassError
 from olmem.rules_olmem import OLMO_BLOCKS
 
 from ..errors import CheckpointError, reason
-from ..files import read_json
-from ..pickles import read_pickle
-from ..weight_files import WEIGHTS, find_weights
+from ..reading.archives import read_pickle
+from ..reading.texts import read_json
+from ..reading.weight_files import WEIGHTS, find_weights
 from . import Checkpoint, Given, baka, olmo, olmo_core, transformers_olmo
 
 FORMATS = (olmo, olmo_core, baka, transformers_olmo)

@@ -10,12 +10,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..distributed import read_distributed
 from ..errors import CheckpointError
-from ..files import read_yaml, require_numbers, require_own
-from ..pickles import decode_pickled_key, read_pickle
-from ..tensors import LazyTensor
-from ..weight_files import read_flat_shards, read_safetensors
+from ..reading.archives import read_pickle
+from ..reading.distributed import read_distributed
+from ..reading.pickles import decode_pickled_key
+from ..reading.plain import require_own
+from ..reading.tensors import LazyTensor
+from ..reading.texts import read_yaml, require_numbers
+from ..reading.weight_files import read_flat_shards, read_safetensors
 from . import NO_EFFECT, Checkpoint, Field, Key, carried, check_layers, expand, read_fields, required
 
 LAYOUTS: dict[str, tuple[str, Callable[[Path], dict[str, LazyTensor]]]] = {

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..distributed import read_distributed
 from ..errors import CheckpointError
-from ..files import read_json, require_numbers, require_own
+from ..reading.distributed import read_distributed
+from ..reading.plain import require_own
+from ..reading.texts import read_json, require_numbers
 from . import NO_EFFECT, Checkpoint, Field, Key, carried, check_layers, expand, read_fields, required, typed
 
 NORM_TYPES = {"rms": "rms", "fused_rms": "rms", "cute_rms": "rms", "qwen_rms": "rms", "default": "layer"}

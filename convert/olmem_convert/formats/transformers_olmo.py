@@ -13,9 +13,9 @@ from olmem.rules_olmem import OLMO_BLOCKS
 from transformers import GenerationConfig
 
 from ..errors import CheckpointError, reason
-from ..files import read_json, require_numbers
-from ..tensors import LazyTensor
-from ..weight_files import WEIGHTS, find_weights, read_weights
+from ..reading.tensors import LazyTensor
+from ..reading.texts import read_json, require_numbers
+from ..reading.weight_files import WEIGHTS, find_weights, read_weights
 from . import Checkpoint, Key, check_common, check_layers, expand, is_dynamic, typed
 
 # Of RoPE, in files of older releases, which computed it from the config all the same.

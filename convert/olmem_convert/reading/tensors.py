@@ -9,12 +9,11 @@ import zlib
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
-from .errors import CheckpointError
-from .files import reading
+from ..errors import CheckpointError
+from .plain import SourceFile, reading
 
 BLOCK = 2**20  # bytes that are checked or compared at a time, while they are in the processor's cache
 
@@ -29,11 +28,18 @@ class LazyTensor:
     dtype: torch.dtype
     read: Callable[[int, int], torch.Tensor]
     divisible: bool = True
+    sources: frozenset[SourceFile] = frozenset()  # the files that its values are in
 
     @classmethod
-    def whole(cls, shape: tuple[int, ...], dtype: torch.dtype, load: Callable[[], torch.Tensor]) -> "LazyTensor":
+    def whole(
+        cls,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        load: Callable[[], torch.Tensor],
+        sources: frozenset[SourceFile] = frozenset(),
+    ) -> "LazyTensor":
         """One that `load` can only make all at once."""
-        return cls(shape, dtype, lambda start, stop: load()[start:stop] if shape else load(), divisible=False)
+        return cls(shape, dtype, lambda start, stop: load()[start:stop] if shape else load(), False, sources)
 
     @property
     def nbytes(self) -> int:
@@ -57,11 +63,11 @@ class LazyTensor:
     def rows(self, start: int, stop: int) -> "LazyTensor":
         """Rows start … stop−1 of the first dimension."""
         shape = (stop - start, *self.shape[1:])
-        return LazyTensor(shape, self.dtype, lambda a, b: self.read(start + a, start + b), self.divisible)
+        return LazyTensor(shape, self.dtype, lambda a, b: self.read(start + a, start + b), self.divisible, self.sources)
 
     def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "LazyTensor":
         """What `change`, which keeps shape and dtype, makes of it."""
-        return LazyTensor.whole(self.shape, self.dtype, lambda: change(self.load()))
+        return LazyTensor.whole(self.shape, self.dtype, lambda: change(self.load()), self.sources)
 
 
 def same_bits(one: LazyTensor, other: LazyTensor, dtype: torch.dtype | None = None) -> bool:
@@ -107,21 +113,24 @@ class Span:
     elsewhere has all of it checked first.
     """
 
-    path: Path
+    file: SourceFile
     start: int
     length: int
     crc: int | None = None
     passed: int = field(default=0, compare=False)  # bytes, of which `running` is the CRC-32
     running: int = field(default=0, compare=False)
 
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
     def values(self, first: int, count: int, dtype: torch.dtype) -> torch.Tensor:
         """`count` numbers from the one at `first`, (count,)."""
         values, offset = torch.empty(count, dtype=dtype), first * dtype.itemsize
         if offset != self.passed:
             self.check()
-        with reading(self.path), self.path.open("rb", buffering=0) as file:
-            file.seek(self.start + offset)
-            self.fill(file, values.view(torch.uint8).numpy().data, offset)
+        with reading(self.path):
+            self.fill(values.view(torch.uint8).numpy().data, offset)
         return values
 
     def check(self) -> None:
@@ -129,16 +138,15 @@ class Span:
         if self.crc is None or self.passed == self.length:
             return
         buffer = memoryview(bytearray(min(BLOCK, self.length)))
-        with reading(self.path), self.path.open("rb", buffering=0) as file:
-            file.seek(self.start + self.passed)
+        with reading(self.path):
             while self.passed < self.length:
-                self.fill(file, buffer[: self.length - self.passed], self.passed)
+                self.fill(buffer[: self.length - self.passed], self.passed)
 
-    def fill(self, file: BinaryIO, buffer: memoryview, offset: int) -> None:
-        """The next bytes of the file, those at `offset` of the span."""
+    def fill(self, buffer: memoryview, offset: int) -> None:
+        """The bytes at `offset` of the span."""
         done = 0
         while done < len(buffer):
-            read = file.readinto(buffer[done : done + BLOCK])  # type: ignore[attr-defined]
+            read = self.file.read_into(buffer[done : done + BLOCK], self.start + offset + done)
             if not read:
                 raise ValueError("it became shorter while it was read")
             if self.crc is not None and offset + done == self.passed:
@@ -156,6 +164,12 @@ class Span:
         size = math.prod(shape[1:])
         values = self.values(first + start * size, (stop - start) * size, dtype)
         return values.view(stop - start, *shape[1:]) if shape else values.view(())
+
+
+def require_same(tensors: Mapping[str, LazyTensor]) -> None:
+    """Raises CheckpointError if a file that these tensors are in was changed or replaced since it was opened."""
+    for file in {file for tensor in tensors.values() for file in tensor.sources}:
+        file.require_same()
 
 
 def refuse_strays(folder: Path, pattern: str, known: Container[str], index_name: str) -> None:

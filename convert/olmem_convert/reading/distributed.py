@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
-from .errors import CheckpointError
-from .files import member, read_bytes, reading, require_plain
-from .pickles import LARGEST_PICKLE, TORCH_DTYPES, Archive, Names, Record, StoredTensor, plain_size, unpickle
+from ..errors import CheckpointError
+from .archives import TORCH_DTYPES, Archive, StoredTensor
+from .pickles import LARGEST_PICKLE, Names, Record, plain_size, unpickle
+from .plain import SourceFile, member, reading
 from .tensors import LazyTensor, refuse_strays
+from .texts import read_bytes
 
 
 def first_argument(*arguments: Any) -> Any:
@@ -63,15 +65,19 @@ class Chunk:
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     dtype: torch.dtype
-    path: Path
+    file: SourceFile
     start: int
     length: int
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
 
     @cached_property
     def values(self) -> LazyTensor:
         """The box, still on disk; its archive is opened when it is first asked for."""
         with reading(self.path, "it is damaged; copy the folder again"):
-            archive = Archive(self.path, self.start, self.length)
+            archive = Archive(self.file, self.start, self.length)
             stored = archive.value
             if not isinstance(stored, StoredTensor) or (stored.shape, stored.dtype) != (self.sizes, self.dtype):
                 got = (stored.dtype, stored.shape) if isinstance(stored, StoredTensor) else type(stored).__name__
@@ -97,6 +103,7 @@ def read_distributed(folder: Path, prefix: str = "model.") -> dict[str, LazyTens
     if not names:
         prefix, names = "", [name for name in entries if not name.startswith("optim.")]
     tensors, found = {}, []
+    files: dict[str, SourceFile] = {}
     for name in names:
         if not hasattr(entries[name], "chunks"):
             raise CheckpointError(f"`{path}` must hold tensors only (got a pickled value {name!r}); re-save the model.")
@@ -104,13 +111,14 @@ def read_distributed(folder: Path, prefix: str = "model.") -> dict[str, LazyTens
             shape = integers(entries[name].size)
             dtype = metadata_dtype(entries[name].properties)
             boxes = [(integers(chunk.offsets), integers(chunk.sizes)) for chunk in entries[name].chunks]
-            chunks = [locate(folder, name, box, dtype, storage) for box in boxes if math.prod(box[1]) > 0]
+            chunks = [locate(folder, name, box, dtype, storage, files) for box in boxes if math.prod(box[1]) > 0]
             check_cover(path, name, shape, chunks)
         found += chunks
         tensors[name.removeprefix(prefix)] = LazyTensor(
             shape,
             dtype,
             lambda start, stop, shape=shape, dtype=dtype, chunks=chunks: join(shape, dtype, chunks, start, stop),
+            sources=frozenset(chunk.file for chunk in chunks),
         )
     if not tensors:
         raise CheckpointError(f"`{path}` must list the model's tensors (it lists none); copy the folder again.")
@@ -149,8 +157,9 @@ def locate(
     box: tuple[tuple[int, ...], tuple[int, ...]],
     dtype: torch.dtype,
     storage: Mapping[tuple[str, str], Place],
+    files: dict[str, SourceFile],
 ) -> Chunk:
-    """The bytes that hold one box (offsets, sizes) of a tensor, checked to be there."""
+    """The bytes that hold one box (offsets, sizes) of a tensor, checked to be there. Each file is opened once."""
     offsets, sizes = box
     if (name, str(offsets)) not in storage:
         raise CheckpointError(f"`{folder / '.metadata'}` must locate {name!r} at {offsets}; copy the folder again.")
@@ -158,14 +167,14 @@ def locate(
     path = member(folder, relative_path)
     if not path.is_file():
         raise CheckpointError(f"`{path}` must exist (it holds part of {name!r}); copy the folder again.")
-    require_plain(path)
-    available, needed = path.stat().st_size, math.prod(sizes) * dtype.itemsize
+    file = files[relative_path] = files.get(relative_path) or SourceFile(path)
+    available, needed = file.size, math.prod(sizes) * dtype.itemsize
     if start + length > available or length < needed:
         raise CheckpointError(
             f"`{path}` must hold {needed} bytes of {name!r} at {start} (the file has {available}); it is cut short or "
             "of another checkpoint: copy the folder again."
         )
-    return Chunk(name, offsets, sizes, dtype, path, start, length)
+    return Chunk(name, offsets, sizes, dtype, file, start, length)
 
 
 def check_cover(path: Path, name: str, shape: tuple[int, ...], chunks: list[Chunk]) -> None:

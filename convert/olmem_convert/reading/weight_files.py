@@ -4,7 +4,6 @@ The library checks a file's header, sizes and offsets; its bytes are then read w
 has been read does not stay in memory.
 """
 
-import json
 import math
 import struct
 from collections.abc import Callable, Mapping
@@ -14,10 +13,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from .errors import CheckpointError
-from .files import member, read_json, reading, require_plain
-from .pickles import read_pickle
+from ..errors import CheckpointError
+from .archives import MOST_TENSORS, read_pickle
+from .plain import SourceFile, member, reading
 from .tensors import LazyTensor, Span, refuse_strays
+from .texts import parse_json, read_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -31,7 +31,8 @@ def read_safetensors(path: Path, decode: Callable[[str], str] = str) -> dict[str
     """A safetensors file; `decode` turns its keys into tensor names."""
     tensors: dict[str, LazyTensor] = {}
     with reading(path, "it is cut short or damaged; copy it again"):
-        for key, entry in read_header(path).items():
+        source = SourceFile(path)
+        for key, entry in read_header(source).items():
             name, dtype, shape = decode(key), DTYPES.get(entry["dtype"]), tuple(entry["shape"])
             if name in tensors:
                 raise CheckpointError(f"`{path}` must hold {name!r} once (got it twice); copy it again.")
@@ -39,33 +40,49 @@ def read_safetensors(path: Path, decode: Callable[[str], str] = str) -> dict[str
                 raise CheckpointError(
                     f"`{path}` must hold floating-point weights (got {entry['dtype']} in {name!r}); export them."
                 )
-            span = Span(path, entry["start"], math.prod(shape) * dtype.itemsize)
+            span = Span(source, entry["start"], math.prod(shape) * dtype.itemsize)
             tensors[name] = LazyTensor(
-                shape, dtype, lambda *rows, shape=shape, dtype=dtype, span=span: span.rows(shape, dtype, 0, *rows)
+                shape,
+                dtype,
+                lambda *rows, shape=shape, dtype=dtype, span=span: span.rows(shape, dtype, 0, *rows),
+                sources=frozenset((source,)),
             )
     return tensors
 
 
-def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """What the header, checked by the library, says of each tensor, with `start`, its first byte in the file."""
-    with safe_open(require_plain(path), framework="pt") as file, path.open("rb") as raw:
-        (length,) = struct.unpack("<Q", raw.read(8))
-        header = json.loads(raw.read(length), object_pairs_hook=once)
-        header.pop("__metadata__", None)
+LARGEST_HEADER = 2**24  # bytes; a hundred thousand tensors take as many
+MOST_HEADER_VALUES = 2**20
+
+
+def read_header(source: SourceFile) -> dict[str, dict[str, Any]]:
+    """What the header says of each tensor, with `start`, its first byte in the file.
+
+    The library checks the file that now has this name, the code below what was opened, which is what is read.
+    """
+    (length,) = struct.unpack("<Q", source.read(0, 8))
+    if length > LARGEST_HEADER:
+        raise ValueError(f"its header has more than {LARGEST_HEADER:,} bytes")
+    text = source.read(8, length)
+    header = parse_json(text.decode("utf-8"), source.path, MOST_HEADER_VALUES)
+    header.pop("__metadata__", None)
+    if len(header) > MOST_TENSORS:
+        raise ValueError(f"it names more than {MOST_TENSORS:,} tensors")
+    with safe_open(source.path, framework="pt") as file:
         if set(header) != set(file.keys()):
             raise ValueError("its header can be read in two ways")
+    end = 0
+    for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):
+        start, stop = entry["data_offsets"]
+        width = DTYPES[entry["dtype"]].itemsize if entry["dtype"] in DTYPES else None
+        if start != end or (width is not None and stop - start != math.prod(entry["shape"]) * width):
+            raise ValueError("its tensors do not lie one after another, or are not of their sizes")
+        end = stop
+    if 8 + length + end != source.size:
+        raise ValueError(f"its header tells of {8 + length + end:,} bytes, and it has {source.size:,}")
     return {key: entry | {"start": 8 + length + entry["data_offsets"][0]} for key, entry in header.items()}
 
 
 MOST_SPANS = 2**14  # of a tensor in a file; FSDP has one
-
-
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON whose names are all different."""
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise ValueError("its header names something twice")
-    return made
 
 
 # As Transformers names them, in the order in which it looks for them.
@@ -112,13 +129,14 @@ def read_indexed(path: Path, read: Callable[[Path], dict[str, LazyTensor]]) -> d
     return tensors
 
 
-LARGEST_INDEX = 2**28  # bytes of metadata.json, which lists each slice of each rank
+# Of metadata.json, which lists each slice of each rank: bytes, and values.
+LARGEST_INDEX, MOST_INDEX_VALUES = 2**26, 2**21
 
 
 def read_flat_shards(folder: Path) -> dict[str, LazyTensor]:
     """The shards of ai2-olmo-core 0.1: `metadata.json` and `rank_R.safetensors`, holding flat slices of tensors."""
     index_path = folder / "metadata.json"
-    entries = read_json(index_path, LARGEST_INDEX).get("tensors")
+    entries = read_json(index_path, LARGEST_INDEX, MOST_INDEX_VALUES).get("tensors")
     if not isinstance(entries, dict) or not entries:
         raise CheckpointError(f"`{index_path}` must list `tensors` (it lists none); copy it again.")
     with reading(index_path):
@@ -155,6 +173,7 @@ def read_flat_shards(folder: Path) -> dict[str, LazyTensor]:
             shape,
             pieces[0][1].dtype,
             lambda start, stop, shape=shape, pieces=pieces: join_flat(shape, pieces, start, stop),
+            sources=frozenset[SourceFile]().union(*(piece.sources for _, piece in pieces)),
         )
     return tensors
 

@@ -23,9 +23,9 @@ from olmem.visibility_olmem import Visibility
 
 from .errors import CheckpointError
 from .metadata import FIELDS, checked, merged
-from .plan import load_config
+from .reading.olmem_folder import read_config
 from .reading.plain import reading
-from .reading.texts import read_json
+from .reading.texts import parse_yaml, read_json, read_text
 from .shards import INDEX_NAME, sha256
 
 CARD_NAME = "README.md"
@@ -43,6 +43,7 @@ METRICS = {
     "bits_per_byte": ("bits_per_byte", "bits per byte"),
 }
 LONGEST = 200
+LARGEST_CARD, LARGEST_FRONT_MATTER = 2**20, 2**17  # bytes, and signs; the largest on the Hub have 2**19 and 2**16
 
 
 def card(
@@ -154,7 +155,9 @@ def check_metadata(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def is_own(path: Path) -> bool:
-    return path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace")
+    with suppress(CheckpointError):
+        return path.is_file() and MARK in read_text(path, LARGEST_CARD)
+    return False
 
 
 def kept_metadata(folder: Path) -> dict[str, Any]:
@@ -169,11 +172,14 @@ def said(path: Path) -> dict[str, Any]:
 
 
 def read_front_matter(path: Path) -> dict[str, Any]:
+    text = read_text(path, LARGEST_CARD)
     with reading(path, "correct the lines between --- and --- at its top, or remove the file"):
-        text = path.read_text(encoding="utf-8")
-        if not REGEX_YAML_BLOCK.search(text):
+        found = REGEX_YAML_BLOCK.search(text)
+        if not found:
             raise ValueError("it has no metadata")
-        return ModelCard(text).data.to_dict()
+        if len(found[2]) > LARGEST_FRONT_MATTER:
+            raise ValueError(f"its metadata has more than {LARGEST_FRONT_MATTER:,} signs")
+        return ModelCardData(**parse_yaml(found[2], path)).to_dict()
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -219,13 +225,7 @@ def check_digests(name: str, report: Mapping[str, Any], made_of: Mapping[str, st
 
 
 def config_values(folder: Path, made_of: Mapping[str, str]) -> dict[str, Any]:
-    raw = read_json(folder / "config.json")
-    if raw.get("model_type") != "olmem":
-        raise CheckpointError(
-            f"`OUT` must be an Olmem folder (got `model_type` {one_line(raw.get('model_type'))!r} in {folder}); only "
-            "those have a card."
-        )
-    config = load_config(folder)
+    config = read_config(folder)
     if not isinstance(config.dtype, torch.dtype):
         raise CheckpointError(f"`dtype` of {folder / 'config.json'} must name the weights' dtype; convert again.")
     given = {name: getattr(config, name) for name in MEMORY_FIELDS} if config.has_memory else {}
@@ -317,7 +317,7 @@ def evaluation_values(folder: Path, made_of: Mapping[str, str]) -> dict[str, Any
     return {"evaluation": evaluation}
 
 
-READERS = (config_values, verification_values, evaluation_values)
+READERS = (verification_values, evaluation_values, config_values)  # the seal first
 
 
 # The card

@@ -25,9 +25,9 @@ from .memory import listed, new_parameters, switched, with_memory
 from .partial import Partial, job_of, recover, require_apart, written_whole
 from .plan import TOKEN_IDS, check_copies, make_config, make_tensors, tokens_of
 from .progress import Progress, Tell
-from .reading.plain import reading
+from .reading.olmem_folder import check_generation_config
 from .reading.tensors import LazyTensor, require_same
-from .reading.texts import read_bytes, read_json, require_numbers
+from .reading.texts import read_bytes, read_json
 from .shards import WeightFiles, check_size
 from .tokenizer import COMPANIONS, carry_tokenizer, find_tokenizer, write_tokenizer
 from .verify import verify_checkpoint
@@ -250,9 +250,7 @@ def carry_generation_config(source: Path, folder: Path) -> None:
     """The one of a Transformers folder, as it is, if it has one."""
     path = source / "generation_config.json"
     if path.is_file():
-        require_numbers(read_json(path), str(path))
-        with reading(path):
-            GenerationConfig.from_pretrained(source, local_files_only=True)
+        check_generation_config(source)
         (folder / path.name).write_bytes(read_bytes(path))
 
 

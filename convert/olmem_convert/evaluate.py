@@ -20,12 +20,23 @@ from olmem import OlmemCache, OlmemConfig
 from olmem.visibility_olmem import Visibility
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
-from .card import CARD_NAME, EVALUATION_NAME, config_values, digests, is_own, kept_metadata, replace_text, write_card
+from .card import (
+    CARD_NAME,
+    EVALUATION_NAME,
+    config_values,
+    digests,
+    is_own,
+    kept_metadata,
+    replace_text,
+    verification_values,
+    write_card,
+)
 from .errors import CheckpointError
+from .reading.olmem_folder import identities, load_tokenizer, require_unchanged, stored_dtype
 from .reading.plain import reading
-from .verify import load, stored_dtype
+from .reading.tokenizer_file import quiet_panics, refusing
+from .verify import load
 
 CHUNK = 512  # tokens of a call
 
@@ -51,12 +62,13 @@ def evaluate(
     out, paths = Path(out), [Path(text) for text in texts]
     if not (out / "config.json").is_file():
         raise CheckpointError(f"`OUT` must be a converted folder ({out} has no config.json); convert SRC first.")
+    check_options(paths, max_tokens, chunk)
+    before, made_of = identities(out), digests(out, {})
+    verification_values(out, made_of)
     config: OlmemConfig = config_values(out, {})["config"]
     kept = kept_metadata(out)
-    check_options(paths, max_tokens, chunk)
-    tokenizer = load_tokenizer(out)
+    tokenizer = load_tokenizer(out, config.vocab_size)
     read = [read_text(path, tokenizer, max_tokens, config.vocab_size) for path in paths]
-    made_of = digests(out, {})
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = stored_dtype(out)
     model = load(out, dtype).to(device)
@@ -68,6 +80,7 @@ def evaluate(
             losses = stream_losses(model, ids.to(device), chunk, bar.update)
             rows.append(entry | figures(entry["name"], losses, num_bytes, window))
             bar.update()
+    require_unchanged(before, "it is evaluated")
     report = {
         "texts": rows,
         "window": window,
@@ -107,15 +120,6 @@ def check_options(paths: Sequence[Path], max_tokens: int | None, chunk: int) -> 
         raise CheckpointError(f"`chunk` must be at least 1 (got {chunk}); leave it out.")
 
 
-def load_tokenizer(out: Path) -> Any:
-    if not (out / "tokenizer.json").is_file():
-        raise CheckpointError(
-            f"`OUT` must have a tokenizer ({out} has no tokenizer.json); convert again with --tokenizer PATH."
-        )
-    with reading(out / "tokenizer.json", "convert again with --tokenizer PATH"):
-        return AutoTokenizer.from_pretrained(str(out), local_files_only=True, trust_remote_code=False)
-
-
 def begins_with_bos(tokenizer: Any) -> bool:
     """Whether the tokenizer puts a BOS token before every text."""
     bos = tokenizer.bos_token_id
@@ -129,7 +133,8 @@ def read_text(
     with reading(path, "choose a text file in UTF-8"):
         content = path.read_bytes()
         text = content.decode("utf-8")
-    with reading(path, "choose another text, or convert again with --tokenizer PATH"):
+    remedy = "choose another text, or convert again with --tokenizer PATH"
+    with refusing(f"`{path}` must be a text that the tokenizer can read", remedy), quiet_panics():
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, ends = encoded.input_ids, [end for _, end in encoded.offset_mapping]
     if begins_with_bos(tokenizer):

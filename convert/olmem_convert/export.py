@@ -37,13 +37,14 @@ from .convert import (
     write_weights,
 )
 from .errors import CheckpointError, reason
-from .formats import Checkpoint, check_common, check_layers, expand, typed
+from .formats import Checkpoint, check_layers, expand, typed
 from .formats.transformers_olmo import key_table
 from .partial import job_of, recover, require_apart, written_whole
-from .plan import TOKEN_IDS, make_tensors, require_meaning
+from .plan import TOKEN_IDS, make_tensors
 from .progress import Tell
+from .reading.olmem_folder import read_config
 from .reading.tensors import LazyTensor, LoadedOnDemand, require_same
-from .reading.texts import NAMES_CODE, NAMES_KERNELS, read_json, refuse_code
+from .reading.texts import NAMES_CODE, NAMES_KERNELS, read_json
 from .reading.weight_files import read_weights
 from .shards import WeightFiles
 from .transformers_forward import transformers_forward
@@ -170,17 +171,10 @@ def read_olmem(source: Path) -> tuple[OlmemConfig, dict[str, LazyTensor]]:
             f"`olmo_config` of config.json must have at most {MOST_KEPT} fields (got {len(kept)}); remove what no "
             "config of OLMo has."
         )
-    check_common(raw)
-    check_common(kept)
-    refuse_code(raw, path, allowed=("auto_map", "custom_pipelines"))
     weights = read_weights(source)
     num_layers = typed(raw.get("num_hidden_layers", 1), int, "num_hidden_layers", "config.json")
     check_layers(num_layers, weights, "num_hidden_layers")
-    try:
-        config = OlmemConfig.from_dict(raw)
-    except CONFIG_ERRORS as error:
-        raise CheckpointError(f"`{path}` must describe a model: {reason(error)}") from error
-    require_meaning(config)
+    config = read_config(source)
     return config, weights
 
 

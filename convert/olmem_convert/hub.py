@@ -30,8 +30,9 @@ from tqdm import tqdm
 
 from .card import CARD_NAME
 from .errors import CheckpointError
+from .reading.olmem_folder import stored_dtype
 from .reading.texts import read_json
-from .release import LocalFile, check_release, require_unchanged
+from .release import LocalFile, check_release, require_same
 from .remote import (
     NETWORK_ERRORS,
     WAITS,
@@ -43,7 +44,7 @@ from .remote import (
     quiet_hub,
     wait_for,
 )
-from .verify import REPORT_NAME, draw_prompt, stored_dtype
+from .verify import REPORT_NAME, draw_prompt
 
 MAIN = "main"
 TITLE = "Model verified by olmem"
@@ -315,7 +316,7 @@ class Push:
             CommitOperationAdd(name, self.files[name].path) for name in sorted([*plan.new, *plan.changed])
         ]
         operations += [CommitOperationDelete(name) for name in sorted(plan.deleted)]
-        require_unchanged(self.files)
+        require_same(self.files)
         waits = [*WAITS]
         while True:
             try:

@@ -1,6 +1,5 @@
 """What a native checkpoint becomes: the configuration and, still unread, the tensors of its Olmem model."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +9,8 @@ from transformers import PreTrainedConfig
 
 from .errors import CheckpointError, reason
 from .formats import LARGEST_NUMBER, Checkpoint, to_olmem
-from .reading.plain import reading
 from .reading.tensors import LazyTensor, same_bits
-from .reading.texts import read_json, refuse_code, require_numbers
+from .reading.texts import require_numbers
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -65,15 +63,6 @@ def require_meaning(config: OlmemConfig) -> None:
             raise CheckpointError(
                 f"{where}['truncate']` must be true or false (got {entry['truncate']!r}); correct it."
             )
-
-
-def load_config(out: Path) -> OlmemConfig:
-    refuse_code(read_json(out / "config.json"), out / "config.json", allowed=("auto_map", "custom_pipelines"))
-    with reading(out, "convert again"):
-        try:
-            return OlmemConfig.from_pretrained(out, local_files_only=True)
-        except StrictDataclassError as error:
-            raise CheckpointError(f"`{out / 'config.json'}` must describe a model: {reason(error)}") from error
 
 
 def tokens_of(config: PreTrainedConfig, name: str) -> list[int]:

@@ -22,12 +22,21 @@ from .card import check_card, check_metadata
 from .convert import WRITTEN
 from .errors import CheckpointError
 from .plan import TOKEN_IDS
-from .reading.plain import identity, reading
+from .reading.olmem_folder import (
+    check_generation_config,
+    check_shapes,
+    check_tokenizer_files,
+    read_config,
+    require_unchanged,
+    stored_dtype,
+)
+from .reading.plain import identity
 from .reading.tensors import LazyTensor
-from .reading.texts import read_json, refuse_code
+from .reading.texts import LARGEST_TOKENIZER, read_json, read_text, refuse_code
+from .reading.tokenizer_file import read_tokenizer
 from .reading.weight_files import read_weights
 from .shards import INDEX_NAME
-from .verify import REPORT_NAME, UNSEALED, load_config, stored_dtype
+from .verify import REPORT_NAME, UNSEALED
 
 ALLOWED = re.compile("|".join([WRITTEN.pattern, *map(re.escape, sorted(UNSEALED))]))
 PICKLES = (".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth", ".mar")
@@ -61,12 +70,13 @@ def check_release(out: str | Path) -> dict[str, LocalFile]:
         check_kind(path)
     check_metadata(folder)
     report = check_report(folder)
+    files = read_all(paths)
+    check_seal(folder, report["sha256"], files)
     config = check_config(folder)
     check_code(folder)
     check_weights(folder, config, read_weights(folder), stored_dtype(folder))
     check_tokens(folder, config)
-    files = read_all(paths)
-    check_seal(folder, report["sha256"], files)
+    require_same(files)
     check_card(folder, {name: file.sha256 for name, file in files.items()})
     return files
 
@@ -101,12 +111,12 @@ def is_pickle(path: Path) -> bool:
 
 
 def is_text(path: Path) -> bool:
-    data = path.read_bytes()
     try:
-        data.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return b"\0" not in data
+        return "\0" not in read_text(path, LARGEST_TOKENIZER)
+    except CheckpointError as error:
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            return False
+        raise
 
 
 def check_report(folder: Path) -> dict[str, Any]:
@@ -141,9 +151,7 @@ def check_config(folder: Path) -> OlmemConfig:
                 f"`{name}` of {folder / 'config.json'} must be {wanted!r} (got {raw.get(name)!r}); publish what "
                 "`olmem convert` writes, without --to."
             )
-    for name in ("generation_config.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            refuse_code(read_json(folder / name), folder / name)
+    check_generation_config(folder)
     refuse_code(raw, folder / "config.json", allowed=("auto_map",))
     for path in (folder / "config.json", folder / "generation_config.json"):
         if read_json(path).get("use_cache") is False:
@@ -151,7 +159,7 @@ def check_config(folder: Path) -> OlmemConfig:
                 f"`use_cache` of {path} must not be false (got False), as every user's generation would be slow; set "
                 "it to true and run `olmem verify OUT --against SRC`."
             )
-    return load_config(folder)
+    return read_config(folder)
 
 
 def read_all(paths: list[Path]) -> dict[str, LocalFile]:
@@ -170,18 +178,13 @@ def read_all(paths: list[Path]) -> dict[str, LocalFile]:
                     git_sha1.update(block)
                     bar.update(len(block))
             files[path.name] = LocalFile(path, size, sha256.hexdigest(), git_sha1.hexdigest(), before)
-    require_unchanged(files)
+    require_same(files)
     return files
 
 
-def require_unchanged(files: Mapping[str, LocalFile]) -> None:
+def require_same(files: Mapping[str, LocalFile]) -> None:
     """Raises CheckpointError if a file is another than when it was checked."""
-    for name, file in files.items():
-        if identity(file.path.lstat()) != file.identity:
-            raise CheckpointError(
-                f"`{name}` must stay as it is while it is published (it has changed since it was checked); run the "
-                "same command again."
-            )
+    require_unchanged({file.path: file.identity for file in files.values()}, "it is published")
 
 
 def check_seal(folder: Path, seal: Mapping[str, Any], files: Mapping[str, LocalFile]) -> None:
@@ -217,18 +220,7 @@ def check_code(folder: Path) -> None:
 
 def check_weights(folder: Path, config: OlmemConfig, weights: Mapping[str, LazyTensor], stored: torch.dtype) -> None:
     """The files hold each tensor of the model once, in its shape and the stored dtype, as the index says."""
-    with torch.device("meta"):
-        model = OlmemForCausalLM(config)
-    tied = model.all_tied_weights_keys
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
-    for name in sorted(wanted.keys() | weights.keys()):
-        got = weights.get(name)
-        if got is None or name not in wanted or got.shape != wanted[name] or got.dtype != stored:
-            held = "nothing" if got is None else f"{got.dtype} {got.shape}"
-            must = f"{stored} {wanted[name]}" if name in wanted else "absent"
-            raise CheckpointError(
-                f"`{name}` in the safetensors of {folder} must be {must} by config.json (got {held}); convert again."
-            )
+    check_shapes(folder, config, weights, stored)
     index, files = folder / INDEX_NAME, {path.name for path in folder.glob("*.safetensors")}
     if not index.is_file() and files != {SINGLE_NAME}:
         others = ", ".join(sorted(files - {SINGLE_NAME}))
@@ -253,19 +245,13 @@ def check_tokens(folder: Path, config: OlmemConfig) -> None:
     An end may have several ids: generation must then stop at each that the config or the tokenizer names.
     """
     path = folder / "tokenizer.json"
+    check_tokenizer_files(folder)
     claims = {
         file: {name: ids(folder / file, name) for name in TOKEN_IDS}
         for file in ("config.json", "generation_config.json")
     }
     if path.is_file():
-        with reading(path):
-            tokenizer = Tokenizer.from_file(str(path))
-        size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        if size > config.vocab_size:
-            raise CheckpointError(
-                f"`vocab_size` of config.json must cover the {size} ids of {path} (got {config.vocab_size}); convert "
-                "again with the model's own tokenizer."
-            )
+        _, tokenizer, _ = read_tokenizer(path, config.vocab_size)
         claims["tokenizer_config.json"] = tokenizer_ids(folder, tokenizer)
     for name in TOKEN_IDS:
         said = {file: named[name] for file, named in claims.items() if named[name]}

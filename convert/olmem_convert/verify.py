@@ -14,6 +14,7 @@ parameters do to the logits of the same prompt is measured, and that they are so
 
 import json
 import math
+import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
@@ -36,7 +37,15 @@ from .formats import Checkpoint, Given, is_dynamic
 from .formats.detect import open_checkpoint
 from .memory import OFF, listed, memory_of, new_parameters, switched, with_memory
 from .native_forward import native_forward
-from .plan import TOKEN_IDS, load_config, make_config, make_tensors
+from .plan import TOKEN_IDS, make_config, make_tensors
+from .reading.olmem_folder import (
+    check_generation_config,
+    check_shapes,
+    identities,
+    read_config,
+    require_unchanged,
+    stored_dtype,
+)
 from .reading.plain import reading
 from .reading.tensors import LazyTensor, LoadedOnDemand, require_same, same_bits
 from .reading.texts import read_json
@@ -59,6 +68,7 @@ NOT_OF_THE_LOGITS = {
     *("transformers_version", "use_cache"),
 }
 SEED = 20
+OFFLOADED = {"device_map": "auto"}
 
 
 class WithoutMemory(OlmemForCausalLM):
@@ -119,7 +129,7 @@ def verify_checkpoint(
     out: Path, checkpoint: Checkpoint, say: Callable[[str], None], allow_nonfinite: bool = False
 ) -> dict[str, Any]:
     """The same, for a checkpoint that is already open."""
-    config = load_config(out)
+    config, before = read_config(out), identities(out)
     nonfinite = nonfinite_weights(out, allow_nonfinite)
     model = load_bounded(out, torch.float32, WithoutMemory, **OFF)
     stored = stored_dtype(out)
@@ -130,6 +140,7 @@ def verify_checkpoint(
     config_differences, weight_differences = compare_files(config, out, checkpoint, remembering, stored)
     report = make_report(out, checkpoint, input_ids, stored, stages)
     report |= {"config_differences": config_differences, "weight_differences": weight_differences}
+    require_unchanged(before, "it is verified")
     report["nonfinite"] = nonfinite
     report["passed"] &= not config_differences and not weight_differences
     logits = logits_of(model, input_ids) if config.has_memory and report["passed"] else None
@@ -209,11 +220,25 @@ def write_report(out: Path, report: dict[str, Any], whose: str) -> None:
         )
 
 
-def load(out: Path, dtype: torch.dtype, model_class: Any = OlmemForCausalLM, **fields: Any) -> Any:
+def load(
+    out: Path,
+    dtype: torch.dtype,
+    model_class: Any = OlmemForCausalLM,
+    placing: Mapping[str, Any] | None = None,
+    **fields: Any,
+) -> Any:
+    """The folder's model, with these fields in place of its config's. placing: where its weights are to be."""
+    options = dict(placing or {})
+    if issubclass(model_class, OlmemForCausalLM):
+        options["config"] = read_config(out, **fields)
+        passed_over = re.compile("|".join(model_class._keys_to_ignore_on_load_unexpected or ["$^"]))
+        weights = {name: tensor for name, tensor in weights_of(out).items() if not passed_over.search(name)}
+        check_shapes(out, options["config"], weights)
+        check_generation_config(out)
     with reading(out, "convert again"):
         # By its own class, so that no code that the folder names is ever asked for.
         loaded: Any = model_class.from_pretrained(
-            out, dtype=dtype, attn_implementation="sdpa", local_files_only=True, output_loading_info=True, **fields
+            out, dtype=dtype, attn_implementation="sdpa", local_files_only=True, output_loading_info=True, **options
         )
     model, info = loaded
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
@@ -224,7 +249,7 @@ def load(out: Path, dtype: torch.dtype, model_class: Any = OlmemForCausalLM, **f
 
 def load_bounded(out: Path, dtype: torch.dtype, model_class: Any = OlmemForCausalLM, **fields: Any) -> Any:
     """As `load`, on the CPU: what does not fit into half of the free memory stays in its files until it is called."""
-    return load(out, dtype, model_class, device_map="auto", max_memory={"cpu": free_memory() // 2}, **fields)
+    return load(out, dtype, model_class, OFFLOADED | {"max_memory": {"cpu": free_memory() // 2}}, **fields)
 
 
 def free_memory() -> int:
@@ -234,14 +259,6 @@ def free_memory() -> int:
         limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
         free = min(free, max(limit - used, 0))
     return free
-
-
-def stored_dtype(out: Path) -> torch.dtype:
-    """The dtype of the folder's weights, by its config."""
-    dtype = getattr(torch, str(read_json(out / "config.json").get("dtype")), None)
-    if not isinstance(dtype, torch.dtype):
-        raise CheckpointError(f"`dtype` of {out / 'config.json'} must name the weights' dtype; convert again.")
-    return dtype
 
 
 def prompt(checkpoint: Checkpoint, segment: int = 0) -> torch.Tensor:

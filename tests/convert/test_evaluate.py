@@ -125,6 +125,7 @@ def test_bytes_are_those_of_the_tokens_read(out, text):
 
 
 def test_bos_is_read_first_where_the_tokenizer_gives_one(out, text):
+    (out / "verification.json").unlink()
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
     end = "<|endoftext|>"
     pairs = [(end, tokenizer.token_to_id(end))]
@@ -198,6 +199,7 @@ def test_options_that_are_not_fit(out, text, tmp_path):
 
 
 def test_folder_that_is_not_fit(out, text, tmp_path):
+    (out / "verification.json").unlink()
     (out / "tokenizer.json").rename(tmp_path / "tokenizer.json")
     refused(out, [text], "must have a tokenizer", "--tokenizer")
     (out / "tokenizer.json").write_text("{}")
@@ -210,13 +212,14 @@ def test_folder_that_is_not_fit(out, text, tmp_path):
     save_weights(out, weights)
     refused(out, [text], "the loss on text.py must be finite")
     (out / "model.safetensors").unlink()
-    refused(out, [text], "readable")
+    refused(out, [text], "must fit the 0 tensors")
     edit_json(out / "config.json", model_type="olmo2")
     refused(out, [text], "`OUT` must be an Olmem folder")
     refused(tmp_path / "nothing", [text], "`OUT` must be a converted folder")
 
 
 def test_token_that_the_model_has_not(out, tmp_path):
+    (out / "verification.json").unlink()
     tokenizer = json.loads((out / "tokenizer.json").read_text())
     tokenizer["added_tokens"].append(dict(tokenizer["added_tokens"][0], id=2048, content="<|more|>"))
     (out / "tokenizer.json").write_text(json.dumps(tokenizer))

@@ -368,7 +368,7 @@ PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": F
         ({"post_processor": {"type": "TemplateProcessing", "single": [TEXT] * 2000}}, "lengthen a text"),
         ({"added_tokens": [{"id": n, "content": f"t{n}"} | PLAIN for n in range(20_000)]}, "added tokens"),
         ({"added_tokens": [{"id": n, "content": f"{n}" * 100} | PLAIN for n in range(9000)]}, "added tokens of at"),
-        ({"added_tokens": [{"id": 0, "content": "x" * 5000} | PLAIN]}, "tokens of at most 4,096 characters"),
+        ({"added_tokens": [{"id": 0, "content": "x" * 5000} | PLAIN]}, "4,096"),
         (
             {
                 "post_processor": {
@@ -384,7 +384,7 @@ PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": F
             {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT | {"pattern": {"Regex": "a"}}] * 17}},
             "regular",
         ),
-        ({"model": {"type": "BPE", "vocab": {"x" * 5000: 0}, "merges": []}}, "tokens of at most 4,096 characters"),
+        ({"model": {"type": "BPE", "vocab": {"x" * 5000: 0}, "merges": []}}, "4,096"),
         ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "PanicException"),
         ({"pre_tokenizer": SPLIT | {"pattern": {"Regex": "(a+)+$Z"}}}, "retry-limit"),
     ],

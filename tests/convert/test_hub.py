@@ -481,7 +481,7 @@ def test_a_file_that_changes_while_it_is_published_is_not_sent(out, server, monk
         return "the same"
 
     monkeypatch.setattr(hub.Push, "logits", meanwhile)
-    with pytest.raises(CheckpointError, match=r"`model.safetensors` must stay as it is"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors` must stay as it is"):
         push(out, REPO, execute=True)
     assert not any(request.method == "PUT" for request in server.requests)
 

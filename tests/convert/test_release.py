@@ -183,7 +183,7 @@ def test_vocabulary_covers_the_tokenizer(changeable, released):
     for name in ("config.json", "model.safetensors", "verification.json", "generation_config.json"):
         shutil.copy(released / name, out / name)
     reseal(out, license="apache-2.0")
-    refuse(out, "`vocab_size`", "2048 ids")
+    refuse(out, "`vocab_size`", "2048 tokens")
 
 
 def test_weights_are_the_config_s(out):

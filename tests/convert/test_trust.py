@@ -1,5 +1,7 @@
 """What is checked is what is used: no input costs more than its size, and nothing is another one when it is read."""
 
+import base64
+import importlib
 import io
 import json
 import os
@@ -15,9 +17,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert.checkpoints import copy_source, load_weights, options
+from convert.checkpoints import DEMO, copy_source, edit_json, load_weights, options
+from convert.fuzzing.seeds import READERS
 from convert.writers import olmo_state, write_olmo, write_olmo_core
-from olmem_convert import CheckpointError, convert
+from olmem import OlmemConfig
+from olmem_convert import CheckpointError, convert, evaluate, export, verify
+from olmem_convert.card import card
 from olmem_convert.reading import plain
 from olmem_convert.reading.archives import STATE_DICT_NAMES, read_pickle
 from olmem_convert.reading.distributed import METADATA_NAMES
@@ -25,7 +30,13 @@ from olmem_convert.reading.pickles import unpickle
 from olmem_convert.reading.plain import SourceFile
 from olmem_convert.reading.texts import read_json, read_yaml
 from olmem_convert.reading.weight_files import read_flat_shards, read_safetensors
+from olmem_convert.release import check_release
+from olmem_convert.shards import sha256
+from olmem_convert.tokenizer import write_tokenizer
+from olmem_convert.verify import UNSEALED
 from safetensors.torch import save_file
+
+verify_module = importlib.import_module("olmem_convert.verify")
 
 
 def cost(run: Callable[[], object]) -> tuple[float, int]:
@@ -285,3 +296,216 @@ def test_values_are_read_from_the_file_that_was_opened(tmp_path):
     [file] = tensor.sources
     with pytest.raises(CheckpointError, match="was changed or replaced"):
         file.require_same()
+
+
+# One door for each kind of file
+
+
+@pytest.fixture(scope="module")
+def demo(converted, tmp_path_factory) -> Path:
+    """A folder with a tokenizer, and a text to evaluate."""
+    folder = tmp_path_factory.mktemp("demo")
+    shutil.copytree(converted("demo"), folder / "out")
+    card(folder / "out", license="apache-2.0")
+    (folder / "text.txt").write_text("Once upon a time there was a model of some text.")
+    return folder
+
+
+@pytest.fixture
+def out(demo, tmp_path) -> Path:
+    return Path(shutil.copytree(demo / "out", tmp_path / "out"))
+
+
+def commands(out: Path, demo: Path) -> dict[str, Callable[[], object]]:
+    return {
+        "card": lambda: card(out),
+        "verify": lambda: verify(out, DEMO / "step1872"),
+        "evaluate": lambda: evaluate(out, [demo / "text.txt"]),
+        "push": lambda: check_release(out),
+        "export": lambda: export(out, out.parent / "back", "olmo3"),
+    }
+
+
+CONFIGS: dict[str, dict[str, object]] = {
+    "20,000,000 layers": {"num_hidden_layers": 20_000_000, "layer_types": None},
+    "1,000 layers": {"num_hidden_layers": 1000, "layer_types": None},
+    "10,000,000 labels": {"num_labels": 10_000_000},
+    "a vocabulary of 2**50": {"vocab_size": 2**50},
+    "a width of 2**40": {"hidden_size": 2**40, "head_dim": 2**36},
+    "a kernel as attention": {"attn_implementation": "somebody/kernel"},
+    "code to generate": {"custom_generate": "somebody/code"},
+    "code in what it keeps": {"olmo_config": {"attn_implementation": "somebody/kernel"}},
+    "memory tokens without end": {"num_memory_tokens": 2**45, "memory_segment_length": 16},
+    "a number that is none": {"rms_norm_eps": float("nan")},
+}
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.parametrize("command", ["card", "verify", "evaluate", "push", "export"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_configs_of_no_model_are_refused_by_every_command(config, command, sealed, out, demo):
+    """`convert` refused them; `card`, `verify` and `evaluate` ran without end in gigabytes."""
+    edit_json(out / "config.json", **CONFIGS[config])
+    if sealed:
+        reseal_files(out)
+    if command == "card" and config in ("1,000 layers", "a vocabulary of 2**50", "a width of 2**40"):
+        return  # it reads no weights, which say that these are too many
+    if command == "card" and config == "memory tokens without end":
+        return
+    seconds, nbytes = cost(commands(out, demo)[command])
+    assert seconds < 10 and nbytes < 2**30
+
+
+def reseal_files(out: Path) -> None:
+    """As somebody may write a seal by hand."""
+    edit_json(out / "verification.json", sha256=seal_of(out))
+
+
+def seal_of(out: Path) -> dict[str, str]:
+    return {path.name: sha256(path) for path in out.iterdir() if path.is_file() and path.name not in UNSEALED}
+
+
+def spoilt(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def spoil(out: Path) -> None:
+        tree = json.loads((out / "tokenizer.json").read_text())
+        change(tree)
+        (out / "tokenizer.json").write_text(json.dumps(tree))
+
+    return spoil
+
+
+def precompiled(text: str) -> Callable[[Path], None]:
+    return spoilt(lambda tree: tree.update(normalizer={"type": "Precompiled", "precompiled_charsmap": text}))
+
+
+def splitting(regex: str) -> Callable[[Path], None]:
+    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    return spoilt(lambda tree: tree.update(pre_tokenizer=split))
+
+
+TOKENIZERS: dict[str, Callable[[Path], object]] = {
+    "a charsmap that is longer than it is": precompiled("////f///////"),
+    "a charsmap that is cut short": precompiled("BAAAAAAA"),
+    "a charsmap of nonsense": precompiled(base64.b64encode(struct.pack("<I", 64) + bytes(range(64)) + b"abc").decode()),
+    "a regex that has no end": splitting(r"(a+)+$Z"),
+    "a regex that takes minutes": splitting(r"(?:a|a|a){1,14}(?<!a)"),
+    "3,000,000 merges": spoilt(lambda tree: tree["model"].update(merges=["a b"] * 3_000_000)),
+    "a key twice": lambda out: (out / "tokenizer.json").write_text(
+        (out / "tokenizer.json").read_text().replace("{", '{"version": "1.0",', 1)
+    ),
+    "a file elsewhere": lambda out: edit_json(out / "tokenizer_config.json", tokenizer_file="/etc/passwd"),
+    "a file elsewhere, beside it": lambda out: (out / "special_tokens_map.json").write_text(
+        '{"vocab_file": "/etc/passwd"}'
+    ),
+    "code": lambda out: edit_json(out / "tokenizer_config.json", auto_map={"AutoTokenizer": ["x.Y", None]}),
+}
+
+
+@pytest.mark.parametrize("command", ["evaluate", "push"])
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_tokenizers_that_convert_refuses_are_refused_by_every_command(tokenizer, command, out, demo, capfd):
+    """They ended the process by SIGABRT, or in a panic of 247 lines."""
+    TOKENIZERS[tokenizer](out)
+    reseal_files(out)
+    seconds, nbytes = cost(commands(out, demo)[command])
+    assert seconds < 10 and nbytes < 2**30
+    assert "panicked" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("tokenizer", ["a regex that has no end", "a regex that takes minutes"])
+def test_a_regex_of_a_checkpoint_s_tokenizer_is_bounded(tokenizer, out, tmp_path):
+    TOKENIZERS[tokenizer](out)
+    seconds, _ = cost(
+        lambda: write_tokenizer(
+            out,
+            tmp_path / "to",
+            vocab_size=2048,
+            eos_token_id=None,
+            pad_token_id=None,
+            bos_token_id=None,
+            max_length=None,
+        )
+    )
+    assert seconds < 10
+
+
+@pytest.mark.parametrize("command", ["card", "evaluate", "push"])
+def test_the_seal_is_checked_before_anything_is_read(command, out, demo, monkeypatch):
+    """A config that is not what was verified is not even parsed."""
+    edit_json(out / "config.json", hidden_act="relu")
+    read = []
+    monkeypatch.setattr(OlmemConfig, "from_dict", classmethod(lambda *_, **__: read.append(1)))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        commands(out, demo)[command]()
+    assert read == []
+
+
+def test_what_is_verified_must_not_change_meanwhile(out, monkeypatch):
+    """The seal was of what lay there at the end."""
+    compare = verify_module.compare_files
+
+    def meanwhile(*arguments):
+        (out / "tokenizer_config.json").write_text("{}")
+        return compare(*arguments)
+
+    monkeypatch.setattr(verify_module, "compare_files", meanwhile)
+    with pytest.raises(CheckpointError, match="must stay as it is while it is verified"):
+        verify(out, DEMO / "step1872")
+    assert not (out / "verification.json").exists()
+
+
+@pytest.mark.parametrize("command", ["card", "push", "verify"])
+def test_cards_of_megabytes_are_refused(command, out, demo):
+    """A front matter of 1.2 MB took 12.5 s."""
+    text = (out / "README.md").read_text()
+    lines = "".join(f"- tag{i}\n" for i in range(40_000))
+    (out / "README.md").write_text(text.replace("tags:\n", f"tags:\n{lines}", 1))
+    seconds, _ = cost(commands(out, demo)[command])
+    assert seconds < 10
+
+
+# What is carried along
+
+
+CARRIED = {
+    "generation_config.json": [
+        {"custom_generate": "somebody/code"},
+        {"trust_remote_code": True},
+        {"auto_map": {"AutoModel": "x.Y"}},
+        {"attn_implementation": "somebody/kernel"},
+        {"_attn_implementation": "somebody/kernel:attention"},
+    ],
+    "tokenizer_config.json": [{"custom_generate": "x/y"}, {"trust_remote_code": True}],
+    "special_tokens_map.json": [{"tokenizer_file": "/etc/passwd"}, {"auto_map": {"AutoTokenizer": "x.Y"}}],
+    "config.json": [
+        {"attn_implementation": "somebody/kernel"},
+        {"custom_generate": "x/y"},
+        {"trust_remote_code": True},
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "fields"), [(name, fields) for name in CARRIED for fields in CARRIED[name]], ids=str)
+def test_what_has_code_run_is_not_carried_along(name, fields, tmp_path):
+    """Files beside a Transformers folder's weights went into OUT word for word."""
+    write_seed(tmp_path / "source")
+    path = tmp_path / "source" / name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | fields))
+    with pytest.raises(CheckpointError, match=f"`{next(iter(fields))}` of .*{name} must be absent"):
+        convert(tmp_path / "source", tmp_path / "out", verify=False)
+    assert sorted(os.listdir(tmp_path)) == ["source"]
+
+
+def test_names_of_files_stay_behind(tmp_path):
+    """Genuine tokenizers name where their makers kept them."""
+    write_seed(tmp_path / "source")
+    given = {"tokenizer_file": "/home/me/tokenizer.json", "special_tokens_map_file": "/home/me/x.json"}
+    edit_json(tmp_path / "source" / "tokenizer_config.json", **given)
+    lines: list[str] = []
+    convert(tmp_path / "source", tmp_path / "out", verify=False, say=lines.append)
+    assert "/home/me" not in (tmp_path / "out" / "tokenizer_config.json").read_text()
+    assert any("names files (special_tokens_map_file, tokenizer_file), which stay behind" in line for line in lines)
+
+
+def write_seed(folder: Path) -> None:
+    READERS["transformers"][1](folder)

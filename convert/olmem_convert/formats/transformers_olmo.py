@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from ..errors import CheckpointError, reason
 from ..reading.tensors import LazyTensor
-from ..reading.texts import read_json, require_numbers
+from ..reading.texts import read_json, refuse_code, require_numbers
 from ..reading.weight_files import WEIGHTS, find_weights, read_weights
 from . import Checkpoint, Key, check_common, check_layers, expand, is_dynamic, typed
 
@@ -35,6 +35,7 @@ def recognise(folder: Path) -> str | None:
 def open_checkpoint(folder: Path, max_length: int | None) -> Checkpoint:
     raw = read_json(folder / "config.json")
     require_numbers(raw, "config.json")
+    refuse_code(raw, folder / "config.json", allowed=("auto_map", "custom_pipelines"))
     architectures = raw.get("architectures")
     if not isinstance(architectures, list | None):
         raise CheckpointError(

@@ -82,9 +82,14 @@ def shortened(name: str) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """One document of plain values. Aliases, by which a few lines stand for more than any memory holds, are refused."""
-    text = read_text(path, LARGEST_YAML)
-    with reading(path):
+    """One document of plain values."""
+    return parse_yaml(read_text(path, LARGEST_YAML), path)
+
+
+def parse_yaml(text: str, path: Path) -> dict[str, Any]:
+    """The mapping that the text is, which comes of this file. Aliases, by which a few lines stand for more than any
+    memory holds, are refused, and so are directives, which take time by the square of their number."""
+    with reading(path, "correct it, or copy the file again"):
         try:
             if re.search("^%", text, re.MULTILINE):
                 raise ValueError("it has a directive, which no config has")
@@ -93,7 +98,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         except yaml.YAMLError as error:  # whose first line says what was being read, and the next ones what is wrong
             raise ValueError(" ".join(str(error).split())) from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"`{path}` must hold a mapping (got {type(value).__name__}); copy it again.")
+        raise CheckpointError(f"`{path}` must hold a mapping (got {type(value).__name__}); correct it.")
     return value
 
 

@@ -1,0 +1,153 @@
+"""A converted folder, which may be anybody's: every command reads it by this door, within a checkpoint's bounds."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from olmem import OlmemConfig, OlmemForCausalLM
+from transformers import AutoTokenizer, GenerationConfig
+
+from ..errors import CheckpointError, reason
+from ..formats import MOST_LAYERS, check_common, typed
+from ..plan import require_meaning
+from .plain import identity, reading
+from .tensors import LazyTensor
+from .texts import read_json, refuse_code, require_numbers
+from .tokenizer_file import MOST_ENTRIES, quiet_panics, read_tokenizer, read_tokenizer_config, refuse_files, refusing
+
+# Beside tokenizer.json and tokenizer_config.json, what Transformers reads of a tokenizer in JSON.
+BESIDE = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "chat_template.json")
+
+
+def read_raw_config(folder: Path) -> dict[str, Any]:
+    """The config.json of an Olmem folder, once it names no code and no number of parts that no model has."""
+    path = folder / "config.json"
+    raw = read_json(path)
+    if raw.get("model_type") != "olmem":
+        raise CheckpointError(
+            f"`OUT` must be an Olmem folder (got `model_type` {raw.get('model_type')!r} in {folder}); name one that "
+            "`olmem convert` wrote without --to."
+        )
+    kept = raw.get("olmo_config", {})
+    for values in (raw, *([kept] if isinstance(kept, dict) else ())):
+        check_common(values)
+        refuse_code(values, path, allowed=("auto_map", "custom_pipelines"))
+    layers = typed(raw.get("num_hidden_layers", 1), int, "num_hidden_layers", str(path))
+    if layers is None or not 0 < layers <= MOST_LAYERS:
+        raise CheckpointError(
+            f"`num_hidden_layers` of {path} must be from 1 to {MOST_LAYERS} (got {layers}); no model has more."
+        )
+    return raw
+
+
+def read_config(folder: Path, **changes: Any) -> OlmemConfig:
+    """The config of an Olmem folder, with these fields in place of its own."""
+    raw, path = read_raw_config(folder), folder / "config.json"
+    with reading(path, "correct it, or convert again"):
+        try:
+            config = OlmemConfig.from_dict(raw | changes)
+        except StrictDataclassError as error:
+            raise CheckpointError(f"`{path}` must describe a model: {reason(error)}") from error
+    require_meaning(config)
+    return config
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of the folder's weights, by its config."""
+    dtype = getattr(torch, str(read_json(folder / "config.json").get("dtype")), None)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"`dtype` of {folder / 'config.json'} must name the weights' dtype; convert again.")
+    return dtype
+
+
+def check_generation_config(folder: Path) -> None:
+    """Raises CheckpointError for a generation_config.json that names code, or holds what no such file does."""
+    path = folder / "generation_config.json"
+    if path.is_file():
+        values = read_json(path)
+        require_numbers(values, str(path))
+        refuse_code(values, path)
+        with reading(path, "correct it"):
+            GenerationConfig.from_dict(values)
+
+
+def check_shapes(
+    folder: Path, config: OlmemConfig, weights: Mapping[str, LazyTensor], stored: torch.dtype | None = None
+) -> None:
+    """Raises CheckpointError unless the files hold each tensor of the model once, in its shape and the stored dtype.
+
+    What they lack would be made anew when the model is loaded, of whatever sizes the config says.
+    """
+    if config.num_hidden_layers > len(weights):
+        raise CheckpointError(
+            f"`num_hidden_layers` of {folder / 'config.json'} must fit the {len(weights)} tensors beside it (got "
+            f"{config.num_hidden_layers}); convert again."
+        )
+    try:
+        with torch.device("meta"):
+            model = OlmemForCausalLM(config)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        said = str(error).splitlines()[:1] or [type(error).__name__]
+        raise CheckpointError(
+            f"`{folder / 'config.json'}` must give a model of a possible size (got: {said[0]}); convert again."
+        ) from error
+    tied = model.all_tied_weights_keys
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
+    for name in sorted(wanted.keys() | weights.keys()):
+        got = weights.get(name)
+        fits = got is not None and got.shape == wanted.get(name) and stored in (None, got.dtype)
+        if not fits:
+            held = "nothing" if got is None else f"{got.dtype} {got.shape}"
+            must = "absent"
+            if name in wanted:
+                must = f"of shape {wanted[name]}" if stored is None else f"{stored} {wanted[name]}"
+            raise CheckpointError(
+                f"`{name}` in the safetensors of {folder} must be {must} by config.json (got {held}); convert again."
+            )
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Raises CheckpointError for a file beside tokenizer.json that names code or other files, or is out of bounds."""
+    config_path = folder / "tokenizer_config.json"
+    found = {config_path: read_tokenizer_config(config_path)}
+    for path in (folder / name for name in BESIDE):
+        if path.is_file():
+            found[path] = read_json(path, most_values=MOST_ENTRIES)
+    for path, values in found.items():
+        require_numbers(values, str(path))
+        refuse_code(values, path)
+        refuse_files(values, path)
+
+
+def load_tokenizer(folder: Path, vocab_size: int) -> Any:
+    """The tokenizer as Transformers has it."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"`OUT` must have a tokenizer ({folder} has no tokenizer.json); convert again with --tokenizer PATH."
+        )
+    check_tokenizer_files(folder)
+    read_tokenizer(path, vocab_size)
+    with refusing(f"the tokenizer of {folder} must load", "convert again with --tokenizer PATH"), quiet_panics():
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+
+
+def identities(folder: Path) -> dict[Path, tuple[int, ...]]:
+    """What says of each file of the folder that it is the same one, and has not changed."""
+    return {path: identity(path.stat()) for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def require_unchanged(files: Mapping[Path, tuple[int, ...]], why: str) -> None:
+    """Raises CheckpointError if one of the files is another than when it was looked at."""
+    for path, before in files.items():
+        try:
+            now = identity(path.lstat())
+        except OSError:
+            now = ()
+        if now != before:
+            raise CheckpointError(
+                f"`{path}` must stay as it is while {why} (it has changed since it was checked); run the same command "
+                "again."
+            )

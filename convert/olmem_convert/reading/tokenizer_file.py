@@ -31,7 +31,7 @@ MOST_TEMPLATE_IDS, LONGEST_PREPEND, LONGEST_TOKEN, LARGEST_ADDED, MOST_REGEXES =
 MOST_VALUES = 2**22  # of a tokenizer.json; a vocabulary of 2**18 with its merges in pairs has half as many
 MOST_MERGES = 2**20
 MOST_ENTRIES = 2**21  # of the files beside it, as vocab.json
-PATIENCE = 60  # seconds that a trial may take by the clock; it stops itself by the processor's
+PATIENCE = 30  # seconds that a trial may take by the clock; it stops itself by the processor's
 
 
 def read_tokenizer(path: Path, vocab_size: int) -> tuple[bytes, Tokenizer, int]:

@@ -5,6 +5,7 @@ The library that runs tokenizers ends the whole process over some of them, panic
 expressions that have no end. What comes to its end here does so in the process that asks, too.
 """
 
+import signal
 import sys
 from contextlib import suppress
 from typing import Any
@@ -56,10 +57,11 @@ def texts_for(tokenizer: Any) -> list[str]:
 
 def limit() -> None:
     """Where the system knows of limits; elsewhere the process that asks waits no longer than it wants to."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # whose signal ends the process, whatever it is in
     with suppress(ImportError, ValueError, OSError):
         import resource
 
-        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 

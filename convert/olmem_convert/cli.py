@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import CheckpointError, DifferenceError
+from .errors import CheckpointError, one_line
 
 app = typer.Typer(
     name="olmem",
@@ -192,12 +192,6 @@ def push(
     finish(lambda say: run(out, repo_id, say=say, **options), as_json)
 
 
-def printable(text: str, margin: str = "  ") -> str:
-    """What checkpoints and servers say moves no cursor, and begins no line of its own."""
-    lines = ["".join(sign if sign.isprintable() else "\ufffd" for sign in line) for line in text.split("\n")]
-    return f"\n{margin}".join(lines)
-
-
 def tell_script(figures: dict[str, float | None]) -> None:
     typer.echo(json.dumps({"progress": figures}), err=True)
 
@@ -207,15 +201,15 @@ def finish(run: Callable[[Callable[[str], None]], dict[str, Any]], as_json: bool
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a stopped conversion cleans up
     quiet_libraries()
     try:
-        report = run(lambda line: typer.echo(printable(line), err=as_json))
+        report = run(lambda line: typer.echo(one_line(line), err=as_json))
     except CheckpointError as error:
-        typer.echo(printable(f"error: {error}", "" if isinstance(error, DifferenceError) else "  "), err=True)
+        typer.echo(f"error: {error}", err=True)  # whose lines are none of a checkpoint's
         raise typer.Exit(1) from None
     except BrokenPipeError:
         raise  # typer ends quietly then
     except (OSError, MemoryError, RuntimeError) as error:  # torch says RuntimeError when memory is short
         said = str(error).strip().splitlines()[:1] or ["not enough memory"]
-        typer.echo(printable(f"error: {said[0]}"), err=True)
+        typer.echo(one_line(f"error: {said[0]}"), err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo("stopped", err=True)

@@ -115,7 +115,7 @@ def push(
         raise CheckpointError("a token must be known to push (there is none); run `hf auth login`, or set HF_TOKEN.")
     if not (token.isascii() and token.isprintable()):
         raise CheckpointError(
-            "the token must be of ASCII signs (it holds another, as pasting adds some); copy it again."
+            "the token must be of ASCII signs (it holds another, as pasting adds some); paste it again."
         )
     remote = Remote(repo_id, token)
     guarded = keeping_token(token, remote.api.endpoint)
@@ -264,6 +264,10 @@ class Push:
     def run(self) -> dict[str, Any]:
         pull_request = None
         with self.remote.telling(self.state):
+            self.say(
+                "seen without SRC: code, shapes, numbers and seal are right; that the model is SRC's is the word of "
+                "verification.json, which nothing signs"
+            )
             self.say("computing the logits of the prompt in verification.json, with the installed olmem")
             expected = self.logits(installed=True, commit=None)
             self.create()
@@ -383,7 +387,8 @@ class Push:
         """The checksum of the logits, in a process of its own: of OUT with the installed olmem, or of the repository at
         this commit by its own code, once what was downloaded is known to be OUT's, bit for bit."""
         weights = sum(file.size for name, file in self.files.items() if name.endswith(".safetensors"))
-        prompt = read_json(self.folder / REPORT_NAME)["prompt"]
+        claimed = read_json(self.folder / REPORT_NAME)
+        prompt = claimed["prompt"]
         with tempfile.TemporaryDirectory(prefix="olmem-") as scratch:
             self.check_room(scratch, weights)
             offload = weights > MOST_OF_MEMORY * memory_size()
@@ -405,6 +410,11 @@ class Push:
         loaded_own = report["module"].startswith("olmem." if installed else "transformers_modules.")
         if not loaded_own:
             raise CheckpointError(f"the code that loads the model is another than was to be tried ({report['module']})")
+        if not report["finite"] and not claimed["nonfinite"]:
+            raise CheckpointError(
+                "the logits of the prompt in verification.json must be numbers (some are none); verify it again: "
+                "`olmem verify OUT --against SRC`."
+            )
         return report["logits"]
 
     def download(self, commit: str, home: Path) -> None:

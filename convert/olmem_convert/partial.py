@@ -228,7 +228,7 @@ def written_whole(
             with suppress(OSError):
                 parent.rmdir()
         if began and isinstance(error, CheckpointError) and str(folder) in str(error):
-            raise type(error)(str(error).replace(str(folder), str(out))) from error
+            raise error.renamed(str(folder), str(out)) from error
         if isinstance(error, OSError) and is_of_out(error, out):
             remedy = "free space, or choose another disk" if error.errno in FULL else "choose another folder"
             raise CheckpointError(f"`OUT` must be writable ({out}: {error.strerror or error}); {remedy}.") from error

@@ -36,7 +36,7 @@ from .reading.texts import LARGEST_TOKENIZER, read_json, read_text, refuse_code
 from .reading.tokenizer_file import read_tokenizer
 from .reading.weight_files import read_weights
 from .shards import INDEX_NAME
-from .verify import REPORT_NAME, UNSEALED
+from .verify import REPORT_NAME, UNSEALED, nonfinite_weights
 
 ALLOWED = re.compile("|".join([WRITTEN.pattern, *map(re.escape, sorted(UNSEALED))]))
 PICKLES = (".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth", ".mar")
@@ -74,7 +74,9 @@ def check_release(out: str | Path) -> dict[str, LocalFile]:
     check_seal(folder, report["sha256"], files)
     config = check_config(folder)
     check_code(folder)
-    check_weights(folder, config, read_weights(folder), stored_dtype(folder))
+    stored = stored_dtype(folder)
+    check_weights(folder, config, read_weights(folder), stored)
+    check_claims(folder, report, config, stored)
     check_tokens(folder, config)
     require_same(files)
     check_card(folder, {name: file.sha256 for name, file in files.items()})
@@ -160,6 +162,39 @@ def check_config(folder: Path) -> OlmemConfig:
                 "it to true and run `olmem verify OUT --against SRC`."
             )
     return read_config(folder)
+
+
+def check_claims(folder: Path, report: Mapping[str, Any], config: OlmemConfig, stored: torch.dtype) -> None:
+    """Raises CheckpointError unless verification.json says what a verification of these files could have said.
+
+    Nothing signs it, and who has no native checkpoint cannot repeat it. What can be seen without one is seen here: that
+    every stage of this model is in it and equal, on a prompt beyond its window, and how many numbers are none.
+    """
+    path, prompt = folder / REPORT_NAME, report["prompt"]
+    stages = report.get("stages")
+    rows = [row for row in stages if isinstance(row, dict)] if isinstance(stages, list) else []
+    names = ["embeddings", *(f"block {layer}" for layer in range(config.num_hidden_layers)), "final norm", "logits"]
+    beyond = max(config.sliding_window or 0 if "sliding_attention" in config.layer_types else 0, 1)
+    nonfinite = nonfinite_weights(folder, allowed=True)
+    claims = {
+        "stages": [row.get("stage") for row in rows] == names and all(is_equal(row) for row in rows),
+        "weight_differences": report.get("weight_differences") == [],
+        "config_differences": report.get("config_differences") == {},
+        "dtype": report.get("dtype") == str(stored).removeprefix("torch."),
+        "prompt": prompt["tokens"] > beyond and prompt["vocabulary"] <= config.vocab_size,
+        "nonfinite": report.get("nonfinite") == nonfinite,
+    }
+    if wrong := [name for name, holds in claims.items() if not holds]:
+        raise CheckpointError(
+            f"`{wrong[0]}` of {path} must be what a verification of these files says (it is not); run `olmem verify "
+            f"{folder} --against SRC`."
+        )
+
+
+def is_equal(row: Mapping[str, Any]) -> bool:
+    """Whether a stage's figures say that it is equal, and the row says so too."""
+    most, allowed = row.get("max_difference"), row.get("tolerance")
+    return isinstance(most, float) and isinstance(allowed, float) and row.get("equal") is True and most <= allowed < 1
 
 
 def read_all(paths: list[Path]) -> dict[str, LocalFile]:

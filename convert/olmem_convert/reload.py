@@ -38,7 +38,8 @@ def main() -> None:
         logits = model.eval()(torch.tensor(task["input_ids"]), use_cache=False).logits.cpu().contiguous()
     digest = hashlib.sha256(f"{logits.dtype} {tuple(logits.shape)}".encode())
     digest.update(logits.view(torch.uint8).numpy().data)
-    print(json.dumps({"logits": digest.hexdigest(), "module": type(model).__module__}))
+    finite = bool(logits.isfinite().all())
+    print(json.dumps({"logits": digest.hexdigest(), "finite": finite, "module": type(model).__module__}))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from .reading.tensors import LazyTensor
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 INDEX_NAME = "model.safetensors.index.json"
+WIDER = (torch.bfloat16, torch.float32)  # that float16, narrower first
 PIECE = 2**22  # bytes that are read at a time: what is done with them is done in the processor's cache
 END: Any = object()
 Item = TypeVar("Item")
@@ -171,12 +172,20 @@ def count_nonfinite(tensor: torch.Tensor) -> int:
 
 def refuse_nonfinite(name: str, tensor: LazyTensor, dtype: torch.dtype | None = None) -> NoReturn:
     """The error that says how many of its numbers are none, or, with `dtype`, would be none once rounded to it."""
-    of_all = math.prod(tensor.shape)
-    bad = sum(count_nonfinite(piece.to(dtype or piece.dtype)) for piece in tensor.pieces(PIECE))
-    when, remedy = f" as {str(dtype).removeprefix('torch.')}", "choose --dtype bfloat16"
-    if dtype is None:
-        when, remedy = "", "the file is damaged or the run diverged: convert another step, or add --allow-nonfinite"
+    of_all, stored = math.prod(tensor.shape), tensor.dtype
+    bad = count_rounded(tensor, dtype or stored)
+    when, remedy = "", "the file is damaged or the run diverged: convert another step, or add --allow-nonfinite"
+    if dtype is not None:
+        when, own = f" as {str(dtype).removeprefix('torch.')}", count_rounded(tensor, stored)
+        wider = [other for other in WIDER if other != dtype and count_rounded(tensor, other) == own]
+        remedy = "no dtype that can be chosen holds it, so the run diverged: convert another step"
+        if wider:
+            remedy = f"it needs a wider range: choose --dtype {str(wider[0]).removeprefix('torch.')}"
     raise CheckpointError(f"`{name}` must be finite{when} (got {bad} NaN or infinite values of {of_all}); {remedy}.")
+
+
+def count_rounded(tensor: LazyTensor, dtype: torch.dtype) -> int:
+    return sum(count_nonfinite(piece.to(dtype)) for piece in tensor.pieces(PIECE))
 
 
 def sha256(path: Path) -> str:

@@ -216,7 +216,8 @@ def write_report(out: Path, report: dict[str, Any], whose: str) -> None:
     if not report["passed"]:
         raise DifferenceError(
             f"the converted model must compute the {whose} logits with the {whose} weights (it does not); do not "
-            f"publish it, convert again.\n{explain(report)}"
+            "publish it, convert again.",
+            explain(report),
         )
 
 
@@ -441,8 +442,8 @@ def rounding(model: Any, checkpoint: Checkpoint, input_ids: torch.Tensor) -> dic
     return {"max_difference": float(gap.max()), "mean_difference": float(gap.mean())} if gap.numel() else {}
 
 
-def explain(report: dict[str, Any]) -> str:
-    """What differs, for a person."""
+def explain(report: dict[str, Any]) -> list[str]:
+    """What differs, for a person, line by line."""
     lines = [
         f"config.json: `{name}` is {found!r}, the checkpoint's is {wanted!r}"
         for name, (found, wanted) in report["config_differences"].items()
@@ -452,10 +453,10 @@ def explain(report: dict[str, Any]) -> str:
     weights = report["weight_differences"]
     if weights:
         lines.append(f"weights: {len(weights)} differ: {', '.join(weights[:4])}{', …' if len(weights) > 4 else ''}")
-    return "\n".join([*lines, table(report["stages"])])
+    return [*lines, *table(report["stages"])]
 
 
-def table(stages: list[dict[str, Any]]) -> str:
+def table(stages: list[dict[str, Any]]) -> list[str]:
     """Stage by stage, the first that diverges marked."""
     first = next((index for index, stage in enumerate(stages) if not stage["equal"]), None)
     lines = [f"{'stage':<14}{'max |Δ|':>12}{'mean |Δ|':>12}{'tolerance':>12}"]
@@ -463,4 +464,4 @@ def table(stages: list[dict[str, Any]]) -> str:
         mark = "  ← first to diverge" if index == first else ""
         numbers = (stage["max_difference"], stage["mean_difference"], stage["tolerance"])
         lines.append(f"{stage['stage']:<14}" + "".join(f"{number:>12.3g}" for number in numbers) + mark)
-    return "\n".join(lines)
+    return lines

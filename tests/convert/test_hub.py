@@ -56,7 +56,7 @@ def unloaded_but_sent(monkeypatch):
     """The same, but for the files of the Hub, which are downloaded and compared."""
 
     def reload(self, task, scratch):
-        return {"logits": "x", "module": "olmem." if task["installed"] else "transformers_modules."}
+        return {"logits": "x", "finite": True, "module": "olmem." if task["installed"] else "transformers_modules."}
 
     monkeypatch.setattr(hub.Push, "reload", reload)
 
@@ -384,9 +384,9 @@ PYTHON = """#!/bin/sh
 echo "$@" >> arguments
 env >> environment
 case $(cat) in
-*'"installed": true'*) echo '{"logits": "x", "module": "olmem.modeling_olmem"}'; exit ;;
+*'"installed": true'*) echo '{"logits": "x", "finite": true, "module": "olmem.modeling_olmem"}'; exit ;;
 esac
-echo '{"logits": "x", "module": "transformers_modules.modeling_olmem"}'
+echo '{"logits": "x", "finite": true, "module": "transformers_modules.modeling_olmem"}'
 """
 
 
@@ -468,7 +468,7 @@ def test_files_that_the_hub_sends_otherwise_than_it_lists_them_are_not_run(
 def played_reload(task, scratch, place):
     if not task["installed"]:
         (place / "ran").write_text("")
-    return {"logits": "x", "module": "olmem." if task["installed"] else "transformers_modules."}
+    return {"logits": "x", "finite": True, "module": "olmem." if task["installed"] else "transformers_modules."}
 
 
 def test_a_file_that_changes_while_it_is_published_is_not_sent(out, server, monkeypatch):

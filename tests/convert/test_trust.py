@@ -17,12 +17,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert.checkpoints import DEMO, copy_source, edit_json, load_weights, options
+from convert.checkpoints import DEMO, copy_source, edit_json, load_weights, options, save_weights
 from convert.fuzzing.seeds import READERS
 from convert.writers import olmo_state, write_olmo, write_olmo_core
 from olmem import OlmemConfig
 from olmem_convert import CheckpointError, convert, evaluate, export, verify
 from olmem_convert.card import card
+from olmem_convert.cli import app
+from olmem_convert.errors import DifferenceError
 from olmem_convert.reading import plain
 from olmem_convert.reading.archives import STATE_DICT_NAMES, read_pickle
 from olmem_convert.reading.distributed import METADATA_NAMES
@@ -35,6 +37,7 @@ from olmem_convert.shards import sha256
 from olmem_convert.tokenizer import write_tokenizer
 from olmem_convert.verify import UNSEALED
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 verify_module = importlib.import_module("olmem_convert.verify")
 
@@ -509,3 +512,93 @@ def test_names_of_files_stay_behind(tmp_path):
 
 def write_seed(folder: Path) -> None:
     READERS["transformers"][1](folder)
+
+
+# Words
+
+
+NAME = "\nverified: all is well\r\x1b[2J\u2028"
+
+
+def test_names_in_an_error_begin_no_line(out):
+    """A tensor of such a name printed a line of its own at the margin."""
+    save_file(load_weights(out) | {f"a{NAME}": torch.zeros(1)}, out / "model.safetensors", {"format": "pt"})
+    result = CliRunner().invoke(app, ["verify", str(out), "--against", str(DEMO / "step1872")])
+    assert result.exit_code == 1
+    assert not any(line.startswith("verified") for line in result.output.splitlines())
+    assert "\\nverified: all is well" in result.stderr and "\x1b" not in result.output
+
+
+def test_names_in_the_table_of_differences_begin_no_line():
+    error = DifferenceError("it differs", [f"weights: {NAME}", "stage"])
+    assert str(error).splitlines() == ["it differs", "weights: \\nverified: all is well\\r\\x1b[2J\\u2028", "stage"]
+
+
+def test_a_path_is_one_line_of_what_is_said(tmp_path):
+    folder = write_olmo(tmp_path / "my\nverified: run", "model.pt")
+    result = CliRunner().invoke(app, ["convert", str(folder), str(tmp_path / "out"), "--no-verify"])
+    assert result.exit_code == 0, result.output
+    assert not any(line.startswith("verified") for line in result.output.splitlines())
+    assert "my\\nverified: run" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("value", "source_dtype", "dtype", "remedy"),
+    [
+        (3.4e38, torch.float32, "bfloat16", "choose --dtype float32"),
+        (7e4, torch.float32, "float16", "choose --dtype bfloat16"),
+        (3.4e38, torch.float32, "float16", "choose --dtype float32"),
+        (1e300, torch.float64, "float32", "no dtype that can be chosen holds it"),
+        (1e300, torch.float64, "bfloat16", "no dtype that can be chosen holds it"),
+    ],
+)
+def test_the_dtype_that_is_advised_holds_the_values(value, source_dtype, dtype, remedy, tmp_path):
+    """`--dtype bfloat16` that overflowed was told to choose --dtype bfloat16."""
+    state = {name: tensor.to(source_dtype) for name, tensor in olmo_state().items()}
+    state["transformer.ff_out.weight"][0, 0] = value
+    folder = write_olmo(tmp_path / "source", "model.pt", state)
+    with pytest.raises(CheckpointError, match=f"must be finite as {dtype} .*{remedy}"):
+        convert(folder, tmp_path / "out", dtype=dtype, verify=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stages": []},
+        {"stages": [{"stage": "logits", "equal": True, "max_difference": 0.0, "tolerance": 1e-6}]},
+        {"weight_differences": ["model.norm.weight"]},
+        {"config_differences": {"rms_norm_eps": [1, 2]}},
+        {"dtype": "bfloat16"},
+        {"nonfinite": {"model.norm.weight": 1}},
+        {"prompt": {"tokens": 3, "vocabulary": 2048, "seed": 20, "sliding_window": 256, "attention_chunk_size": None}},
+        {
+            "prompt": {
+                "tokens": 300,
+                "vocabulary": 2**40,
+                "seed": 20,
+                "sliding_window": 256,
+                "attention_chunk_size": None,
+            }
+        },
+    ],
+    ids=str,
+)
+def test_a_seal_written_by_hand_must_at_least_be_possible(change, out):
+    edit_json(out / "verification.json", **change)
+    card(out)
+    with pytest.raises(CheckpointError, match=f"`{next(iter(change))}` of .*verification.json must be what"):
+        check_release(out)
+
+
+def test_numbers_that_none_are_behind_a_seal_written_by_hand(out):
+    weights = load_weights(out)
+    weights["model.norm.weight"][0] = float("nan")
+    save_weights(out, weights)
+    reseal_files(out)
+    card(out)
+    with pytest.raises(CheckpointError, match=r"`nonfinite` of .*verification\.json"):
+        check_release(out)
+
+
+def test_the_card_says_what_a_seal_is_worth(out):
+    assert "Nothing signs it" in (out / "README.md").read_text()

@@ -230,7 +230,7 @@ def typed(value: Any, kind: type, name: str, where: str) -> Any:
     if fits:
         return kind(value)
     names = {bool: "true or false", int: "an integer", float: "a number"}
-    raise CheckpointError(f"`{name}` of {where} must be {names[kind]} (got {value!r}); copy the config again.")
+    raise CheckpointError(f"`{name}` of {where} must be {names[kind]} (got {value!r}); correct it.")
 
 
 def carried(read: Mapping[str, Any], table: Mapping[str, Field]) -> dict[str, Any]:
@@ -264,7 +264,7 @@ def check_common(raw: Mapping[str, Any]) -> None:
 
 def required(value: Any, name: str, where: str) -> Any:
     if value is None:
-        raise CheckpointError(f"`{name}` of {where} must be given (it is absent); copy the config again.")
+        raise CheckpointError(f"`{name}` of {where} must be given (it is absent); add it, as the run had it.")
     return value
 
 

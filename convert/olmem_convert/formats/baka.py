@@ -195,7 +195,7 @@ def read_frequencies(tensors: Mapping[str, LazyTensor], num_layers: int) -> tupl
         if name not in tensors:
             continue  # which `to_olmem` will say
         if not tensors[name].dtype.is_floating_point:
-            raise CheckpointError(f"`{name}` must be floating-point (got {tensors[name].dtype}); copy it again.")
+            raise CheckpointError(f"`{name}` must be floating-point (got {tensors[name].dtype}); save it as float32.")
         stored = tuple(tensors[name].load().double().reshape(-1).tolist())
         frequencies = frequencies or stored
         if stored != frequencies:
@@ -205,8 +205,8 @@ def read_frequencies(tensors: Mapping[str, LazyTensor], num_layers: int) -> tupl
             )
         if stored[0] != 1 or not all(0 < after < before for before, after in pairwise(stored)):
             raise CheckpointError(
-                f"`{name}` must fall from 1 and stay positive, as frequencies of RoPE do (got {preview(stored)}); copy "
-                "the checkpoint again."
+                f"`{name}` must fall from 1 and stay positive, as frequencies of RoPE do (got {preview(stored)}); "
+                "these are none of BakaLLM's: convert the checkpoint that its code saved."
             )
     return frequencies
 

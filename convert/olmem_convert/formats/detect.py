@@ -34,7 +34,9 @@ def open_checkpoint(source: Path, max_length: int | None = None, given: Given | 
     try:
         return open_recognised(source, max_length, given or Given())
     except OSError as error:
-        raise CheckpointError(f"`SRC` must be readable ({error}); copy it again from its source.") from error
+        raise CheckpointError(
+            f"`SRC` must be readable ({error}); check its name, its permissions and the disk."
+        ) from error
 
 
 def open_recognised(source: Path, max_length: int | None, given: Given) -> Checkpoint:
@@ -64,7 +66,7 @@ def open_recognised(source: Path, max_length: int | None, given: Given) -> Check
         except CONFIG_ERRORS as error:
             raise CheckpointError(
                 f"the config of `{source}` must describe a model ({description}; got {type(error).__name__}: "
-                f"{reason(error)[:500]}); copy it again."
+                f"{reason(error)[:500]}); compare it with the config of the run."
             ) from error
     if not source.is_dir():
         raise CheckpointError(f"`SRC` must be a checkpoint's folder or a BakaLLM `.bin` ({what_file(source)}).")

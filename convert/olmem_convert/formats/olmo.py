@@ -96,7 +96,9 @@ def recognise(folder: Path) -> str | None:
 def open_checkpoint(folder: Path, max_length: int | None) -> Checkpoint:
     native = read_yaml(folder / "config.yaml").get("model")
     if not isinstance(native, dict):
-        raise CheckpointError(f"`model` of {folder / 'config.yaml'} must be a mapping (got {native!r}); copy it again.")
+        raise CheckpointError(
+            f"`model` of {folder / 'config.yaml'} must be a mapping (got {native!r}); put the config of the run there."
+        )
     require_numbers(native, "config.yaml", "model")
     layout = next((name for name in LAYOUTS if (folder / name).is_file()), None)
     if layout is None:
@@ -145,7 +147,9 @@ def canonical(tensors: dict[str, LazyTensor], group_size: int) -> dict[str, Lazy
 
     renamed = {name(text): tensor for text, tensor in tensors.items()}
     if len(renamed) != len(tensors):
-        raise CheckpointError("two weights must not share a name (`block_group_size` does not fit them); copy again.")
+        raise CheckpointError(
+            "two weights must not share a name (`block_group_size` does not fit them); correct that field."
+        )
     return renamed
 
 
@@ -155,7 +159,7 @@ def num_key_value_heads(read: Mapping[str, Any]) -> int:
     if heads is not None and multi_query is not None and heads != implied:
         raise CheckpointError(
             f"`n_kv_heads` of config.yaml must be {implied} with `multi_query_attention: {multi_query}` (got {heads}); "
-            "copy the config again."
+            "correct one of the two."
         )
     return implied if heads is None else heads
 

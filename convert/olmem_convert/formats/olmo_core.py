@@ -203,7 +203,7 @@ def lookup(experiment: Mapping[str, Any], path: str) -> int | None:
         if value is None:
             return None
         if not isinstance(value, Mapping):
-            raise CheckpointError(f"`{path}` of config.json must be in an object (got {value!r}); copy it again.")
+            raise CheckpointError(f"`{path}` of config.json must be in an object (got {value!r}); correct it.")
         value = value.get(name)
     return typed(value, int, path, "config.json")
 
@@ -226,13 +226,11 @@ def flatten(value: Mapping[str, Any], table: Mapping[str, Field], prefix: str = 
 
 def read_block(block: Any, where: str) -> dict[str, Any]:
     if not isinstance(block, Mapping):
-        raise CheckpointError(f"`{where}` of config.json must be an object (got {block!r}); copy the config again.")
+        raise CheckpointError(f"`{where}` of config.json must be an object (got {block!r}); correct it.")
     block = dict(block)
     if "attention" in block:  # the name of the field up to 2.x
         if "sequence_mixer" in block:
-            raise CheckpointError(
-                f"`{where}` must hold `attention` or `sequence_mixer`, not both; copy the config again."
-            )
+            raise CheckpointError(f"`{where}` must hold `attention` or `sequence_mixer`, not both; remove one of them.")
         block["sequence_mixer"] = block.pop("attention")
     for part in ("sequence_mixer", "layer_norm", "feed_forward"):
         if not isinstance(block.get(part), Mapping):
@@ -255,8 +253,8 @@ def olmem_config(native: Mapping[str, Any]) -> tuple[dict[str, Any], list[Key]]:
     overrides = native.get("block_overrides") or {}
     if num_layers < 1 or not isinstance(overrides, Mapping):
         raise CheckpointError(
-            f"`n_layers` must be positive and `block_overrides` an object (got {num_layers} and {overrides!r}); copy "
-            "config.json again."
+            f"`n_layers` must be positive and `block_overrides` an object (got {num_layers} and {overrides!r}); "
+            "correct the one that is not."
         )
     strays = set(overrides) - {str(layer) for layer in range(num_layers)}
     if strays:
@@ -393,14 +391,14 @@ def read_rope(
 def read_scaling(scaling: Any, theta: float, head_dim: int) -> dict[str, Any]:
     """OLMo-core's RoPE scalings in Transformers' terms (olmo_core/nn/rope.py)."""
     if not isinstance(scaling, Mapping):
-        raise CheckpointError(f"`rope.scaling` must be an object (got {scaling!r}); copy the config again.")
+        raise CheckpointError(f"`rope.scaling` must be an object (got {scaling!r}); correct it.")
     form = next((form for form in SCALING if form in scaling), None)
     if form is None:
         raise CheckpointError(f"`rope.scaling` must be a scaling this version knows (got {dict(scaling)}).")
     read = read_fields(flatten(scaling, SCALING[form]), SCALING[form], "`rope.scaling` of config.json")
     for name, value in read.items():
         if isinstance(value, float | int) and value <= 0 and name != "low_freq_proportion":
-            raise CheckpointError(f"`rope.scaling.{name}` must be positive (got {value}); copy config.json again.")
+            raise CheckpointError(f"`rope.scaling.{name}` must be positive (got {value}); correct it.")
     if form == "new_theta":
         return {"rope_theta": float(read["new_theta"])}
     if form == "factor":

@@ -159,9 +159,7 @@ class Archive:
                     "save it anew."
                 )
             if record.filename in records:
-                raise CheckpointError(
-                    f"`{self.path}` must hold {record.filename!r} once (got it twice); copy it again."
-                )
+                raise CheckpointError(f"`{self.path}` must hold {record.filename!r} once (got it twice); save it anew.")
             records[record.filename] = record
         return records
 

@@ -299,6 +299,6 @@ def decode_pickled_key(key: str) -> str:
         )
     if sum(map(len, parts)) > LONGEST_KEY:
         raise CheckpointError(
-            f"key {key[:60]!r} must name a tensor in {LONGEST_KEY:,} signs (it does not); copy it again."
+            f"key {key[:60]!r} must name a tensor in {LONGEST_KEY:,} signs (it does not); save it with shorter ones."
         )
     return ".".join(parts)

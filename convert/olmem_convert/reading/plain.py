@@ -24,7 +24,9 @@ MOST_OPEN = 128  # files at a time; a system lets a process have 256 or more
 
 
 @contextmanager
-def reading(path: Path, remedy: str = "copy it again from its source") -> Iterator[None]:
+def reading(
+    path: Path, remedy: str = "it is damaged or was edited: correct it, or copy it again from its source"
+) -> Iterator[None]:
     """Turns whatever a library raises over a damaged file into one error that names the file."""
     try:
         yield
@@ -74,11 +76,11 @@ def require_plain(path: Path, largest: int | None = None) -> Path:
         status = require_own(path).stat()
     if not stat.S_ISREG(status.st_mode):
         kind = "folder" if stat.S_ISDIR(status.st_mode) else "pipe or device"
-        raise CheckpointError(f"`{path}` must be a file (it is a {kind}); copy it again from its source.")
+        raise CheckpointError(f"`{path}` must be a file (it is a {kind}); put the file itself there.")
     if largest is not None and status.st_size > largest:
         raise CheckpointError(
-            f"`{path}` must have at most {largest:,} bytes (it has {status.st_size:,}), as no such file has more; copy "
-            "it again from its source."
+            f"`{path}` must have at most {largest:,} bytes (it has {status.st_size:,}), as no such file has more; it "
+            "is of another kind: put the right one there."
         )
     return path
 

@@ -62,7 +62,7 @@ def parse_json(text: str, path: Path, most_values: int = MOST_VALUES) -> dict[st
     except RecursionError:
         raise too_deep(path) from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"`{path}` must hold a JSON object (got {type(value).__name__}); copy it again.")
+        raise CheckpointError(f"`{path}` must hold a JSON object (got {type(value).__name__}); correct it.")
     return value
 
 
@@ -126,21 +126,23 @@ def require_plain_yaml(text: str, path: Path) -> None:
     depth = 0
     for number, event in enumerate(yaml.parse(text, PlainLoader)):
         if number > MOST_EVENTS:
-            raise CheckpointError(f"`{path}` must have at most {MOST_EVENTS:,} parts (it has more); copy it again.")
+            raise CheckpointError(
+                f"`{path}` must have at most {MOST_EVENTS:,} parts (it has more); put the run's config there."
+            )
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
             raise too_deep(path)
         if isinstance(event, yaml.ScalarEvent) and DIGITS.fullmatch(event.value):
             raise CheckpointError(
                 f"`{path}` must hold no number of more than {LONGEST_NUMBER} signs (it does, of {len(event.value):,}); "
-                "copy it again."
+                "correct it."
             )
         if isinstance(event, yaml.AliasEvent):
             raise CheckpointError(f"`{path}` must hold no alias (got *{event.anchor}); write out what it stands for.")
 
 
 def too_deep(path: Path) -> CheckpointError:
-    return CheckpointError(f"`{path}` must not be nested deeper than {DEEPEST} (it is), as none is; copy it again.")
+    return CheckpointError(f"`{path}` must not be nested deeper than {DEEPEST} (it is), as none is; correct it.")
 
 
 def require_shallow(value: Any, path: Path) -> None:

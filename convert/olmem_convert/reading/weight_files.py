@@ -35,7 +35,9 @@ def read_safetensors(path: Path, decode: Callable[[str], str] = str) -> dict[str
         for key, entry in read_header(source).items():
             name, dtype, shape = decode(key), DTYPES.get(entry["dtype"]), tuple(entry["shape"])
             if name in tensors:
-                raise CheckpointError(f"`{path}` must hold {name!r} once (got it twice); copy it again.")
+                raise CheckpointError(
+                    f"`{path}` must hold {name!r} once (got it twice, encoded in two ways); save it anew."
+                )
             if dtype is None:
                 raise CheckpointError(
                     f"`{path}` must hold floating-point weights (got {entry['dtype']} in {name!r}); export them."
@@ -110,7 +112,7 @@ def read_indexed(path: Path, read: Callable[[Path], dict[str, LazyTensor]]) -> d
     """The shards of an index `{"weight_map": {tensor: file}}`, each holding what the index says and no more."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"`weight_map` of {path} must list tensors (it lists none); copy it again.")
+        raise CheckpointError(f"`weight_map` of {path} must list tensors (it lists none); save the model anew.")
     places = {name: member(path.parent, file_name) for name, file_name in weight_map.items()}
     tensors: dict[str, LazyTensor] = {}
     for shard in sorted(set(places.values())):
@@ -138,7 +140,7 @@ def read_flat_shards(folder: Path) -> dict[str, LazyTensor]:
     index_path = folder / "metadata.json"
     entries = read_json(index_path, LARGEST_INDEX, MOST_INDEX_VALUES).get("tensors")
     if not isinstance(entries, dict) or not entries:
-        raise CheckpointError(f"`{index_path}` must list `tensors` (it lists none); copy it again.")
+        raise CheckpointError(f"`{index_path}` must list `tensors` (it lists none); name a checkpoint that is whole.")
     with reading(index_path):
         shapes = {name: tuple(int(size) for size in entry["shape"]) for name, entry in entries.items()}
         spans = {name: flat_spans(entry) for name, entry in entries.items()}
@@ -168,7 +170,9 @@ def read_flat_shards(folder: Path) -> dict[str, LazyTensor]:
                 "missing, or the index is of another checkpoint: copy them again together."
             )
         if len({piece.dtype for _, piece in pieces}) != 1:
-            raise CheckpointError(f"`{folder}` must hold {name!r} in one dtype; copy its shards again together.")
+            raise CheckpointError(
+                f"`{folder}` must hold {name!r} in one dtype (its shards have several); save it in one."
+            )
         tensors[name] = LazyTensor(
             shape,
             pieces[0][1].dtype,

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from hub_server import HubServer  # noqa: E402  # pyright: ignore[reportMissingImports]
 from olmem_convert import convert  # noqa: E402
-from olmem_convert.card import card  # noqa: E402
+from olmem_convert.publish.model_card import card  # noqa: E402
 
 SOURCE = ROOT / "tests" / "golden" / "olmo_core_swa" / "step10"
 COLUMNS = ("killed at", "request", "commits", "lost", "extra", "sent twice", "tag", "right")

@@ -1,9 +1,11 @@
 """`olmem convert | verify | evaluate | card | push`: parses and calls."""
 
 import json
+import re
 import signal
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,10 +24,18 @@ app = typer.Typer(
 
 def show_version(asked: bool) -> None:
     if asked:
-        import olmem
-
-        typer.echo(f"olmem {olmem.__version__}")
+        typer.echo(f"olmem {version()}")
         raise typer.Exit
+
+
+def version() -> str:
+    """The version that `olmem` states, without the seconds that importing it takes."""
+    spec = find_spec("olmem")
+    text = Path(str(spec.origin)).read_text(encoding="utf-8") if spec else ""
+    found = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if not found:
+        raise CheckpointError("the package olmem must state its version (it does not); install it anew.")
+    return found[1]
 
 
 @app.callback()
@@ -90,8 +100,8 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Convert a checkpoint and verify that its logits are the same."""
-    from .convert import convert as run
-    from .export import export
+    from .commands.converting import convert as run
+    from .commands.exporting import export
     from .memory import read_settings
 
     options = {
@@ -127,7 +137,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Compare the logits of a converted folder with the native checkpoint's, and write verification.json."""
-    from .verify import verify as run
+    from .proof.verification import verify as run
 
     options = {"native_config": native_config, "n_ctx": n_ctx, "act_fn": act_fn, "allow_nonfinite": allow_nonfinite}
     finish(lambda say: run(out, against, say=say, **options), as_json)
@@ -141,7 +151,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure the loss on plain texts, and write evaluation.json for the card to quote."""
-    from .evaluate import evaluate as run
+    from .commands.evaluating import evaluate as run
 
     finish(lambda say: run(out, text, max_tokens=max_tokens, say=say), as_json)
 
@@ -168,7 +178,7 @@ def card(
     as_json: AsJson = False,
 ) -> None:
     """Write the model card from the folder's own files; what it was told before stays unless told anew."""
-    from .card import card as run
+    from .publish.model_card import card as run
 
     told = {"license": license, "license_name": license_name, "license_link": license_link, "base_model": base_model}
     finish(lambda say: run(out, language=language or (), datasets=dataset or (), say=say, **told), as_json)
@@ -186,7 +196,7 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Show what of a verified folder would go to the Hub and, with --execute, publish it whole or not at all."""
-    from .hub import push as run
+    from .publish.pushing import push as run
 
     options = {"revision": revision, "create_pr": create_pr, "private": private, "tag": tag, "execute": execute}
     finish(lambda say: run(out, repo_id, say=say, **options), as_json)

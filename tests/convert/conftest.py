@@ -12,7 +12,7 @@ import transformers
 from convert.checkpoints import options, source
 from hypothesis import settings
 from olmem_convert import convert
-from olmem_convert.card import card
+from olmem_convert.publish.model_card import card
 
 settings.register_profile("same", derandomize=True, deadline=None)  # so that what fails is what was changed
 settings.load_profile("same")

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from convert.checkpoints import edit_json
-from olmem_convert.card import card
-from olmem_convert.shards import sha256
-from olmem_convert.verify import UNSEALED
+from olmem_convert.proof.verification import UNSEALED
+from olmem_convert.publish.model_card import card
+from olmem_convert.writing.shards import sha256
 
 
 def reseal(out: Path, with_card: bool = True, license: str | None = None) -> None:

@@ -10,7 +10,9 @@ import yaml
 from convert.checkpoints import edit_json, load_weights, save_weights, snapshot, source
 from huggingface_hub import ModelCard
 from olmem_convert import CheckpointError, card, convert, export, verify
-from olmem_convert.card import (
+from olmem_convert.cli import app
+from olmem_convert.publish.metadata import LICENSES
+from olmem_convert.publish.model_card import (
     MARK,
     check_card,
     config_values,
@@ -19,11 +21,9 @@ from olmem_convert.card import (
     read_template,
     verification_values,
 )
-from olmem_convert.cli import app
-from olmem_convert.metadata import LICENSES
 from typer.testing import CliRunner
 
-card_module = sys.modules["olmem_convert.card"]  # the package has the function by this name
+card_module = sys.modules["olmem_convert.publish.model_card"]  # the package has the function by this name
 
 NAME = "olmo_core_swa"
 TOLD = {"license": "apache-2.0", "base_model": "allenai/OLMo-2-0425-1B", "language": ["en", "no"]}

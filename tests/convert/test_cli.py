@@ -133,6 +133,23 @@ def test_version():
     assert run("--version").stdout == f"olmem {olmem.__version__}\n"
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["--help"], ["convert", "--help"], ["push", "a", "--fast"]], ids=str
+)
+def test_what_needs_no_model_imports_no_torch(arguments):
+    """It took four seconds to say that an option is mistyped."""
+    script = f"""
+import sys
+from olmem_convert.cli import app
+try:
+    app({arguments!r})
+finally:
+    print(sorted(set(sys.modules) & {{"torch", "transformers", "numpy", "olmem", "huggingface_hub"}}))
+"""
+    result = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "[]", result.stderr
+
+
 def test_verify_of_nothing(tmp_path):
     result = run("verify", tmp_path / "out", "--against", source("olmo"))
     assert result.exit_code == 1 and result.stderr.startswith("error: `OUT` must be a converted folder")
@@ -189,7 +206,7 @@ def test_signal_leaves_nothing(number, code, overwrite, tmp_path):
     before = snapshot(tmp_path)
     script = f"""
 import importlib, signal, sys, time
-module = importlib.import_module("olmem_convert.convert")
+module = importlib.import_module("olmem_convert.commands.converting")
 written = module.write_weights
 def wait(*args):
     written(*args)

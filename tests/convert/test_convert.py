@@ -1,6 +1,5 @@
 """A genuine checkpoint becomes a folder that computes its logits, and holds all that the Hub and a user need."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -12,8 +11,8 @@ import pytest
 import torch
 from convert.checkpoints import DEMO, EXACT, FOLDERS, GOLDEN, expected, read_config, snapshot, source
 from olmem_convert import CheckpointError, convert
-from olmem_convert.shards import INDEX_NAME, sha256
-from olmem_convert.verify import draw_prompt
+from olmem_convert.proof.verification import draw_prompt
+from olmem_convert.writing.shards import INDEX_NAME, sha256
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
@@ -282,15 +281,21 @@ def test_missing_parents_are_made(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "stage", ["write_weights", "custom_object_save", "copy_tokenizer", "verify_checkpoint", "partial.sync"]
+    "stage",
+    [
+        *(
+            f"commands.converting.{name}"
+            for name in ("write_weights", "custom_object_save", "copy_tokenizer", "verify_checkpoint")
+        ),
+        "writing.transaction.sync",
+    ],
 )
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError, MemoryError])
 def test_whatever_stops_a_conversion_leaves_nothing(stage, error, monkeypatch, changeable, tmp_path):
     def stop(*_args, **_kwargs):
         raise error
 
-    module, _, name = f"convert.{stage}".rpartition(".")
-    monkeypatch.setattr(importlib.import_module(f"olmem_convert.{module.split('.')[-1]}"), name, stop)
+    monkeypatch.setattr(f"olmem_convert.{stage}", stop)
     with pytest.raises((error, CheckpointError)):
         convert(source("olmo"), tmp_path / "new" / "deep" / "out")
     assert list(tmp_path.iterdir()) == []

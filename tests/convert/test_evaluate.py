@@ -11,9 +11,9 @@ import torch
 from convert.checkpoints import edit_json, load_weights, save_weights, snapshot, source
 from olmem import OlmemForCausalLM
 from olmem_convert import CheckpointError, card, convert, evaluate
-from olmem_convert.card import check_card
 from olmem_convert.cli import app
-from olmem_convert.evaluate import figures
+from olmem_convert.commands.evaluating import figures
+from olmem_convert.publish.model_card import check_card
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer

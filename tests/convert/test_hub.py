@@ -21,10 +21,12 @@ from convert.checkpoints import load_weights, save_weights, source
 from convert.releases import reseal, write_own_card
 from hub_api import Answer
 from hub_server import HubServer
-from olmem_convert import CheckpointError, convert, hub, push, release, reload, remote
-from olmem_convert.card import card
+from olmem_convert import CheckpointError, convert, push
 from olmem_convert.cli import app
-from olmem_convert.remote import Remote
+from olmem_convert.publish import pushing as hub
+from olmem_convert.publish import release, reload, remote
+from olmem_convert.publish.model_card import card
+from olmem_convert.publish.remote import Remote
 from typer.testing import CliRunner
 
 REPO = "tester/model"

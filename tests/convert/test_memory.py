@@ -33,10 +33,10 @@ from hypothesis import strategies as st
 from olmem import OlmemConfig, OlmemForCausalLM
 from olmem.rules_olmem import MEMORY_FIELDS
 from olmem_convert import CheckpointError, convert, verify
-from olmem_convert.card import MARK
 from olmem_convert.cli import app
 from olmem_convert.memory import OFF, listed, read_settings, switched, with_memory
-from olmem_convert.verify import prompt
+from olmem_convert.proof.verification import prompt
+from olmem_convert.publish.model_card import MARK
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from convert.checkpoints import DEMO, EXACT, FOLDERS, GOLDEN, expected, golden
 from olmem_convert import CheckpointError
-from olmem_convert.native_forward import native_forward
+from olmem_convert.proof.native_forward import native_forward
 from olmem_convert.reading.tensors import LoadedOnDemand
 
 

@@ -13,8 +13,8 @@ import torch
 from convert.checkpoints import edit_json, load_weights, save_weights, snapshot, source
 from convert.releases import reseal
 from olmem_convert import CheckpointError, convert
-from olmem_convert.card import card
-from olmem_convert.release import check_release
+from olmem_convert.publish.model_card import card
+from olmem_convert.publish.release import check_release
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[2]

@@ -19,8 +19,8 @@ from convert.checkpoints import DEMO, copy_source, load_weights, snapshot, sourc
 from convert.writers import olmo_core_state, olmo_state, write_olmo, write_olmo_core
 from olmem_convert import CheckpointError, card, convert, export
 from olmem_convert.cli import app
-from olmem_convert.partial import note
 from olmem_convert.reading.tensors import Span
+from olmem_convert.writing.transaction import note
 from typer.testing import CliRunner
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -245,7 +245,7 @@ def test_a_torn_journal_is_mended(kill, monkeypatch, tmp_path):
     with journal.open("a") as file:
         file.write('{"file": "model-')
     with monkeypatch.context() as patch:
-        patch.setattr("olmem_convert.partial.sync", lambda _: 1 / 0)
+        patch.setattr("olmem_convert.writing.transaction.sync", lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             convert(DEMO / "step1872", out, resume=True, **SMALL)
     entries = [json.loads(line) for line in journal.read_text().splitlines()]
@@ -259,7 +259,7 @@ def test_nonfinite_numbers_are_not_carried_over_by_resuming(monkeypatch, tmp_pat
     folder = write_olmo_core(tmp_path / "source", with_nonfinite(olmo_core_state()))
     options = {"max_shard_size": 300, "verify": False, "resume": True}
     with monkeypatch.context() as patch:
-        patch.setattr("olmem_convert.partial.sync", lambda _: 1 / 0)
+        patch.setattr("olmem_convert.writing.transaction.sync", lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             convert(folder, tmp_path / "out", allow_nonfinite=True, **options)
     with pytest.raises(CheckpointError, match="other options"):
@@ -289,7 +289,7 @@ def test_what_came_into_it_is_kept_after_a_kill_too(monkeypatch, tmp_path):
         swap_that_cannot_undo(*arguments)
         raise Killed
 
-    monkeypatch.setattr("olmem_convert.partial.swap", killed_after_it)
+    monkeypatch.setattr("olmem_convert.writing.transaction.swap", killed_after_it)
     monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
     with pytest.raises(Killed):
         convert(source("olmo"), out, overwrite=True, verify=False)
@@ -350,7 +350,7 @@ def test_overwriting_that_crashes_in_its_last_step(crash, monkeypatch, changeabl
     monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
     monkeypatch.setattr(Path, "unlink", lambda self, **options: unlink(self, **options) if self.exists() else None)
     monkeypatch.setattr(Path, "rename", fail)
-    monkeypatch.setattr("olmem_convert.partial.swap", swap_that_cannot_undo)
+    monkeypatch.setattr("olmem_convert.writing.transaction.swap", swap_that_cannot_undo)
     with pytest.raises(Killed):
         convert(source("olmo"), out, overwrite=True, verify=False)
     monkeypatch.undo()
@@ -385,7 +385,7 @@ def killed_between_the_renames(out: Path, monkeypatch) -> tuple[dict[str, str], 
         patch.setattr("shutil.rmtree", lambda *_, **__: None)
         patch.setattr(Path, "unlink", lambda *_, **__: None)
         patch.setattr(Path, "rename", killed)
-        patch.setattr("olmem_convert.partial.swap", swap_that_cannot_undo)
+        patch.setattr("olmem_convert.writing.transaction.swap", swap_that_cannot_undo)
         with pytest.raises(Killed):
             convert(source("olmo"), out, overwrite=True, verify=False)
     left = sorted(path.name for path in out.parent.iterdir() if path.name.startswith(".out"))
@@ -493,7 +493,7 @@ def test_a_failure_with_resume_keeps_what_is_finished(monkeypatch, tmp_path):
         raise CheckpointError("the disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("olmem_convert.partial.sync", fail)
+        patch.setattr("olmem_convert.writing.transaction.sync", fail)
         with pytest.raises(CheckpointError, match="the disk is full"):
             convert(DEMO / "step1872", tmp_path / "out", resume=True, say=lines.append, **SMALL)
     assert lines[-1] == f"unfinished: the same command goes on with {tmp_path / 'out'}"
@@ -505,7 +505,7 @@ def test_errors_name_out_and_not_where_it_is_written(monkeypatch, tmp_path):
     def fail(folder, *_):
         raise CheckpointError(f"`{folder / 'config.json'}` must be so")
 
-    monkeypatch.setattr("olmem_convert.partial.sync", fail)
+    monkeypatch.setattr("olmem_convert.writing.transaction.sync", fail)
     with pytest.raises(CheckpointError) as refusal:
         convert(source("olmo"), tmp_path / "out", verify=False)
     assert str(refusal.value) == f"`{tmp_path / 'out' / 'config.json'}` must be so"

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from olmem_convert import CheckpointError
 from olmem_convert.reading.tensors import LazyTensor
-from olmem_convert.shards import INDEX_NAME, WeightFiles, sha256
+from olmem_convert.writing.shards import INDEX_NAME, WeightFiles, sha256
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -100,7 +100,7 @@ def test_few_pieces_of_a_large_tensor_are_in_memory(monkeypatch, tmp_path):
         assert stop - start <= 4
         return piece
 
-    monkeypatch.setattr("olmem_convert.shards.PIECE", 4 * 16 * 4)
+    monkeypatch.setattr("olmem_convert.writing.shards.PIECE", 4 * 16 * 4)
     WeightFiles({"w": LazyTensor((400, 16), torch.float32, read)}, torch.bfloat16).write(tmp_path)
     assert len(most) == 100 and max(most) <= 8
 

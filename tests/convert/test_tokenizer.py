@@ -12,10 +12,10 @@ import olmem  # noqa: F401  (registers `model_type: olmem`, as users do)
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from olmem_convert import tokenizer as module
 from olmem_convert.errors import CheckpointError
 from olmem_convert.reading.tokenizer_trial import PROBES
-from olmem_convert.tokenizer import find_tokenizer, write_tokenizer
+from olmem_convert.writing import tokenizer as module
+from olmem_convert.writing.tokenizer import find_tokenizer, write_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 

@@ -788,7 +788,7 @@ def test_mistake_on_the_way_in_is_caught(monkeypatch, tmp_path):
     ],
 )
 def test_mistake_on_the_way_out_is_caught(function, change, word, monkeypatch, converted, tmp_path):
-    module = importlib.import_module("olmem_convert.export")
+    module = importlib.import_module("olmem_convert.commands.exporting")
     monkeypatch.setattr(module, "check_nothing_lost", lambda *_: None)
     monkeypatch.setattr(module, function, changed(getattr(module, function), change))
     with pytest.raises(CheckpointError, match=r"(?s)the Olmem logits.*first to diverge") as caught:

@@ -1,7 +1,6 @@
 """What is checked is what is used: no input costs more than its size, and nothing is another one when it is read."""
 
 import base64
-import importlib
 import io
 import json
 import os
@@ -22,9 +21,12 @@ from convert.fuzzing.seeds import READERS
 from convert.writers import olmo_state, write_olmo, write_olmo_core
 from olmem import OlmemConfig
 from olmem_convert import CheckpointError, convert, evaluate, export, verify
-from olmem_convert.card import card
 from olmem_convert.cli import app
 from olmem_convert.errors import DifferenceError
+from olmem_convert.proof import verification
+from olmem_convert.proof.verification import UNSEALED
+from olmem_convert.publish.model_card import card
+from olmem_convert.publish.release import check_release
 from olmem_convert.reading import plain
 from olmem_convert.reading.archives import STATE_DICT_NAMES, read_pickle
 from olmem_convert.reading.distributed import METADATA_NAMES
@@ -32,14 +34,10 @@ from olmem_convert.reading.pickles import unpickle
 from olmem_convert.reading.plain import SourceFile
 from olmem_convert.reading.texts import read_json, read_yaml
 from olmem_convert.reading.weight_files import read_flat_shards, read_safetensors
-from olmem_convert.release import check_release
-from olmem_convert.shards import sha256
-from olmem_convert.tokenizer import write_tokenizer
-from olmem_convert.verify import UNSEALED
+from olmem_convert.writing.shards import sha256
+from olmem_convert.writing.tokenizer import write_tokenizer
 from safetensors.torch import save_file
 from typer.testing import CliRunner
-
-verify_module = importlib.import_module("olmem_convert.verify")
 
 
 def cost(run: Callable[[], object]) -> tuple[float, int]:
@@ -445,13 +443,13 @@ def test_the_seal_is_checked_before_anything_is_read(command, out, demo, monkeyp
 
 def test_what_is_verified_must_not_change_meanwhile(out, monkeypatch):
     """The seal was of what lay there at the end."""
-    compare = verify_module.compare_files
+    compare = verification.compare_files
 
     def meanwhile(*arguments):
         (out / "tokenizer_config.json").write_text("{}")
         return compare(*arguments)
 
-    monkeypatch.setattr(verify_module, "compare_files", meanwhile)
+    monkeypatch.setattr(verification, "compare_files", meanwhile)
     with pytest.raises(CheckpointError, match="must stay as it is while it is verified"):
         verify(out, DEMO / "step1872")
     assert not (out / "verification.json").exists()

@@ -1,6 +1,5 @@
 """Verification catches every way a converted folder can be wrong while it still loads."""
 
-import importlib
 import json
 import shutil
 from dataclasses import replace
@@ -13,9 +12,9 @@ from convert.mutations import MUTATIONS, mutate
 from olmem_convert import CheckpointError, convert, verify
 from olmem_convert.cli import app
 from olmem_convert.formats import baka, olmo, olmo_core
+from olmem_convert.proof import verification
 from typer.testing import CliRunner
 
-verification = importlib.import_module("olmem_convert.verify")  # whose name in the package is the function's
 ALL = (
     "olmo",
     "olmo_gqa_tied",

@@ -74,7 +74,7 @@ CALLS: tuple[tuple[str, str, tuple[bytes, ...]], ...] = (
     ("operator", "methodcaller", (text("mkdir"),)),
     ("functools", "partial", (b"cos\nmkdir\n", MADE)),
     ("copyreg", "_reconstructor", (b"cos\nmkdir\n", b"cbuiltins\nobject\n", b"N")),
-    ("olmem_convert.shards", "sha256", (MADE,)),
+    ("olmem_convert.writing.shards", "sha256", (MADE,)),
     ("torch.distributed.checkpoint.filesystem", "FileSystemWriter", (MADE,)),
     ("torch._utils", "_rebuild_device_tensor_from_numpy", (MADE, b"N", b"N", b"N")),
 )

@@ -13,11 +13,11 @@ from convert.fuzzing.mutations import SECRET, Tree, write
 from convert.fuzzing.pickles import CANARY
 from convert.fuzzing.seeds import seeds
 from olmem_convert import CheckpointError, convert, export
-from olmem_convert.convert import choose_dtype
+from olmem_convert.commands.converting import choose_dtype
 from olmem_convert.formats import Given
 from olmem_convert.formats.detect import open_checkpoint
 from olmem_convert.plan import check_copies, make_config, make_tensors
-from olmem_convert.tokenizer import carry_tokenizer, find_tokenizer, write_tokenizer
+from olmem_convert.writing.tokenizer import carry_tokenizer, find_tokenizer, write_tokenizer
 
 GIVEN = {"bakallm": Given(n_ctx=5)}
 

@@ -17,20 +17,20 @@ from olmem.rules_olmem import OLMO_BLOCKS
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
-from .card import CARD_NAME, REPORT_NAME, is_own, kept_metadata, write_card
-from .errors import CheckpointError
-from .formats import Checkpoint, Given
-from .formats.detect import open_checkpoint
-from .memory import listed, new_parameters, switched, with_memory
-from .partial import Partial, job_of, recover, require_apart, written_whole
-from .plan import TOKEN_IDS, check_copies, make_config, make_tensors, tokens_of
-from .progress import Progress, Tell
-from .reading.olmem_folder import check_generation_config
-from .reading.tensors import LazyTensor, require_same
-from .reading.texts import read_bytes, read_json
-from .shards import WeightFiles, check_size
-from .tokenizer import COMPANIONS, carry_tokenizer, find_tokenizer, write_tokenizer
-from .verify import verify_checkpoint
+from ..errors import CheckpointError
+from ..formats import Checkpoint, Given
+from ..formats.detect import open_checkpoint
+from ..memory import listed, new_parameters, switched, with_memory
+from ..plan import TOKEN_IDS, check_copies, make_config, make_tensors, tokens_of
+from ..proof.verification import verify_checkpoint
+from ..publish.model_card import CARD_NAME, REPORT_NAME, is_own, kept_metadata, write_card
+from ..reading.olmem_folder import check_generation_config
+from ..reading.tensors import LazyTensor, require_same
+from ..reading.texts import read_bytes, read_json
+from ..writing.progress import Progress, Tell
+from ..writing.shards import WeightFiles, check_size
+from ..writing.tokenizer import COMPANIONS, carry_tokenizer, find_tokenizer, write_tokenizer
+from ..writing.transaction import Partial, job_of, recover, require_apart, written_whole
 
 LARGEST_GROWTH = 2  # a tied head that is stored with its embedding, and written apart, makes less
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

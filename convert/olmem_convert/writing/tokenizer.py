@@ -14,10 +14,10 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from .errors import CheckpointError
-from .reading.plain import require_own
-from .reading.texts import read_bytes, read_json, read_text, refuse_code, require_numbers
-from .reading.tokenizer_file import (
+from ..errors import CheckpointError
+from ..reading.plain import require_own
+from ..reading.texts import read_bytes, read_json, read_text, refuse_code, require_numbers
+from ..reading.tokenizer_file import (
     MOST_ENTRIES,
     WAY_OUT,
     names_files,
@@ -27,7 +27,7 @@ from .reading.tokenizer_file import (
     refuse_files,
     refusing,
 )
-from .reading.tokenizer_trial import texts_for
+from ..reading.tokenizer_trial import texts_for
 
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
 
 def native_forward(

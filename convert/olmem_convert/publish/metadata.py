@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
 FIELDS = ("license", "license_name", "license_link", "base_model", "language", "datasets")
 SEVERAL = ("language", "datasets")

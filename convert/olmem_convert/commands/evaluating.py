@@ -21,7 +21,9 @@ from olmem.visibility_olmem import Visibility
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from .card import (
+from ..errors import CheckpointError
+from ..proof.verification import load
+from ..publish.model_card import (
     CARD_NAME,
     EVALUATION_NAME,
     config_values,
@@ -32,11 +34,9 @@ from .card import (
     verification_values,
     write_card,
 )
-from .errors import CheckpointError
-from .reading.olmem_folder import identities, load_tokenizer, require_unchanged, stored_dtype
-from .reading.plain import reading
-from .reading.tokenizer_file import quiet_panics, refusing
-from .verify import load
+from ..reading.olmem_folder import identities, load_tokenizer, require_unchanged, stored_dtype
+from ..reading.plain import reading
+from ..reading.tokenizer_file import quiet_panics, refusing
 
 CHUNK = 512  # tokens of a call
 

@@ -26,7 +26,7 @@ from huggingface_hub.utils import (
     parse_ratelimit_headers,
 )
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 from .release import LocalFile
 
 LOG = logging.getLogger(__name__)

@@ -21,12 +21,12 @@ from olmem import OlmemConfig
 from olmem.rules_olmem import MEMORY_FIELDS
 from olmem.visibility_olmem import Visibility
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
+from ..reading.olmem_folder import read_config
+from ..reading.plain import reading
+from ..reading.texts import parse_yaml, read_json, read_text
+from ..writing.shards import INDEX_NAME, sha256
 from .metadata import FIELDS, checked, merged
-from .reading.olmem_folder import read_config
-from .reading.plain import reading
-from .reading.texts import parse_yaml, read_json, read_text
-from .shards import INDEX_NAME, sha256
 
 CARD_NAME = "README.md"
 REPORT_NAME = "verification.json"
@@ -341,7 +341,7 @@ def read_template() -> str:
     """`model_cards/card.md`, of the repository or, as installed, beside this file."""
     here = Path(__file__)
     installed = here.with_name("card.md")
-    return (installed if installed.is_file() else here.parents[2] / "model_cards" / "card.md").read_text("utf-8")
+    return (installed if installed.is_file() else here.parents[3] / "model_cards" / "card.md").read_text("utf-8")
 
 
 def results_of(values: Mapping[str, Any]) -> list[EvalResult]:

@@ -18,11 +18,11 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers.dynamic_module_utils import custom_object_save
 
-from .card import check_card, check_metadata
-from .convert import WRITTEN
-from .errors import CheckpointError
-from .plan import TOKEN_IDS
-from .reading.olmem_folder import (
+from ..commands.converting import WRITTEN
+from ..errors import CheckpointError
+from ..plan import TOKEN_IDS
+from ..proof.verification import REPORT_NAME, UNSEALED, nonfinite_weights
+from ..reading.olmem_folder import (
     check_generation_config,
     check_shapes,
     check_tokenizer_files,
@@ -30,13 +30,13 @@ from .reading.olmem_folder import (
     require_unchanged,
     stored_dtype,
 )
-from .reading.plain import identity
-from .reading.tensors import LazyTensor
-from .reading.texts import LARGEST_TOKENIZER, read_json, read_text, refuse_code
-from .reading.tokenizer_file import read_tokenizer
-from .reading.weight_files import read_weights
-from .shards import INDEX_NAME
-from .verify import REPORT_NAME, UNSEALED, nonfinite_weights
+from ..reading.plain import identity
+from ..reading.tensors import LazyTensor
+from ..reading.texts import LARGEST_TOKENIZER, read_json, read_text, refuse_code
+from ..reading.tokenizer_file import read_tokenizer
+from ..reading.weight_files import read_weights
+from ..writing.shards import INDEX_NAME
+from .model_card import check_card, check_metadata
 
 ALLOWED = re.compile("|".join([WRITTEN.pattern, *map(re.escape, sorted(UNSEALED))]))
 PICKLES = (".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth", ".mar")

@@ -31,14 +31,13 @@ from olmem.rules_olmem import OLMO_BLOCKS
 from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from .card import CARD_NAME, EVALUATION_NAME, REPORT_NAME, kept_metadata, replace_text, write_card
-from .errors import CheckpointError, DifferenceError
-from .formats import Checkpoint, Given, is_dynamic
-from .formats.detect import open_checkpoint
-from .memory import OFF, listed, memory_of, new_parameters, switched, with_memory
-from .native_forward import native_forward
-from .plan import TOKEN_IDS, make_config, make_tensors
-from .reading.olmem_folder import (
+from ..errors import CheckpointError, DifferenceError
+from ..formats import Checkpoint, Given, is_dynamic
+from ..formats.detect import open_checkpoint
+from ..memory import OFF, listed, memory_of, new_parameters, switched, with_memory
+from ..plan import TOKEN_IDS, make_config, make_tensors
+from ..publish.model_card import CARD_NAME, EVALUATION_NAME, REPORT_NAME, kept_metadata, replace_text, write_card
+from ..reading.olmem_folder import (
     check_generation_config,
     check_shapes,
     identities,
@@ -46,11 +45,12 @@ from .reading.olmem_folder import (
     require_unchanged,
     stored_dtype,
 )
-from .reading.plain import reading
-from .reading.tensors import LazyTensor, LoadedOnDemand, require_same, same_bits
-from .reading.texts import read_json
-from .reading.weight_files import read_safetensors
-from .shards import PIECE, count_nonfinite, is_finite, refuse_nonfinite, sha256
+from ..reading.plain import reading
+from ..reading.tensors import LazyTensor, LoadedOnDemand, require_same, same_bits
+from ..reading.texts import read_json
+from ..reading.weight_files import read_safetensors
+from ..writing.shards import PIECE, count_nonfinite, is_finite, refuse_nonfinite, sha256
+from .native_forward import native_forward
 from .transformers_forward import transformers_forward
 
 # What a verification does not vouch for, and may come after it.

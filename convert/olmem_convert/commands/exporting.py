@@ -21,7 +21,29 @@ from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from .convert import (
+from ..errors import CheckpointError, reason
+from ..formats import Checkpoint, check_layers, expand, typed
+from ..formats.transformers_olmo import key_table
+from ..plan import TOKEN_IDS, make_tensors
+from ..proof.transformers_forward import transformers_forward
+from ..proof.verification import (
+    compare_stages,
+    load_bounded,
+    make_report,
+    nonfinite_weights,
+    prompt,
+    tell_nonfinite,
+    weights_that_differ,
+    write_report,
+)
+from ..reading.olmem_folder import read_config
+from ..reading.tensors import LazyTensor, LoadedOnDemand, require_same
+from ..reading.texts import NAMES_CODE, NAMES_KERNELS, read_json
+from ..reading.weight_files import read_weights
+from ..writing.progress import Tell
+from ..writing.shards import WeightFiles
+from ..writing.transaction import job_of, recover, require_apart, written_whole
+from .converting import (
     announce,
     as_path,
     carry_generation_config,
@@ -35,28 +57,6 @@ from .convert import (
     plural,
     strays_of,
     write_weights,
-)
-from .errors import CheckpointError, reason
-from .formats import Checkpoint, check_layers, expand, typed
-from .formats.transformers_olmo import key_table
-from .partial import job_of, recover, require_apart, written_whole
-from .plan import TOKEN_IDS, make_tensors
-from .progress import Tell
-from .reading.olmem_folder import read_config
-from .reading.tensors import LazyTensor, LoadedOnDemand, require_same
-from .reading.texts import NAMES_CODE, NAMES_KERNELS, read_json
-from .reading.weight_files import read_weights
-from .shards import WeightFiles
-from .transformers_forward import transformers_forward
-from .verify import (
-    compare_stages,
-    load_bounded,
-    make_report,
-    nonfinite_weights,
-    prompt,
-    tell_nonfinite,
-    weights_that_differ,
-    write_report,
 )
 
 LAYER_TYPES = ("full_attention", "sliding_attention")  # of Olmo3; the others have full attention alone

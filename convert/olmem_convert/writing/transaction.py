@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 from .shards import sha256
 
 # What of a source says whether it is still the same: the rest, as logs, may change.

@@ -28,10 +28,11 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 from tqdm import tqdm
 
-from .card import CARD_NAME
-from .errors import CheckpointError
-from .reading.olmem_folder import stored_dtype
-from .reading.texts import read_json
+from ..errors import CheckpointError
+from ..proof.verification import REPORT_NAME, draw_prompt
+from ..reading.olmem_folder import stored_dtype
+from ..reading.texts import read_json
+from .model_card import CARD_NAME
 from .release import LocalFile, check_release, require_same
 from .remote import (
     NETWORK_ERRORS,
@@ -44,7 +45,6 @@ from .remote import (
     quiet_hub,
     wait_for,
 )
-from .verify import REPORT_NAME, draw_prompt
 
 MAIN = "main"
 TITLE = "Model verified by olmem"

@@ -17,8 +17,8 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from .errors import CheckpointError
-from .reading.tensors import LazyTensor
+from ..errors import CheckpointError
+from ..reading.tensors import LazyTensor
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 INDEX_NAME = "model.safetensors.index.json"

@@ -1,0 +1,1 @@
+"""One file a command, which checks what it is told and puts the parts together."""

@@ -1,0 +1,1 @@
+"""That a converted folder computes what the native model computes: native forward passes, and the comparison."""

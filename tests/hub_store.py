@@ -243,6 +243,9 @@ def attributes_of(patterns: Iterable[str]) -> str:
     return "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in patterns)
 
 
+LICENSES = ("apache-2.0", "mit", "llama3.1", "openrail++", "other")  # a few of those that the Hub knows
+
+
 def read_card(text: str) -> dict:
     """The metadata at the top of a model card. Raises HubError with what the Hub would refuse in it."""
     match = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text.lstrip("\ufeff"), re.DOTALL)
@@ -259,6 +262,10 @@ def read_card(text: str) -> dict:
         array = isinstance(value, list) and all(isinstance(item, str) for item in value)
         if not (("array" in kind and array) or ("a string" in kind and isinstance(value, str))):
             errors.append(f'"{name}" must be {kind}')
+    licenses = card.get("license", []) if not errors else []
+    for license in [licenses] if isinstance(licenses, str) else licenses:
+        if license not in LICENSES:
+            errors.append(f'"license" must be one of [{", ".join(LICENSES)}]')
     try:
         for model in card.get("model-index", []) if not errors else ():
             assert isinstance(model["name"], str)

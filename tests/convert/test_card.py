@@ -11,7 +11,6 @@ from convert.checkpoints import edit_json, load_weights, save_weights, snapshot,
 from huggingface_hub import ModelCard
 from olmem_convert import CheckpointError, card, convert, export, verify
 from olmem_convert.cli import app
-from olmem_convert.publish.metadata import LICENSES
 from olmem_convert.publish.model_card import (
     MARK,
     check_card,
@@ -123,7 +122,7 @@ def test_license_other_has_a_name_and_a_link(told):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"license": "apache2"}, "`license` must be one that the Hub knows"),
+        ({"license": "apache 2"}, "`license` must be an identifier of the Hub"),
         ({"license": "Apache-2.0"}, "`license`"),
         ({"license": "other"}, "--license-name"),
         ({"license": "other", "license_name": "My License"}, "`license_name`"),
@@ -150,9 +149,10 @@ def test_what_the_hub_would_not_take_is_refused(options, words, told):
     assert snapshot(told) == before
 
 
-def test_licenses_are_the_hubs():
-    names = LICENSES.split()
-    assert len(names) == len(set(names)) and {"apache-2.0", "mit", "other", "openrail++", "llama3.1"} <= set(names)
+@pytest.mark.parametrize("license", ["openrail++", "llama3.1", "one-of-next-year"])
+def test_which_licenses_there_are_is_the_hub_s_to_say(license, told):
+    """It was a list of a day; the Hub is asked before anything is sent."""
+    assert card(told, license=license)["metadata"]["license"] == license
 
 
 def test_card_tells_the_config(told):
@@ -277,7 +277,7 @@ def test_card_edited_by_hand_is_refused(told):
         ("---\n- a\n---\n", "README.md"),
         ("---\n1: 2\n---\n", "README.md"),
         (OWN.replace("license: mit\n", ""), "`license`"),
-        (OWN.replace("mit", "mine"), "`license`"),
+        (OWN.replace("mit", "Mine"), "`license`"),
         (OWN.replace("library_name: transformers\n", ""), "`library_name`"),
         (OWN.replace("transformers", "olmem"), "`library_name`"),
         (OWN.replace("text-generation", "fill-mask"), "`pipeline_tag`"),
@@ -329,7 +329,7 @@ def test_card_of_ones_own_is_checked_and_never_written(told):
 
 def test_damaged_metadata_of_an_own_card_costs_nothing(told):
     """Verification and conversion say so before they do anything."""
-    (told / "README.md").write_text(text_of(told).replace("license: apache-2.0", "license: mine"))
+    (told / "README.md").write_text(text_of(told).replace("license: apache-2.0", "license: Mine"))
     before = snapshot(told)
     for run in (
         lambda: verify(told, source(NAME)),
@@ -458,7 +458,7 @@ def test_command(out):
     assert report["metadata"] == metadata_of(out) and report["verified"] and not report["evaluated"]
     assert report["metadata"]["language"] == ["en", "code"] and report["metadata"]["datasets"] == ["c/d"]
     assert result.stderr == f"wrote {out / 'README.md'}\n"
-    result = CliRunner().invoke(app, ["card", str(out), "--license", "nothing"])
+    result = CliRunner().invoke(app, ["card", str(out), "--license", "No License"])
     assert result.exit_code == 1 and result.stderr.startswith("error: `license`") and result.stdout == ""
 
 

@@ -282,6 +282,14 @@ def test_the_hub_s_own_rules_for_cards(out, server, monkeypatch):
     assert not server.repos
 
 
+def test_licenses_are_those_of_the_hub(out, server, unloaded):
+    """Which it is asked, before a repository is created."""
+    card(out, license="apache2")
+    with pytest.raises(CheckpointError, match=r"must be valid on the Hub .*license.* must be one of"):
+        push(out, REPO, execute=True)
+    assert not server.repos
+
+
 @pytest.mark.parametrize("kind", [429, 500, 503, "cut", "half", "lost"])
 @pytest.mark.parametrize("place", [COMMIT, UPLOAD, TREE, r"POST .*/create$", r"POST .*/batch", r"POST .*/tag/", "refs"])
 def test_what_passes_is_overcome(kind, place, out, server, unloaded):

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, get_token, is_offline_mode
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
@@ -36,14 +37,11 @@ from .model_card import CARD_NAME
 from .release import LocalFile, check_release, require_same
 from .remote import (
     NETWORK_ERRORS,
-    WAITS,
     Remote,
     differences,
-    is_passing,
     keeping_token,
     persistently,
     quiet_hub,
-    wait_for,
 )
 
 MAIN = "main"
@@ -321,25 +319,20 @@ class Push:
         ]
         operations += [CommitOperationDelete(name) for name in sorted(plan.deleted)]
         require_same(self.files)
-        waits = [*WAITS]
-        while True:
-            try:
-                made = self.remote.api.create_commit(
-                    plan.repo_id,
-                    operations,
-                    commit_message=TITLE,
-                    commit_description=f"{len(plan.new)} new, {len(plan.changed)} changed, {len(plan.deleted)} deleted",
-                    revision=plan.branch,
-                    parent_commit=plan.head,
-                    create_pr=plan.create_pr,
-                )
-                return made.oid, made.pr_url
-            except NETWORK_ERRORS as error:
-                if found := self.made_since():
-                    return found
-                if not waits or not is_passing(error):
-                    raise
-                wait_for(error, waits.pop(0))
+
+        def create() -> tuple[str, str | None]:
+            made = self.remote.api.create_commit(
+                plan.repo_id,
+                operations,
+                commit_message=TITLE,
+                commit_description=f"{len(plan.new)} new, {len(plan.changed)} changed, {len(plan.deleted)} deleted",
+                revision=plan.branch,
+                parent_commit=plan.head,
+                create_pr=plan.create_pr,
+            )
+            return made.oid, made.pr_url
+
+        return persistently(create, made=self.made_since)
 
     def made_since(self) -> tuple[str, str | None] | None:
         """The commit on the planned head that holds these files, if it was made after all. An error when the branch has
@@ -391,7 +384,7 @@ class Push:
         prompt = claimed["prompt"]
         with tempfile.TemporaryDirectory(prefix="olmem-") as scratch:
             self.check_room(scratch, weights)
-            offload = weights > MOST_OF_MEMORY * memory_size()
+            offload = weights > MOST_OF_MEMORY * psutil.virtual_memory().total
             if offload and installed:
                 self.say(
                     "the model is larger than memory: layers are read from disk as they are needed, which takes long"
@@ -483,8 +476,3 @@ class Push:
             raise CheckpointError(
                 f"commit {commit} is {place} of {self.plan.repo_id}, but not verified and not tagged: {why}; {way_out}."
             ) from None
-
-
-def memory_size() -> int:
-    """Of this machine, in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

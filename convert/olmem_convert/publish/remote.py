@@ -164,13 +164,25 @@ def wait_for(error: BaseException, seconds: float) -> None:
     time.sleep(seconds)
 
 
-def persistently(call: Callable[..., Any], *args: Any, also: tuple[int, ...] = (), **kwargs: Any) -> Any:
-    """The call's value; tried again where a server or a connection failed, or gave a status of `also`."""
+def persistently(
+    call: Callable[..., Any],
+    *args: Any,
+    also: tuple[int, ...] = (),
+    made: Callable[[], Any] = lambda: None,
+    **kwargs: Any,
+) -> Any:
+    """The call's value; tried again where a server or a connection failed, or gave a status of `also`.
+
+    made: is asked after each failure for the value all the same, as the call may have been carried out and only its
+    answer lost.
+    """
     waits = [*WAITS]
     while True:
         try:
             return call(*args, **kwargs)
         except NETWORK_ERRORS as error:
+            if (value := made()) is not None:
+                return value
             if not waits or not (is_passing(error) or status_of(error) in also):
                 raise
             wait_for(error, waits.pop(0))

@@ -4,12 +4,13 @@
     python benchmarks/fuzz.py --reader NAME --seed S --case N       that one again, left on the disk, with a traceback
     python benchmarks/fuzz.py --reader NAME --engine atheris        steered by coverage (pip install atheris)
 
-A case is a tiny genuine checkpoint (tests/convert/fuzzing) changed in up to three ways: bytes, zip records, pickle
-opcodes, JSON, YAML, headers, metadata, rules of tokenizers, links, pipes and devices in place of files. Every tensor of
-it is read as `olmem convert` reads it; one case in twenty is converted and verified. An escape is any of these: an
-exception other than CheckpointError, a crash, more than 10 seconds of the processor or 30 of the clock, more memory
-than --memory, a file outside OUT, an attempt to start a process, to open a socket, to write elsewhere or to unpickle a
-global.
+A case is a tiny genuine checkpoint, or a folder that one was converted to (tests/convert/fuzzing), changed in up to
+three ways: bytes, zip records, pickle opcodes, JSON, YAML, headers, metadata, rules of tokenizers, links, pipes and
+devices in place of files. Every tensor of a checkpoint is read as `olmem convert` reads it, and one case in twenty is
+converted and verified; a converted folder is given to `card`, `verify`, `evaluate`, or `push` up to its first request.
+An escape is any of these: an exception other than CheckpointError, a crash, more than 10 seconds of the processor or 30
+of the clock, more memory than --memory, a file outside OUT, an attempt to start a process (but the one that tries
+tokenizers), to open a socket, to write elsewhere or to unpickle a global.
 
 refused   cases that ended in a CheckpointError; the others read or converted
 slowest   seconds of processor time of one case
@@ -47,10 +48,13 @@ import torch  # noqa: E402  after what it reads from the environment
 import transformers  # noqa: E402
 from convert.fuzzing.archives import BOMBS, bomb  # noqa: E402
 from convert.fuzzing.mutations import make  # noqa: E402
-from convert.fuzzing.seeds import READERS, seeds  # noqa: E402
+from convert.fuzzing.seeds import FOLDERS, seeds  # noqa: E402
+from convert.fuzzing.seeds import READERS as CHECKPOINTS  # noqa: E402
 from convert.fuzzing.target import Place, standing_in  # noqa: E402
+from olmem_convert.reading.tokenizer_file import trial  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+READERS = CHECKPOINTS | FOLDERS
 SECONDS, PATIENCE = 10, 30  # of the processor, which is shared with others, and of the clock
 WHOLE = 20  # one case of so many is converted and verified
 ROOM = 2**31  # bytes that a worker may map beyond those at its start
@@ -79,6 +83,8 @@ class Guard:
     def hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.armed or event not in (*STARTS, *CALLS, *CHANGES, "open"):
             return
+        if event == "subprocess.Popen" and list(arguments[1]) == trial():
+            return  # a tokenizer is tried in a process of its own
         if event == "open":
             path, _, flags = arguments
             stops = bool((flags or 0) & WRITING) and self.is_outside(path)

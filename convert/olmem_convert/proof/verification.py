@@ -40,6 +40,7 @@ from ..publish.model_card import CARD_NAME, EVALUATION_NAME, REPORT_NAME, kept_m
 from ..reading.olmem_folder import (
     check_generation_config,
     check_shapes,
+    digest,
     identities,
     read_config,
     require_unchanged,
@@ -49,7 +50,7 @@ from ..reading.plain import reading
 from ..reading.tensors import LazyTensor, LoadedOnDemand, require_same, same_bits
 from ..reading.texts import read_json
 from ..reading.weight_files import read_safetensors
-from ..writing.shards import PIECE, count_nonfinite, is_finite, refuse_nonfinite, sha256
+from ..writing.shards import PIECE, count_nonfinite, is_finite, refuse_nonfinite
 from .native_forward import native_forward
 from .transformers_forward import transformers_forward
 
@@ -104,7 +105,8 @@ def verify(
             "when it is written."
         )
     kept = kept_metadata(out)
-    (out / REPORT_NAME).unlink(missing_ok=True)  # an old report must not vouch for what is being checked
+    with reading(out / REPORT_NAME, "move it away"):
+        (out / REPORT_NAME).unlink(missing_ok=True)  # an old report must not vouch for what is being checked
     write_card(out, kept)
     report = verify_checkpoint(out, checkpoint, say, allow_nonfinite)
     require_same(checkpoint.tensors)
@@ -203,7 +205,7 @@ def make_report(
         "tolerance": logits["tolerance"],
         "stages": stages,
         "sha256": {
-            path.name: sha256(path) for path in sorted(out.iterdir()) if path.is_file() and path.name not in UNSEALED
+            path.name: digest(path) for path in sorted(out.iterdir()) if path.is_file() and path.name not in UNSEALED
         },
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "olmem": olmem.__version__},
     }

@@ -22,10 +22,10 @@ from olmem.rules_olmem import MEMORY_FIELDS
 from olmem.visibility_olmem import Visibility
 
 from ..errors import CheckpointError
-from ..reading.olmem_folder import read_config
+from ..reading.olmem_folder import digest, read_config
 from ..reading.plain import reading
 from ..reading.texts import parse_yaml, read_json, read_text
-from ..writing.shards import INDEX_NAME, sha256
+from ..writing.shards import INDEX_NAME
 from .metadata import FIELDS, checked, merged
 
 CARD_NAME = "README.md"
@@ -214,7 +214,7 @@ def digests(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, s
     names = ["config.json", "tokenizer.json", "tokenizer_config.json", INDEX_NAME]
     names += sorted(path.name for path in folder.glob("*.safetensors"))
     found = known or {}
-    return {name: found.get(name) or sha256(folder / name) for name in names if (folder / name).is_file()}
+    return {name: found.get(name) or digest(folder / name) for name in names if (folder / name).is_file()}
 
 
 def check_digests(name: str, report: Mapping[str, Any], made_of: Mapping[str, str], remedy: str) -> None:

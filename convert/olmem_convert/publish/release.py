@@ -34,7 +34,7 @@ from ..reading.plain import identity
 from ..reading.tensors import LazyTensor
 from ..reading.texts import LARGEST_TOKENIZER, read_json, read_text, refuse_code
 from ..reading.tokenizer_file import read_tokenizer
-from ..reading.weight_files import read_weights
+from ..reading.weight_files import read_safetensors, read_weights
 from ..writing.shards import INDEX_NAME
 from .model_card import check_card, check_metadata
 
@@ -98,7 +98,10 @@ def check_kind(path: Path) -> None:
         what = "a hidden file; the Hub makes its own .gitattributes"
     elif not ALLOWED.fullmatch(path.name):
         what = "not on the list"
-    elif path.suffix != ".safetensors" and not is_text(path):
+    elif path.suffix == ".safetensors":
+        read_safetensors(path)  # whose size is the one that its header tells
+        return
+    elif not is_text(path):
         what, way_out = "not text", "convert again"
     else:
         return

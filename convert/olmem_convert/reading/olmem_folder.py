@@ -1,5 +1,6 @@
 """A converted folder, which may be anybody's: every command reads it by this door, within a checkpoint's bounds."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from transformers import AutoTokenizer, GenerationConfig
 from ..errors import CheckpointError, reason
 from ..formats import MOST_LAYERS, check_common, typed
 from ..plan import require_meaning
-from .plain import identity, reading
-from .tensors import LazyTensor
-from .texts import read_json, refuse_code, require_numbers
+from .plain import SourceFile, identity, reading
+from .tensors import BLOCK, LazyTensor
+from .texts import LARGEST_TOKENIZER, read_json, refuse_code, require_numbers
 from .tokenizer_file import MOST_ENTRIES, quiet_panics, read_tokenizer, read_tokenizer_config, refuse_files, refusing
+from .weight_files import read_safetensors
 
 # Beside tokenizer.json and tokenizer_config.json, what Transformers reads of a tokenizer in JSON.
 BESIDE = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "chat_template.json")
@@ -132,6 +134,20 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Any:
     read_tokenizer(path, vocab_size)
     with refusing(f"the tokenizer of {folder} must load", "convert again with --tokenizer PATH"), quiet_panics():
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+
+
+def digest(path: Path) -> str:
+    """The sha256 of a file of the folder, which is plain, and no larger than such files are or its header says."""
+    is_weights = path.suffix == ".safetensors"
+    source = SourceFile(path, None if is_weights else LARGEST_TOKENIZER)
+    if is_weights:
+        read_safetensors(path)
+    made, done, buffer = hashlib.sha256(), 0, memoryview(bytearray(BLOCK))
+    with reading(path):
+        while count := source.read_into(buffer, done):
+            made.update(buffer[:count])
+            done += count
+    return made.hexdigest()
 
 
 def identities(folder: Path) -> dict[Path, tuple[int, ...]]:

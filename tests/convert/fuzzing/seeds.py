@@ -22,7 +22,7 @@ from convert.writers import (
     write_olmo,
     write_olmo_core,
 )
-from olmem_convert import convert
+from olmem_convert import card, convert, evaluate
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import Olmo2Config, Olmo2ForCausalLM, Olmo3Config, Olmo3ForCausalLM, OlmoConfig, OlmoForCausalLM
 
@@ -199,11 +199,26 @@ READERS: dict[str, tuple[Callable[[Path], object], ...]] = {
 }
 
 
+def converted(folder: Path) -> None:
+    """A verified folder that may be published, with its tokenizer, its code, its card and an evaluation."""
+    with tempfile.TemporaryDirectory() as name:
+        olmo2(Path(name) / "source")
+        convert(Path(name) / "source", folder)
+        (Path(name) / "text.txt").write_text(TEXT)
+        evaluate(folder, [Path(name) / "text.txt"])
+        card(folder, license="mit")
+
+
+TEXT = "abc abd 12 1 2 ab"
+# What is read as a converted folder, by the commands that take one.
+FOLDERS: dict[str, tuple[Callable[[Path], object], ...]] = {"out": (converted,)}
+
+
 @cache
 def seeds(reader: str) -> tuple[Files, ...]:
     """Each seed of a reader, as file contents by name."""
     found = []
-    for write in READERS[reader]:
+    for write in (READERS | FOLDERS)[reader]:
         with tempfile.TemporaryDirectory() as name:
             write(Path(name) / "source")
             found.append(files_of(Path(name) / "source"))
@@ -217,4 +232,4 @@ def saved(value: Any, **options: Any) -> bytes:
     return file.getvalue()
 
 
-__all__ = ["BAKA_CONFIG", "READERS", "Files", "saved", "seeds"]
+__all__ = ["BAKA_CONFIG", "FOLDERS", "READERS", "TEXT", "Files", "saved", "seeds"]

@@ -11,12 +11,13 @@ from random import Random
 import torch
 from convert.fuzzing.mutations import SECRET, Tree, write
 from convert.fuzzing.pickles import CANARY
-from convert.fuzzing.seeds import seeds
-from olmem_convert import CheckpointError, convert, export
+from convert.fuzzing.seeds import READERS, TEXT, seeds
+from olmem_convert import CheckpointError, card, convert, evaluate, export, verify
 from olmem_convert.commands.converting import choose_dtype
 from olmem_convert.formats import Given
 from olmem_convert.formats.detect import open_checkpoint
 from olmem_convert.plan import check_copies, make_config, make_tensors
+from olmem_convert.publish.release import check_release
 from olmem_convert.writing.tokenizer import carry_tokenizer, find_tokenizer, write_tokenizer
 
 GIVEN = {"bakallm": Given(n_ctx=5)}
@@ -49,6 +50,19 @@ def read(reader: str, source: Path, out: Path, rng: Random) -> None:
         tensor.load()
 
 
+def use(out: Path, elsewhere: Path, rng: Random) -> None:
+    """What commands do with a converted folder: `push` up to its first request."""
+    command = rng.choice(("card", "verify", "evaluate", "push"))
+    if command == "card":
+        card(out, license=rng.choice((None, "mit")))
+    elif command == "verify":
+        verify(out, elsewhere / "native")
+    elif command == "evaluate":
+        evaluate(out, [elsewhere / "text.txt"])
+    else:
+        check_release(out)
+
+
 def convert_whole(reader: str, source: Path, out: Path, rng: Random) -> None:
     if reader == "olmem":
         export(source, out, rng.choice(("olmo", "olmo2", "olmo3", "olmo2")))
@@ -67,6 +81,7 @@ class Place:
             (folder / name).mkdir(parents=True)
         (folder / "elsewhere" / "secret.json").write_bytes(SECRET)
         self.elsewhere = folder / "elsewhere"
+        (self.elsewhere / "text.txt").write_text(TEXT)
 
     def lay(self, reader: str, files: Tree) -> None:
         """Puts a checkpoint in place, and genuine files of its reader where links lead."""
@@ -79,6 +94,8 @@ class Place:
 
     def attempt(self, reader: str, rng: Random, whole: bool) -> str:
         """It is "accepted" or "refused: why". Any other exception is raised, and `Escape` for what should not be."""
+        if reader == "out":
+            return self.attempt_out(rng)
         before = names(self.source)
         try:
             (convert_whole if whole and reader != "tokenizer" else read)(reader, self.source, self.out, rng)
@@ -86,6 +103,22 @@ class Place:
             self.check(before, refused=reader != "tokenizer")
             return f"refused: {str(error).splitlines()[0]}"
         self.check(before, refused=False)
+        return "accepted"
+
+    def attempt_out(self, rng: Random) -> str:
+        """The same of a converted folder, in which a command writes what it makes."""
+        if not (self.elsewhere / "native").exists():
+            READERS["transformers"][1](self.elsewhere / "native")
+        self.source.rename(self.out)
+        try:
+            use(self.out, self.elsewhere, rng)
+        except CheckpointError as error:
+            return f"refused: {str(error).splitlines()[0]}"
+        finally:
+            found = [name for name in os.listdir(self.folder) if name not in (*self.kept, "out")]
+            found += [str(path) for name in ("cwd", "tmp") for path in (self.folder / name).iterdir()]
+            if found:
+                raise Escape(f"{found} came to be")
         return "accepted"
 
     def check(self, before: list[str], refused: bool) -> None:

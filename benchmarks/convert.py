@@ -2,6 +2,7 @@
 
     python benchmarks/convert.py [--gib 8] [--folder DIR] [--peer PYTHON] [--json]
     python benchmarks/convert.py --kills 50
+    python benchmarks/convert.py --renames 50
 
 Makes a checkpoint of OLMo-core (8 ranks) and a legacy one (`model.pt`), each of `--gib` in float32, and converts both
 to bfloat16 without verification, which computes and is no copying. `cp -r` of the same files, on the same disk, is
@@ -11,6 +12,10 @@ ai2-olmo-core 3, whose converter then converts the OLMo-core checkpoint likewise
 
 The second form kills conversions with SIGKILL at random moments, goes on with --resume, and compares what comes out in
 the end with what an uninterrupted one gives, byte by byte.
+
+The third form kills conversions that replace a folder, with SIGKILL before, between or behind their last renames. One
+of the hidden folders beside OUT is then removed, or none, and a command fails. The old folder or the new one must be
+whole, and the conversion, run again, must end with the new one and nothing beside it.
 """
 
 import argparse
@@ -332,22 +337,87 @@ def kill(kills: int, scratch: Path, seed: int) -> dict[str, Any]:
     return {"finished_files": found, "files": files, "conversions": conversions, "left_behind": left}
 
 
+def killed_at(rename: int, source: Path, out: Path) -> None:
+    """Replaces `out` in a process that kills itself as it begins its rename of this number, from 0, or behind both."""
+    from olmem_convert import convert
+    from olmem_convert.writing import transaction
+
+    if (child := os.fork()) == 0:
+        begun, renamed = [], Path.rename
+
+        def killing(path: Path, target: Any) -> Path:
+            if len(begun) == rename:
+                os.kill(os.getpid(), signal.SIGKILL)
+            begun.append(path)
+            return renamed(path, target)
+
+        Path.rename = killing  # type: ignore[method-assign]
+        transaction.discard = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            convert(source, out, overwrite=True, verify=False)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), status
+
+
+def kill_at_renames(kills: int, scratch: Path, seed: int) -> dict[str, Any]:
+    from olmem_convert import CheckpointError, convert, export
+
+    generator, golden = random.Random(seed), Path(__file__).parents[1] / "tests" / "golden"
+    place = scratch / "place"
+    old_source, source = (next((golden / name).glob("step*"), golden / name) for name in ("olmo1", "olmo"))
+    for name, native in (("old", old_source), ("new", source)):
+        convert(native, scratch / name, verify=False)
+    old, new = digests(scratch / "old"), digests(scratch / "new")
+    rows = []
+    for _ in tqdm(range(kills), desc="kills", disable=None):
+        shutil.rmtree(place, ignore_errors=True)
+        out = place / "out"
+        shutil.copytree(scratch / "old", out)
+        rename = generator.randrange(3)
+        killed_at(rename, source, out)
+        hidden = [path for path in sorted(place.glob(".out.*")) if path.is_dir()]
+        removed = generator.choice([None, *hidden])
+        if removed:
+            shutil.rmtree(removed)
+        try:
+            if generator.random() < 0.5:
+                convert(scratch / "nothing", out)
+            else:
+                export(source, out, "olmo2", overwrite=True)
+            raise SystemExit("a command that had to fail did not")
+        except CheckpointError:
+            held = [digests(path) for path in place.iterdir() if path.is_dir()]
+        convert(source, out, overwrite=True, verify=False)
+        left = sorted(path.name for path in place.iterdir())
+        whole = (old in held or new in held) and digests(out) == new and left == ["out"]
+        rows.append({"rename": rename, "removed": removed.name if removed else None, "whole": whole})
+    return {"kills": rows, "whole": sum(row["whole"] for row in rows)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=8, help="of each checkpoint in float32 (%(default)s)")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; a temporary one by default")
     parser.add_argument("--peer", metavar="PYTHON", help="of an environment with ai2-olmo-core 3")
     parser.add_argument("--kills", type=int, metavar="N", help="kill conversions so many times instead")
+    parser.add_argument("--renames", type=int, metavar="N", help="kill conversions at their last renames instead")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print figures as JSON")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-        if arguments.kills:
-            found: Any = kill(arguments.kills, Path(name), arguments.seed)
+        if arguments.renames:
+            found: Any = kill_at_renames(arguments.renames, Path(name), arguments.seed)
+        elif arguments.kills:
+            found = kill(arguments.kills, Path(name), arguments.seed)
         else:
             found = measure(arguments, Path(name))
     if arguments.json:
         print(json.dumps(found, indent=2))
+    elif arguments.renames:
+        print(f"after {found['whole']} of {len(found['kills'])} kills the old folder or the new one was whole")
+        sys.exit(found["whole"] != len(found["kills"]))
     elif arguments.kills:
         counts = found["finished_files"]
         print(f"{len(counts)} kills, by weight files that were finished, of {found['files']} (-1: nothing was begun):")

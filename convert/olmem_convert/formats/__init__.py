@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -281,6 +281,25 @@ class Given:
         """As on the command line, a space before each; empty when nothing is given."""
         given = {"--native-config": self.native_config, "--n-ctx": self.n_ctx, "--act-fn": self.act_fn}
         return "".join(f" {option} {quote(str(value))}" for option, value in given.items() if value is not None)
+
+
+class Format(Protocol):
+    """What each module of a format is: it recognises its checkpoints, and opens them."""
+
+    @staticmethod
+    def recognise(folder: Path, /) -> str | None:
+        """What the checkpoint is, in words, or None where it is of another format."""
+        ...
+
+    @staticmethod
+    def open_checkpoint(folder: Path, max_length: int | None, given: Given, /) -> "Checkpoint":
+        """The checkpoint, without any weight read. max_length: in place of the config's. given: what it lacks."""
+        ...
+
+
+def taken(format: Any) -> set[str]:
+    """The fields of `Given` that a format reads, as its checkpoints do not say them; most read none."""
+    return getattr(format, "TAKES", set())
 
 
 @dataclass(frozen=True)

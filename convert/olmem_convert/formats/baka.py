@@ -49,6 +49,7 @@ LATER_BRANCHES = {
     "rmt": "005_rmt or 006_fanout",
     "pause": "004_pause",
 }
+TAKES = {"native_config", "n_ctx", "act_fn"}  # of what its caller may give
 LAYER_NORM_EPS = 1e-5  # torch's default, which native code leaves alone
 DEFAULT_THETA = 10000.0  # of rotary-embedding-torch
 LARGEST_GAP = 2.0**-7  # of a frequency from its theta's: that of bfloat16, which a later float32 file may hold

@@ -10,9 +10,9 @@ from ..errors import CheckpointError, reason
 from ..reading.archives import read_pickle
 from ..reading.texts import read_json
 from ..reading.weight_files import WEIGHTS, find_weights
-from . import Checkpoint, Given, baka, olmo, olmo_core, transformers_olmo
+from . import Checkpoint, Format, Given, baka, olmo, olmo_core, taken, transformers_olmo
 
-FORMATS = (olmo, olmo_core, baka, transformers_olmo)
+FORMATS: tuple[Format, ...] = (olmo, olmo_core, baka, transformers_olmo)
 CONFIG_ERRORS = (
     StrictDataclassError,
     ArithmeticError,
@@ -50,16 +50,13 @@ def open_recognised(source: Path, max_length: int | None, given: Given) -> Check
         )
     if found:
         module, description = found[0]
-        if module is not baka and given.options:
+        if given.options and not taken(module):
             raise CheckpointError(
                 f"`{given.options.strip()}` must be left out for {description}, whose files say it; only BakaLLM's "
                 "state dicts lack it."
             )
         try:
-            if module is baka:
-                checkpoint = baka.open_checkpoint(source, max_length, given)
-            else:
-                checkpoint = module.open_checkpoint(source, max_length)
+            checkpoint = module.open_checkpoint(source, max_length, given)
             if checkpoint.tokenizer_size < 1:
                 raise ValueError(f"`vocab_size` is {checkpoint.tokenizer_size}")
             return checkpoint

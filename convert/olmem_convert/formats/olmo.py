@@ -18,7 +18,7 @@ from ..reading.plain import require_own
 from ..reading.tensors import LazyTensor
 from ..reading.texts import read_yaml, require_numbers
 from ..reading.weight_files import read_flat_shards, read_safetensors
-from . import NO_EFFECT, Checkpoint, Field, Key, carried, check_layers, expand, read_fields, required
+from . import NO_EFFECT, Checkpoint, Field, Given, Key, carried, check_layers, expand, read_fields, required
 
 LAYOUTS: dict[str, tuple[str, Callable[[Path], dict[str, LazyTensor]]]] = {
     "model.safetensors": (
@@ -93,7 +93,7 @@ def recognise(folder: Path) -> str | None:
     return None
 
 
-def open_checkpoint(folder: Path, max_length: int | None) -> Checkpoint:
+def open_checkpoint(folder: Path, max_length: int | None, given: Given) -> Checkpoint:
     native = read_yaml(folder / "config.yaml").get("model")
     if not isinstance(native, dict):
         raise CheckpointError(

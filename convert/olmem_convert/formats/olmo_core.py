@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from ..reading.distributed import read_distributed
 from ..reading.plain import require_own
 from ..reading.texts import read_json, require_numbers
-from . import NO_EFFECT, Checkpoint, Field, Key, carried, check_layers, expand, read_fields, required, typed
+from . import NO_EFFECT, Checkpoint, Field, Given, Key, carried, check_layers, expand, read_fields, required, typed
 
 NORM_TYPES = {"rms": "rms", "fused_rms": "rms", "cute_rms": "rms", "qwen_rms": "rms", "default": "layer"}
 NORM_PLACEMENTS = {"reordered_norm": "post", "default": "pre", "peri_norm": "peri"}
@@ -155,7 +155,7 @@ def recognise(folder: Path) -> str | None:
     return "OLMo-core" if (folder / "config.json").is_file() and weights_folder(folder) else None
 
 
-def open_checkpoint(folder: Path, max_length: int | None) -> Checkpoint:
+def open_checkpoint(folder: Path, max_length: int | None, given: Given) -> Checkpoint:
     experiment = read_json(folder / "config.json")
     native = experiment.get("model")
     if not isinstance(native, dict):

@@ -16,7 +16,7 @@ from ..errors import CheckpointError, reason
 from ..reading.tensors import LazyTensor
 from ..reading.texts import read_json, refuse_code, require_numbers
 from ..reading.weight_files import WEIGHTS, find_weights, read_weights
-from . import Checkpoint, Key, check_common, check_layers, expand, is_dynamic, typed
+from . import Checkpoint, Given, Key, check_common, check_layers, expand, is_dynamic, typed
 
 # Of RoPE, in files of older releases, which computed it from the config all the same.
 OLD_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -32,7 +32,7 @@ def recognise(folder: Path) -> str | None:
     return f"Transformers {model_type}, {weights.name.removesuffix('.index.json')}"
 
 
-def open_checkpoint(folder: Path, max_length: int | None) -> Checkpoint:
+def open_checkpoint(folder: Path, max_length: int | None, given: Given) -> Checkpoint:
     raw = read_json(folder / "config.json")
     require_numbers(raw, "config.json")
     refuse_code(raw, folder / "config.json", allowed=("auto_map", "custom_pipelines"))

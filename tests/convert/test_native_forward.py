@@ -1,13 +1,14 @@
 """The oracle of the verification computes the native packages' own logits, and refuses what it does not know."""
 
 import copy
+import math
 from collections import Counter
 
 import pytest
 import torch
 from convert.checkpoints import DEMO, EXACT, FOLDERS, GOLDEN, expected, golden
 from olmem_convert import CheckpointError
-from olmem_convert.proof.native_forward import native_forward
+from olmem_convert.proof.native_forward import native_forward, rotate, rotate_pairs
 from olmem_convert.reading.tensors import LoadedOnDemand
 
 
@@ -104,6 +105,22 @@ def test_tokens_before_a_window_of_bakallm_change_nothing():
     changed[:, 32] = 7
     (_, other) = list(stages(checkpoint, changed, torch.float64))[-1]
     assert (one[:, 39] - other[:, 39]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("turn", [rotate, rotate_pairs])
+def test_angles_are_the_native_ones_at_first_and_exact_from_the_given_position_on(turn):
+    frequencies, exact_from, length = torch.tensor([1.0, 0.8], dtype=torch.float32), 1024, 16400
+    unit = torch.tensor([1.0, 1.0, 0.0, 0.0] if turn is rotate else [1.0, 0.0, 1.0, 0.0]).expand(1, length, 1, 4)
+    turned = turn(unit, frequencies, exact_from)[0, :, 0]
+    cos, sin = turned.chunk(2, dim=-1) if turn is rotate else (turned[:, 0::2], turned[:, 1::2])
+    rounded = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
+    assert torch.equal(cos[:exact_from], rounded.cos()[:exact_from])
+    assert torch.equal(sin[:exact_from], rounded.sin()[:exact_from])
+    for position in (exact_from, 8191, 16383):
+        for index, frequency in enumerate(frequencies.tolist()):
+            assert abs(float(cos[position, index]) - math.cos(position * frequency)) < 1e-7
+            assert abs(float(sin[position, index]) - math.sin(position * frequency)) < 1e-7
+    assert (cos - rounded.cos()).abs().max() > 1e-4  # what native code rounds
 
 
 OLMO_REFUSED = {

@@ -9,10 +9,12 @@ import pytest
 import torch
 from convert.checkpoints import DEMO, edit_json, load_weights, options, read_config, save_weights, snapshot, source
 from convert.mutations import MUTATIONS, mutate
+from convert.writers import OLMO_CORE_MODEL, write_olmo_core
 from olmem_convert import CheckpointError, convert, verify
 from olmem_convert.cli import app
 from olmem_convert.formats import baka, olmo, olmo_core
 from olmem_convert.proof import verification
+from transformers import Olmo3Config, Olmo3ForCausalLM
 from typer.testing import CliRunner
 
 ALL = (
@@ -347,3 +349,41 @@ def test_nan_is_a_difference_wherever_it_is(index):
             assert not verification.difference(one, other, nonfinite)["equal"]
     assert not verification.difference(nan_in(index), nan_in(index))["equal"]
     assert verification.difference(nan_in(index), nan_in(index), True)["equal"]
+
+
+def write_long_window(folder: Path, kind: str) -> Path:
+    """A small checkpoint, trained on 32 tokens, whose window holds far more, and whose frequencies are high."""
+    window, theta = 4096, 1.5
+    if kind == "transformers":
+        sizes = {"vocab_size": 40, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+        rope = {"rope_type": "default", "rope_theta": theta}
+        config = Olmo3Config(
+            **sizes,
+            num_hidden_layers=1,
+            layer_types=["sliding_attention"],
+            sliding_window=window,
+            max_position_embeddings=32,
+            rope_parameters={"full_attention": rope, "sliding_attention": rope},
+            pad_token_id=1,
+            eos_token_id=2,
+        )
+        model = Olmo3ForCausalLM(config)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(
+                parameter, float(parameter.ndim == 1), 0.5, generator=torch.Generator().manual_seed(0)
+            )
+        model.save_pretrained(folder)
+        return folder
+    ends = {"force_full_attention_on_first_layer": False, "force_full_attention_on_last_layer": False}
+    mixer = {"rope": {"theta": theta}, "sliding_window": {"pattern": [window]} | ends}
+    block = OLMO_CORE_MODEL["block"]
+    return write_olmo_core(folder, block=block | {"sequence_mixer": block["sequence_mixer"] | mixer})
+
+
+@pytest.mark.parametrize("kind", ["native", "transformers"])
+def test_window_far_beyond_the_trained_length_is_verified(kind, tmp_path):
+    """Of angles that float32 rounds, by far more than the tolerance of the logits."""
+    convert(write_long_window(tmp_path / "source", kind), tmp_path / "out")
+    report = report_of(tmp_path / "out")
+    assert report["prompt"]["tokens"] > 4096
+    assert all(stage["max_difference"] < stage["tolerance"] / 2 for stage in report["stages"])

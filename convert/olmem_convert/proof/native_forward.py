@@ -29,6 +29,7 @@ def native_forward(
     input_ids: Tensor,
     *,
     dtype: torch.dtype = torch.float32,
+    trained_length: int = 0,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields ('embeddings', [B, T, E]), ('block 0', [B, T, E]), ..., ('final norm', [B, T, E]), ('logits', [B, T, V]).
 
@@ -36,8 +37,12 @@ def native_forward(
     `BakaConfig` ('baka'), checked at once, before any weight is read. `tensors` is indexed by native name, one tensor
     at a time, each once: only tied embeddings are read again for the head, since holding them would cost more than a
     block.
+
+    Native code rounds the angle of every position to float32, by up to 5e-4 at position 16,384. That error is no part
+    of a model, so angles are exact from `trained_length` on, and the native ones, bit for bit, before it and before
+    position 1024.
     """
-    weights = Weights(tensors, input_ids.device, dtype)
+    weights = Weights(tensors, input_ids.device, dtype, max(trained_length, 1024))
     if family == "olmo":
         return olmo(read_olmo(config), weights, input_ids)
     if family == "olmo_core":
@@ -64,11 +69,12 @@ class Norm:
 
 @dataclass(frozen=True)
 class Weights:
-    """Reads one tensor at a time, in the precision of the forward pass, and keeps none."""
+    """Reads one tensor at a time, in the precision of the forward pass, and keeps none; says where angles are exact."""
 
     tensors: Mapping[str, Tensor]
     device: torch.device
     dtype: torch.dtype
+    exact_from: int  # the first position whose angles are not rounded
 
     def read(self, name: str, *shape: int) -> Tensor:
         """The tensor `name`, which must have this shape."""
@@ -105,12 +111,22 @@ def inverse_frequencies(theta: float, head_dim: int, like: Tensor) -> Tensor:
     return 1.0 / theta**exponents
 
 
-def rotate(x: Tensor, frequencies: Tensor, factor: float = 1.0) -> Tensor:
+def cosines_and_sines(length: int, frequencies: Tensor, exact_from: int) -> tuple[Tensor, Tensor]:
+    """Of positions 0 to T-1 and frequencies [D], both [T, 1, D]; from float64 angles at positions from `exact_from`."""
+    positions = torch.arange(length, device=frequencies.device)
+    angles = torch.outer(positions.to(frequencies.dtype), frequencies)[:, None, :]
+    cos, sin = angles.cos(), angles.sin()
+    if length > exact_from:
+        angles = torch.outer(positions[exact_from:].double(), frequencies.double())[:, None, :]
+        cos[exact_from:], sin[exact_from:] = angles.cos(), angles.sin()
+    return cos, sin
+
+
+def rotate(x: Tensor, frequencies: Tensor, exact_from: int, factor: float = 1.0) -> Tensor:
     """RoPE on x [B, T, H or K, D]: dimension i turns with i + D/2; `factor` scales cos and sin (YaRN)."""
-    positions = torch.arange(x.shape[1], device=x.device, dtype=x.dtype)
-    angles = torch.outer(positions, frequencies).repeat(1, 2)[:, None, :]
+    cos, sin = cosines_and_sines(x.shape[1], frequencies.repeat(2), exact_from)
     first, second = x.chunk(2, dim=-1)
-    return x * (angles.cos() * factor) + torch.cat((-second, first), dim=-1) * (angles.sin() * factor)
+    return x * (cos * factor) + torch.cat((-second, first), dim=-1) * (sin * factor)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
@@ -244,7 +260,8 @@ def olmo_attention(config: dict[str, Any], norm: Norm, weights: Weights, name: s
         q, k = weights.norm(f"{name}.q_norm", q, qk_norm), weights.norm(f"{name}.k_norm", k, qk_norm)
     q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in (q, k, v))
     frequencies = inverse_frequencies(config["rope_theta"], head_dim, x)
-    x = causal_attention(rotate(q, frequencies), rotate(k, frequencies), v)
+    q, k = (rotate(part, frequencies, weights.exact_from) for part in (q, k))
+    x = causal_attention(q, k, v)
     return weights.linear(f"{name}.attn_out", x, width, bias)
 
 
@@ -427,7 +444,7 @@ def olmo_core_attention(fields: dict[str, Any], weights: Weights, name: str, x: 
     q, k, v = (part.reshape(*x.shape[:2], -1, head_dim) for part in (q, k, v))
     if fields["rope"] is not None:
         frequencies, factor = scaled_frequencies(fields["rope"], head_dim, x)
-        q, k = rotate(q, frequencies, factor), rotate(k, frequencies, factor)
+        q, k = (rotate(part, frequencies, weights.exact_from, factor) for part in (q, k))
     return weights.linear(f"{name}.w_out", causal_attention(q, k, v, fields["window"]), x.shape[-1], bias)
 
 
@@ -529,14 +546,14 @@ def baka_attention(config: dict[str, Any], weights: Weights, name: str, x: Tenso
     k = weights.linear(f"{name}.k", x, width, bias=False).unflatten(-1, (heads, -1))
     v = weights.linear(f"{name}.v", x, x.shape[-1], bias=False).unflatten(-1, (heads, -1))
     windows = zip(*(part.split(config["n_ctx"], dim=1) for part in (q, k, v)), strict=True)
-    seen = [causal_attention(rotate_pairs(q, frequencies), rotate_pairs(k, frequencies), v) for q, k, v in windows]
+    turn = partial(rotate_pairs, frequencies=frequencies, exact_from=weights.exact_from)
+    seen = [causal_attention(turn(q), turn(k), v) for q, k, v in windows]
     return weights.linear(f"{name}.o", torch.cat(seen, dim=1), x.shape[-1], bias=False)
 
 
-def rotate_pairs(x: Tensor, frequencies: Tensor) -> Tensor:
+def rotate_pairs(x: Tensor, frequencies: Tensor, exact_from: int) -> Tensor:
     """RoPE on x [B, T, H, D] as rotary-embedding-torch has it: dimension 2j turns with 2j + 1."""
-    positions = torch.arange(x.shape[1], device=x.device, dtype=x.dtype)
-    angles = torch.outer(positions, frequencies)[:, None, :]
+    cos, sin = cosines_and_sines(x.shape[1], frequencies, exact_from)
     even, odd = x[..., 0::2], x[..., 1::2]
-    turned = even * angles.cos() - odd * angles.sin(), odd * angles.cos() + even * angles.sin()
+    turned = even * cos - odd * sin, odd * cos + even * sin
     return torch.stack(turned, dim=-1).flatten(-2)

@@ -18,15 +18,19 @@ def transformers_forward(
     input_ids: Tensor,
     *,
     dtype: torch.dtype = torch.float32,
+    trained_length: int | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields the stages of `native_forward`, computed by `model_class` with sdpa.
 
     `tensors` is indexed by the class's own names. In float64 its norms and angles stay float32, as they are written.
+    With a `trained_length`, its angles are exact where those of `native_forward` are.
     """
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         model = model_class(config).eval()
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are no weights
+    if trained_length is not None:
+        make_exact(model.model.rotary_emb, max(trained_length, 1024))
     stages: dict[str, nn.Module] = {
         "embeddings": model.model.embed_tokens,
         **{f"block {index}": block for index, block in enumerate(model.model.layers)},
@@ -52,3 +56,19 @@ def transformers_forward(
     with torch.no_grad():
         model(input_ids, use_cache=False, return_dict=True)
     yield from zip(stages, outputs, strict=True)
+
+
+def make_exact(rotary: Any, exact_from: int) -> None:
+    """Lets a class's own rotary embedding return cosines and sines of float64 angles at positions from that one on."""
+    rounded = rotary.forward
+
+    def forward(x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, ...]:
+        which, prefix = ((), "") if layer_type is None else ((layer_type,), f"{layer_type}_")
+        found = rounded(x, position_ids, *which)
+        frequencies = getattr(rotary, f"{prefix}inv_freq").double()
+        angles = (position_ids[..., None].double() * frequencies).repeat(1, 1, 2)
+        scaling, beyond = getattr(rotary, f"{prefix}attention_scaling"), (position_ids >= exact_from)[..., None]
+        exact = (angles.cos() * scaling, angles.sin() * scaling)
+        return tuple(torch.where(beyond, one.to(other), other) for one, other in zip(exact, found, strict=True))
+
+    rotary.forward = forward

@@ -302,11 +302,12 @@ def native_stages(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The native forward pass in `dtype`, on weights rounded to `stored` if given."""
     tensors = LoadedOnDemand(checkpoint.tensors, stored, checkpoint.in_config)
+    options: dict[str, Any] = {"dtype": dtype, "trained_length": checkpoint.olmem_config["max_position_embeddings"]}
     if checkpoint.family == "transformers":
         config = OlmemConfig.olmo_of(dict(checkpoint.native_config))
         model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]  # never one that the folder names
-        return transformers_forward(model_class, config, tensors, input_ids, dtype=dtype)
-    return native_forward(checkpoint.family, checkpoint.native_config, tensors, input_ids, dtype=dtype)
+        return transformers_forward(model_class, config, tensors, input_ids, **options)
+    return native_forward(checkpoint.family, checkpoint.native_config, tensors, input_ids, **options)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Memory that is switched on in converting: its fields, its parameters, and a proof that holds all the same."""
 
+import importlib
 import json
 import logging
 import math
@@ -26,7 +27,7 @@ from convert.refusal import refuse
 from convert.test_bad_input import src  # noqa: F401  a fixture
 from convert.test_transformers import IDS, logits, save
 from convert.test_verify import refused, report_of
-from convert.writers import write_olmo_core
+from convert.writers import write_olmo, write_olmo_core
 from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,6 +48,16 @@ SLIDING = "olmo_core_swa_yarn"
 # Every format of a checkpoint; without windows, memory tokens alone.
 MEMORIES = {"olmo": TOKENS, "olmo1": TOKENS, "olmo_gqa_tied": TOKENS, SLIDING: BOTH, "baka_pristine": BOTH}
 GATE, EMBEDDINGS = "model.layers.1.self_attn.retrieval_gate.logits", "model.memory.embeddings"
+verification = importlib.import_module("olmem_convert.verify")  # whose name in the package is the function's
+SEGMENTS = verification.SEGMENTS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_segments():
+    """Tests that are of something else read few of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verification, "SEGMENTS", 8)
+        yield
 
 
 def memory_gates(out: Path) -> set[str]:
@@ -273,6 +284,75 @@ def test_memory_that_gives_no_numbers_is_refused(value, monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_thousand_segments_are_read_in_the_dtype_that_is_written(dtype, monkeypatch, tmp_path):
+    read, forward = [], OlmemForCausalLM.forward
+
+    def watched(self, input_ids, **kwargs):
+        if self.config.has_memory:
+            read.append((self.dtype, self.config.memory_segment_length, input_ids.shape[1]))
+        return forward(self, input_ids, **kwargs)
+
+    monkeypatch.setattr(verification, "SEGMENTS", SEGMENTS)
+    monkeypatch.setattr(OlmemForCausalLM, "forward", watched)
+    lines: list[str] = []
+    source = write_olmo(tmp_path / "source", "model.pt")
+    memory = convert(source, tmp_path / "out", dtype=dtype, memory=TOKENS, say=lines.append)["verification"]["memory"]
+    kind = getattr(torch, dtype)
+    assert sum(tokens for of, length, tokens in read if (of, length) == (kind, 1)) == SEGMENTS + 1 >= 1001
+    assert (memory["segments"], memory["segments_in"]) == (SEGMENTS, dtype)
+    assert lines[-3] == f"read 1,000 segments with memory on, in {dtype}: it stays finite, as do all logits"
+
+
+def test_retrieval_alone_has_no_segments(tmp_path):
+    report = convert(source(SLIDING), tmp_path / "out", memory=RETRIEVAL)
+    assert "segments" not in report["verification"]["memory"]
+
+
+def test_demo_in_float16_stays_finite(monkeypatch, tmp_path):
+    """Without a norm on what is written, its memory overflowed after 24 segments."""
+    monkeypatch.setattr(verification, "SEGMENTS", 50)
+    arguments = ["--dtype", "float16", "--set", "num_memory_tokens=16", "--set", "memory_segment_length=32"]
+    result = CliRunner().invoke(app, ["convert", str(DEMO / "step1872"), str(tmp_path / "out"), *arguments])
+    assert result.exit_code == 0, result.output
+    model = OlmemForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float16)
+    ids = torch.randint(model.config.vocab_size, (1, 32 * 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert model(ids, use_cache=False).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_memory_that_overflows_is_refused_with_the_way_out(dtype, tmp_path):
+    """In float32, in which all else is compared, and in bfloat16 it does not."""
+    original, out = write_olmo(tmp_path / "source", "model.pt"), tmp_path / "out"
+    convert(original, out, dtype=dtype, memory=TOKENS, verify=False)
+    weight = load_weights(out)["model.memory.norm.weight"]
+    set_weights(out, **{"model.memory.norm.weight": torch.full_like(weight, 6e4)})
+    if dtype == "bfloat16":
+        assert verify(out, original)["passed"]
+        return
+    with pytest.raises(CheckpointError) as caught:
+        verify(out, original)
+    for words in ("`num_memory_tokens` must", "in float16", "over 8 segments", "`memory` of row 0", "--dtype bfloat16"):
+        assert words in str(caught.value)
+    assert "\n" not in str(caught.value) and report_of(out) is None
+
+
+def test_logits_that_overflow_are_refused_with_their_segment(monkeypatch, tmp_path):
+    forward = OlmemForCausalLM.forward
+
+    def spoilt(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        if self.config.has_memory and self.dtype == torch.float16:
+            output.logits[0, 5, 1] = math.inf
+        return output
+
+    monkeypatch.setattr(OlmemForCausalLM, "forward", spoilt)
+    with pytest.raises(CheckpointError, match=r"got, after 5: logits that are not\); convert with --dtype bfloat16"):
+        convert(write_olmo(tmp_path / "source", "model.pt"), tmp_path / "out", dtype="float16", memory=TOKENS)
+    assert not (tmp_path / "out").exists()
+
+
 @given(window=st.integers(1, 90), chunk=st.integers(0, 90), segment=st.integers(0, 200))
 def test_prompt_leaves_the_window_and_the_segment(window, chunk, segment):
     checkpoint = golden("olmo")
@@ -403,11 +483,12 @@ def test_command_says_what_is_switched_on(tmp_path):
     assert "2,559,168 parameters" in lines[0], "those of the checkpoint"
     assert lines[1] == f"memory: {fields}, with {16 * 192 + 192 + 6 + 24:,} new parameters"
     assert lines[4].startswith("verified: logits differ by at most ")
-    assert lines[5].startswith(f"memory: {fields} were switched on; logits above were compared with them off; on, they")
+    assert lines[5].startswith("read 8 segments with memory on, in float32: ")
+    assert lines[6].startswith(f"memory: {fields} were switched on; logits above were compared with them off; on, they")
     config = read_config(tmp_path / "out")
     assert (config["num_memory_tokens"], config["retrieval_layers"], config["retrieval_device"]) == (16, [1], "cpu")
     result = CliRunner().invoke(app, ["verify", str(tmp_path / "out"), "--against", str(DEMO / "step1872")])
-    assert result.exit_code == 0 and result.stdout.splitlines() == lines[4:6]
+    assert result.exit_code == 0 and result.stdout.splitlines() == lines[4:7]
 
 
 def test_without_verification_it_says_so_too(tmp_path):

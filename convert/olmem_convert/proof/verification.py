@@ -20,13 +20,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import olmem
 import psutil
 import torch
 import transformers
-from olmem import OlmemConfig, OlmemForCausalLM
+from olmem import OlmemCache, OlmemConfig, OlmemForCausalLM
 from olmem.rules_olmem import OLMO_BLOCKS
 from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -62,6 +62,7 @@ UNSEALED = {REPORT_NAME, CARD_NAME, EVALUATION_NAME} | {
 # least of the mistakes, another generation's epsilon, moves some stage by 7e-6 and more.
 TOLERANCE = 4e-6
 PROMPT_BEYOND_WINDOW, LONGEST_WINDOW = 32, 2**14  # the square of which is the mask, and memory
+SEGMENTS, SEGMENTS_AT_A_TIME = 1000, 50  # of memory tokens that are read once, each of one token
 ROWS = 256  # of activations that are compared at a time
 NOT_OF_THE_LOGITS = {
     *TOKEN_IDS,
@@ -156,6 +157,10 @@ def verify_checkpoint(
             "new_parameters": new_parameters(remembering, checkpoint),
             "relative_difference_when_on": relative_difference(load_bounded(out, torch.float32), input_ids, logits),
         }
+        if config.num_memory_tokens:
+            remembers = load_bounded(out, stored, memory_segment_length=1)
+            report["memory"] |= {"segments": SEGMENTS, "segments_in": report["dtype"]}
+            read_segments(remembers, draw_prompt(SEGMENTS + 1, drawn_from(checkpoint), SEED), report["dtype"])
     write_report(out, report, "native")
     weights = "" if stored == torch.float32 else f" of the same weights rounded to {report['dtype']}"
     say(
@@ -169,6 +174,8 @@ def verify_checkpoint(
             f"unrounded weights in float64, {rounded['mean_difference']:.3g} on average"
         )
     if memory := report.get("memory"):
+        if "segments" in memory:
+            say(f"read {SEGMENTS:,} segments with memory on, in {report['dtype']}: it stays finite, as do all logits")
         say(
             f"memory: {listed(memory['fields'])} were switched on; logits above were compared with them off; on, they "
             f"move the logits of this prompt by {100 * memory['relative_difference_when_on']:.3g} %"
@@ -407,6 +414,34 @@ def relative_difference(model: Any, input_ids: torch.Tensor, logits: torch.Tenso
 @torch.no_grad()
 def logits_of(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids, use_cache=False, return_dict=True).logits
+
+
+@torch.no_grad()
+def read_segments(model: Any, input_ids: torch.Tensor, dtype: str) -> None:
+    """Reads ids (1, T) as a stream, in segments of one token; an error where memory or logits do not stay finite.
+
+    A prompt has few segments, where a memory that grows with each of them still fits into its dtype.
+    """
+    cache, read = OlmemCache(model.config), 0
+    with tqdm(total=input_ids.shape[1], desc="reading segments", unit="segment", disable=None, delay=2) as bar:
+        for piece in input_ids.split(SEGMENTS_AT_A_TIME, dim=1):
+            try:
+                logits = model(piece, past_key_values=cache, return_dict=True).logits
+            except ValueError as error:  # its memory is not finite
+                refuse_segments(str(error), read, dtype)
+            finite = logits.isfinite().all(-1)[0]
+            if not bool(finite.all()):
+                refuse_segments("logits that are not", read + int((~finite).nonzero()[0, 0]), dtype)
+            read += piece.shape[1]
+            bar.update(piece.shape[1])
+
+
+def refuse_segments(found: str, segments: int, dtype: str) -> NoReturn:
+    way_out = "convert with --dtype bfloat16 or float32" if dtype == "float16" else "convert again, or leave it off"
+    raise CheckpointError(
+        f"`num_memory_tokens` must give a memory that stays finite in {dtype} with all logits, over {SEGMENTS:,} "
+        f"segments (got, after {segments}: {found}); {way_out}."
+    )
 
 
 def difference(actual: torch.Tensor, expected: torch.Tensor, nonfinite: bool = False) -> dict[str, Any]:

@@ -92,6 +92,14 @@ def with_memory(checkpoint: Checkpoint, memory: Mapping[str, Any]) -> Checkpoint
     return replace(checkpoint, olmem_config=checkpoint.olmem_config | made, keys=[*checkpoint.keys, *added])
 
 
+def refuse_without_effect(checkpoint: Checkpoint, memory: Mapping[str, Any]) -> None:
+    """An error for a field that was given of one memory where only the other is on."""
+    try:
+        OlmemConfig(**checkpoint.olmem_config).refuse_without_effect(memory)
+    except ValueError as error:
+        raise CheckpointError(reason(error)) from error
+
+
 def new_parameters(checkpoint: Checkpoint, native: Checkpoint) -> list[str]:
     """The names that `with_memory` has added."""
     return [target for key in checkpoint.keys[len(native.keys) :] for target in key.targets]

@@ -203,6 +203,7 @@ class OlmemConfig(OlmemRules, PreTrainedConfig):
         changed = {**config_dict, **with_memory_gates(config_dict, overrides)}
         loaded: Any = super().from_dict(changed, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded  # beside what it did not use
+        config.refuse_without_effect(overrides)
         config.chooses_memory_gate = "memory_gate_init" in overrides
         return loaded
 
@@ -229,6 +230,7 @@ class OlmemConfig(OlmemRules, PreTrainedConfig):
                 "`olmem convert`."
             )
         config = cls(**(cls.fields_of_olmo(raw) | with_memory_gates({}, overrides)))
+        config.refuse_without_effect(overrides)
         slides = "layer_types" in overrides and "sliding_attention" in config.layer_types
         trained, window = config.max_position_embeddings, config.sliding_window
         if slides and "sliding_window" not in {*raw, *overrides} and trained < (window or 0):

@@ -7,7 +7,7 @@ Every rule is a method `validate_*` whose error names the field, the rule, the v
 import copy
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -39,18 +39,12 @@ ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 # Fields of the family that this version cannot run, with the one value that asks for nothing.
 NOT_YET = {"partial_rotary_factor": 1.0}
+# Fields that mean nothing without chunked layers, without memory tokens, and without layers that retrieve.
+CHUNK_FIELDS = ("attention_chunk_lookback",)
+TOKEN_FIELDS = ("memory_segment_length", "memory_bptt_segments", "memory_gate_init")
+RETRIEVAL_FIELDS = ("retrieval_top_k", "retrieval_capacity", "retrieval_gate_init", "retrieval_device")
 # Fields of memories: what is switched on beside a model that was trained without.
-MEMORY_FIELDS = (
-    "num_memory_tokens",
-    "memory_segment_length",
-    "memory_bptt_segments",
-    "memory_gate_init",
-    "retrieval_layers",
-    "retrieval_top_k",
-    "retrieval_capacity",
-    "retrieval_gate_init",
-    "retrieval_device",
-)
+MEMORY_FIELDS = ("num_memory_tokens", *TOKEN_FIELDS, "retrieval_layers", *RETRIEVAL_FIELDS)
 
 # Where memory gates begin beside weights that were trained without memory, if nobody says otherwise: what is read of a
 # memory that knows nothing yet is mixed in by less than 0.01 %.
@@ -211,6 +205,25 @@ class OlmemRules(PreTrainedConfig if TYPE_CHECKING else object):
     def _require(self, holds: bool, name: str, rule: str, remedy: str) -> None:
         if not holds:
             raise ValueError(f"`{name}` {rule} (got {getattr(self, name)!r}); {remedy}.")
+
+    def refuse_without_effect(self, given: Iterable[str]) -> None:
+        """An error for a field that somebody gives where nothing reads it; its default asks for nothing.
+
+        It is for overrides. A configuration that was saved after a memory was switched off has such fields, and loads.
+        """
+        defaults = {field.name: field.default for field in fields(self)}
+        for used, switch, off, names in (
+            ("chunked_attention" in self.layer_types, "layer_types", "has no 'chunked_attention'", CHUNK_FIELDS),
+            (self.num_memory_tokens > 0, "num_memory_tokens", "is 0", TOKEN_FIELDS),
+            (bool(self.retrieval_layers), "retrieval_layers", "is empty", RETRIEVAL_FIELDS),
+        ):
+            for name in sorted(set(given) & set(names)):
+                self._require(
+                    used or getattr(self, name) == defaults[name],
+                    name,
+                    f"must be left out where `{switch}` {off}, for it has no effect there",
+                    f"leave it out, or give `{switch}` too",
+                )
 
     def validate_choices(self) -> None:
         for name, choices in (

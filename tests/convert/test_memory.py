@@ -570,6 +570,34 @@ def test_rules_of_several_fields(memory, words, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("memory", "words"),
+    [
+        (
+            RETRIEVAL | {"memory_bptt_segments": 2},
+            "`memory_bptt_segments` must be left out where `num_memory_tokens` is 0",
+        ),
+        (RETRIEVAL | {"memory_gate_init": -2}, "`memory_gate_init` must be left out where `num_memory_tokens` is 0"),
+        (TOKENS | {"retrieval_top_k": 5}, "`retrieval_top_k` must be left out where `retrieval_layers` is empty"),
+        (TOKENS | {"retrieval_device": "cpu"}, "`retrieval_device` must be left out where `retrieval_layers` is empty"),
+    ],
+    ids=str,
+)
+def test_fields_of_a_memory_that_stays_off(memory, words, tmp_path):
+    with pytest.raises(CheckpointError) as caught:
+        convert(source(SLIDING), tmp_path / "out", memory=memory)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_whose_retrieval_was_switched_off_is_verified(tmp_path):
+    """Its config.json still has the numbers of the retrieval that it had."""
+    out = tmp_path / "out"
+    convert(source(SLIDING), out, memory=TOKENS, verify=False)
+    edit_json(out / "config.json", **{name: value for name, value in RETRIEVAL.items() if name != "retrieval_layers"})
+    assert verify(out, source(SLIDING))["passed"]
+
+
 def test_same_field_twice(src):  # noqa: F811
     write_olmo_core(src)
     twice = ("--set", "num_memory_tokens=1", "--set", "num_memory_tokens=2")

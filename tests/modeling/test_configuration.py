@@ -7,7 +7,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from modeling.helpers import TINY, tiny, tokens
-from olmem import OlmemConfig
+from olmem import OlmemConfig, OlmemForCausalLM
 from olmem.rules_olmem import POSITION_EMBEDDINGS
 from torch.testing import assert_close
 from transformers import AutoConfig, GenerationConfig, LlamaConfig, Olmo2Config, Olmo3Config, OlmoConfig
@@ -290,6 +290,46 @@ def test_overrides_are_expanded_and_validated_like_fields(load, tmp_path):
     assert "`qk_norm` must be one of" in refusal(load, tmp_path, qk_norm="width")
     assert load(tmp_path, num_memory_tokens=4, sliding_window=3).memory_segment_length == 3
     assert "`partial_rotary_factor` is not supported yet" in refusal(load, tmp_path, partial_rotary_factor=0.5)
+
+
+# Fields of what is off, with a value and what is off.
+WITHOUT_EFFECT: list[tuple[str, Any, str]] = [
+    ("attention_chunk_lookback", 2, "`layer_types` has no 'chunked_attention'"),
+    ("memory_segment_length", 5, "`num_memory_tokens` is 0"),
+    ("memory_bptt_segments", 2, "`num_memory_tokens` is 0"),
+    ("memory_gate_init", -2.0, "`num_memory_tokens` is 0"),
+    ("retrieval_top_k", 3, "`retrieval_layers` is empty"),
+    ("retrieval_capacity", 99, "`retrieval_layers` is empty"),
+    ("retrieval_gate_init", 0.0, "`retrieval_layers` is empty"),
+    ("retrieval_device", "cpu", "`retrieval_layers` is empty"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "off"), WITHOUT_EFFECT)
+def test_overrides_without_an_effect_are_refused(name, value, off, tmp_path):
+    """Said in a call, a field is meant; written in a folder, it may be of a memory that was switched off."""
+    OlmemConfig(**TINY).save_pretrained(tmp_path / "olmem")
+    Olmo2Config(num_hidden_layers=2).save_pretrained(tmp_path / "olmo")
+    for load, folder in (
+        (OlmemConfig.from_pretrained, "olmem"),
+        (AutoConfig.from_pretrained, "olmem"),
+        (OlmemConfig.from_olmo, "olmo"),
+        (OlmemForCausalLM.from_olmo, "olmo"),
+    ):
+        message = refusal(load, tmp_path / folder, **{name: value})
+        assert f"`{name}` must be left out where {off}, for it has no effect there (got {value!r}); leave it" in message
+    default = getattr(OlmemConfig(**TINY), name)
+    assert getattr(OlmemConfig.from_pretrained(tmp_path / "olmem", **{name: default}), name) == default
+    OlmemConfig(**(TINY | {name: value})).save_pretrained(tmp_path / "saved")
+    assert getattr(OlmemConfig.from_pretrained(tmp_path / "saved"), name) == value
+    assert getattr(OlmemConfig.from_pretrained(tmp_path / "saved", num_sink_tokens=1), name) == value
+
+
+def test_a_memory_may_be_switched_off_in_the_call(tmp_path):
+    memory = {"num_memory_tokens": 2, "memory_segment_length": 5, "retrieval_layers": [0], "retrieval_top_k": 3}
+    OlmemConfig(**(TINY | memory)).save_pretrained(tmp_path)
+    config = OlmemConfig.from_pretrained(tmp_path, num_memory_tokens=0, retrieval_layers=[])
+    assert not config.has_memory and config.retrieval_top_k == 3
 
 
 def test_unused_keywords_are_returned(tmp_path):

@@ -20,7 +20,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from ..errors import CheckpointError
 from ..formats import Checkpoint, Given
 from ..formats.detect import open_checkpoint
-from ..memory import listed, new_parameters, switched, with_memory
+from ..memory import listed, new_parameters, refuse_without_effect, switched, with_memory
 from ..plan import TOKEN_IDS, check_copies, make_config, make_tensors, tokens_of
 from ..proof.verification import verify_checkpoint
 from ..publish.model_card import CARD_NAME, REPORT_NAME, is_own, kept_metadata, write_card
@@ -82,6 +82,7 @@ def convert(
     stored = choose_dtype(checkpoint.tensors, dtype)
     config = make_config(checkpoint, stored)
     planned = with_memory(checkpoint, memory or {})
+    refuse_without_effect(planned, memory or {})
     added = new_parameters(planned, checkpoint)
     if added:
         config = make_config(planned, stored)

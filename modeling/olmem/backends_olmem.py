@@ -113,7 +113,7 @@ class Step:
             queries = [(rotations.slot if part.is_prefix else rotations.place)(query) for part in parts]
             keys = [part.key for part in parts]
             if needs.by_slot:
-                offsets = view.step_slots - view.query_slots
+                offsets = view.step_offsets()
                 sizes = [key.shape[2] for key in keys]
                 offsets = offsets[:, offsets.shape[1] - sum(sizes) :].split(sizes, dim=1)
                 keys = [heads.scheme.place_key(key, each, False) for key, each in zip(keys, offsets, strict=True)]
@@ -131,7 +131,7 @@ class Step:
         assert phases is not None
         query = section.rotations.slot(to_pairs(query))
         if isinstance(heads.scheme, XposScheme):
-            distance = view.query_slots - view.step_slots
+            distance = -view.step_offsets()
             phases = phases * heads.scheme.powers(query, distance.clamp(min=0))[..., None]
         groups = query.shape[1] // part.key.shape[1]
         outputs, weights = [], []

@@ -38,6 +38,7 @@ class View:
     places: torch.Tensor = field(init=False)  # (R, T) the places of the queries' tokens in the stream
     step_mask: torch.Tensor | None = field(init=False)  # (R, 1, [P +] S) which keys a step sees; None is all
     masks: dict[torch.dtype | None, torch.Tensor] = field(init=False, default_factory=dict)  # of `whole_mask`
+    offsets: torch.Tensor | None = field(init=False, default=None)  # of `step_offsets`
 
     def __post_init__(self):
         self.queries = self.numbers
@@ -84,6 +85,15 @@ class View:
         seen = self.visibility.sees(self.queries, self.key_numbers)
         keys = torch.where(seen, self.visibility.key_slot(self.queries, self.key_numbers), 0)
         return torch.cat((self.prefix_slots.expand(len(keys), -1), keys), dim=-1)
+
+    def step_offsets(self) -> torch.Tensor:
+        """Returns how far the slots (R, P + S) of a step's prefix and keys lie from the query's; never more than 0.
+
+        They are computed once for all layers that share the view.
+        """
+        if self.offsets is None:
+            self.offsets = self.step_slots - self.query_slots
+        return self.offsets
 
     def mask(self, queries: slice, keys: slice, with_prefix: bool = False) -> torch.Tensor:
         """Returns which keys are seen, (R, T, S) or with the prefix in front (R, T, P + S).

@@ -17,13 +17,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 DEMO_STEP = DEMO / "step1872"
-CODE = tuple(
-    f"{name}_olmem.py"
-    for name in (
-        *("attention", "cache", "cache_layer", "configuration", "context", "generation"),
-        *("memory", "modeling", "positions", "retrieval"),
-    )
-)
+CODE = tuple(path.name for path in Path(olmem.__file__).parent.glob("*_olmem.py"))
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """Memory that is switched on in converting: its fields, its parameters, and a proof that holds all the same."""
 
-import importlib
 import json
 import logging
 import math
@@ -36,6 +35,7 @@ from olmem.rules_olmem import MEMORY_FIELDS
 from olmem_convert import CheckpointError, convert, verify
 from olmem_convert.cli import app
 from olmem_convert.memory import OFF, listed, read_settings, switched, with_memory
+from olmem_convert.proof import verification
 from olmem_convert.proof.verification import prompt
 from olmem_convert.publish.model_card import MARK
 from transformers import AutoModelForCausalLM
@@ -48,7 +48,6 @@ SLIDING = "olmo_core_swa_yarn"
 # Every format of a checkpoint; without windows, memory tokens alone.
 MEMORIES = {"olmo": TOKENS, "olmo1": TOKENS, "olmo_gqa_tied": TOKENS, SLIDING: BOTH, "baka_pristine": BOTH}
 GATE, EMBEDDINGS = "model.layers.1.self_attn.retrieval_gate.logits", "model.memory.embeddings"
-verification = importlib.import_module("olmem_convert.verify")  # whose name in the package is the function's
 SEGMENTS = verification.SEGMENTS
 
 

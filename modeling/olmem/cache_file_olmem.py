@@ -13,14 +13,16 @@ from typing import Any
 import torch
 
 FORMAT = "olmem-cache-4"
+FACTS = ("architecture", "max_length", "began_anew")
+MOST_ROOM = 2**31  # tokens; no buffer is as large
 MOST_COLUMNS = 2**60  # beyond any stream, so that no number leaves the range of int64
 COUNTERS = {"seen": (1, torch.long), "columns": (0, torch.long), "gaps": (0, torch.bool)}
 HINT = "pip install safetensors"
 
 
-def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Returns the SHA-256 of names, types, shapes and values of tensors on the CPU."""
-    digest = hashlib.sha256()
+def checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """Returns the SHA-256 of names, types, shapes and values of tensors on the CPU, and of the facts beside them."""
+    digest = hashlib.sha256(json.dumps({name: metadata.get(name) for name in FACTS}).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -37,7 +39,7 @@ def write_state(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], fa
 
     on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     metadata = {name: json.dumps(value) for name, value in facts.items()}
-    metadata |= {"format": FORMAT, "checksum": checksum(on_cpu)}
+    metadata |= {"format": FORMAT, "checksum": checksum(on_cpu, metadata)}
     path = Path(path)
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
@@ -67,11 +69,11 @@ class StateFile:
                 f"`path` must be a file of `OlmemCache.save` (got {path}, of format {metadata.get('format')!r}); this "
                 f"version reads {FORMAT!r}: read the text again with this version, and save it."
             )
-        self.checksum = metadata.get("checksum")
-        self.facts = {name: parse(metadata.get(name)) for name in ("architecture", "max_length", "began_anew")}
+        self.metadata = metadata
+        self.facts = {name: parse(metadata.get(name)) for name in FACTS}
         self.require(isinstance(self.facts["architecture"], dict), "its `architecture` is damaged")
         most = self.facts["max_length"]
-        self.require(most is None or (type(most) is int and 0 < most < 2**31), "its `max_length` is damaged")
+        self.require(most is None or (type(most) is int and 0 < most < MOST_ROOM), "its `max_length` is damaged")
         self.require(isinstance(self.facts["began_anew"], bool), "its `began_anew` is damaged")
         self.names = set(file.keys())
         for name, (dimensions, dtype) in COUNTERS.items():
@@ -107,7 +109,9 @@ class StateFile:
         unknown = sorted(self.names - set(shapes) - set(COUNTERS))
         self.require(not unknown, f"`{unknown[0] if unknown else ''}` is not part of such a state")
         tensors = {name: self.file.get_tensor(name) for name in (*COUNTERS, *shapes)}
-        self.require(checksum(tensors) == self.checksum, "its content does not have its checksum")
+        self.require(
+            checksum(tensors, self.metadata) == self.metadata.get("checksum"), "its content does not have its checksum"
+        )
         for name, tensor in tensors.items():
             if name.startswith("layers.") and not bool(tensor.isfinite().all()):
                 self.require(False, f"`{name}` holds values that are not finite")

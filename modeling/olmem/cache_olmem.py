@@ -15,8 +15,8 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from .cache_file_olmem import read_state, write_state
-from .compat_olmem import allocate, assert_on_device, unless_recorded
+from .cache_file_olmem import MOST_ROOM, read_state, write_state
+from .compat_olmem import allocate, assert_on_device, known_here, unless_recorded
 from .configuration_olmem import OlmemConfig
 from .counters_olmem import Counters
 from .finite_olmem import refuse_nonfinite_memory
@@ -45,6 +45,17 @@ NO_MATTER = {
 }
 
 
+def refuse_no_device(name: str, device: torch.device | str) -> None:
+    """Raises an error for what is no device that holds values here."""
+    try:
+        torch.empty(0, device=device)
+        holds_values = torch.device(device).type != "meta"
+    except (AssertionError, RuntimeError, TypeError):  # of a build without it, too
+        holds_values = False
+    if not holds_values:
+        raise ValueError(f"`{name}` must be a device of torch that is here (got {device!r}); 'cpu' always is.")
+
+
 def architecture(config: OlmemConfig) -> dict[str, Any]:
     """Returns the fields that two models must have in common, beside their weights, to read each other's cache."""
     names = {field.name for field in fields(config)} - {field.name for field in fields(PreTrainedConfig)} - NO_MATTER
@@ -53,8 +64,9 @@ def architecture(config: OlmemConfig) -> dict[str, Any]:
 
 def refuse_other_model(made_for: dict[str, Any], used_for: dict[str, Any]) -> None:
     """Raises an error that names the first field in which two architectures differ."""
-    for name, value in used_for.items():
-        if made_for.get(name) != value:
+    for name in sorted({*used_for, *made_for}):
+        value = used_for.get(name, "nothing of it")
+        if made_for.get(name, "nothing of it") != value:
             raise ValueError(
                 f"`past_key_values` is of another model: `{name}` was {made_for.get(name)!r} (got {value!r}); use it "
                 "with its own model, or make an `OlmemCache(model.config)`."
@@ -63,7 +75,7 @@ def refuse_other_model(made_for: dict[str, Any], used_for: dict[str, Any]) -> No
 
 def is_olmem_cache(cache: object) -> bool:
     """Tells whether a cache is an OlmemCache; the code of a Hub repository has another class of that name."""
-    return getattr(cache, "serves_olmem", False)
+    return getattr(cache, "serves_olmem", False) and not isinstance(cache, type)
 
 
 class OlmemCache(Cache):
@@ -85,13 +97,19 @@ class OlmemCache(Cache):
     serves_olmem = True
 
     def __init__(self, config: OlmemConfig, max_length: int | None = None, retrieval_device: str | None = None):
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"`max_length` must be positive (got {max_length!r}); leave it out for layers that grow.")
-        if config.model_type != OlmemConfig.model_type:
+        if max_length is not None and not (type(max_length) is int and 0 < max_length < MOST_ROOM):
             raise ValueError(
-                f"`config` must be of an Olmem model (got model_type {config.model_type!r}); load an OLMo model with "
+                f"`max_length` must be positive (got {max_length!r}), an integer below {MOST_ROOM}; leave it out for "
+                "layers that grow."
+            )
+        model_type = getattr(config, "model_type", type(config).__name__)
+        if model_type != OlmemConfig.model_type:
+            raise ValueError(
+                f"`config` must be of an Olmem model (got model_type {model_type!r}); load an OLMo model with "
                 "`OlmemForCausalLM.from_olmo`, and pass its config."
             )
+        if retrieval_device is not None:
+            refuse_no_device("retrieval_device", retrieval_device)
         self.config = config
         self.max_length = max_length
         self.retrieval_device = retrieval_device or config.retrieval_device
@@ -154,8 +172,8 @@ class OlmemCache(Cache):
 
     def begin(self, batch_size: int, device: torch.device) -> None:
         """Makes the counters of a new batch, or checks that they are of that batch, on that device."""
-        if not self.is_initialized:
-            self.counters.begin(batch_size, device)
+        if not self.is_initialized or (self.fresh and not any(layer.is_initialized for layer in self.layers)):
+            self.counters.begin(batch_size, device)  # also after a call that was refused
         self.refuse_half_read()
         if self.seen.device != device:
             raise ValueError(
@@ -224,10 +242,16 @@ class OlmemCache(Cache):
         if not self.is_initialized:
             return
         batch = len(self.seen)
-        chosen = torch.as_tensor(list(range(batch)) if rows is None else rows).flatten().cpu()
-        chosen = chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen.long()
-        if bool(((chosen < -batch) | (chosen >= batch)).any()):
-            raise ValueError(f"`rows` must be of the {batch} of the batch (got {rows!r}); count them from 0.")
+        rule = f"`rows` must be of the {batch} of the batch (got {rows!r}); count them from 0, or give a flag for each."
+        try:
+            chosen = torch.as_tensor(list(range(batch)) if rows is None else rows).flatten().cpu()
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise ValueError(rule) from None
+        is_mask = chosen.dtype == torch.bool and len(chosen) == batch
+        is_index = len(chosen) == 0 or chosen.dtype in (torch.int32, torch.int64)
+        chosen = chosen.nonzero()[:, 0] if is_mask else chosen.long()
+        if not (is_mask or is_index) or bool(((chosen < -batch) | (chosen >= batch)).any()):
+            raise ValueError(rule)
         if not len(chosen):
             return
         self.counters.forget(chosen)
@@ -288,6 +312,8 @@ class OlmemCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each row so many times."""
+        if not isinstance(repeats, int) or repeats < 1:
+            raise ValueError(f"`repeats` must be a positive integer (got {repeats!r}); `reset()` empties the cache.")
         rows = torch.arange(len(self.seen), device=self.seen.device)
         self.batch_select_indices(rows.repeat_interleave(repeats))
 
@@ -295,8 +321,17 @@ class OlmemCache(Cache):
         """Keeps the rows of these indices, or where a mask of the batch is true, in their order."""
         if not self.is_initialized:
             return
+        batch = len(self.seen)
+        rule = f"`indices` must be a list of rows of the {batch} of the batch, or a flag for each (got {indices!r})."
+        if not isinstance(indices, torch.Tensor) or indices.dim() != 1:
+            raise ValueError(rule)
         if indices.dtype == torch.bool:
+            if len(indices) != batch:
+                raise ValueError(rule)
             indices = indices.nonzero()[:, 0]
+        in_range = known_here(((indices >= 0) & (indices < batch)).all(), True)  # on a device torch says so
+        if not len(indices) or indices.dtype not in (torch.int32, torch.int64) or not in_range:
+            raise ValueError(rule)
         self.counters.select(indices)
         if self.memory is not None:
             chosen, self.memory = self.memory.index_select(0, indices.to(self.memory.device)), None
@@ -311,6 +346,8 @@ class OlmemCache(Cache):
 
         They are the last n for `-n`, or as long as Transformers allows it, all beyond the first n for `n`.
         """
+        if not isinstance(tokens_to_remove, int):
+            raise ValueError(f"`tokens_to_remove` must be an integer (got {tokens_to_remove!r}); -n takes the last n.")
         columns = self.get_seq_length()
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(columns - tokens_to_remove, 0)
         if not removed:
@@ -373,6 +410,7 @@ class OlmemCache(Cache):
 
         The weights must be the same too, which no file can tell.
         """
+        refuse_no_device("device", device)
         with read_state(path) as file:
             refuse_other_model(file.facts["architecture"], json.loads(json.dumps(architecture(config))))
             cache = cls(config, max_length=file.facts["max_length"], retrieval_device=retrieval_device)

@@ -60,6 +60,11 @@ def falls_back(config: OlmemConfig, cache: Any, attention_mask: Any, position_id
         ValueError: where it would have to be, and the model has what only an `OlmemCache` can do.
     """
     implementation, own_cache = Implementation.of(config), is_olmem_cache(cache)
+    if cache is not None and (isinstance(cache, type) or not hasattr(cache, "update")):
+        raise ValueError(
+            f"`past_key_values` must be a cache (got {cache if isinstance(cache, type) else type(cache)}); make an "
+            "`OlmemCache(model.config)`, or leave it out."
+        )
     reasons = {
         f"`attn_implementation` {implementation.name!r}; set 'sdpa' or 'eager'": not implementation.is_own,
         "an `attention_mask` that is not (B, T); pass one, zeros for padding": (

@@ -69,11 +69,12 @@ class OlmemGenerationMixin(GenerationMixin):
 
         What `generate()` has written is never padding, so a step need not wait until a mask is read.
         """
+        is_prompt = kwargs.pop("reads_prompt", False)  # of which a column may be padding
         inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids, *args, **kwargs
         )
         cache, ids = inputs.get(CACHE_NAME), inputs.get("input_ids")
-        if ids is not None and ids.shape[1] == 1 and is_olmem_cache(cache) and not cache.fresh:
+        if ids is not None and ids.shape[1] == 1 and is_olmem_cache(cache) and not cache.fresh and not is_prompt:
             inputs.pop("attention_mask", None)
             inputs.pop("position_ids", None)
         return inputs
@@ -112,9 +113,13 @@ class OlmemGenerationMixin(GenerationMixin):
                 "past_key_values=past_key_values)`, then generate from the last."
             )
         if not read or embeddings is not None:
-            return super()._prefill(  # pyright: ignore[reportAttributeAccessIssue]  a mixin's `self`
-                input_ids, generation_config, model_kwargs, is_first_iteration=is_first_iteration
-            )
+            model_kwargs["reads_prompt"] = True
+            try:
+                return super()._prefill(  # pyright: ignore[reportAttributeAccessIssue]  a mixin's `self`
+                    input_ids, generation_config, model_kwargs, is_first_iteration=is_first_iteration
+                )
+            finally:
+                del model_kwargs["reads_prompt"]
         new_ids = input_ids if are_new else input_ids[:, read:]
         size = generation_config.prefill_chunk_size or new_ids.shape[1]
         rest = {name: value for name, value in model_kwargs.items() if name not in ("attention_mask", "position_ids")}

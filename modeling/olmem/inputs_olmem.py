@@ -28,6 +28,37 @@ class Tokens:
     position_ids: torch.Tensor | None = None  # (R, T) the caller's own places in the stream, without a cache
 
 
+def refuse_malformed(hidden_states: torch.Tensor, attention_mask: object, position_ids: object) -> None:
+    """Raises an error for inputs whose shapes or types say nothing of rows of tokens.
+
+    Args:
+        hidden_states: (B, T, hidden_size), the embeddings.
+        attention_mask: None, a tensor (B, S) or of four dimensions, or what an attention function takes.
+        position_ids: None or integers (B or 1, T).
+    """
+    shape = tuple(hidden_states.shape[:-1])
+    if len(shape) != 2 or not shape[0]:
+        raise ValueError(f"`input_ids` must be (B, T) with a row at least (got {shape}); pass one row as `ids[None]`.")
+    if isinstance(attention_mask, list | tuple | str | int | float):
+        kind = type(attention_mask).__name__
+        raise ValueError(f"`attention_mask` must be a tensor (B, T) (got a {kind}); pass `torch.tensor(...)`.")
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() not in (2, 4):
+        raise ValueError(
+            f"`attention_mask` must be (B, T), zeros for padding, or (B, 1, T, S) (got {tuple(attention_mask.shape)}); "
+            "give a column for each token."
+        )
+    if position_ids is None:
+        return
+    if not isinstance(position_ids, torch.Tensor) or position_ids.dtype not in (torch.int32, torch.int64):
+        kind = getattr(position_ids, "dtype", type(position_ids).__name__)
+        raise ValueError(f"`position_ids` must be a tensor of integers (got {kind}); pass `position_ids.long()`.")
+    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, shape[0]) or position_ids.shape[1] != shape[1]:
+        raise ValueError(
+            f"`position_ids` must be (1 or {shape[0]}, {shape[1]}) (got {tuple(position_ids.shape)}); give one for "
+            "each token."
+        )
+
+
 def number_tokens(
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | None,
@@ -88,7 +119,13 @@ def read_mask(
             f"`attention_mask` must cover the input's {batch} rows of {length} tokens, and may cover those before "
             f"(got {tuple(attention_mask.shape)}); give a column for each token."
         )
-    mask = attention_mask[:, -length:].to(device) != 0
+    mask = attention_mask[:, -length:].to(device)
+    if mask.is_floating_point() and not known(((mask == 0) | (mask == 1)).all(), True):
+        raise ValueError(
+            "`attention_mask` must be of ones, and zeros for padding (got other numbers); a mask to be added to scores "
+            "is `mask == 0`."
+        )
+    mask = mask != 0
     return None if known(mask.all(), False) else mask
 
 
@@ -104,8 +141,9 @@ def refuse_packed_padding(position_ids: torch.Tensor, mask: torch.Tensor) -> Non
 
 def refuse_other_positions(position_ids: torch.Tensor, numbers: torch.Tensor, has_cache: bool) -> None:
     """Raises an error for positions (R, T) that do not count a row's tokens (B, T) one by one."""
-    shift = (position_ids - numbers).masked_fill(numbers < 0, 0)
-    one = shift.amax(-1) == torch.where(numbers < 0, shift.amax(-1, keepdim=True), shift).amin(-1)
+    shift, real = position_ids - numbers, numbers >= 0
+    whole = torch.iinfo(shift.dtype)
+    one = shift.where(real, whole.min).amax(-1) <= shift.where(real, whole.max).amin(-1)
     if not known(one.all(), True):
         reason, remedy = "sinks or memory tokens, which have slots of their own", "leave them out."
         if has_cache:

@@ -53,7 +53,7 @@ from .configuration_olmem import HUB_ARGUMENTS, OlmemConfig
 from .contracts_olmem import Heads, LayerKind, LayerState, Plan
 from .fallback_olmem import Fallback, Implementation, falls_back, is_padding_mask
 from .generation_olmem import OlmemGenerationMixin
-from .inputs_olmem import number_tokens
+from .inputs_olmem import number_tokens, refuse_malformed
 from .plan_olmem import Planner, layer_kinds
 from .positions_olmem import ROPE, XPOS, LinspaceScheme, OlmemRotaryEmbedding, PositionScheme
 from .retrieval_olmem import Retrieval
@@ -399,6 +399,11 @@ def wanted_states(output_hidden_states: bool | int | Sequence[int] | None, num_h
     if output_hidden_states is None or isinstance(output_hidden_states, bool):
         return None if output_hidden_states else set()
     indices = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
+    if not isinstance(indices, Sequence | set) or not all(isinstance(index, int) for index in indices):
+        raise ValueError(
+            f"`output_hidden_states` must be True, an index, or several (got {output_hidden_states!r}); pass a list of "
+            "integers."
+        )
     count = num_hidden_layers + 1
     return {index % count for index in indices if -count <= index < count}
 
@@ -443,6 +448,7 @@ class OlmemModel(OlmemPreTrainedModel):
             kwargs: what an attention function of Transformers or of an engine is given.
         """
         hidden_states = self.embed(input_ids, inputs_embeds)
+        refuse_malformed(hidden_states, attention_mask, position_ids)
         past_key_values, use_cache = self.cache_beside_checkpoints(past_key_values, use_cache)
         if use_cache and past_key_values is None:
             past_key_values = self.make_cache(attention_mask)
@@ -561,7 +567,15 @@ class OlmemModel(OlmemPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if input_ids is None:
             assert inputs_embeds is not None
+            if inputs_embeds.shape[-1] != self.config.hidden_size or not inputs_embeds.is_floating_point():
+                raise ValueError(
+                    f"`inputs_embeds` must be floats (B, T, `hidden_size` = {self.config.hidden_size}) (got "
+                    f"{inputs_embeds.dtype} {tuple(inputs_embeds.shape)}); pass ids as `input_ids`."
+                )
             return inputs_embeds
+        if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
+            kind = getattr(input_ids, "dtype", type(input_ids).__name__)
+            raise ValueError(f"`input_ids` must be a tensor of integers (got {kind}); pass `input_ids.long()`.")
         home = self.embed_tokens.weight.device
         if input_ids.device != home and not moves_inputs(self.embed_tokens):
             raise ValueError(

@@ -161,9 +161,18 @@ class OlmemCacheLayer(CacheLayerMixin):
         if length <= self.capacity:
             return
         room = max(self.room or 0, length, GROWTH, 2 * self.capacity)
-        self.capacity = room if self.limit is None else min(room, self.limit)
-        for name in self.names:
-            self.buffers[name] = grown(self.buffers[name], self.visibility.num_prefix + self.capacity + 1)
+        room = room if self.limit is None else min(room, self.limit)
+        try:
+            buffers = {name: grown(self.buffers[name], self.visibility.num_prefix + room + 1) for name in self.names}
+        except RuntimeError as error:
+            if self.room is None:
+                raise
+            raise ValueError(
+                f"`max_length` must be what there is memory for (got room for {room} tokens: {error}); give a smaller "
+                "one, or leave it out for layers that grow."
+            ) from error
+        self.buffers |= buffers
+        self.capacity = room
 
     def reserve_store(self, length: int | None) -> None:
         """Makes room in the store for that many tokens, at least twice the room there was."""

@@ -1088,3 +1088,73 @@ def test_a_cache_of_transformers_is_not_gone_on_from_with_checkpointed_gradients
     model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="`past_key_values` cannot be gone on from in training with gradient"):
         model.train()(tokens(1, 3), past_key_values=cache)
+
+
+MALFORMED = {
+    "ids of one dimension": ("input_ids", lambda: {"input_ids": tokens(3)}),
+    "ids that are floats": ("input_ids", lambda: {"input_ids": torch.ones(1, 3)}),
+    "an empty batch": ("input_ids", lambda: {"input_ids": tokens(0, 3)}),
+    "embeddings of another width": ("inputs_embeds", lambda: {"inputs_embeds": torch.ones(1, 3, 7)}),
+    "a mask that is a list": ("attention_mask", lambda: {"attention_mask": [1, 1, 1]}),
+    "a mask of one dimension": ("attention_mask", lambda: {"attention_mask": torch.ones(3)}),
+    "a mask that is added to scores": ("attention_mask", lambda: {"attention_mask": torch.full((1, 3), -torch.inf)}),
+    "positions that are floats": ("position_ids", lambda: {"position_ids": torch.full((1, 3), torch.nan)}),
+    "positions of another length": ("position_ids", lambda: {"position_ids": torch.arange(7)[None]}),
+    "a list for a cache": ("past_key_values", lambda: {"past_key_values": []}),
+    "a class for a cache": ("past_key_values", lambda: {"past_key_values": OlmemCache}),
+    "hidden states by half an index": ("output_hidden_states", lambda: {"output_hidden_states": [0.5]}),
+}
+
+
+@pytest.mark.parametrize("field, make", MALFORMED.values(), ids=MALFORMED)
+def test_malformed_inputs_are_refused_by_name(field, make):
+    """They ended in errors of torch, or computed something else in silence."""
+    given = make()
+    ids = {} if {"input_ids", "inputs_embeds"} & set(given) else {"input_ids": tokens(1, 3)}
+    with pytest.raises(ValueError, match=f"`{field}` must be"):
+        tiny()(**ids, **given)
+
+
+@pytest.mark.parametrize("rows", [1.5, [0.7], True, torch.tensor([True]), "0", 2**70], ids=str)
+def test_rows_that_name_no_row_are_refused(rows):
+    """Some of them were rounded to a row, which then began anew."""
+    model = tiny()
+    cache = after(model, tokens(2, 5))
+    with pytest.raises(ValueError, match="`rows` must be of the 2 of the batch"):
+        model.reset_memory(cache, rows)
+    assert cache.seen.tolist() == [5, 5]
+
+
+@pytest.mark.parametrize(
+    "indices", [torch.tensor([2]), torch.tensor([0.5]), [0], torch.tensor([True]), torch.zeros(0).long()], ids=str
+)
+def test_indices_that_keep_no_rows_are_refused(indices):
+    cache = after(tiny(), tokens(2, 5))
+    with pytest.raises(ValueError, match="`indices` must be"):
+        cache.batch_select_indices(indices)
+    assert cache.batch_size == 2
+
+
+@pytest.mark.parametrize("room", [0, 2.5, True, "5", 2**45, 2**70])
+def test_room_is_a_number_of_tokens(room):
+    with pytest.raises(ValueError, match="`max_length` must be positive"):
+        OlmemCache(OlmemConfig(**TINY), max_length=room)
+
+
+def test_a_refused_call_fixes_no_batch_size():
+    model = tiny()
+    cache = OlmemCache(model.config)
+    with pytest.raises(ValueError, match="`position_ids` must count"):
+        model(tokens(2, 3), position_ids=torch.tensor([[0, 2, 4]]), past_key_values=cache)
+    close(read(model, tokens(1, 3), cache)[0], alone(model, tokens(3)))
+
+
+@pytest.mark.parametrize("name, value", [("max_length", "41"), ("began_anew", "true")])
+def test_facts_of_a_file_have_its_checksum(name, value, tmp_path):
+    model = tiny()
+    after(model, tokens(1, 9), max_length=40).save(tmp_path / "cache")
+    with safe_open(tmp_path / "cache", framework="pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(tmp_path / "cache"), tmp_path / "changed", metadata | {name: value})
+    with pytest.raises(ValueError, match="its content does not have its checksum"):
+        OlmemCache.load(tmp_path / "changed", model.config)

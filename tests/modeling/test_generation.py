@@ -361,3 +361,15 @@ def test_positions_that_go_by_what_is_seen_are_not_assisted(scheme):
 def test_a_model_without_positions_is_assisted():
     model, ids = tiny(position_embedding="none"), tokens(1, 3 * WINDOW)
     assert torch.equal(write(model, ids, prompt_lookup_num_tokens=2), write(model, ids, use_cache=False))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_padding_in_a_piece_of_a_prompt_is_not_read(size):
+    """A piece of one column may be padding, unlike a token that was written."""
+    model = tiny(layer_types="sliding_attention")
+    rows = [tokens(7), tokens(3, seed=1)]
+    batch, options = left_padded(*rows), {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    found = model.generate(**batch, **options, prefill_chunk_size=size)
+    for ids, written in zip(rows, found, strict=True):
+        alone = model.generate(ids[None], attention_mask=torch.ones_like(ids[None]), **options)
+        assert torch.equal(written[7:], alone[0, len(ids) :])

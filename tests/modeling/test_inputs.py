@@ -166,3 +166,16 @@ def test_inner_padding_stands_between_real_tokens(data):
                 first = 0 if after_others else columns[0]
                 most = max(most, sum(not row[column] for column in range(first, columns[-1])))
         assert inner_padding(numbers, after_others) == most
+
+
+def test_consecutive_positions_are_taken_beside_padding():
+    """Also where they begin below the row's first number."""
+    mask = torch.tensor([[False, False, True, True, True]])
+    counters = Counters()
+    counters.begin(1, torch.device("cpu"))
+    counters.set(seen=torch.tensor([9]), columns=torch.tensor(9), gaps=torch.tensor(False))
+    positions = torch.tensor([[0, 0, 2, 3, 4]])
+    found = number_tokens(torch.zeros(1, 5, 3), mask, positions, counters, False, False)
+    assert found.numbers.tolist() == [[-1, -1, 9, 10, 11]]
+    with pytest.raises(ValueError, match="`position_ids` must count"):
+        number_tokens(torch.zeros(1, 5, 3), mask, 2 * positions, counters, False, False)

@@ -1005,7 +1005,7 @@ def test_a_memory_that_is_not_finite_is_neither_saved_nor_loaded(value, tmp_path
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for memory in (tensors["memory"], cache.memory):
         memory[1, 0, 3] = value
-    save_file(tensors, tmp_path / "spoilt.safetensors", metadata | {"checksum": checksum(tensors)})
+    save_file(tensors, tmp_path / "spoilt.safetensors", metadata | {"checksum": checksum(tensors, metadata)})
     with pytest.raises(ValueError, match=r"`memory` of row 1 must be finite to be loaded from .*spoilt.*\(got 1 of 48"):
         OlmemCache.load(tmp_path / "spoilt.safetensors", model.config)
     with pytest.raises(ValueError, match=r"`memory` of row 1 must be finite to be saved \(got 1 of 48"):

@@ -5,12 +5,8 @@ from transformers import AutoConfig
 
 from .cache_olmem import OlmemCache
 from .configuration_olmem import OlmemConfig
-from .modeling_olmem import (
-    OlmemForCausalLM,
-    OlmemForSequenceClassification,
-    OlmemForTokenClassification,
-    OlmemModel,
-)
+from .heads_olmem import OlmemForSequenceClassification, OlmemForTokenClassification
+from .modeling_olmem import OlmemForCausalLM, OlmemModel
 
 __version__ = "0.1.0"
 

@@ -23,31 +23,22 @@ Shapes: B batch, H query heads, K key/value heads, C columns of a pass, T tokens
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_layers import (
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-    GradientCheckpointingLayer,
-)
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 
 from .backends_olmem import BACKENDS
 from .cache_olmem import OlmemCache, is_olmem_cache
+from .captured_olmem import Captured, wanted_states
 from .compat_olmem import CACHE_NAME, moves_inputs, takes_cache
 from .configuration_olmem import HUB_ARGUMENTS, OlmemConfig
 from .contracts_olmem import Heads, LayerKind, LayerState, Plan
@@ -355,57 +346,14 @@ class OlmemPreTrainedModel(LoadsWeights):
     @staticmethod
     def auto_map() -> dict[str, str]:
         """Returns where a Hub repository has the code of every Auto class that can load it."""
-        return {"AutoConfig": "configuration_olmem.OlmemConfig"} | {
-            auto_class.__name__: f"modeling_olmem.{model_class.__name__}" for auto_class, model_class in AUTO_CLASSES
-        }
+        from .heads_olmem import AUTO_MAP  # here, because that file imports this one; a saved folder has both
+
+        return dict(AUTO_MAP)
 
     def save_pretrained(self, *args, **kwargs):
         """Saves as Transformers does; the folder also holds this code, whatever the class of the model."""
         self.config.auto_map = self.auto_map()
         return super().save_pretrained(*args, **kwargs)
-
-
-@dataclass
-class Captured:
-    """Keeps hidden states and attention weights that a caller wants of one pass through the layers.
-
-    Attributes:
-        wanted: which of the `num_hidden_layers` + 1 hidden states are kept, from the embeddings on; None is all.
-        hidden_states: (B, C, hidden_size) each, None for those that are not wanted.
-        attentions: (B, H, C, S) of each layer, as far as the backend has them.
-        states: new keys and values (B, K, C, D) of each layer, where later passes need them.
-    """
-
-    wanted: set[int] | None
-    hidden_states: list[torch.Tensor | None] = field(default_factory=list)
-    attentions: list[torch.Tensor] = field(default_factory=list)
-    states: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-
-    def keep(self, hidden_states: torch.Tensor) -> None:
-        """Keeps the next hidden states if they are wanted."""
-        is_wanted = self.wanted is None or len(self.hidden_states) in self.wanted
-        self.hidden_states.append(hidden_states if is_wanted else None)
-
-    def fill(self, stages: Sequence[torch.Tensor], last: torch.Tensor, num_layers: int) -> tuple[Any, ...]:
-        """Returns `num_layers` + 1 hidden states, None for those not wanted; the last one is that after the norm."""
-        found = iter([*stages[:-1], last] if self.wanted is None or num_layers in self.wanted else stages)
-        return tuple(
-            next(found) if self.wanted is None or index in self.wanted else None for index in range(num_layers + 1)
-        )
-
-
-def wanted_states(output_hidden_states: bool | int | Sequence[int] | None, num_hidden_layers: int) -> set[int] | None:
-    """Returns which of the hidden states are asked for: all (None), none, or those of an index or of several."""
-    if output_hidden_states is None or isinstance(output_hidden_states, bool):
-        return None if output_hidden_states else set()
-    indices = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
-    if not isinstance(indices, Sequence | set) or not all(isinstance(index, int) for index in indices):
-        raise ValueError(
-            f"`output_hidden_states` must be True, an index, or several (got {output_hidden_states!r}); pass a list of "
-            "integers."
-        )
-    count = num_hidden_layers + 1
-    return {index % count for index in indices if -count <= index < count}
 
 
 class OlmemModel(OlmemPreTrainedModel):
@@ -691,48 +639,4 @@ class OlmemForCausalLM(OlmemPreTrainedModel, OlmemGenerationMixin):
         )
 
 
-# The heads are Transformers' generic ones but for making the model themselves: those ask `AutoModel` for it, which in
-# a Hub repository's code would ask whether to trust that code, once more.
-
-
-class OlmemForSequenceClassification(GenericForSequenceClassification, OlmemPreTrainedModel):
-    """One row of scores (B, num_labels) from the last real token of each row."""
-
-    def __init__(self, config: OlmemConfig):
-        OlmemPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels or 0  # None is for the type checker: a config always has some
-        self.model = OlmemModel(config)
-        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
-        self.post_init()
-
-
-class OlmemForTokenClassification(GenericForTokenClassification, OlmemPreTrainedModel):
-    """Scores (B, T, num_labels) for each token; `classifier_dropout` of the config, or 0.1, before them in training."""
-
-    def __init__(self, config: OlmemConfig):
-        OlmemPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels or 0  # None is for the type checker: a config always has some
-        self.model = OlmemModel(config)
-        dropout = getattr(config, "classifier_dropout", None)
-        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
-        self.score = nn.Linear(config.hidden_size, self.num_labels)
-        self.post_init()
-
-
-AUTO_CLASSES = (
-    (AutoModel, OlmemModel),
-    (AutoModelForCausalLM, OlmemForCausalLM),
-    (AutoModelForSequenceClassification, OlmemForSequenceClassification),
-    (AutoModelForTokenClassification, OlmemForTokenClassification),
-)
-for _auto_class, _model_class in AUTO_CLASSES:
-    _auto_class.register(OlmemConfig, _model_class, exist_ok=True)
-    _model_class.register_for_auto_class(_auto_class.__name__)
-
-__all__ = [
-    "OlmemForCausalLM",
-    "OlmemForSequenceClassification",
-    "OlmemForTokenClassification",
-    "OlmemModel",
-    "OlmemPreTrainedModel",
-]
+__all__ = ["OlmemForCausalLM", "OlmemModel", "OlmemPreTrainedModel"]

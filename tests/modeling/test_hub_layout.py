@@ -25,7 +25,10 @@ CLASSES = {
 }
 CAUSAL = "AutoModelForCausalLM"
 AUTO_MAP = {"AutoConfig": "configuration_olmem.OlmemConfig"} | {
-    name: f"modeling_olmem.{model_class.__name__}" for name, model_class in CLASSES.items()
+    "AutoModel": "modeling_olmem.OlmemModel",
+    "AutoModelForCausalLM": "modeling_olmem.OlmemForCausalLM",
+    "AutoModelForSequenceClassification": "heads_olmem.OlmemForSequenceClassification",
+    "AutoModelForTokenClassification": "heads_olmem.OlmemForTokenClassification",
 }
 IDS = tokens(1, 11)
 

@@ -26,7 +26,7 @@ def cell(visibility: Visibility, query: int, key: int) -> tuple[str, str]:
     """Colour and slot of a key for a query."""
     if visibility.sees(query, key):
         return OWN if query == key else WINDOW, str(visibility.key_slot(query, key))
-    if visibility.sees_sink(query, key):
+    if key < visibility.sinks_before(query):
         return SINK, str(visibility.key_slot(query, key))
     return UNSEEN, ""
 

@@ -121,8 +121,8 @@ class Step:
             if len(parts) == 1 and not needs.plain and heads.memory_gate is None:
                 output, weights = attend_sdpa(heads, queries[0], keys[0], values[0], view.step_mask), None
             else:
-                gate = heads.memory_gate
-                output, weights = attend_side_by_side(heads, queries, keys, values, view.step_mask, gate)
+                gate, num_memory = heads.memory_gate, view.visibility.num_memory
+                output, weights = attend_side_by_side(heads, queries, keys, values, view.step_mask, gate, num_memory)
         return output, in_order(weights, view) if needs.weights and weights is not None else None
 
     def attend_bare(self, heads: Heads, query: torch.Tensor, part: Part, section: Section) -> Output:
@@ -140,7 +140,8 @@ class Step:
             own, value, share = query[:, some], part.value[:, kv_heads], None
             gate = None if heads.memory_gate is None else heads.memory_gate[some]
             if section.needs.plain or gate is not None:
-                output, share = attend_side_by_side(heads, [own], [key], [value], view.step_mask, gate)
+                num_memory = view.visibility.num_memory
+                output, share = attend_side_by_side(heads, [own], [key], [value], view.step_mask, gate, num_memory)
             else:
                 output = attend_sdpa(heads, own, key, value, view.step_mask)
             outputs.append(output)
@@ -198,7 +199,8 @@ class Blocks:
             mask = view.mask(block, reach, prefix is not None)
             if prefix is not None:
                 some = [prefix.query, block_query], [prefix.key, block_key], [prefix.value, block_value]
-                output, share = attend_side_by_side(heads, *some, mask, heads.memory_gate, bias)
+                num_memory = view.visibility.num_memory
+                output, share = attend_side_by_side(heads, *some, mask, heads.memory_gate, num_memory, bias)
             elif needs.plain:
                 output, share = attend_side_by_side(heads, [block_query], [block_key], [block_value], mask)
             else:
@@ -350,13 +352,14 @@ def attend_side_by_side(
     values: Sequence[torch.Tensor],
     mask: torch.Tensor | None,
     gate: torch.Tensor | None = None,
+    num_memory: int = 0,
     bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attends in plain operations, the scores of all parts side by side under one softmax.
 
     Each part has queries (B, H, T, D), keys and values (B, K, S, D) of its own. The mask (R, T, S) covers all of them,
-    `gate` (H,) opens heads to memory, which comes first, and `bias` (B, H, T, 1) is added to the scores of the first
-    part. Returns (B, T, H, D) and weights (B, H, T, S).
+    `gate` (H,) opens heads to memory, which are the first `num_memory` keys, and `bias` (B, H, T, 1) is added to the
+    scores of the first part. Returns (B, T, H, D) and weights (B, H, T, S).
     """
     batch, kv_heads, size = len(keys[0]), keys[0].shape[1], keys[0].shape[3]
     shape = queries[0].shape
@@ -367,7 +370,7 @@ def attend_side_by_side(
     if bias is not None:
         scores[0] = scores[0] + bias.reshape(*scores[0].shape[:3], 1)
     joined = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
-    weights = weigh(heads, joined.view(*shape[:3], -1), mask, gate).to(queries[0].dtype)
+    weights = weigh(heads, joined.view(*shape[:3], -1), mask, gate, num_memory).to(queries[0].dtype)
     shares = weights.view(batch, kv_heads, -1, weights.shape[-1]).split([key.shape[2] for key in keys], dim=-1)
     output = shares[0] @ values[0]
     for share, value in zip(shares[1:], values[1:], strict=True):
@@ -375,18 +378,21 @@ def attend_side_by_side(
     return output.reshape(shape).transpose(1, 2), weights
 
 
-def weigh(heads: Heads, scores: torch.Tensor, mask: torch.Tensor | None, gate: torch.Tensor | None) -> torch.Tensor:
-    """Returns the weights of scores (B, H, T, S) where the mask (R, T, S) lets them be, with a softmax in float32.
+def weigh(
+    heads: Heads, scores: torch.Tensor, mask: torch.Tensor | None, gate: torch.Tensor | None, num_memory: int
+) -> torch.Tensor:
+    """Returns the weights of scores (B, H, T, S) where the mask (R, T, S) is true, with a softmax in float32.
 
-    With a memory gate g (H,) they are g times those, and 1 − g times those of a softmax without memory.
+    With a memory gate g (H,) they are g times those, plus 1 − g times those of a softmax without the first
+    `num_memory` keys.
     """
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None], -torch.inf)
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32)
     if gate is not None:
-        gate, count = gate[:, None, None], heads.num_memory
-        without = nn.functional.softmax(scores[..., count:], dim=-1, dtype=torch.float32)
-        without = nn.functional.pad(without, (count, 0)).nan_to_num()  # of padding that sees memory alone
+        gate = gate[:, None, None]
+        without = nn.functional.softmax(scores[..., num_memory:], dim=-1, dtype=torch.float32)
+        without = nn.functional.pad(without, (num_memory, 0)).nan_to_num()  # of padding that sees memory alone
         weights = gate * weights + (1 - gate) * without
     return nn.functional.dropout(weights.to(scores.dtype), p=heads.dropout, training=heads.dropout > 0)
 

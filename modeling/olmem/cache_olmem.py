@@ -113,11 +113,12 @@ class OlmemCache(Cache):
         self.config = config
         self.max_length = max_length
         self.retrieval_device = retrieval_device or config.retrieval_device
-        layers = []
+        counters, layers = Counters(), []
         for index, layer_type in enumerate(config.layer_types):
             layers.append(
                 OlmemCacheLayer(
                     Visibility.of(config, layer_type),
+                    counters,
                     max_length,
                     one_tensor=config.caches_one_tensor,
                     rotates=config.layer_position_embeddings[index] in ROTATING,
@@ -126,7 +127,7 @@ class OlmemCache(Cache):
                 )
             )
         super().__init__(layers=layers)
-        self.counters = Counters()
+        self.counters = counters
         self.memory: torch.Tensor | None = None
         self.unfinished = False  # a forward call has read some of its segments and not all
         self.began_anew = False  # some rows have: columns are no longer those of one text
@@ -260,7 +261,6 @@ class OlmemCache(Cache):
             return
         self.began_anew = True
         for layer in self.layers:
-            layer.length = self.get_seq_length()
             layer.clear(chosen)
 
     # Lengths
@@ -271,7 +271,6 @@ class OlmemCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Returns length and first column of the keys that a next call of that many columns would see."""
-        self.layers[layer_idx].length = self.get_seq_length()
         return self.layers[layer_idx].get_mask_sizes(query_length)
 
     @property
@@ -303,7 +302,6 @@ class OlmemCache(Cache):
         self.unfinished = self.began_anew = False
         self.memory = None
         for layer in self.layers:
-            layer.length = 0
             layer.clear()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -373,8 +371,6 @@ class OlmemCache(Cache):
         if removed > columns:
             raise ValueError(f"`crop` cannot take back more than was read (got {removed} of {columns}).")
         self.counters.crop(removed)
-        for layer in self.layers:
-            layer.length = columns - removed
 
     # On disk
 
@@ -437,12 +433,11 @@ class OlmemCache(Cache):
             for index, layer in enumerate(cache.layers):
                 own = [tensors[f"layers.{index}.{name}"] for name in layer.names]
                 layer.lazy_initialization(*(each[:, :, :0].to(device) for each in (own[0], own[-1])))
-                layer.length = length
                 layer.reserve(length)
                 if layer.store_limit:
                     layer.reserve_store(length)
-                for name, place in layer.used(length).items():
-                    place.copy_(tensors[f"layers.{index}.{name}"])
+                for name, buffer in layer.used(length).items():
+                    buffer.copy_(tensors[f"layers.{index}.{name}"])
         return cache
 
 

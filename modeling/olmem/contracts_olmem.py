@@ -54,7 +54,6 @@ class Heads:
     scheme: PositionScheme
     scaling: float
     dropout: float
-    num_memory: int = 0
     memory_gate: torch.Tensor | None = None  # (H,) how far each head opens to memory, between 0 and 1
 
 
@@ -85,7 +84,6 @@ class Writes:
     past_slots: torch.Tensor | None  # (R, P) of the keys before, oldest first; None where keys are read in place
     filled: int  # slots of the ring or row that hold a token, where keys are read in place
     length: int | None  # columns read after this call, padding included; None where only the device knows
-    begins: torch.Tensor | None = None  # (R,) whether the read section is a row's new memory; None if it is for all
     chosen: torch.Tensor | None = None  # (R,) the rows of the batch that take part; None is all
 
     def to(self, device: torch.device) -> "Writes":
@@ -97,11 +95,9 @@ class Writes:
 class Tape:
     """States what came before the new tokens, where keys are joined so that gradients go back through them."""
 
-    past_numbers: torch.Tensor  # (R, S) of the keys that an `OlmemCache` had before this forward, oldest first
     own_numbers: torch.Tensor  # (R, S) of the tokens of earlier calls of this forward, then of the new ones
     sinks: tuple[torch.Tensor, torch.Tensor] | None = None  # (R, Z) whether each is among all these, and its column
     store_numbers: torch.Tensor | None = None  # (R, S) of what a store held before this forward, oldest first
-    begins: torch.Tensor | None = None  # as in Writes, of this call
 
     def to(self, device: torch.device) -> "Tape":
         """Returns the same on another device."""
@@ -197,6 +193,7 @@ class Plan:
         rotations: Rotations,
         writes: Writes | None = None,
         tape: Tape | None = None,
+        begins: torch.Tensor | None = None,
         retrieves: bool = False,
         returns_weights: bool = False,
         carries: bool = False,
@@ -206,6 +203,7 @@ class Plan:
         self.rotations = rotations
         self.writes = writes
         self.tape = tape
+        self.begins = begins  # (R,) which rows begin a segment, and so read memory; None is all
         self.retrieves = retrieves
         self.returns_weights = returns_weights
         self.carries = carries  # layers return their new keys and values too
@@ -226,7 +224,8 @@ class Plan:
         if device not in self.copies:
             sections = [section.to(device) for section in self.sections]
             writes, tape = self.writes and self.writes.to(device), self.tape and self.tape.to(device)
-            rest = self.retrieves, self.returns_weights, self.carries
+            begins = None if self.begins is None else self.begins.to(device)
+            rest = begins, self.retrieves, self.returns_weights, self.carries
             moved = Plan(self.visibility, sections, self.rotations.to(device), writes, tape, *rest)
             self.copies[device], moved.copies = moved, self.copies
         return self.copies[device]

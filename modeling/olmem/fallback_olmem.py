@@ -9,7 +9,7 @@ Shapes: B batch, H query heads, K key/value heads, T tokens, D head dim.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from transformers.cache_utils import Cache
@@ -22,7 +22,7 @@ from .compat_olmem import CACHE_NAME, is_recorded
 from .configuration_olmem import OlmemConfig
 from .contracts_olmem import Candidates, Heads, LayerKind, Needs, Output, Part, Plan, Rotations, Section
 from .plan_olmem import layer_kinds
-from .positions_olmem import OlmemRotaryEmbedding, Rotation
+from .positions_olmem import OlmemRotaryEmbedding, Rotation, rotary_clip
 from .rules_olmem import BY_SLOT, ROTATING
 from .view_olmem import View
 from .visibility_olmem import Visibility
@@ -32,6 +32,23 @@ MASK_FUNCTIONS = {
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
 }
+
+
+class EngineCache(Protocol):
+    """A cache of paged attention, which a serving engine keeps and Transformers hands on."""
+
+    def get_seq_length(self) -> int:
+        """Returns the columns that were read."""
+        ...
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keeps keys and values of a layer, returns those to attend to, and adds to the layer's keywords."""
+        ...
+
+
+ForeignCache = Cache | EngineCache
 
 
 class Implementation(NamedTuple):
@@ -48,12 +65,14 @@ class Implementation(NamedTuple):
         return cls(name, name in OWN_IMPLEMENTATIONS, name == "eager")
 
 
-def is_padding_mask(attention_mask: Any) -> bool:
+def is_padding_mask(attention_mask: object) -> bool:
     """Tells whether a mask is (B, T), or none, which pads nothing."""
     return attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2)
 
 
-def falls_back(config: OlmemConfig, cache: Any, attention_mask: Any, position_ids: torch.Tensor | None) -> bool:
+def falls_back(
+    config: OlmemConfig, cache: ForeignCache | None, attention_mask: object, position_ids: torch.Tensor | None
+) -> bool:
     """Decides whether a call is one of plain Olmo2 or Olmo3.
 
     Raises:
@@ -83,30 +102,34 @@ def falls_back(config: OlmemConfig, cache: Any, attention_mask: Any, position_id
         return False
     if own_cache:
         raise ValueError(f"`past_key_values` is an OlmemCache, which does not work with {reason}.")
-    refuse_own_features(config, cache, reason)
-    return True
-
-
-def refuse_own_features(config: OlmemConfig, cache: Any, reason: str) -> None:
-    """Raises an error for the first feature of a model that plain Olmo2 and Olmo3 do not have."""
-    types = set(config.layer_types)
-    if config.num_sink_tokens and types != {"full_attention"}:
-        raise ValueError(f"`num_sink_tokens` must be 0 (got {config.num_sink_tokens}) with {reason}.")
-    if config.has_memory:
-        raise ValueError(f"{config.memory_rule}, as memory is an OlmemCache's, with {reason}.")
-    by_slot = set(BY_SLOT) & set(config.layer_position_embeddings)
-    if by_slot:
-        raise ValueError(
-            f"`position_embedding` must be made of rope and none (got {min(by_slot)!r}, which goes by what a query "
-            f"sees) with {reason}."
-        )
-    if "chunked_attention" in types:
-        raise ValueError(f"`layer_types` must not have 'chunked_attention' with {reason}.")
-    if cache is not None and "sliding_attention" in types and config.sliding_window == 1:
+    refuse_own_features(config, f"with {reason}")
+    if cache is not None and "sliding_attention" in config.layer_types and config.sliding_window == 1:
         raise ValueError(
             "`sliding_window` must be at least 2 (got 1) with a cache of Transformers, which cannot keep a window that "
             "holds nothing of the past; leave `past_key_values` and `cache_implementation` out."
         )
+    return True
+
+
+def refuse_own_features(config: OlmemConfig, context: str) -> None:
+    """Raises an error for the first feature of a model that plain Olmo2 and Olmo3 do not have.
+
+    Args:
+        context: where such a feature does not work and what to do about it, as the end of a sentence.
+    """
+    types = set(config.layer_types)
+    if config.num_sink_tokens and types != {"full_attention"}:
+        raise ValueError(f"`num_sink_tokens` must be 0 (got {config.num_sink_tokens}) {context}.")
+    if config.has_memory:
+        raise ValueError(f"{config.memory_rule}, which only an OlmemCache holds, {context}.")
+    by_slot = set(BY_SLOT) & set(config.layer_position_embeddings)
+    if by_slot:
+        raise ValueError(
+            f"`position_embedding` must be made of rope and none (got {min(by_slot)!r}, which goes by what a query "
+            f"sees) {context}."
+        )
+    if "chunked_attention" in types:
+        raise ValueError(f"`layer_types` must not have 'chunked_attention' {context}.")
 
 
 @dataclass
@@ -159,7 +182,7 @@ class ForeignState:
         arguments: the caller's other keywords, which every layer is given; paged attention adds to them.
     """
 
-    def __init__(self, cache: Any, layer_index: int, arguments: dict[str, Any]):
+    def __init__(self, cache: ForeignCache | None, layer_index: int, arguments: dict[str, Any]):
         self.cache, self.layer_index, self.arguments = cache, layer_index, arguments
 
     def write(
@@ -197,7 +220,7 @@ class Fallback:
         self,
         config: OlmemConfig,
         rotary: OlmemRotaryEmbedding,
-        cache: Any,
+        cache: ForeignCache | None,
         hidden_states: torch.Tensor,
         attention_mask: Any,
         position_ids: torch.Tensor | None,
@@ -205,7 +228,7 @@ class Fallback:
     ):
         self.config, self.rotary, self.cache = config, rotary, cache
         self.hidden_states, self.attention_mask = hidden_states, attention_mask
-        self.clip = float(config.clip_qkv) if config.clip_qkv and config.clip_qkv_stage == "rotary" else None
+        self.clip = rotary_clip(config)
         self.position_ids = self.positions() if position_ids is None else position_ids
         self.arguments = {"position_ids": self.position_ids, **arguments}
 
@@ -225,10 +248,12 @@ class Fallback:
         """Returns what each layer remembers."""
         return [ForeignState(self.cache, index, self.arguments) for index in range(self.config.num_hidden_layers)]
 
-    def plans(self) -> dict[LayerKind, Plan]:
-        """Makes the plan of each kind of layer."""
-        masks, plans = {}, {}
-        for kind in dict.fromkeys(layer_kinds(self.config)):
+    def plans(self) -> list[Plan]:
+        """Makes the plan of each layer, which layers of one kind share."""
+        kinds = layer_kinds(self.config)
+        masks: dict[str, Any] = {}
+        plans: dict[LayerKind, Plan] = {}
+        for kind in dict.fromkeys(kinds):
             if kind.layer_type not in masks:
                 masks[kind.layer_type] = self.mask(kind.layer_type)
             rotation = Rotation(clip=self.clip)
@@ -241,18 +266,19 @@ class Fallback:
             view = View(visibility, self.position_ids, self.position_ids)
             section = Section(slice(None), view, rotations, Needs(), backend)
             plans[kind] = Plan(visibility, [section], rotations, returns_weights=True)
-        return plans
+        return [plans[kind] for kind in kinds]
 
     def mask(self, layer_type: str) -> Any:
         """Returns the mask of one type of layers, as `attn_implementation` wants it."""
         if isinstance(self.attention_mask, dict):  # `generate` has made them already
             return self.attention_mask[layer_type]
+        given: dict[str, Any] = {CACHE_NAME: self.cache}
         return MASK_FUNCTIONS[layer_type](
             config=self.config,
             inputs_embeds=self.hidden_states,
             attention_mask=self.attention_mask,
             position_ids=self.position_ids,
-            **{CACHE_NAME: self.cache},
+            **given,
         )
 
 

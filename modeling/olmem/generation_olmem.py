@@ -13,7 +13,7 @@ from transformers.masking_utils import create_masks_for_generate
 from .cache_olmem import is_olmem_cache
 from .compat_olmem import CACHE_NAME, rename_cache, takes_cache
 from .configuration_olmem import OlmemConfig
-from .rules_olmem import BY_SLOT
+from .fallback_olmem import refuse_own_features
 
 
 class OlmemGenerationMixin(GenerationMixin):
@@ -42,23 +42,11 @@ class OlmemGenerationMixin(GenerationMixin):
             if not rolls_back:
                 model_kwargs[CACHE_NAME] = self.make_cache()
                 return None
-            if self.config.has_memory:
-                raise ValueError(
-                    f"{self.config.memory_rule} to assist or be assisted, which takes tokens back; use no assistant "
-                    "and no `prompt_lookup_num_tokens`."
-                )
-            by_slot = set(BY_SLOT) & set(self.config.layer_position_embeddings)
-            if by_slot:
-                raise ValueError(
-                    f"`position_embedding` must be made of rope and none (got {min(by_slot)!r}) to assist or be "
-                    "assisted, which needs a cache of Transformers; use no assistant and no `prompt_lookup_num_tokens`."
-                )
-            types = set(self.config.layer_types)
-            if "chunked_attention" in types or (self.config.num_sink_tokens and types != {"full_attention"}):
-                raise ValueError(
-                    f"`num_sink_tokens` must be 0 (got {self.config.num_sink_tokens}) and no layer chunked to assist "
-                    "or be assisted, which takes tokens back; use no assistant and no `prompt_lookup_num_tokens`."
-                )
+            refuse_own_features(
+                self.config,
+                "to assist or be assisted, which takes tokens back from a cache of Transformers; use no assistant and "
+                "no `prompt_lookup_num_tokens`",
+            )
         return super()._prepare_cache_for_generation(  # pyright: ignore[reportAttributeAccessIssue]  a mixin's `self`
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )

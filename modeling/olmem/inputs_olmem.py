@@ -23,7 +23,7 @@ class Tokens:
     """
 
     numbers: torch.Tensor  # (R, T); −1 is padding
-    padded: bool  # some numbers may be −1
+    padded: bool = False  # some numbers may be −1
     documents: list[list[Document]] | None = None  # of each row, where documents are packed
     position_ids: torch.Tensor | None = None  # (R, T) the caller's own places in the stream, without a cache
 

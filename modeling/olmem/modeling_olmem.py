@@ -22,7 +22,7 @@ One forward call, from ids to logits:
 Shapes: B batch, H query heads, K key/value heads, C columns of a pass, T tokens, D head dim, M memory slots.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -41,11 +41,11 @@ from .cache_olmem import OlmemCache, is_olmem_cache
 from .captured_olmem import Captured, wanted_states
 from .compat_olmem import CACHE_NAME, moves_inputs, takes_cache
 from .configuration_olmem import HUB_ARGUMENTS, OlmemConfig
-from .contracts_olmem import Heads, LayerKind, LayerState, Plan
+from .contracts_olmem import Heads, LayerState, Plan
 from .fallback_olmem import Fallback, Implementation, falls_back, is_padding_mask
 from .generation_olmem import OlmemGenerationMixin
-from .inputs_olmem import number_tokens, refuse_malformed
-from .plan_olmem import Planner, layer_kinds
+from .inputs_olmem import Tokens, number_tokens, refuse_malformed
+from .plan_olmem import Planner
 from .positions_olmem import ROPE, XPOS, LinspaceScheme, OlmemRotaryEmbedding, PositionScheme
 from .retrieval_olmem import Retrieval
 from .rules_olmem import NOT_YET
@@ -217,7 +217,7 @@ class OlmemAttention(nn.Module):
         """Returns what attention needs of this layer."""
         gate = None if self.memory_gate is None else self.memory_gate()
         dropout = self.attention_dropout if self.training else 0.0
-        return Heads(self, self.scheme(plan), self.scaling, dropout, self.config.num_memory_tokens, gate)
+        return Heads(self, self.scheme(plan), self.scaling, dropout, gate)
 
     def scheme(self, plan: Plan) -> PositionScheme:
         """Returns how this layer's queries and keys are given positions, beside a rotation."""
@@ -429,7 +429,7 @@ class OlmemModel(OlmemPreTrainedModel):
     def run_layers(
         self,
         hidden_states: torch.Tensor,
-        plans: Mapping[LayerKind, Plan],
+        plans: Sequence[Plan],
         states: Sequence[LayerState],
         captured: Captured,
         earlier: Sequence[Sequence[torch.Tensor]] = (),
@@ -437,15 +437,14 @@ class OlmemModel(OlmemPreTrainedModel):
         """Passes hidden states (B, C, hidden_size) through all layers.
 
         Args:
-            plans: of each kind of layer.
+            plans: of each layer.
             states: what each layer remembers.
             captured: keeps what the caller wants beside the last hidden states, which are returned.
             earlier: of each layer, keys and values of earlier passes of the same forward.
         """
         captured.keep(hidden_states)
         layers = self.layers[: self.config.num_hidden_layers]  # fewer in one that assists and leaves early
-        for index, (layer, kind) in enumerate(zip(layers, layer_kinds(self.config), strict=False)):
-            plan = plans[kind]
+        for index, (layer, plan) in enumerate(zip(layers, plans, strict=False)):
             output = layer(hidden_states, *(earlier[index] if earlier else ()), plan=plan, state=states[index])
             hidden_states, *more = output if isinstance(output, tuple) else (output,)
             if plan.carries:
@@ -482,14 +481,16 @@ class OlmemModel(OlmemPreTrainedModel):
         tokens = number_tokens(*inputs, has_memory=self.config.has_memory, has_prefix=has_prefix)
         implementation = Implementation.of(self.config)
         planner = Planner(self.config, self.rotary_emb, BACKENDS, implementation.is_plain, output_attentions)
+
+        def run(tokens: Tokens, embeddings: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+            schedule = Schedule(self.config, planner.kinds, self.memory, cache, tokens, embeddings)
+            return self.run(schedule, planner, captured)
+
         if tokens.documents is None or self.memory is None:
-            return self.run(Schedule(self.config, self.memory, cache, tokens, embeddings), planner, captured)
-        packed = unpack_documents(tokens, embeddings)
-        found = []
+            return run(tokens, embeddings)
+        packed, found = unpack_documents(tokens, embeddings), []
         for each in packed:
-            last, stages = self.run(
-                Schedule(self.config, self.memory, None, each.tokens, each.embeddings), planner, captured
-            )
+            last, stages = run(each.tokens, each.embeddings)
             found.append([last, *stages])
         last, *stages = pack_documents(packed, found, embeddings)
         return last, stages
@@ -501,11 +502,12 @@ class OlmemModel(OlmemPreTrainedModel):
         the memory that the next call reads. A segment that ends with the forward is written when the next one begins.
         """
         for call in schedule.calls():
-            plans, kept = planner.plans(call), Captured(captured.wanted)
-            earlier = [schedule.inputs(index, call) for index in range(len(schedule.kinds))] if schedule.earlier else ()
-            last = self.run_layers(schedule.enter(call), plans, schedule.states, kept, earlier)
-            schedule.leave(call, next(iter(plans.values())), [*kept.hidden_states, last], kept.states)
-            captured.attentions += kept.attentions
+            plans, of_call = planner.plans(call), Captured(captured.wanted)
+            of_layers = [plans[kind] for kind in planner.kinds]
+            earlier = [schedule.inputs(index, call) for index in range(len(of_layers))] if schedule.carried else ()
+            last = self.run_layers(schedule.enter(call), of_layers, schedule.states, of_call, earlier)
+            schedule.leave(call, of_layers[0], [*of_call.hidden_states, last], of_call.states)
+            captured.attentions += of_call.attentions
         *stages, last = schedule.result()
         return last, stages
 
@@ -626,8 +628,8 @@ class OlmemForCausalLM(OlmemPreTrainedModel, OlmemGenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, columns, :])
         if self.config.logits_scaling != 1.0:
             logits = logits / self.config.logits_scaling
         loss = None

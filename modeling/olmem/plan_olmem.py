@@ -14,48 +14,76 @@ import torch
 
 from .configuration_olmem import OlmemConfig
 from .contracts_olmem import Backend, LayerKind, Needs, Plan, Rotations, Section, Tape, Writes, choose
-from .positions_olmem import OlmemRotaryEmbedding, Rotation
+from .inputs_olmem import Tokens
+from .positions_olmem import OlmemRotaryEmbedding, Rotation, rotary_clip
 from .rules_olmem import BY_SLOT, ROTATING
 from .view_olmem import View, find_sinks, inner_padding
 from .visibility_olmem import Visibility, held, last_numbers, ring_slot
 
 
 @dataclass
-class Call:
-    """Describes one pass through the layers: memory that is read, tokens, and memory that is written."""
+class Past:
+    """States what an `OlmemCache` has read before a call."""
 
-    numbers: torch.Tensor  # (R, T) of the tokens; −1 is padding; (R, 0) where memory is only written
-    padded: bool = False
-    documents: list[list[tuple[int, int]]] | None = None
-    position_ids: torch.Tensor | None = None  # (R, T) the caller's own places in the stream
-    reads: bool = False  # memory tokens come before the tokens
-    writes: bool = False  # memory tokens come after them
-    begins: torch.Tensor | None = None  # (R,) the rows for which memory is read; None is all
-    written_after: torch.Tensor | None = None  # (R,) how many tokens a row has read when memory is written
-    chosen: torch.Tensor | None = None  # (R,) the rows of the batch that take part; None is all
-    differentiable: bool = False
-    # With an `OlmemCache`:
-    seen: torch.Tensor | None = None  # (B,) real tokens read before this call
-    before: int | None = 0  # the most that a row may have read; None where only the device knows
-    least_seen: int | None = None  # the least that a row has read, if the host knows
+    seen: torch.Tensor  # (B,) real tokens of each row
+    least: int | None = None  # the fewest real tokens of a row; None where the host does not know
     max_length: int | None = None  # tokens for which layers that grow have room
-    bare: bool = False  # keys are values too, and kept without positions
-    # Of earlier calls of the same forward, where gradients are wanted:
-    seen_first: torch.Tensor | None = None  # (B,) real tokens read before the forward, with an `OlmemCache`
-    before_first: int = 0  # the most that a row may have read before the forward
-    earlier: dict[LayerKind, list[torch.Tensor]] = field(default_factory=dict)  # numbers (R, T) of each
-    loose: bool = False  # some of them were padded
-    carries: bool = False  # a call of the same forward comes after
+    one_tensor: bool = False  # keys are the values too, and are kept without positions
+
+
+@dataclass
+class Earlier:
+    """States what came before a call of a forward through which gradients go back."""
+
+    numbers: dict[LayerKind, list[torch.Tensor]] = field(default_factory=dict)  # (R, T) of the forward's earlier calls
+    padded: bool = False  # some of these calls had padding
+    seen: torch.Tensor | None = None  # (B,) real tokens that an `OlmemCache` had read before the forward
+    before: int = 0  # the most tokens, padding included, that a row had read before the forward
+
+
+@dataclass
+class Call:
+    """Describes one pass through the layers: memory that is read, tokens, and memory that is written.
+
+    A call with gradients has `earlier`, and a call that goes on from an `OlmemCache` has `past`.
+    """
+
+    tokens: Tokens  # none of them, (R, 0), where memory is only written
+    before: int | None = 0  # the most tokens, padding included, that a row has read; None where only the device knows
+    past: Past | None = None
+    earlier: Earlier | None = None
+    reads: bool = False  # memory tokens come before the tokens
+    begins: torch.Tensor | None = None  # (R,) which rows begin a segment, and so read memory; None is all
+    written_after: torch.Tensor | None = None  # (R,) tokens that a row has read when its memory is written, if it is
+    chosen: torch.Tensor | None = None  # (R,) the rows of the batch that take part; None is all
+    carries: bool = False  # a later call of the same forward needs the new keys and values
+    inner: int | None = field(init=False, default=None)  # of `inner_padding`
 
     @property
-    def has_cache(self) -> bool:
-        """Tells whether the call goes on from an `OlmemCache`."""
-        return self.seen is not None
+    def numbers(self) -> torch.Tensor:
+        """Returns the numbers (R, T) of the tokens; −1 is padding."""
+        return self.tokens.numbers
+
+    @property
+    def writes(self) -> bool:
+        """Tells whether memory tokens come after the tokens."""
+        return self.written_after is not None
+
+    @property
+    def one_tensor(self) -> bool:
+        """Tells whether the call goes on from a cache whose keys are the values too, and have no positions."""
+        return self.past is not None and self.past.one_tensor
 
     @property
     def length_after(self) -> int | None:
         """Returns the most tokens that a row may have read after this call, None where only the device knows."""
         return None if self.before is None else self.before + self.numbers.shape[1]
+
+    def inner_padding(self) -> int:
+        """Returns the most columns of padding between two real tokens of a row, for which the host waits once."""
+        if self.inner is None:
+            self.inner = inner_padding(self.numbers, self.before != 0) if self.tokens.padded else 0
+        return self.inner
 
 
 def layer_kinds(config: OlmemConfig) -> list[LayerKind]:
@@ -85,34 +113,35 @@ class Planner:
     ):
         self.config, self.rotary, self.backends = config, rotary, backends
         self.plain, self.weights = plain, weights and plain
-        clips = config.clip_qkv is not None and config.clip_qkv_stage == "rotary"
-        self.clip = float(config.clip_qkv) if clips and config.clip_qkv is not None else None
+        self.kinds = layer_kinds(config)
+        self.clip = rotary_clip(config)
 
     def plans(self, call: Call) -> dict[LayerKind, Plan]:
         """Makes the plan of each kind of layer for one call."""
         plans: dict[LayerKind, Plan] = {}
         frames: dict[tuple[str, bool], Frame] = {}
         rotations: dict[tuple[str, bool, bool], tuple[Rotations, list[Rotations]]] = {}
-        for kind in dict.fromkeys(layer_kinds(self.config)):
-            # Layers that retrieve differ in what came before, which only a tape joins.
-            place = kind.layer_type, kind.retrieves and call.differentiable
-            if place not in frames:
+        for kind in dict.fromkeys(self.kinds):
+            # Layers that retrieve need more of what came before, where a tape joins it.
+            frame_key = kind.layer_type, kind.retrieves and call.earlier is not None
+            if frame_key not in frames:
                 visibility = Visibility.of(self.config, kind.layer_type)
-                frames[place] = Frame(visibility, call, call.earlier.get(kind, []), self.config.retrieval_capacity)
-            turned = *place, kind.position_embedding in ROTATING
-            if turned not in rotations:
-                rotations[turned] = self.rotate(kind.layer_type, turned[-1], frames[place], call)
-            plans[kind] = self.plan(kind, frames[place], call, *rotations[turned])
+                earlier = call.earlier.numbers.get(kind, []) if call.earlier is not None else []
+                frames[frame_key] = Frame(visibility, call, earlier, self.config.retrieval_capacity)
+            rotates = kind.position_embedding in ROTATING
+            if (*frame_key, rotates) not in rotations:
+                rotations[*frame_key, rotates] = self.rotate(kind.layer_type, rotates, frames[frame_key], call)
+            plans[kind] = self.plan(kind, frames[frame_key], call, *rotations[*frame_key, rotates])
         return plans
 
     def plan(
         self, kind: LayerKind, frame: "Frame", call: Call, rotations: Rotations, of_sections: list[Rotations]
     ) -> Plan:
         """Puts a plan together."""
-        needs = Needs(self.plain, self.weights, kind.position_embedding in BY_SLOT, call.bare)
+        needs = Needs(self.plain, self.weights, kind.position_embedding in BY_SLOT, call.one_tensor)
         sections = [
-            Section(columns, view, turned, needs, choose(self.backends, view, needs))
-            for (columns, view), turned in zip(frame.sections, of_sections, strict=True)
+            Section(columns, view, own_rotations, needs, choose(self.backends, view, needs))
+            for (columns, view), own_rotations in zip(frame.sections, of_sections, strict=True)
         ]
         has_tokens = call.numbers.shape[1] > 0
         return Plan(
@@ -121,6 +150,7 @@ class Planner:
             rotations,
             frame.writes,
             frame.tape,
+            begins=call.begins,
             retrieves=kind.retrieves and has_tokens,
             returns_weights=self.weights,
             carries=call.carries,
@@ -132,7 +162,7 @@ class Planner:
         if not rotates:
             whole = Rotations.of(clip)
             return whole, [whole for _ in frame.sections]
-        in_pairs, visibility = call.bare and not call.differentiable, frame.visibility
+        in_pairs, visibility = call.one_tensor and call.earlier is None, frame.visibility
 
         def at(positions: torch.Tensor, below: int | None = None) -> Rotation:
             if in_pairs:
@@ -145,17 +175,13 @@ class Planner:
         slots_below = None if span is None else visibility.num_prefix + span + visibility.num_memory
         views = [view for _, view in frame.sections]
         places = [view.places for view in views]
-        if call.position_ids is not None and not visibility.num_prefix:  # whose slots are counted from 0
-            places, below = [call.position_ids], None
-        rows = max(len(each) for each in places)
-        joined = torch.cat([each.expand(rows, -1) for each in places], dim=1) if len(places) > 1 else places[0]
-        whole = Rotations.of(at(joined.clamp(min=0), below))
+        if call.tokens.position_ids is not None and not visibility.num_prefix:  # whose slots are counted from 0
+            places, below = [call.tokens.position_ids], None
+        whole = Rotations.of(at(side_by_side(places).clamp(min=0), below))
         if any(view.prefix for view in views) or (in_pairs and views[-1].is_step):
-            slots = [view.query_slots for view in views]
-            joined = torch.cat([each.expand(rows, -1) for each in slots], dim=1) if len(slots) > 1 else slots[0]
-            whole.slot = at(joined, slots_below)
-        if call.bare:
-            whole.prefix = at(torch.arange(visibility.num_prefix, device=joined.device)[None], visibility.num_prefix)
+            whole.slot = at(side_by_side([view.query_slots for view in views]), slots_below)
+        if call.one_tensor:
+            whole.prefix = at(views[0].prefix_slots, visibility.num_prefix)
         if frame.bare_numbers is not None and frame.bare_numbers.shape[1]:
             whole.key = at((visibility.num_memory + frame.bare_numbers).clamp(min=0), below)
         sections = [whole.part(columns) for columns, _ in frame.sections]
@@ -172,6 +198,14 @@ class Planner:
         if view.visibility.span is None or below is None:
             return self.rotary.phases(view.step_slots, layer_type, below)
         return self.rotary.phases_of_slots(view.step_slots, layer_type, below)
+
+
+def side_by_side(numbers: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Returns numbers (R, T) of several sections in one tensor, of as many rows as the largest has."""
+    if len(numbers) == 1:
+        return numbers[0]
+    rows = max(len(each) for each in numbers)
+    return torch.cat([each.expand(rows, -1) for each in numbers], dim=1)
 
 
 class Frame:
@@ -191,22 +225,18 @@ class Frame:
             first = count
         length = numbers.shape[1]
         if length:
-            if call.differentiable or not call.has_cache:
-                view = self.on_tape(call, earlier, visibility.store_size(capacity))
+            if call.past is not None and call.earlier is None:
+                view = self.in_cache(call, call.past)
             else:
-                view = self.in_cache(call)
+                view = self.on_tape(call, earlier, visibility.store_size(capacity))
             self.sections.append((slice(first, first + length), view))
             first += length
-        if call.writes:
-            self.sections.append((slice(first, first + count), self.write_view(call)))
-        if self.writes is not None:
-            self.writes.begins, self.writes.chosen = call.begins, call.chosen
-        if self.tape is not None:
-            self.tape.begins = call.begins
+        if call.written_after is not None:
+            self.sections.append((slice(first, first + count), self.write_view(call, call.written_after)))
 
-    def limit(self, call: Call) -> int | None:
+    def limit(self, past: Past) -> int | None:
         """Returns how many tokens a layer of a cache holds, None where it grows."""
-        return self.visibility.span or call.max_length
+        return self.visibility.span or past.max_length
 
     def prefix_may_show(self, call: Call) -> bool:
         """Tells whether a token of the call may see memory, or sinks before its window."""
@@ -215,113 +245,123 @@ class Frame:
             self.visibility.num_sinks > 0 and (length is None or self.visibility.lets_go(length))
         )
 
-    def write_slots(self, call: Call, past_numbers: torch.Tensor | None, filled: int) -> Writes:
+    def write_slots(self, call: Call, past: Past, past_numbers: torch.Tensor | None, filled: int) -> Writes:
         """States where the tokens of a call go in a cache's layer, and where those before them lie."""
-        assert call.seen is not None
-        numbers, prefix, limit = call.numbers, self.visibility.num_prefix, self.limit(call)
-        kept, sinks = numbers, None
-        if limit is not None and not call.padded and numbers.shape[1] > limit:
-            kept = numbers[:, numbers.shape[1] - limit :]
-        fits = kept >= 0
-        if limit is not None and call.padded:
-            fits &= kept >= call.seen[:, None] + (numbers >= 0).sum(-1, keepdim=True) - limit
-        if self.visibility.num_sinks and (call.least_seen is None or call.least_seen < self.visibility.num_sinks):
-            some = numbers if call.padded else numbers[:, : self.visibility.num_sinks]
-            is_sink = (some >= 0) & (some < self.visibility.num_sinks)
-            sinks = torch.where(is_sink, self.visibility.num_memory + some, -1)
-        rows = torch.arange(len(call.seen), device=numbers.device) if call.chosen is None else call.chosen
+        numbers, padded, num_sinks = call.numbers, call.tokens.padded, self.visibility.num_sinks
+        prefix, limit = self.visibility.num_prefix, self.limit(past)
+        written, sinks = numbers, None
+        if limit is not None and not padded and numbers.shape[1] > limit:
+            written = numbers[:, numbers.shape[1] - limit :]
+        slots = prefix + ring_slot(written, limit)
+        if padded:
+            fits = written >= 0
+            if limit is not None:
+                fits &= written >= past.seen[:, None] + (numbers >= 0).sum(-1, keepdim=True) - limit
+            slots = torch.where(fits, slots, -1)
+        if num_sinks and (past.least is None or past.least < num_sinks):
+            first = numbers if padded else numbers[:, :num_sinks]
+            is_sink = (first >= 0) & (first < num_sinks)
+            sinks = torch.where(is_sink, self.visibility.num_memory + first, -1)
+        rows = torch.arange(len(past.seen), device=numbers.device) if call.chosen is None else call.chosen
         return Writes(
             rows[:, None],
-            torch.where(fits, prefix + ring_slot(kept, limit), -1),
+            slots,
             sinks,
             None if past_numbers is None else prefix + ring_slot(past_numbers.clamp(min=0), limit),
             filled,
             call.length_after,
+            call.chosen,
         )
 
-    def in_cache(self, call: Call) -> View:
+    def in_cache(self, call: Call, past: Past) -> View:
         """Views tokens that go on from a cache without gradients, in place where keys need not be copied."""
-        visibility, numbers, seen = self.visibility, call.numbers, call.seen
-        assert seen is not None
-        length, limit, before = numbers.shape[1], self.limit(call), call.before
+        visibility, numbers, padded = self.visibility, call.numbers, call.tokens.padded
+        length, limit, before = numbers.shape[1], self.limit(past), call.before
         prefix = self.prefix_may_show(call)
         if (visibility.span is None and length > 1) or (length == 1 and not call.writes):
-            prefix = prefix or (call.bare and length == 1 and visibility.num_prefix > 0)
+            prefix = prefix or (past.one_tensor and length == 1 and visibility.num_prefix > 0)
             sizes = [size for size in (limit, call.length_after) if size is not None]
             filled = min(sizes)
-            after = seen[:, None] + (numbers >= 0).sum(-1, keepdim=True)
+            after = past.seen[:, None] + ((numbers >= 0).sum(-1, keepdim=True) if padded else length)
             slot = torch.arange(filled, device=numbers.device)
             if limit is None or visibility.span is None:
                 key_numbers = torch.where(slot < after, slot, -1)
             else:
                 key_numbers = held(slot, after, limit)
-            self.writes = self.write_slots(call, None, filled)
-            causal = not call.padded and before == 0 and visibility.span is None
-            return View(visibility, numbers, key_numbers, "token", call.padded, prefix, causal, True, seen=seen)
-        past = last_numbers(seen, before, self.limit(call) if visibility.span is None else visibility.span - 1)
-        self.writes = self.write_slots(call, past, 0)
+            self.writes = self.write_slots(call, past, None, filled)
+            causal = not padded and before == 0 and visibility.span is None
+            return View(visibility, numbers, key_numbers, "token", padded, prefix, causal, True, seen=past.seen)
+        past_numbers = last_numbers(past.seen, before, limit if visibility.span is None else visibility.span - 1)
+        self.writes = self.write_slots(call, past, past_numbers, 0)
         return View(
             visibility,
             numbers,
-            torch.cat((past, numbers), dim=1),
-            padded=call.padded,
+            torch.cat((past_numbers, numbers), dim=1),
+            padded=padded,
             prefix=prefix,
-            causal=not call.padded and past.shape[1] == 0 and (visibility.span is None or length < visibility.span),
-            slack=inner_padding(numbers, past.shape[1] > 0) if call.padded else 0,
-            seen=seen,
+            causal=self.is_causal(call, past_numbers.shape[1]),
+            slack=call.inner_padding(),
+            seen=past.seen,
         )
 
-    def on_tape(self, call: Call, earlier: Sequence[torch.Tensor], store_limit: int) -> View:
+    def is_causal(self, call: Call, columns_before: int) -> bool:
+        """Tells whether each token sees every key up to itself, of keys that are those of the tokens alone."""
+        span = self.visibility.span
+        return not call.tokens.padded and columns_before == 0 and (span is None or call.numbers.shape[1] < span)
+
+    def on_tape(self, call: Call, earlier_numbers: Sequence[torch.Tensor], store_limit: int) -> View:
         """Views tokens whose keys are joined to those before: all there is, or with gradients."""
-        visibility, numbers, length = self.visibility, call.numbers, call.numbers.shape[1]
+        visibility, numbers, past, earlier = self.visibility, call.numbers, call.past, call.earlier or Earlier()
         span, own = visibility.span, numbers
-        past = numbers.new_empty(len(numbers), 0)
+        past_numbers = numbers.new_empty(len(numbers), 0)
         store = None
-        if call.seen is not None and call.seen_first is not None:
-            past = last_numbers(call.seen_first, call.before_first, None if span is None else span - 1)
+        if past is not None and earlier.seen is not None:
+            past_numbers = last_numbers(earlier.seen, earlier.before, None if span is None else span - 1)
             if span is not None:  # what earlier calls have written over is out of every window
-                past = torch.where(past > call.seen[:, None] - span, past, -1)
-            store = last_numbers(call.seen_first, call.before_first, store_limit)
-            store = torch.where(store >= call.seen[:, None] - store_limit, store, -1)
-            self.writes = self.write_slots(call, past, 0)
-        rows = max(len(past), len(own), *(len(each) for each in earlier)) if earlier else len(own)
-        if earlier:
-            own = torch.cat([each.expand(rows, -1) for each in (*earlier, numbers)], dim=1)
-        keys = torch.cat((past.expand(rows, -1), own.expand(rows, -1)), dim=1) if past.shape[1] else own
-        before = own[:, : own.shape[1] - length]
-        self.bare_numbers = torch.cat((past, before), dim=1) if call.bare else before
-        count = keys.shape[1] - length
-        slack = inner_padding(numbers, count > 0) if call.padded else 0
+                past_numbers = torch.where(past_numbers > past.seen[:, None] - span, past_numbers, -1)
+            store = last_numbers(earlier.seen, earlier.before, store_limit)
+            store = torch.where(store >= past.seen[:, None] - store_limit, store, -1)
+            self.writes = self.write_slots(call, past, past_numbers, 0)
+        if earlier_numbers:
+            own = side_by_side([*earlier_numbers, numbers])
+        keys = side_by_side([past_numbers, own]) if past_numbers.shape[1] else own
+        columns_before = keys.shape[1] - numbers.shape[1]
+        self.bare_numbers = keys[:, :columns_before]
+        if not call.one_tensor:  # a cache has given its own keys their positions
+            self.bare_numbers = self.bare_numbers[:, past_numbers.shape[1] :]
         sinks = find_sinks(keys, visibility.num_sinks) if visibility.num_sinks else None
-        self.tape = Tape(past, own, sinks, store)
+        self.tape = Tape(own, sinks, store)
+        has_gaps = bool(earlier_numbers) and (call.tokens.padded or earlier.padded)
         return View(
             visibility,
             numbers,
             keys,
-            padded=call.padded,
+            padded=call.tokens.padded,
             prefix=self.prefix_may_show(call),
-            causal=not call.padded and count == 0 and (span is None or length < span),
-            slack=slack + (count if earlier and (call.padded or call.loose) else 0),
-            seen=call.seen,
-            documents=call.documents,
+            causal=self.is_causal(call, columns_before),
+            slack=call.inner_padding() + (columns_before if has_gaps else 0),
+            seen=None if past is None else past.seen,
+            documents=call.tokens.documents,
         )
 
-    def write_view(self, call: Call) -> View:
-        """Views memory tokens that are written, which see what the last token sees, and one another."""
-        assert call.written_after is not None
-        after, visibility = call.written_after, self.visibility
+    def write_view(self, call: Call, after: torch.Tensor) -> View:
+        """Views memory tokens that are written after so many tokens (R,).
+
+        They see what the last token sees, and one another.
+        """
+        visibility, past = self.visibility, call.past
         numbers = after[:, None] + torch.arange(visibility.num_memory, device=after.device)
         if self.sections and self.sections[-1][1].role == "token":
-            past = self.sections[-1][1].key_numbers
-        else:  # of a cache
-            past = last_numbers(after, call.before, self.limit(call))
-            self.writes = self.write_slots(call, past, 0)
-            if call.differentiable:
-                self.tape = Tape(past, call.numbers)
-                self.bare_numbers = past if call.bare else None
-        rows = max(len(past), len(numbers))
-        keys = torch.cat((past.expand(rows, -1), numbers.expand(rows, -1)), dim=1)
-        return View(visibility, numbers, keys, role="write", prefix=True, seen=call.seen)
+            before = self.sections[-1][1].key_numbers
+        else:
+            assert past is not None
+            before = last_numbers(after, call.before, self.limit(past))
+            self.writes = self.write_slots(call, past, before, 0)
+            if call.earlier is not None:
+                self.tape = Tape(call.numbers)
+                self.bare_numbers = before if past.one_tensor else None
+        keys = side_by_side([before, numbers])
+        return View(visibility, numbers, keys, role="write", prefix=True, seen=None if past is None else past.seen)
 
 
-__all__ = ["Call", "Planner", "layer_kinds"]
+__all__ = ["Call", "Earlier", "Past", "Planner", "layer_kinds"]

@@ -125,8 +125,8 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     """
     half = states.shape[-1] // 2
     straight = states * cos[:, None]
-    turned = torch.cat((-states[..., half:], states[..., :half]), dim=-1)
-    return (straight + turned * sin[:, None]).to(states.dtype)
+    rotated_half = torch.cat((-states[..., half:], states[..., :half]), dim=-1)
+    return (straight + rotated_half * sin[:, None]).to(states.dtype)
 
 
 def to_pairs(states: torch.Tensor) -> torch.Tensor:
@@ -152,6 +152,13 @@ def rotate_pairs(states: torch.Tensor, phases: torch.Tensor) -> torch.Tensor:
         return torch.view_as_real(as_complex(wide) * torch.view_as_complex(phases)).flatten(-2).to(states.dtype)
     (first, second), (cos, sin) = states.unflatten(-1, (-1, 2)).unbind(-1), phases.unbind(-1)
     return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2).to(states.dtype)
+
+
+def rotary_clip(config: OlmemConfig) -> float | None:
+    """Returns the number that rotated queries, keys and values are clipped to, or None where they are not clipped."""
+    if config.clip_qkv is None or config.clip_qkv_stage != "rotary":
+        return None
+    return float(config.clip_qkv)
 
 
 @dataclass
@@ -266,6 +273,7 @@ __all__ = [
     "XposScheme",
     "as_complex",
     "inverse_frequencies",
+    "rotary_clip",
     "rotate",
     "rotate_pairs",
     "to_halves",

@@ -54,7 +54,7 @@ class Retrieval:
         outputs, exist = [], []
         for found in candidates:
             part = query[found.rows, :, found.columns].to(found.key.device)
-            output, any_found = self.look_up(part, found)
+            output, any_found = self.retrieve(part, found)
             outputs.append(output.to(seen).transpose(1, 2))
             exist.append(any_found.to(seen.device).expand(len(part), -1))
         # They are blocks of columns of all rows, or documents in the order of rows.
@@ -62,59 +62,59 @@ class Retrieval:
         gate = gate[:, None].to(seen.dtype)
         return torch.where(any_found[:, :, None, None], gate * output + (1 - gate) * seen, seen)
 
-    def look_up(self, query: torch.Tensor, found: Candidates) -> tuple[torch.Tensor, torch.Tensor]:
+    def retrieve(self, query: torch.Tensor, found: Candidates) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns what queries (B, H, T, D) look up (B, H, T, D), and whether there was anything (R, T)."""
         chosen = [
             self.search(query[:, :, part], found.key, found.numbers, found.queries[:, part])
             for part in pieces(query.shape[2], BLOCK, query)
         ]
         most = max(index.shape[-1] for index, _ in chosen)
-        index, counts = (
+        index, is_candidate = (
             torch.cat([nn.functional.pad(each, (0, most - each.shape[-1])) for each in parts], dim=2)
             for parts in zip(*chosen, strict=True)
         )
-        exists = counts.any(1).any(-1)
+        exists = is_candidate.any(1).any(-1)
         if torch.is_grad_enabled():
             output = ReadChosen.apply(
-                query, found.key.contiguous(), found.value.contiguous(), index, counts, self.scaling
+                query, found.key.contiguous(), found.value.contiguous(), index, is_candidate, self.scaling
             )
             return output, exists
-        return read_in_blocks(query, found.key, found.value, index, counts, self.scaling), exists
+        return read_in_blocks(query, found.key, found.value, index, is_candidate, self.scaling), exists
 
     @torch.no_grad()
     def search(
-        self, query: torch.Tensor, key: torch.Tensor, numbers: torch.Tensor, looks_from: torch.Tensor
+        self, query: torch.Tensor, key: torch.Tensor, numbers: torch.Tensor, query_numbers: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Finds the best candidates of each query head.
 
-        `query` is (B, H, T, D), of tokens that look out from `looks_from` (R, T); `key` is (B, K, S, D), and `numbers`
+        `query` is (B, H, T, D), of tokens with these `query_numbers` (R, T); `key` is (B, K, S, D), and `numbers`
         (R, S) are those of its first keys. Returns indices (B, H, T, k), and whether each is a candidate.
         """
         batch, heads, length, _ = query.shape
-        first, stop = self.columns_to_search(numbers, looks_from)
+        first, stop = self.columns_to_search(numbers, query_numbers)
         size = max(SCORES // (batch * heads * length), 2 * self.top_k)
         grouped = query.reshape(batch, key.shape[1], -1, query.shape[-1]) * self.scaling
-        best, index = query.new_empty(batch, heads, length, 0), looks_from.new_empty(batch, heads, length, 0)
+        best, index = query.new_empty(batch, heads, length, 0), query_numbers.new_empty(batch, heads, length, 0)
         for start in range(first, stop, size):
             part = slice(start, min(start + size, stop))
             scores = (grouped @ key[:, :, part].transpose(2, 3)).view(batch, heads, length, -1)
-            allowed = self.visibility.candidates(looks_from[:, :, None], numbers[:, None, part], self.capacity)
+            allowed = self.visibility.candidates(query_numbers[:, :, None], numbers[:, None, part], self.capacity)
             scores = scores.masked_fill(~allowed[:, None], -torch.inf)
-            some, places = scores.topk(min(self.top_k, scores.shape[-1]), dim=-1, sorted=False)
-            best, index = torch.cat((best, some), dim=-1), torch.cat((index, places + start), dim=-1)
+            some, columns = scores.topk(min(self.top_k, scores.shape[-1]), dim=-1, sorted=False)
+            best, index = torch.cat((best, some), dim=-1), torch.cat((index, columns + start), dim=-1)
             if best.shape[-1] > self.top_k:
-                best, places = best.topk(self.top_k, dim=-1, sorted=False)
-                index = index.gather(-1, places)
+                best, order = best.topk(self.top_k, dim=-1, sorted=False)
+                index = index.gather(-1, order)
         return index, best > -torch.inf
 
-    def columns_to_search(self, numbers: torch.Tensor, looks_from: torch.Tensor) -> tuple[int, int]:
+    def columns_to_search(self, numbers: torch.Tensor, query_numbers: torch.Tensor) -> tuple[int, int]:
         """Returns the first column of a candidate and the one after the last, or a wider range if asking costs more."""
         columns = numbers.shape[1]
         if not self.visibility.lets_go(columns):
             return 0, 0
         if columns <= 2 * ((self.visibility.span or 0) + self.capacity):
             return 0, columns
-        start = self.visibility.start(looks_from.clamp(min=0))
+        start = self.visibility.start(query_numbers.clamp(min=0))
         oldest, newest = start.amin(-1, keepdim=True) - self.capacity, start.amax(-1, keepdim=True)
         return columns_of((numbers >= oldest) & (numbers < newest))
 
@@ -133,24 +133,24 @@ def take(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def weigh_chosen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, counts: torch.Tensor, scaling: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_candidate: torch.Tensor, scaling: float
 ) -> torch.Tensor:
     """Attends for queries (B, H, T, D) to the keys and values (B, H, T, k, D) that count; zeros where none does."""
     scores = (key @ query[..., None])[..., 0] * scaling
-    scores = scores.masked_fill(~counts, torch.finfo(scores.dtype).min)
+    scores = scores.masked_fill(~is_candidate, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    weights = torch.where(counts, weights, 0).to(value.dtype)
+    weights = torch.where(is_candidate, weights, 0).to(value.dtype)
     return (weights[..., None, :] @ value)[..., 0, :]
 
 
-def read_in_blocks(query, key, value, index, counts, scaling: float) -> torch.Tensor:
+def read_in_blocks(query, key, value, index, is_candidate, scaling: float) -> torch.Tensor:
     """Attends for queries (B, H, T, D) to chosen keys and values (B, K, S, D), a block of queries at a time.
 
-    `index` (B, H, T, k) says which are chosen, and `counts` whether each is one. Returns (B, H, T, D).
+    `index` (B, H, T, k) says which are chosen, and `is_candidate` whether each is one. Returns (B, H, T, D).
     """
-    parts = zip(*(each.split(BLOCK, dim=2) for each in (query, index, counts)), strict=True)
+    parts = zip(*(each.split(BLOCK, dim=2) for each in (query, index, is_candidate)), strict=True)
     outputs = [
-        weigh_chosen(part, take(key, places), take(value, places), some, scaling) for part, places, some in parts
+        weigh_chosen(part, take(key, chosen), take(value, chosen), some, scaling) for part, chosen, some in parts
     ]
     return torch.cat(outputs, dim=2)
 
@@ -162,27 +162,27 @@ class ReadChosen(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query, key, value, index, counts, scaling):
+    def forward(ctx: Any, query, key, value, index, is_candidate, scaling):
         """Returns (B, H, T, D)."""
-        ctx.save_for_backward(query, key, value, index, counts)
+        ctx.save_for_backward(query, key, value, index, is_candidate)
         ctx.scaling = scaling
-        return read_in_blocks(query, key, value, index, counts, scaling)
+        return read_in_blocks(query, key, value, index, is_candidate, scaling)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]  by its decorator
         """Returns the gradients of queries, keys and values."""
-        query, key, value, index, counts = ctx.saved_tensors
+        query, key, value, index, is_candidate = ctx.saved_tensors
         totals = [torch.zeros_like(key), torch.zeros_like(value)]
         of_query = []
-        parts = (each.split(BLOCK, dim=2) for each in (query, index, counts, gradients[0]))
-        for part, places, some, gradient in zip(*parts, strict=True):
-            taken = [each.detach().requires_grad_() for each in (part, take(key, places), take(value, places))]
+        parts = (each.split(BLOCK, dim=2) for each in (query, index, is_candidate, gradients[0]))
+        for part, chosen, some, gradient in zip(*parts, strict=True):
+            taken = [each.detach().requires_grad_() for each in (part, take(key, chosen), take(value, chosen))]
             with torch.enable_grad():
                 output = weigh_chosen(taken[0], taken[1], taken[2], some, ctx.scaling)
             found = torch.autograd.grad(output, taken, gradient)
             of_query.append(found[0])
-            rows = rows_of(places, key).flatten()
+            rows = rows_of(chosen, key).flatten()
             for total, each in zip(totals, found[1:], strict=True):
                 total.view(-1, total.shape[-1]).index_add_(0, rows, each.reshape(-1, each.shape[-1]))
         return torch.cat(of_query, dim=2), *totals, None, None, None

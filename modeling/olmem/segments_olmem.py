@@ -28,7 +28,7 @@ from .configuration_olmem import OlmemConfig
 from .contracts_olmem import LayerKind, LayerState, Plan
 from .finite_olmem import refuse_nonfinite_memory
 from .inputs_olmem import Tokens
-from .plan_olmem import Call, layer_kinds
+from .plan_olmem import Call, Earlier, Past
 from .state_olmem import OlmemTape
 from .visibility_olmem import Visibility
 
@@ -109,7 +109,7 @@ def place_in_pieces(pieces: Sequence[Piece], columns: int) -> torch.Tensor:
 
 
 @dataclass
-class Earlier:
+class Carried:
     """Holds what a pass has made for later passes of the same forward, where gradients are wanted."""
 
     numbers: torch.Tensor  # (R, T)
@@ -125,7 +125,8 @@ class Schedule:
 
     Args:
         config: the model's configuration.
-        memory: its memory, or None without memory tokens.
+        kinds: the kind of each layer.
+        memory: the model's memory, or None without memory tokens.
         cache: to go on from, or None. Without one, and without gradients, one is made for a call with memory.
         tokens: the new tokens.
         embeddings: their embeddings (B, T, hidden_size).
@@ -134,12 +135,13 @@ class Schedule:
     def __init__(
         self,
         config: OlmemConfig,
+        kinds: Sequence[LayerKind],
         memory: OlmemMemory | None,
         cache: OlmemCache | None,
         tokens: Tokens,
         embeddings: torch.Tensor,
     ):
-        self.config, self.memory_module = config, memory
+        self.config, self.kinds, self.memory_module = config, kinds, memory
         self.batch_size, self.length = embeddings.shape[:2]
         self.device = embeddings.device
         self.differentiable = torch.is_grad_enabled()
@@ -150,18 +152,17 @@ class Schedule:
         self.before = 0 if cache is None else cache.columns_before(self.length)  # columns read
         self.before_first = self.before or 0
         self.seen_first = cache.seen.clone() if cache is not None and self.differentiable else None
-        self.kinds = layer_kinds(config)
         self.states: list[LayerState] = [
             OlmemTape(None if cache is None else cache.layers[index])
             if self.differentiable or cache is None
             else cache.layers[index]
-            for index in range(len(self.kinds))
+            for index in range(len(kinds))
         ]
         # The memory (B or 1, M, hidden_size) of each row's running segment.
         self.memory = None if cache is None or memory is None else cache.memory
         if self.memory is not None:
             self.memory = self.memory.clone()
-        self.earlier: list[Earlier] = []
+        self.carried: list[Carried] = []  # where gradients are wanted
         self.outputs: list[list[torch.Tensor]] = []  # of each piece: hidden states (B, T, hidden_size) of its tokens
         self.pieces = self.cut()
 
@@ -183,7 +184,7 @@ class Schedule:
     def calls(self) -> Iterable[Call]:
         """Returns one call after another; each may need what came out of the one before."""
         if self.memory_module is None:
-            return [self.call(self.pieces[0], False, None, writes=False, carries=False)]
+            return [self.call(self.pieces[0])]
         return self.segment_calls()
 
     def segment_calls(self) -> Iterator[Call]:
@@ -196,38 +197,37 @@ class Schedule:
                 if self.cache is not None and self.memory is not None:
                     self.cache.remember(self.memory)
             after = self.pieces[index + 1 :]
-            yield self.call(piece, reads, begins, writes=bool(after), carries=bool(after) and self.differentiable)
+            yield self.call(piece, reads, begins, writes=bool(after))
 
-    def call(self, piece: Piece, reads: bool, begins: torch.Tensor | None, writes: bool, carries: bool) -> Call:
+    def call(self, piece: Piece, reads: bool = False, begins: torch.Tensor | None = None, writes: bool = False) -> Call:
         """Describes the pass of one piece."""
-        call = Call(
-            piece.numbers,
-            piece.padded,
-            self.tokens.documents,
-            None if self.cache is not None else self.tokens.position_ids,
+        position_ids = None if self.cache is not None else self.tokens.position_ids
+        return Call(
+            Tokens(piece.numbers, piece.padded, self.tokens.documents, position_ids),
+            self.before,
+            self.past(),
+            self.earlier(),
             reads=reads,
-            writes=writes,
             begins=begins,
-            differentiable=self.differentiable,
-            carries=carries,
+            written_after=(piece.numbers.amax(-1) + 1).clamp(min=0) if writes else None,
+            carries=writes and self.differentiable,
         )
-        if call.writes:
-            call.written_after = (piece.numbers.amax(-1) + 1).clamp(min=0)
-        self.add_cache(call)
-        for kind in set(self.kinds) if self.earlier else ():
-            call.earlier[kind] = [earlier.numbers for earlier in self.needed(kind)]
-        call.loose = any(earlier.padded for earlier in self.earlier)
-        return call
 
-    def add_cache(self, call: Call) -> None:
-        """Adds what a call must know of the cache that it goes on from."""
+    def past(self) -> Past | None:
+        """States what a call must know of the cache that it goes on from."""
         if self.cache is None:
-            return
-        call.seen, call.seen_first = self.cache.seen, self.seen_first
-        call.before, call.before_first = self.before, self.before_first
+            return None
         host_seen = unless_recorded(self.cache.counters.read_seen)
-        call.least_seen = None if host_seen is None else min(host_seen)
-        call.max_length, call.bare = self.cache.max_length, self.config.caches_one_tensor
+        least = None if host_seen is None else min(host_seen)
+        return Past(self.cache.seen, least, self.cache.max_length, self.config.caches_one_tensor)
+
+    def earlier(self) -> Earlier | None:
+        """States what a call must know of earlier ones where gradients are wanted."""
+        if not self.differentiable:
+            return None
+        kinds = set(self.kinds) if self.carried else ()
+        numbers = {kind: [carried.numbers for carried in self.needed(kind)] for kind in kinds}
+        return Earlier(numbers, any(carried.padded for carried in self.carried), self.seen_first, self.before_first)
 
     # Memory
 
@@ -266,15 +266,14 @@ class Schedule:
             writers = (rows & (first > 0)).nonzero()[:, 0]
         if not len(writers):
             return
-        call = Call(
-            piece.numbers[writers, :0],
-            writes=True,
+        yield Call(
+            Tokens(piece.numbers[writers, :0]),
+            self.before,
+            self.past(),
+            self.earlier(),
             written_after=first[writers],
             chosen=None if len(writers) == self.batch_size else writers,
-            differentiable=self.differentiable,
         )
-        self.add_cache(call)
-        yield call
 
     def writers(self, piece: Piece) -> torch.Tensor | None:
         """Returns the rows whose last segment has just ended, if the host knows them without waiting."""
@@ -343,23 +342,23 @@ class Schedule:
     def inputs(self, layer_index: int, call: Call) -> list[torch.Tensor]:
         """Returns the keys and values of earlier calls that a layer needs, in turns."""
         found: list[torch.Tensor] = []
-        if self.earlier and call.numbers.shape[1]:
-            for earlier in self.needed(self.kinds[layer_index]):
-                found += earlier.states[layer_index]
+        if self.carried and call.numbers.shape[1]:
+            for carried in self.needed(self.kinds[layer_index]):
+                found += carried.states[layer_index]
         return found
 
-    def needed(self, kind: LayerKind) -> list[Earlier]:
+    def needed(self, kind: LayerKind) -> list[Carried]:
         """Returns the earlier calls that hold a key which layers of that kind may see or retrieve."""
         visibility = Visibility.of(self.config, kind.layer_type)
         if visibility.span is None:
-            return self.earlier
+            return self.carried
         reach = visibility.span + (self.config.retrieval_capacity if kind.retrieves else 0)
         found, between = [], 0
-        for earlier in reversed(self.earlier):
-            if between < reach or (earlier.has_sink and visibility.num_sinks):
-                found.insert(0, earlier)
-            count = earlier.numbers.shape[1]
-            between += known((earlier.numbers >= 0).sum(-1).min(), 0) if earlier.padded else count
+        for carried in reversed(self.carried):
+            if between < reach or (carried.has_sink and visibility.num_sinks):
+                found.insert(0, carried)
+            count = carried.numbers.shape[1]
+            between += known((carried.numbers >= 0).sum(-1).min(), 0) if carried.padded else count
         return found
 
     def leave(
@@ -388,7 +387,7 @@ class Schedule:
             count = self.config.num_sink_tokens
             real = call.numbers.where(call.numbers >= 0, count)
             has_sink = count > 0 and known((real < count).any(), True)
-            self.earlier.append(Earlier(call.numbers, call.padded, has_sink, new))
+            self.carried.append(Carried(call.numbers, call.tokens.padded, has_sink, new))
         if self.before is not None:
             self.before += call.numbers.shape[1]
         if self.cache is not None:

@@ -22,8 +22,9 @@ from typing import TypeVar
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from .compat_olmem import allocate
+from .compat_olmem import allocate, unless_recorded
 from .contracts_olmem import Candidates, Part, Plan, Writes
+from .counters_olmem import Counters
 from .positions_olmem import to_halves, to_pairs
 from .visibility_olmem import STORE_BLOCK, Visibility, held, ring_slot
 
@@ -39,6 +40,7 @@ class OlmemCacheLayer(CacheLayerMixin):
 
     Args:
         visibility: what the layer's queries see.
+        counters: of the cache, which count what all its layers have read.
         max_length: tokens for which a layer that grows gets its room at once, or None.
         one_tensor: whether values are the keys, kept once and without positions.
         rotates: whether the layer's keys are rotated.
@@ -49,13 +51,14 @@ class OlmemCacheLayer(CacheLayerMixin):
     def __init__(
         self,
         visibility: Visibility,
+        counters: Counters,
         max_length: int | None,
         one_tensor: bool = False,
         rotates: bool = True,
         store_capacity: int = 0,
         store_device: str | None = None,
     ):
-        self.visibility = visibility
+        self.visibility, self.counters = visibility, counters
         self.one_tensor = one_tensor
         self.in_pairs = one_tensor and rotates
         self.is_sliding = visibility.span is not None
@@ -67,7 +70,6 @@ class OlmemCacheLayer(CacheLayerMixin):
         self.is_initialized = False
         self.buffers: dict[str, torch.Tensor] = {}  # "keys", "values", and "store_…" of both
         self.capacity = 0
-        self.length: int | None = 0  # columns read; None where only the device knows
         self.half_written = False  # a forward call has written here and not ended
 
     @property
@@ -86,8 +88,9 @@ class OlmemCacheLayer(CacheLayerMixin):
         """Returns what a buffer holds of the window, (B, K, S, D)."""
         if not self.is_initialized:
             return None
-        first, length = self.visibility.num_prefix, self.capacity if self.length is None else self.length
-        return self.buffers[name][:, :, first : first + min(length, self.limit or length)]
+        first, columns = self.visibility.num_prefix, unless_recorded(self.counters.read_columns)
+        length = self.capacity if columns is None else min(columns, self.capacity)
+        return self.buffers[name][:, :, first : first + length]
 
     @property
     def keys(self) -> torch.Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -100,8 +103,8 @@ class OlmemCacheLayer(CacheLayerMixin):
         return self.held(self.names[-1])
 
     def get_seq_length(self) -> int:
-        """Returns the columns that were read, as far as the host knows."""
-        return self.length or 0
+        """Returns the columns that were read, padding included."""
+        return self.counters.read_columns() if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Returns length and first column of the keys that a next call of that many columns would see."""
@@ -114,7 +117,10 @@ class OlmemCacheLayer(CacheLayerMixin):
         return -1 if self.limit is None else self.limit
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__) -> Pair:
-        """Refuses the update of a model that is not an Olmem model, which has no plan of where keys go."""
+        """Refuses the update of a model that is not an Olmem model, which has no plan of where keys go.
+
+        Transformers' class demands this method, and it is the only one that every foreign model calls.
+        """
         raise ValueError(
             "`past_key_values` is an OlmemCache, which serves Olmem models only (got an update of another model); "
             "leave it out, or pass a cache of Transformers."
@@ -202,48 +208,55 @@ class OlmemCacheLayer(CacheLayerMixin):
     def prefix(self, writes: Writes) -> Pair:
         """Returns keys and values (B, K, P, D) of memory and sinks, of the rows that take part."""
         rows = ALL if writes.chosen is None else writes.chosen
-        kept = [self.buffers[name][:, :, : self.visibility.num_prefix][rows] for name in self.names]
-        return kept[0], kept[-1]
+        states = [self.buffers[name][:, :, : self.visibility.num_prefix][rows] for name in self.names]
+        return states[0], states[-1]
 
-    def keep(self, key: torch.Tensor, value: torch.Tensor, plan: Plan) -> None:
+    def open(self, key: torch.Tensor, value: torch.Tensor, plan: Plan) -> tuple[Pair, Pair | None]:
+        """Makes room for new keys and values (B, K, C, D), before they are kept.
+
+        Returns them in their stored form, and copies of the keys and values before the call, as `past` does.
+        """
+        writes = require(plan.writes)
+        new = self.stored_form(key, value, plan)
+        self.prepare(*new)
+        if plan.columns("token") is not None:
+            self.reserve(writes.length)
+        return new, self.past(writes)
+
+    def keep(self, new: Pair, plan: Plan) -> None:
         """Writes new keys and values (B, K, C, D), in their stored form, to their slots."""
         writes, read, tokens = require(plan.writes), plan.columns("read"), plan.columns("token")
-        for name, states in zip(self.names, (key, value), strict=False):
+        for name, states in zip(self.names, new, strict=False):
             buffer = self.buffers[name]
             if read is not None:
                 memory = buffer[:, :, : self.visibility.num_memory]
-                new = states[:, :, read]
-                if writes.begins is not None:
-                    new = torch.where(writes.begins[:, None, None, None], new, memory)
-                memory.copy_(new)
+                new_memory = states[:, :, read]
+                if plan.begins is not None:
+                    new_memory = torch.where(plan.begins[:, None, None, None], new_memory, memory)
+                memory.copy_(new_memory)
             if tokens is not None:
-                new = states[:, :, tokens]
-                kept = new[:, :, new.shape[2] - writes.slots.shape[1] :]
-                buffer[writes.rows, :, writes.slots] = kept.transpose(1, 2)
+                of_tokens = states[:, :, tokens]
+                last = of_tokens[:, :, of_tokens.shape[2] - writes.slots.shape[1] :]
+                buffer[writes.rows, :, writes.slots] = last.transpose(1, 2)
                 if writes.sink_slots is not None:
-                    sinks = new[:, :, : writes.sink_slots.shape[1]]
-                    buffer[writes.rows, :, writes.sink_slots] = sinks.transpose(1, 2)
+                    first = of_tokens[:, :, : writes.sink_slots.shape[1]]
+                    buffer[writes.rows, :, writes.sink_slots] = first.transpose(1, 2)
 
     def write(
         self, key: torch.Tensor, value: torch.Tensor, plan: Plan, earlier: Sequence[torch.Tensor] = ()
     ) -> list[list[Part]]:
         """Keeps new keys and values, as `LayerState.write` does, without gradients."""
         writes = require(plan.writes)
-        key, value = self.stored_form(key, value, plan)
-        self.prepare(key, value)
-        if plan.columns("token") is not None:
-            self.reserve(writes.length)
-            self.length = writes.length
-        past = self.past(writes)
-        self.keep(key, value, plan)
+        new, before = self.open(key, value, plan)
+        self.keep(new, plan)
         prefix = self.prefix(writes)
         if writes.past_slots is None:
             first, stop = self.visibility.num_prefix, self.visibility.num_prefix + writes.filled
             if self.one_tensor and plan.view().is_step:  # one part, of which each key has its slot
                 first, prefix = 0, None
-            kept = [self.buffers[name][:, :, first:stop] for name in self.names]
-            past = kept[0], kept[-1]
-        return parts_of_sections(plan, past, (key, value), prefix, self.one_tensor, self.in_pairs)
+            states = [self.buffers[name][:, :, first:stop] for name in self.names]
+            before = states[0], states[-1]
+        return parts_of_sections(plan, before, new, prefix, self.one_tensor, self.in_pairs)
 
     # What is retrieved
 
@@ -324,40 +337,35 @@ class OlmemTape:
         self, key: torch.Tensor, value: torch.Tensor, plan: Plan, earlier: Sequence[torch.Tensor] = ()
     ) -> list[list[Part]]:
         """Joins new keys and values to those before, as `LayerState.write` does."""
-        rotations, placed, past, prefix = plan.rotations, plan.rotations.place(key), None, None
-        before: list[Pair] = []
+        rotations, new, prefix = plan.rotations, (plan.rotations.place(key), value), None
+        before = [states_of(earlier)] if earlier else []
         if self.layer is not None and plan.writes is not None:
-            past, prefix = self.read_layer(key, value, plan)
-        if earlier:
-            before.append((torch.cat(tuple(earlier[0::2]), dim=2), torch.cat(tuple(earlier[1::2]), dim=2)))
-        bare = self.layer is not None and self.layer.one_tensor
-        if past is not None:
-            before.insert(0, past)
+            past, prefix = self.read_layer(self.layer, key, value, plan)
+            if past is not None:
+                before.insert(0, past)
         joined = join(before)
         if joined is not None and rotations.key.length:  # of the last keys, which have no positions yet
             first = joined[0].shape[2] - rotations.key.length
-            turned = rotations.key(joined[0][:, :, first:])
-            joined = torch.cat((joined[0][:, :, :first], turned), dim=2), joined[1]
-        if prefix is not None and bare:
+            rotated = rotations.key(joined[0][:, :, first:])
+            joined = torch.cat((joined[0][:, :, :first], rotated), dim=2), joined[1]
+        if prefix is not None and self.layer is not None and self.layer.one_tensor:
             prefix = rotations.prefix(prefix[0]), prefix[1]
-        return parts_of_sections(plan, joined, (placed, value), self.prefix(plan, joined, (placed, value), prefix))
+        return parts_of_sections(plan, joined, new, self.prefix(plan, joined, new, prefix))
 
-    def read_layer(self, key: torch.Tensor, value: torch.Tensor, plan: Plan) -> tuple[Pair | None, Pair | None]:
-        """Returns the layer's past and prefix as copies in halves, then writes what is new to the layer."""
-        layer, writes = require(self.layer), require(plan.writes)
-        with torch.no_grad():
-            new = layer.stored_form(key.detach(), value.detach(), plan)
-            layer.prepare(*new)
-            past = layer.past(writes)
-            prefix = layer.prefix(writes) if layer.visibility.num_prefix else None
-            copies = [pair and (pair[0].clone(), pair[1].clone()) for pair in (past, prefix)]
-            if plan.columns("token") is not None:
-                layer.reserve(writes.length)
-                layer.length = writes.length
-            layer.keep(*new, plan)
+    @torch.no_grad()
+    def read_layer(
+        self, layer: OlmemCacheLayer, key: torch.Tensor, value: torch.Tensor, plan: Plan
+    ) -> tuple[Pair | None, Pair | None]:
+        """Returns copies of a layer's past and prefix in halves, then writes what is new to the layer."""
+        new, past = layer.open(key.detach(), value.detach(), plan)
+        prefix = None
+        if layer.visibility.num_prefix:
+            states = layer.prefix(require(plan.writes))
+            prefix = states[0].clone(), states[1].clone()
+        layer.keep(new, plan)
         if layer.in_pairs:
-            copies = [pair and (to_halves(pair[0]), to_halves(pair[1])) for pair in copies]
-        return copies[0], copies[1]
+            past, prefix = (pair and (to_halves(pair[0]), to_halves(pair[1])) for pair in (past, prefix))
+        return past, prefix
 
     def prefix(self, plan: Plan, joined: Pair | None, new: Pair, stored: Pair | None) -> Pair | None:
         """Returns keys and values (B, K, P, D) of memory and sinks, of this call, of earlier ones, or as stored."""
@@ -368,11 +376,11 @@ class OlmemTape:
             memory = None if stored is None else stored[index][:, :, :count]
             sinks = None if stored is None else stored[index][:, :, count:]
             if read is not None:
-                fresh = new[index][:, :, read]
-                if memory is None or tape.begins is None:
-                    memory = fresh
+                new_memory = new[index][:, :, read]
+                if memory is None or plan.begins is None:
+                    memory = new_memory
                 else:
-                    memory = torch.where(tape.begins[:, None, None, None], fresh, memory)
+                    memory = torch.where(plan.begins[:, None, None, None], new_memory, memory)
             if tape.sinks is not None and tokens is not None:
                 own = new[index][:, :, tokens]
                 own = own if joined is None else torch.cat((joined[index], own), dim=2)
@@ -398,7 +406,7 @@ class OlmemTape:
             return
         pairs = [(key, value)]
         if earlier:
-            pairs.insert(0, (torch.cat(tuple(earlier[0::2]), dim=2), torch.cat(tuple(earlier[1::2]), dim=2)))
+            pairs.insert(0, states_of(earlier))
         numbers = tape.own_numbers
         if self.layer is not None and plan.writes is not None:
             with torch.no_grad():
@@ -441,6 +449,11 @@ def require(value: Held | None) -> Held:
     """Returns a value that the plan of such a call always has."""
     assert value is not None
     return value
+
+
+def states_of(earlier: Sequence[torch.Tensor]) -> Pair:
+    """Returns the keys and values (B, K, S, D) of earlier calls, which come in turns, as one tensor each."""
+    return torch.cat(tuple(earlier[0::2]), dim=2), torch.cat(tuple(earlier[1::2]), dim=2)
 
 
 def join(pairs: Sequence[Pair]) -> Pair | None:

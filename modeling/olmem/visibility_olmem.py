@@ -95,10 +95,6 @@ class Visibility:
         """Tells whether a token is in a query's window. Padding has the number −1, and nothing sees it."""
         return (key >= 0) & (key >= self.start(query)) & (key <= query)
 
-    def sees_sink(self, query: Number, sink: Number) -> Number:
-        """Tells whether a sink stands before a query's window, rather than in it or after the query."""
-        return (sink < self.num_sinks) & (sink < self.start(query))
-
     def sinks_before(self, query: Number) -> Number:
         """Returns how many sinks stand before a query's window."""
         return _minimum(self.start(query), self.num_sinks)

@@ -11,7 +11,9 @@ from modeling.streams import cuts
 from olmem import OlmemConfig
 from olmem.backends_olmem import BACKENDS
 from olmem.contracts_olmem import Part, Plan
-from olmem.plan_olmem import Call, Planner, layer_kinds
+from olmem.counters_olmem import Counters
+from olmem.inputs_olmem import Tokens
+from olmem.plan_olmem import Call, Earlier, Past, Planner
 from olmem.positions_olmem import OlmemRotaryEmbedding, rotate, to_pairs
 from olmem.rules_olmem import POSITION_EMBEDDINGS, ROTATING
 from olmem.state_olmem import OlmemCacheLayer, OlmemTape
@@ -35,7 +37,7 @@ class Stream:
         self.config = OlmemConfig(**TINY | many)
         self.rotary = OlmemRotaryEmbedding(self.config)
         self.planner = Planner(self.config, self.rotary, BACKENDS)
-        [self.kind] = layer_kinds(self.config)
+        [self.kind] = self.planner.kinds
         self.visibility = Visibility.of(self.config, self.kind.layer_type)
         self.generator = torch.Generator().manual_seed(seed)
         self.one_tensor = self.config.caches_one_tensor
@@ -43,8 +45,11 @@ class Stream:
         self.batch_size = len(real)
         self.drawn = self.states(real.shape[1])
         self.pad(real)
+        self.counters = Counters()
+        self.counters.begin(self.batch_size, real.device)
         self.layer = OlmemCacheLayer(
             self.visibility,
+            self.counters,
             max_length,
             one_tensor=self.one_tensor,
             rotates=self.kind.position_embedding in ROTATING,
@@ -67,14 +72,18 @@ class Stream:
         key, value = (torch.randn(shape, generator=self.generator) for _ in range(2))
         return key, key if self.one_tensor else value
 
-    def call(self, length: int, has_cache: bool = True, **more: Any) -> tuple[Call, torch.Tensor, torch.Tensor]:
+    def past(self) -> Past:
+        """States what the cache's layer has read before the next call."""
+        return Past(self.seen, int(self.seen.min()), self.max_length, self.one_tensor)
+
+    def call(
+        self, length: int, has_cache: bool = True, writes: bool = False, **more: Any
+    ) -> tuple[Call, torch.Tensor, torch.Tensor]:
         """Returns the call of the next columns, and its keys and values with those of memory."""
         part = slice(self.before, self.before + length)
         real = self.real[:, part]
-        call = Call(number(real, self.seen), not bool(real.all()), before=self.before, **more)
-        if has_cache:
-            call.seen, call.least_seen = self.seen, int(self.seen.min())
-            call.max_length, call.bare = self.max_length, self.one_tensor
+        tokens = Tokens(number(real, self.seen), not bool(real.all()))
+        call = Call(tokens, self.before, self.past() if has_cache else None, **more)
         pairs = [(self.key[:, :, part], self.value[:, :, part])]
         if call.reads:
             old, new = self.memory, self.states(self.visibility.num_memory)
@@ -83,7 +92,7 @@ class Stream:
             if call.begins is not None:
                 rows = call.begins[:, None, None, None]
                 self.memory = torch.where(rows, new[0], old[0]), torch.where(rows, new[1], old[1])
-        if call.writes:
+        if writes:
             call.written_after = self.seen + real.sum(-1)
             self.written = self.states(self.visibility.num_memory)
             pairs.append(self.written)
@@ -98,6 +107,8 @@ class Stream:
         """Counts so many columns."""
         self.seen = self.seen + self.real[:, self.before : self.before + length].sum(-1)
         self.before += length
+        counted = {"seen": self.seen, "columns": torch.tensor(self.before), "gaps": torch.tensor(False)}
+        self.counters.set(**counted)
 
     def step(self, length: int = 1, **more: Any) -> tuple[Plan, list[list[Part]]]:
         """Reads the next columns with the cache's layer."""
@@ -133,7 +144,7 @@ class Stream:
             keys = view.key_numbers
             if view.role == "read":
                 for row in range(self.batch_size):
-                    if plan.writes is None or plan.writes.begins is None or plan.writes.begins[row]:
+                    if plan.writes is None or plan.begins is None or plan.begins[row]:
                         self.check_memory(window, row)
                 continue
             first = window.key.shape[2] - keys.shape[1]  # where prefix and window are one part
@@ -221,11 +232,9 @@ def on_tape(
     for index, length in enumerate(pieces[first:]):
         reads = memory and (not first or index > 0 or draw(st.booleans()))
         begins = flags(draw, stream.batch_size) if reads and first and draw(st.booleans()) else None
-        more = {"reads": reads, "begins": begins, "writes": memory and draw(st.booleans()), "differentiable": True}
+        before = Earlier({stream.kind: list(numbers)}, bool(numbers), seen_first if first else None, before_first)
+        more = {"reads": reads, "begins": begins, "writes": memory and draw(st.booleans()), "earlier": before}
         call, key, value = stream.call(length, bool(first), **more)
-        if first:
-            call.seen_first, call.before_first = seen_first, before_first
-        call.earlier, call.loose = {stream.kind: list(numbers)}, bool(numbers)
         plan, seen = stream.plan(call), stream.seen
         parts = tape.write(key, value, plan, earlier)
         stream.check(plan, parts, seen)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from modeling.numbering import listed
 from olmem.visibility_olmem import Visibility
 
 
@@ -21,16 +22,22 @@ def attend_reference(
     query (B, H, T, D); key, value (B, K, S, D), none of them rotated; their numbers (T,) and (S,) in the stream;
     `rotation` gives cosines and sines (…, D) of positions (…). Returns (B, T, H, D). Holds T × S × D numbers.
     """
-    i, j = query_numbers[:, None], key_numbers[None, :]
-    visible = visibility.sees(i, j) | visibility.sees_sink(i, j)
-    cos, sin = rotation(visibility.slot(i) - visibility.key_slot(i, j))  # (T, S, D)
+    column = {number: index for index, number in enumerate(key_numbers.tolist())}
+    visible = torch.zeros(len(query_numbers), len(key_numbers), dtype=torch.bool)
+    distance = torch.zeros(visible.shape, dtype=torch.long)
+    for row, number in enumerate(query_numbers.tolist()):
+        before, inside = listed(visibility, number)
+        for slot, key_number in enumerate([*before, *inside]):
+            visible[row, column[key_number]] = True
+            distance[row, column[key_number]] = len(before) + len(inside) - 1 - slot
+    cos, sin = rotation(distance)  # (T, S, D)
     groups = query.shape[1] // key.shape[1]
     query, key, value = (state.float() for state in (query, key, value))
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     half = query.shape[-1] // 2
-    turned = torch.cat((-query[..., half:], query[..., :half]), dim=-1)
+    rotated_half = torch.cat((-query[..., half:], query[..., :half]), dim=-1)
     scores = torch.einsum("bhtd,tsd,bhsd->bhts", query, cos, key) + torch.einsum(
-        "bhtd,tsd,bhsd->bhts", turned, sin, key
+        "bhtd,tsd,bhsd->bhts", rotated_half, sin, key
     )
     weights = (scores * scaling).masked_fill(~visible, -torch.inf).softmax(-1)
     return (weights @ value).transpose(1, 2)

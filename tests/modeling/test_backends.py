@@ -15,7 +15,8 @@ from modeling.streams import BLOCKS, blocks_of, cuts
 from olmem import backends_olmem
 from olmem.backends_olmem import BACKENDS, SINGLE, Blocks, Documents, Step, Whole
 from olmem.contracts_olmem import Heads, Needs, Part, Plan, Section, choose
-from olmem.plan_olmem import Call, Frame
+from olmem.inputs_olmem import Tokens
+from olmem.plan_olmem import Call, Earlier, Frame, Past
 from olmem.positions_olmem import ROPE, XPOS, LinspaceScheme
 from olmem.rules_olmem import POSITION_EMBEDDINGS
 from olmem.state_olmem import OlmemTape
@@ -40,7 +41,7 @@ class Attention(nn.Module):
 def heads_of(stream: Stream, gate: torch.Tensor | None = None) -> Heads:
     """Returns what attention needs of a layer whose `linspace_scale` grows from 1 to 2."""
     scheme = {"xpos": XPOS, "linspace": linspace_of(stream)}.get(stream.kind.position_embedding, ROPE)
-    return Heads(Attention().eval(), scheme, SCALING, 0.0, stream.visibility.num_memory, gate)
+    return Heads(Attention().eval(), scheme, SCALING, 0.0, gate)
 
 
 def linspace_of(stream: Stream) -> LinspaceScheme:
@@ -170,7 +171,7 @@ def rope_plan(visibility: Visibility, length: int, plain: bool) -> tuple[Plan, A
         }
     stream = Stream({"layer_types": visibility.layer_type} | sizes, torch.ones(1, length, dtype=torch.bool))
     stream.planner.plain = plain
-    plan = stream.plan(Call(torch.arange(length)[None], differentiable=True))
+    plan = stream.plan(Call(Tokens(torch.arange(length)[None]), earlier=Earlier()))
     layer_type = stream.kind.layer_type
 
     def rotation(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,7 +236,7 @@ def test_a_packed_document_is_attended_for_as_if_it_were_alone(data, block):
     stream.planner.plain = plain = data.draw(st.booleans())
     stream.planner.weights = plain
     with blocks_of(block), torch.no_grad():
-        plan = stream.plan(Call(numbers, documents=documents))
+        plan = stream.plan(Call(Tokens(numbers, documents=documents)))
         [section] = plan.sections
         assert isinstance(section.backend, Documents)
         [parts] = OlmemTape().write(stream.key, stream.value, plan, ())
@@ -304,7 +305,7 @@ def test_weights_are_given_where_they_are_asked_for():
     stream = Stream({"layer_types": SLIDING}, torch.ones(1, 6, dtype=torch.bool))
     for wanted in (False, True):
         stream.planner.plain = stream.planner.weights = wanted
-        plan = stream.plan(Call(torch.arange(6)[None]))
+        plan = stream.plan(Call(Tokens(torch.arange(6)[None])))
         [parts], [section] = OlmemTape().write(stream.key, stream.value, plan, ()), plan.sections
         for backend in (Whole(), Blocks()):
             _, weights = backend.attend(heads_of(stream), queries_of(stream, plan), parts, section)
@@ -334,11 +335,11 @@ def test_backends_are_chosen_by_what_a_view_says(visibility, data):
     rows, length = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 40))
     real = data.draw(real_tokens(rows, length, data.draw(st.sampled_from(["none", "anywhere"]))))
     seen = torch.full((rows,), data.draw(st.sampled_from([0, 3])))
-    call = Call(number(real, seen), not bool(real.all()))
+    padded = not bool(real.all())
     if data.draw(st.booleans()):
-        call.seen, call.before = seen, int(seen[0])
+        call = Call(Tokens(number(real, seen), padded), int(seen[0]), Past(seen))
     else:
-        call.numbers = number(real)
+        call = Call(Tokens(number(real), padded))
     needs = Needs(plain=data.draw(st.booleans()), by_slot=data.draw(st.booleans()))
     view = view_of(visibility, call)
     with blocks_of(3):
@@ -358,9 +359,9 @@ def test_up_to_some_blocks_of_tokens_are_one_call(plain, monkeypatch):
     monkeypatch.setattr(backends_olmem, "WHOLE", 2)
     window = Visibility(SLIDING, sliding_window=3)
     for length, whole in ((8, True), (9, False)):
-        view = view_of(window, Call(torch.arange(length)[None]))
+        view = view_of(window, Call(Tokens(torch.arange(length)[None])))
         assert Whole().supports(view, Needs(plain=plain)) is whole
-    full = view_of(Visibility(FULL), Call(torch.arange(100)[None]))
+    full = view_of(Visibility(FULL), Call(Tokens(torch.arange(100)[None])))
     assert Whole().supports(full, Needs(plain=plain)) is not plain
     assert backends_olmem.block_size(torch.device("cpu")) == 4
     assert backends_olmem.block_size(torch.device("meta")) == 1024

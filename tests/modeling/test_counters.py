@@ -10,7 +10,8 @@ from modeling.helpers import FULL, SLIDING
 from modeling.numbering import number, real_tokens
 from olmem import counters_olmem
 from olmem.counters_olmem import Counters
-from olmem.plan_olmem import Call, Frame
+from olmem.inputs_olmem import Tokens
+from olmem.plan_olmem import Call, Frame, Past
 from olmem.view_olmem import View
 from olmem.visibility_olmem import Visibility
 
@@ -26,7 +27,8 @@ def begun(rows: int) -> Counters:
 
 def view_of(counters: Counters, real: torch.Tensor, before: int) -> View:
     """Returns the view of the next tokens, padded or not, of a batch of streams."""
-    call = Call(number(real, counters.seen), not bool(real.all()), seen=counters.seen.clone(), before=before)
+    tokens = Tokens(number(real, counters.seen), not bool(real.all()))
+    call = Call(tokens, before, Past(counters.seen.clone()))
     return Frame(Visibility(SLIDING, sliding_window=3), call, [], 0).sections[0][1]
 
 

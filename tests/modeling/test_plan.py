@@ -13,7 +13,8 @@ from modeling.numbering import listed, number, real_tokens, visibilities
 from olmem import OlmemConfig, visibility_olmem
 from olmem.backends_olmem import BACKENDS
 from olmem.contracts_olmem import LayerKind, Plan, Section, Writes
-from olmem.plan_olmem import Call, Frame, Planner, layer_kinds
+from olmem.inputs_olmem import Tokens
+from olmem.plan_olmem import Call, Earlier, Frame, Past, Planner, layer_kinds
 from olmem.positions_olmem import OlmemRotaryEmbedding, Rotation
 from olmem.view_olmem import View, find_sinks
 from olmem.visibility_olmem import Visibility, held, last_numbers
@@ -119,11 +120,11 @@ def check_sinks(found: tuple[torch.Tensor, torch.Tensor], numbers: torch.Tensor,
 def test_without_a_cache_the_new_tokens_are_all_there_is(visibility, data):
     rows, length = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 30))
     real = data.draw(real_tokens(rows, length, data.draw(st.sampled_from(["none", "anywhere"]))))
-    frame = frame_of(visibility, Call(number(real), not bool(real.all()), differentiable=data.draw(st.booleans())))
+    earlier = data.draw(st.sampled_from([None, Earlier()]))
+    frame = frame_of(visibility, Call(Tokens(number(real), not bool(real.all())), earlier=earlier))
     view = the_view(frame)
     assert view.key_numbers is view.numbers
     assert frame.writes is None
-    assert frame.tape.past_numbers.shape[1] == 0
     assert frame.tape.own_numbers.tolist() == view.numbers.tolist()
     assert not view.in_place
     check_mask(view)
@@ -137,7 +138,7 @@ def test_without_a_cache_the_new_tokens_are_all_there_is(visibility, data):
 @settings(max_examples=40, deadline=None)
 @given(visibility=visibilities(), length=st.integers(1, 30))
 def test_a_view_is_causal_where_every_query_sees_all_before_it(visibility, length):
-    view = the_view(frame_of(visibility, Call(torch.arange(length)[None])))
+    view = the_view(frame_of(visibility, Call(Tokens(torch.arange(length)[None]))))
     triangle = torch.ones(length, length, dtype=torch.bool).tril()
     assert not view.causal or torch.equal(view.mask(ALL, ALL)[0], triangle)
     assert view.causal or visibility.lets_go(length + 1)
@@ -152,10 +153,10 @@ def test_the_view_of_a_document_is_that_of_a_row_alone(visibility, data):
     numbers = torch.cat([torch.arange(size) for size in sizes])[None]
     stops = torch.tensor(sizes).cumsum(0).tolist()
     documents = [[*zip([0, *stops[:-1]], stops, strict=True)]]
-    view = the_view(frame_of(visibility, Call(numbers, documents=documents)))
+    view = the_view(frame_of(visibility, Call(Tokens(numbers, documents=documents))))
     assert view.documents == documents
     for size in sizes:
-        document, alone = view.upto(size), the_view(frame_of(visibility, Call(torch.arange(size)[None])))
+        document, alone = view.upto(size), the_view(frame_of(visibility, Call(Tokens(torch.arange(size)[None]))))
         assert document.documents is None
         assert torch.equal(document.mask(ALL, ALL, True), alone.mask(ALL, ALL, True))
         assert torch.equal(document.query_slots, alone.query_slots)
@@ -233,10 +234,9 @@ def test_with_a_cache_every_key_is_where_the_writes_say(visibility, data):
         length, numbers = real.shape[1], number(real, seen)
         copied = length == 1 and data.draw(st.booleans())  # as where memory is written after one token
         unknown = length == 1 and not copied and limit is not None and data.draw(st.booleans())
-        call = Call(numbers, not bool(real.all()), seen=seen, before=None if unknown else columns, max_length=room)
-        call.least_seen = data.draw(st.sampled_from([None, int(seen.min())]))
-        if copied:
-            call.writes, call.written_after = True, seen + real.sum(-1)
+        least = data.draw(st.sampled_from([None, int(seen.min())]))
+        tokens, past = Tokens(numbers, not bool(real.all())), Past(seen, least, max_length=room)
+        call = Call(tokens, None if unknown else columns, past, written_after=seen + real.sum(-1) if copied else None)
         frame = frame_of(visibility, call)
         view, writes = frame.sections[0][1], frame.writes
         assert view.in_place == (not copied and (length == 1 or visibility.span is None))
@@ -258,8 +258,8 @@ def test_with_a_cache_every_key_is_where_the_writes_say(visibility, data):
             check_past(stores, view.key_numbers[:, :past], writes)
             write_all(stores, numbers, writes)
         check_stores(stores, visibility, limit, (seen + real.sum(-1)).tolist())
-        looks_from = numbers.cummax(-1).values.maximum(seen[:, None] - 1)  # padding from a token before it
-        assert torch.equal(view.queries, looks_from)
+        expected = numbers.cummax(-1).values.maximum(seen[:, None] - 1)  # padding sees as a token before it
+        assert torch.equal(view.queries, expected)
         check_mask(view)
         if view.is_step:
             check_step(view)
@@ -272,7 +272,7 @@ def test_with_a_cache_every_key_is_where_the_writes_say(visibility, data):
 @settings(max_examples=30, deadline=None)
 @given(visibility=visibilities((SLIDING, CHUNKED)), seen=st.integers(0, 40))
 def test_sinks_are_written_only_while_some_are_missing(visibility, seen):
-    call = Call(torch.tensor([[seen]]), seen=torch.tensor([seen]), before=seen, least_seen=seen)
+    call = Call(Tokens(torch.tensor([[seen]])), seen, Past(torch.tensor([seen]), least=seen))
     sink_slots = frame_of(visibility, call).writes.sink_slots
     if seen < visibility.num_sinks:
         assert sink_slots.tolist() == [[visibility.num_memory + seen]]
@@ -284,23 +284,23 @@ def test_a_ring_is_never_larger_than_its_window():
     """However long the stream, one token reads the window, and a piece of n tokens n − 1 keys more than that."""
     visibility = Visibility(SLIDING, sliding_window=4, num_sinks=2)
     seen, numbers = torch.tensor([1000]), torch.tensor([[1000]])
-    cache = {"seen": seen, "before": 1000, "least_seen": 1000}
-    step = frame_of(visibility, Call(numbers, **cache))
-    copied = frame_of(visibility, Call(numbers, writes=True, written_after=seen + 1, **cache))
+    past = Past(seen, least=1000)
+    step = frame_of(visibility, Call(Tokens(numbers), 1000, past))
+    copied = frame_of(visibility, Call(Tokens(numbers), 1000, past, written_after=seen + 1))
     for frame, in_place in ((step, True), (copied, False)):
         view = frame.sections[0][1]
         assert view.in_place is in_place
         assert view.key_numbers.shape == (1, 4)
         assert sorted(view.key_numbers[0].tolist()) == [997, 998, 999, 1000]
         assert frame.writes.slots.tolist() == [[2 + 1000 % 4]]
-    piece = frame_of(visibility, Call(numbers + torch.arange(5), **cache))
+    piece = frame_of(visibility, Call(Tokens(numbers + torch.arange(5)), 1000, past))
     assert the_view(piece).key_numbers.tolist() == [list(range(997, 1005))]
     assert sorted(piece.writes.slots[0].tolist()) == [2, 3, 4, 5]
 
 
 def test_a_layer_with_room_at_once_keeps_each_token_in_its_own_slot():
     visibility = Visibility(FULL, num_memory=3)
-    call = Call(torch.arange(5, 9)[None], seen=torch.tensor([5]), before=5, max_length=20)
+    call = Call(Tokens(torch.arange(5, 9)[None]), 5, Past(torch.tensor([5]), max_length=20))
     frame = frame_of(visibility, call)
     assert frame.writes.slots.tolist() == [[8, 9, 10, 11]]
     assert frame.writes.filled == 9
@@ -311,7 +311,7 @@ def test_a_layer_with_room_at_once_keeps_each_token_in_its_own_slot():
 def test_a_step_reads_the_prefix_of_a_shared_tensor_though_it_sees_none(is_bare):
     """One tensor is one part from its first slot on, so that no key is copied."""
     visibility = Visibility(SLIDING, sliding_window=4, num_sinks=2)
-    call = Call(torch.tensor([[1]]), seen=torch.tensor([1]), before=1, bare=is_bare)
+    call = Call(Tokens(torch.tensor([[1]])), 1, Past(torch.tensor([1]), one_tensor=is_bare))
     view = the_view(frame_of(visibility, call))
     assert view.prefix is is_bare
     shown = [False] * (2 if is_bare else 0) + [True, True]
@@ -325,7 +325,7 @@ def test_a_call_that_is_longer_than_its_ring_writes_its_last_tokens_only(is_padd
     numbers = torch.arange(10)[None]
     if is_padded:
         numbers = torch.cat((numbers, torch.tensor([[-1]])), dim=1)
-    frame = frame_of(visibility, Call(numbers, is_padded, seen=torch.tensor([0])))
+    frame = frame_of(visibility, Call(Tokens(numbers, is_padded), past=Past(torch.tensor([0]))))
     slots = [slot for slot in frame.writes.slots[0].tolist() if slot >= 0]
     assert slots == [2 + 7 % 3, 2 + 8 % 3, 2 + 9 % 3]
     assert frame.writes.sink_slots[0, :2].tolist() == [0, 1]
@@ -354,24 +354,21 @@ def test_on_a_tape_all_keys_that_are_still_seen_are_joined(visibility, data):
         for index, real in enumerate(masks):
             real = real.sort(dim=-1, descending=True).values if index > first else real
             numbers, padded = number(real, seen), not bool(real.all())
-            call = Call(numbers, padded, before=columns, bare=is_bare)
-            if has_cache:
-                call.seen = seen
+            call = Call(Tokens(numbers, padded), columns, Past(seen, one_tensor=is_bare) if has_cache else None)
             if index < first:
                 frame = frame_of(visibility, call)
                 write_all(stores, numbers, frame.writes)
                 seen, columns = seen + real.sum(-1), columns + real.shape[1]
                 seen_first, before_first = seen, columns
                 continue
-            call.differentiable, call.loose = True, loose
-            if has_cache:
-                call.seen_first, call.before_first = seen_first, before_first
+            call.earlier = Earlier({}, loose, seen_first if has_cache else None, before_first)
             frame = frame_of(visibility, call, earlier, capacity)
             view, tape = the_view(frame), frame.tape
             assert not view.in_place
             assert view.key_numbers[:, -numbers.shape[1] :].tolist() == numbers.tolist()
             assert torch.equal(tape.own_numbers, torch.cat([*earlier, numbers], dim=1))
-            assert torch.equal(view.key_numbers, torch.cat((tape.past_numbers, tape.own_numbers), dim=1))
+            past_numbers = view.key_numbers[:, : view.key_numbers.shape[1] - tape.own_numbers.shape[1]]
+            assert torch.equal(view.key_numbers[:, past_numbers.shape[1] :], tape.own_numbers.expand(len(real), -1))
             check_mask(view)
             check_reach(view, data.draw(st.integers(1, 4)))
             if visibility.num_sinks:
@@ -380,7 +377,7 @@ def test_on_a_tape_all_keys_that_are_still_seen_are_joined(visibility, data):
             own_before = tape.own_numbers[:, : -numbers.shape[1]]
             assert torch.equal(frame.bare_numbers, before if is_bare else own_before)
             if has_cache:
-                check_past(stores, tape.past_numbers, frame.writes)
+                check_past(stores, past_numbers, frame.writes)
                 check_candidates(visibility, view, tape, capacity, seen)
                 write_all(stores, numbers, frame.writes)
                 check_stores(stores, visibility, visibility.span, (seen + real.sum(-1)).tolist())
@@ -415,7 +412,7 @@ def test_earlier_calls_out_of_every_window_may_be_left_out(visibility, data):
     first_seen = listed(visibility, int(numbers[0, 0]))[1][0]
     kept = [each for each in earlier if int(each[0, -1]) >= first_seen or int(each[0, 0]) < visibility.num_sinks]
     before = int(numbers[0, 0])
-    view = the_view(frame_of(visibility, Call(numbers, before=before, differentiable=True), kept))
+    view = the_view(frame_of(visibility, Call(Tokens(numbers), before, earlier=Earlier()), kept))
     check_mask(view)
     check_reach(view, data.draw(st.integers(1, 4)))
 
@@ -427,7 +424,8 @@ def test_earlier_calls_out_of_every_window_may_be_left_out(visibility, data):
 def test_memory_that_is_read_sees_itself(chosen):
     """Read tokens come first, see one another and nothing else, and stand in the first slots."""
     visibility = Visibility(SLIDING, sliding_window=4, num_sinks=2, num_memory=3)
-    call = Call(torch.arange(2)[None].expand(2, -1), reads=True, begins=chosen, seen=torch.zeros(2, dtype=torch.long))
+    tokens, past = Tokens(torch.arange(2)[None].expand(2, -1)), Past(torch.zeros(2, dtype=torch.long))
+    call = Call(tokens, past=past, reads=True, begins=chosen)
     frame = frame_of(visibility, call)
     (columns, view), (token_columns, tokens) = frame.sections
     assert (columns, token_columns) == (slice(0, 3), slice(3, 5))
@@ -436,7 +434,6 @@ def test_memory_that_is_read_sees_itself(chosen):
     assert view.query_slots.tolist() == view.places.tolist() == view.key_places.tolist() == [[0, 1, 2]]
     assert view.reach(slice(0, 1)) == ALL
     assert not view.prefix and not view.is_step
-    assert frame.writes.begins is chosen
     check_mask(tokens)
 
 
@@ -450,14 +447,12 @@ def test_memory_that_is_written_sees_what_the_last_token_sees_and_itself(visibil
     chosen = data.draw(st.sampled_from([None, torch.arange(len(totals)).flip(0)]))
     of_batch = seen if chosen is None else seen[chosen]
     call = Call(
-        torch.empty(len(totals), 0, dtype=torch.long),
-        writes=True,
+        Tokens(torch.empty(len(totals), 0, dtype=torch.long)),
+        before=max(totals),
+        past=Past(of_batch, one_tensor=data.draw(st.booleans())),
+        earlier=data.draw(st.sampled_from([None, Earlier()])),
         written_after=seen,
         chosen=chosen,
-        seen=of_batch,
-        before=max(totals),
-        differentiable=data.draw(st.booleans()),
-        bare=data.draw(st.booleans()),
     )
     frame = frame_of(visibility, call)
     view, writes = the_view(frame), frame.writes
@@ -473,9 +468,9 @@ def test_memory_that_is_written_sees_what_the_last_token_sees_and_itself(visibil
             store.window[visibility.num_prefix + (key % limit if limit else key)] = key
         for slot, key in zip(writes.past_slots[row].tolist(), past[row].tolist(), strict=True):
             assert key < 0 or store.window[slot] == key
-    if call.differentiable:
-        assert torch.equal(frame.tape.past_numbers, past)
-        assert not call.bare or torch.equal(frame.bare_numbers, past)
+    if call.earlier is not None:
+        assert frame.tape.own_numbers.shape[1] == 0
+        assert not call.one_tensor or torch.equal(frame.bare_numbers, past)
     else:
         assert frame.tape is None
     check_written(view, totals)
@@ -494,9 +489,9 @@ def test_memory_written_after_tokens_sees_what_the_last_of_them_sees(visibility,
         seen = torch.tensor(data.draw(st.lists(st.integers(0, before), min_size=rows, max_size=rows)))
     numbers = number(real, seen)
     after = numbers.amax(-1) + 1
-    call = Call(numbers, not bool(real.all()), writes=True, written_after=after)
+    call = Call(Tokens(numbers, not bool(real.all())), written_after=after)
     if before is not None:
-        call.seen, call.before = seen, before
+        call.past, call.before = Past(seen), before
     frame = frame_of(visibility, call)
     (_, tokens), (columns, view) = frame.sections
     assert columns == slice(length, length + visibility.num_memory)
@@ -566,8 +561,8 @@ def test_layers_of_one_type_share_where_keys_go(is_differentiable):
     """Kinds of layers have a plan each; a tape also tells layers that retrieve, which need more of what was before."""
     planner = planner_of(**MANY)
     numbers = torch.arange(7, 10)[None]
-    call = Call(numbers, differentiable=is_differentiable, seen=torch.tensor([7]), before=7)
-    call.seen_first, call.before_first = call.seen, 7
+    earlier = Earlier(seen=torch.tensor([7]), before=7) if is_differentiable else None
+    call = Call(Tokens(numbers), 7, Past(torch.tensor([7])), earlier)
     plans = planner.plans(call)
     kinds = layer_kinds(planner.config)
     assert [tuple(kind) for kind in kinds] == [
@@ -607,10 +602,10 @@ def test_the_rotations_of_a_call_are_those_of_its_places_and_slots(data):
     }
     planner = planner_of(**changes)
     numbers = torch.arange(seen, seen + data.draw(st.integers(1, 6)))[None]
-    call = Call(numbers, seen=torch.tensor([seen]), before=seen)
+    call = Call(Tokens(numbers), seen, Past(torch.tensor([seen])))
     if memory:
-        call.reads, call.writes = seen == 0, data.draw(st.booleans())
-        call.written_after = numbers[:, -1] + 1
+        call.reads = seen == 0
+        call.written_after = numbers[:, -1] + 1 if data.draw(st.booleans()) else None
     [plan] = planner.plans(call).values()
 
     def expect(rotation: Rotation, positions: torch.Tensor) -> None:
@@ -639,7 +634,7 @@ def test_keys_without_positions_are_given_those_of_their_slots_when_read(data):
     )
     seen, length = data.draw(st.integers(0, 12)), data.draw(st.sampled_from([1, 3]))
     numbers = torch.arange(seen, seen + length)[None]
-    [plan] = planner.plans(Call(numbers, seen=torch.tensor([seen]), before=seen, bare=True)).values()
+    [plan] = planner.plans(Call(Tokens(numbers), seen, Past(torch.tensor([seen]), one_tensor=True))).values()
     [section] = plan.sections
 
     def expect(rotation: Rotation, positions: torch.Tensor) -> None:
@@ -661,7 +656,7 @@ def test_keys_without_positions_are_given_those_of_their_slots_when_read(data):
 def test_positions_of_the_caller_stand_for_places():
     planner = planner_of(layer_types=FULL)
     positions = torch.tensor([[5, 9, 40]])
-    [plan] = planner.plans(Call(torch.arange(3)[None], position_ids=positions)).values()
+    [plan] = planner.plans(Call(Tokens(torch.arange(3)[None], position_ids=positions))).values()
     cos, _ = planner.rotary(positions, positions, FULL)
     assert torch.equal(plan.rotations.place.cos, cos)
     assert plan.view().places.tolist() == [[0, 1, 2]]
@@ -670,14 +665,14 @@ def test_positions_of_the_caller_stand_for_places():
 @pytest.mark.parametrize("stage", ["projection", "rotary"])
 def test_only_a_clip_of_rotated_vectors_is_in_the_rotations(stage):
     planner = planner_of(layer_types=SLIDING, clip_qkv=0.5, clip_qkv_stage=stage)
-    [plan] = planner.plans(Call(torch.arange(3)[None])).values()
+    [plan] = planner.plans(Call(Tokens(torch.arange(3)[None]))).values()
     rotated = plan.rotations.place(torch.full((1, 2, 3, 8), 2.0))
     assert (float(rotated.abs().max()) <= 0.5) == (stage == "rotary")
 
 
 @pytest.mark.parametrize("is_plain, weights, returns", [(True, True, True), (False, True, False), (True, False, False)])
 def test_weights_are_returned_where_operations_are_plain(is_plain, weights, returns):
-    [plan] = planner_of(is_plain, weights, layer_types=SLIDING).plans(Call(torch.arange(3)[None])).values()
+    [plan] = planner_of(is_plain, weights, layer_types=SLIDING).plans(Call(Tokens(torch.arange(3)[None]))).values()
     assert plan.returns_weights is returns
     assert plan.sections[0].needs.plain is is_plain and plan.sections[0].needs.weights is returns
 
@@ -695,7 +690,7 @@ def test_the_first_backend_that_supports_a_view_is_planned():
 
     planner = planner_of(layer_types=SLIDING)
     planner.backends = [backend("first", False), backend("second", True), backend("third", True)]
-    [plan] = planner.plans(Call(torch.arange(3)[None])).values()
+    [plan] = planner.plans(Call(Tokens(torch.arange(3)[None]))).values()
     [section] = plan.sections
     assert section.backend.name == "second"
     assert [name for name, _, _ in asked] == ["first", "second"]
@@ -704,13 +699,14 @@ def test_the_first_backend_that_supports_a_view_is_planned():
 
 def test_a_plan_finds_its_sections_by_role():
     visibility = Visibility(SLIDING, sliding_window=4, num_memory=2)
-    call = Call(torch.arange(3)[None], reads=True, writes=True, written_after=torch.tensor([3]))
+    begins = torch.tensor([True])
+    call = Call(Tokens(torch.arange(3)[None]), reads=True, begins=begins, written_after=torch.tensor([3]))
     planner = planner_of(layer_types=SLIDING, num_memory_tokens=2)
     [plan] = planner.plans(call).values()
-    assert plan.visibility == visibility
+    assert plan.visibility == visibility and plan.begins is begins
     assert [plan.columns(role) for role in ("read", "token", "write")] == [slice(0, 2), slice(2, 5), slice(5, 7)]
     assert [plan.view(role).role for role in ("read", "token", "write")] == ["read", "token", "write"]
-    [other] = planner.plans(Call(torch.arange(3)[None])).values()
+    [other] = planner.plans(Call(Tokens(torch.arange(3)[None]))).values()
     assert other.columns("read") is None and other.columns("write") is None
 
 
@@ -718,8 +714,8 @@ def test_a_plan_finds_its_sections_by_role():
 def test_a_plan_is_copied_to_another_device_once_and_whole(is_differentiable):
     """All of its tensors are moved, and what is no tensor stays; the meta device has shapes alone."""
     planner = planner_of(**MANY)
-    call = Call(torch.arange(7, 10)[None], seen=torch.tensor([7]), before=7, differentiable=is_differentiable)
-    call.seen_first, call.before_first = call.seen, 7
+    earlier = Earlier(seen=torch.tensor([7]), before=7) if is_differentiable else None
+    call = Call(Tokens(torch.arange(7, 10)[None]), 7, Past(torch.tensor([7])), earlier, begins=torch.tensor([True]))
     plan = planner.plans(call)[LayerKind(SLIDING, "rope", True)]
     meta = torch.device("meta")
     copied = plan.to(meta)

@@ -11,7 +11,7 @@ from modeling.numbering import listed, number, real_tokens
 from olmem import OlmemCache, OlmemConfig
 from olmem.backends_olmem import BACKENDS
 from olmem.inputs_olmem import Tokens, find_documents
-from olmem.plan_olmem import Call, Planner
+from olmem.plan_olmem import Call, Planner, layer_kinds
 from olmem.positions_olmem import OlmemRotaryEmbedding
 from olmem.segments_olmem import (
     OlmemMemory,
@@ -160,6 +160,11 @@ def memory_of(config: OlmemConfig) -> OlmemMemory:
     return memory
 
 
+def schedule_of(config: OlmemConfig, *given: Any) -> Schedule:
+    """Returns the schedule of a forward call of such a model."""
+    return Schedule(config, layer_kinds(config), *given)
+
+
 def run(schedule: Schedule, config: OlmemConfig) -> tuple[torch.Tensor, list[Call], list[torch.Tensor]]:
     """Runs a schedule through layers that change nothing.
 
@@ -207,13 +212,13 @@ def test_each_pass_reads_the_memory_of_its_rows_segments(data):
         has_gradients = data.draw(st.booleans())
         with torch.set_grad_enabled(has_gradients):
             tokens = Tokens(numbers, not bool(real.all()))
-            found, calls, entered = run(Schedule(config, memory, cache, tokens, embeddings), config)
+            found, calls, entered = run(schedule_of(config, memory, cache, tokens, embeddings), config)
         assert torch.equal(found[real], embeddings[real])
         assert not cache.half_read
         assert torch.equal(cache.seen, seen + real.sum(-1))
         passed = [0] * rows
         for call, states in zip(calls, entered, strict=True):
-            assert call.differentiable is has_gradients
+            assert (call.earlier is not None) is has_gradients
             for index, own in enumerate(call.numbers.tolist()):
                 row = index if call.chosen is None else int(call.chosen[index])
                 tokens_of_row = [each for each in own if each >= 0]
@@ -244,7 +249,7 @@ def test_memory_is_written_with_the_last_token_or_when_the_next_segment_begins()
         numbers = torch.arange(*columns)[None]
         with torch.no_grad():
             embeddings = torch.randn(1, numbers.shape[1], HIDDEN)
-            _, calls, entered = run(Schedule(config, memory, cache, Tokens(numbers, False), embeddings), config)
+            _, calls, entered = run(schedule_of(config, memory, cache, Tokens(numbers, False), embeddings), config)
         for call, states in zip(calls, entered, strict=True):
             assert states.shape[1] == call.numbers.shape[1] + 2 * call.reads + 2 * call.writes
         return [(call.numbers.shape[1], call.reads, call.writes) for call in calls]
@@ -258,9 +263,9 @@ def test_memory_is_written_with_the_last_token_or_when_the_next_segment_begins()
 def test_without_memory_a_call_is_one_pass():
     config = config_of(num_memory_tokens=0, memory_segment_length=None)
     embeddings = torch.randn(2, 30, HIDDEN)
-    found, [call], _ = run(Schedule(config, None, None, Tokens(torch.arange(30)[None], False), embeddings), config)
+    found, [call], _ = run(schedule_of(config, None, None, Tokens(torch.arange(30)[None], False), embeddings), config)
     assert torch.equal(found, embeddings)
-    assert not (call.reads or call.writes or call.carries or call.has_cache)
+    assert not (call.reads or call.writes or call.carries or call.past)
 
 
 @pytest.mark.parametrize("has_cache", [False, True])
@@ -271,7 +276,12 @@ def test_states_of_a_forward_are_tapes_where_gradients_are_wanted(has_gradients,
     cache = begun(config, 1) if has_cache else None
     with torch.set_grad_enabled(has_gradients):
         schedule = Schedule(
-            config, memory_of(config), cache, Tokens(torch.arange(3)[None], False), torch.zeros(1, 3, 4)
+            config,
+            layer_kinds(config),
+            memory_of(config),
+            cache,
+            Tokens(torch.arange(3)[None], False),
+            torch.zeros(1, 3, 4),
         )
     for index, state in enumerate(schedule.states):
         if not has_gradients:
@@ -296,17 +306,22 @@ def test_earlier_calls_that_a_layer_needs_are_those_that_it_may_see(data):
     length = data.draw(st.integers(6, 30))
     visibility = Visibility.of(config, layer_type)
     schedule = Schedule(
-        config, memory_of(config), None, Tokens(torch.arange(length)[None], False), torch.zeros(1, length, 4)
+        config,
+        layer_kinds(config),
+        memory_of(config),
+        None,
+        Tokens(torch.arange(length)[None], False),
+        torch.zeros(1, length, 4),
     )
     _, calls, _ = run(schedule, config)
     kind = schedule.kinds[0]
     most = 1 if visibility.span is None else visibility.span // 5 + 2 + visibility.num_sinks // 5 + 1
     for call in calls[1:]:
-        kept = {each for numbers in call.earlier[kind] for each in numbers[0].tolist()}
+        kept = {each for numbers in call.earlier.numbers[kind] for each in numbers[0].tolist()}
         for query in call.numbers[0].tolist():
             before, inside = listed(visibility, query)
             assert {key for key in (*before, *inside) if key < int(call.numbers[0, 0])} <= kept
-        assert visibility.span is None or len(call.earlier[kind]) <= most
+        assert visibility.span is None or len(call.earlier.numbers[kind]) <= most
 
 
 @pytest.mark.parametrize("depth, expected", [(None, [0, 1, 2]), (1, [2]), (2, [1, 2]), (3, [0, 1, 2])])
@@ -314,7 +329,7 @@ def test_gradients_go_back_through_so_many_memories(depth, expected):
     """Counted from the last segment, each memory is cut off from those before it after so many in a row."""
     config = config_of(memory_bptt_segments=depth)
     embeddings = torch.zeros(1, 20, HIDDEN, requires_grad=True)
-    schedule = Schedule(config, memory_of(config), None, Tokens(torch.arange(20)[None], False), embeddings)
+    schedule = schedule_of(config, memory_of(config), None, Tokens(torch.arange(20)[None], False), embeddings)
     planner = Planner(config, OlmemRotaryEmbedding(config), BACKENDS)
     for call in schedule.calls():
         states = schedule.enter(call)

@@ -15,7 +15,8 @@ from modeling.numbering import listed
 from modeling.streams import cuts
 from olmem import state_olmem, visibility_olmem
 from olmem.contracts_olmem import Candidates
-from olmem.plan_olmem import Call
+from olmem.inputs_olmem import Tokens
+from olmem.plan_olmem import Call, Earlier
 from olmem.rules_olmem import POSITION_EMBEDDINGS, ROTATING
 from olmem.state_olmem import OlmemTape
 
@@ -36,7 +37,7 @@ def test_a_cache_gives_each_query_the_keys_and_values_that_it_sees(has_memory, d
             seen, writes = stream.seen, has_memory and data.draw(st.booleans())
             plan, parts = stream.step(length, reads=reads, begins=begins, writes=writes)
             stream.check(plan, parts, seen)
-            assert stream.layer.length == stream.before
+            assert stream.layer.get_seq_length() == stream.before
 
 
 @pytest.mark.parametrize("has_memory", [False, True])
@@ -68,7 +69,7 @@ def test_a_tape_writes_to_a_cache_what_the_cache_would_have_written(shared, data
     left.pad(right.real)
     for length in pieces:
         left.step(length)
-    assert right.layer.length == left.layer.length == left.before
+    assert right.layer.get_seq_length() == left.layer.get_seq_length() == left.before
     for name in left.layer.names:
         kept = left.visibility.num_prefix + min(left.before, left.layer.limit or left.before)
         expected, found = (each.layer.buffers[name][:, :, :kept] for each in (left, right))
@@ -178,7 +179,6 @@ def test_all_room_is_made_where_only_the_device_knows_the_length():
     with torch.no_grad():
         [[part]] = stream.layer.write(key, value, stream.plan(call), ())
     assert stream.layer.capacity == part.key.shape[2] == 700
-    assert stream.layer.length is None
 
 
 def test_another_dtype_is_refused():
@@ -203,13 +203,12 @@ def test_a_tape_keeps_gradients_and_a_cache_has_none(layer_type, has_cache, shar
         stream.step(3)
     tape, first = OlmemTape(stream.layer if has_cache else None), stream.before
     key, value = (states.requires_grad_() for states in (stream.key, stream.value))
-    call, *states = stream.call(6, has_cache, differentiable=True)
-    call.seen_first, call.before_first = stream.seen, first
+    seen_first = stream.seen if has_cache else None
+    call, *states = stream.call(6, has_cache, earlier=Earlier({}, False, seen_first, first))
     tape.write(*states, stream.plan(call), ())
     stream.advance(6)
-    later, *new = stream.call(1, has_cache, differentiable=True)
-    later.seen_first, later.before_first = call.seen_first, first
-    later.earlier = {stream.kind: [call.numbers]}
+    earlier = Earlier({stream.kind: [call.numbers]}, False, seen_first, first)
+    later, *new = stream.call(1, has_cache, earlier=earlier)
     plan = stream.plan(later)
     [parts] = tape.write(*new, plan, states)
     view = plan.view()
@@ -231,8 +230,7 @@ def test_what_a_tape_has_read_of_a_cache_stays_when_the_cache_goes_on():
     changes = {"layer_types": SLIDING, "num_sink_tokens": 2, "num_memory_tokens": 2, "memory_segment_length": 10}
     stream = Stream(changes, torch.ones(1, 20, dtype=torch.bool))
     stream.step(8, reads=True)
-    call, key, value = stream.call(2, differentiable=True)
-    call.seen_first, call.before_first = stream.seen, stream.before
+    call, key, value = stream.call(2, earlier=Earlier({}, False, stream.seen, stream.before))
     [parts] = OlmemTape(stream.layer).write(key, value, stream.plan(call), ())
     kept = [(part.key.clone(), part.value.clone()) for part in parts]
     stream.advance(2)
@@ -317,10 +315,8 @@ def test_candidates_of_a_tape_are_those_of_the_table(has_cache, data, capacity):
         tape, seen_first, before_first = OlmemTape(stream.layer if first else None), stream.seen, stream.before
         earlier, numbers = [], []
         for length in pieces[first:]:
-            call, key, value = stream.call(length, bool(first), differentiable=True)
-            if first:
-                call.seen_first, call.before_first = seen_first, before_first
-            call.earlier, call.loose = {stream.kind: list(numbers)}, True
+            before = Earlier({stream.kind: list(numbers)}, True, seen_first if first else None, before_first)
+            call, key, value = stream.call(length, bool(first), earlier=before)
             plan = stream.plan(call)
             tape.write(key, value, plan, earlier)
             [found] = tape.candidates(key, value, plan, earlier)
@@ -339,7 +335,7 @@ def test_candidates_of_packed_documents_are_their_own():
     )
     documents = [[(0, 4), (4, 7)], [(0, 7)]]
     numbers = torch.tensor([[0, 1, 2, 3, 0, 1, 2], [0, 1, 2, 3, 4, 5, 6]])
-    plan = stream.plan(Call(numbers, documents=documents))
+    plan = stream.plan(Call(Tokens(numbers, documents=documents)))
     found = list(OlmemTape().candidates(stream.key, stream.value, plan, ()))
     assert [(each.rows, each.columns) for each in found] == [
         (slice(0, 1), slice(0, 4)),
@@ -403,14 +399,12 @@ def test_memory_that_some_rows_write_reads_theirs_alone(shared, is_differentiabl
     before = {name: buffer.clone() for name, buffer in stream.layer.buffers.items()}
     rows = torch.tensor([2, 0])
     call = Call(
-        torch.empty(2, 0, dtype=torch.long),
-        writes=True,
+        Tokens(torch.empty(2, 0, dtype=torch.long)),
+        before=8,
+        past=stream.past(),
+        earlier=Earlier() if is_differentiable else None,
         written_after=stream.seen[rows],
         chosen=rows,
-        differentiable=is_differentiable,
-        seen=stream.seen,
-        before=8,
-        bare=stream.one_tensor,
     )
     key, value = (states[rows] for states in stream.states(2))
     state = OlmemTape(stream.layer) if is_differentiable else stream.layer
@@ -429,7 +423,7 @@ def test_memory_that_some_rows_write_reads_theirs_alone(shared, is_differentiabl
             stream.expect(window, index, 4 + column, states, 2 + 8 + column)
     for name, buffer in stream.layer.buffers.items():
         assert torch.equal(buffer[:, :, :-1], before[name][:, :, :-1])
-    assert stream.layer.length == 8
+    assert stream.layer.get_seq_length() == 8
 
 
 def test_a_layer_shows_what_its_window_holds():

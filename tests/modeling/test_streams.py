@@ -30,8 +30,8 @@ from modeling.streams import BLOCKS, alone, blocks_of, choices, cuts, dynamic, m
 from olmem import OlmemCache, OlmemForCausalLM
 from olmem.backends_olmem import BACKENDS
 from olmem.fallback_olmem import Implementation
-from olmem.inputs_olmem import number_tokens
-from olmem.plan_olmem import Call, Frame, Planner
+from olmem.inputs_olmem import Tokens, number_tokens
+from olmem.plan_olmem import Call, Frame, Past, Planner
 from olmem.rules_olmem import POSITION_EMBEDDINGS
 from olmem.segments_olmem import Schedule
 from olmem.visibility_olmem import Visibility
@@ -216,10 +216,11 @@ def attend_in(model: OlmemForCausalLM, states, cache: OlmemCache | None = None) 
     if cache is not None:
         cache.begin(len(query), query.device)
     tokens = number_tokens(embeddings, None, None, None if cache is None else cache.counters, False, False)
-    schedule = Schedule(model.config, None, cache, tokens, embeddings)
     is_plain = Implementation.of(model.config).is_plain
+    planner = Planner(model.config, model.model.rotary_emb, BACKENDS, is_plain)
+    schedule = Schedule(model.config, planner.kinds, None, cache, tokens, embeddings)
     [call] = schedule.calls()
-    plan = Planner(model.config, model.model.rotary_emb, BACKENDS, is_plain).plans(call)[schedule.kinds[0]]
+    plan = planner.plans(call)[planner.kinds[0]]
     [section], [parts] = plan.sections, schedule.states[0].write(key, value, plan, ())
     output, _ = section.attend(model.model.layers[0].self_attn.heads(plan), query, parts)
     schedule.leave(call, plan, [output], [])
@@ -373,7 +374,7 @@ def test_slots_of_a_step_are_bounded_however_long_the_stream(data):
     real = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(seen), max_size=len(seen))))
     before = data.draw(st.sampled_from([int(seen.max()), None]))
     numbers = torch.where(real, seen, -1)[:, None]
-    frame = Frame(visibility, Call(numbers, not bool(real.all()), seen=seen, before=before), [], 0)
+    frame = Frame(visibility, Call(Tokens(numbers, not bool(real.all())), before, Past(seen)), [], 0)
     [(_, view)] = frame.sections
     slots = view.step_slots
     assert view.is_step

@@ -24,7 +24,6 @@ def test_a_visibility_is_the_table_of_the_design(visibility, capacity):
         assert visibility.prefix_count(query) == memory + len(before)
         assert visibility.slot(query) == memory + everything.index(query) == memory + len(everything) - 1
         assert [key for key in range(-2, LONG + 2) if visibility.sees(query, key)] == inside
-        assert [key for key in range(LONG + 2) if visibility.sees_sink(query, key)] == before
         assert [visibility.key_slot(query, key) for key in everything] == [*range(memory, memory + len(everything))]
         left = [key for key in range(query + 1) if key not in inside and key >= visibility.num_sinks]
         found = [key for key in range(-LONG, LONG + 2) if visibility.candidates(query, key, capacity)]
@@ -59,7 +58,7 @@ def test_tensors_give_what_integers_give(visibility):
     query, key = numbers[:, None], numbers[None, :]
     for name in ("start", "sinks_before", "prefix_count", "slot"):
         assert getattr(visibility, name)(numbers).tolist() == [getattr(visibility, name)(i) for i in range(LONG)]
-    for name in ("sees", "sees_sink", "key_slot"):
+    for name in ("sees", "key_slot"):
         method = getattr(visibility, name)
         assert method(query, key).tolist() == [[method(i, j) for j in range(LONG)] for i in range(LONG)]
     found = visibility.candidates(query, key, 5)

@@ -162,7 +162,7 @@ class Whole:
     def attend(self, heads: Heads, query: torch.Tensor, parts: Sequence[Part], section: Section) -> Output:
         """Attends as `Backend.attend` does."""
         view, plain, part = section.view, section.needs.plain, parts[-1]
-        query, key = place_on_read(query, part, section.rotations)
+        query, key = rotate_on_read(query, part, section.rotations)
         mask = view.whole_mask(query.dtype if plain else None) if plain or not view.causal else None
         interface = ALL_ATTENTION_FUNCTIONS.get_interface("eager" if plain else "sdpa", eager_attention_forward)
         dropout, scaling = heads.dropout, heads.scaling
@@ -181,10 +181,10 @@ class Blocks:
         """Attends as `Backend.attend` does."""
         view, needs, window = section.view, section.needs, parts[-1]
         in_pairs = window.in_pairs
-        queries, key = place_on_read(query, window, section.rotations)
+        queries, key = rotate_on_read(query, window, section.rotations)
         before = parts[0] if parts[0].is_prefix else None
         if before is not None:
-            before = Prefix(*place_on_read(query, before, section.rotations), before.value)
+            before = Prefix(*rotate_on_read(query, before, section.rotations), before.value)
         blocks = pieces(query.shape[2], block_size(query.device), query)
         reaches = [ALL if needs.weights else view.reach(block) for block in blocks]
         keys, values = slices(key, reaches), slices(window.value, reaches)
@@ -193,7 +193,7 @@ class Blocks:
             block_query, bias = queries[:, :, block], None
             prefix = before and before.some(block)
             if needs.by_slot:
-                block_query, block_key, prefix, bias = place_by_slot(
+                block_query, block_key, prefix, bias = apply_scheme(
                     heads, block_query, block_key, prefix, view, block, reach, in_pairs
                 )
             mask = view.mask(block, reach, prefix is not None)
@@ -232,7 +232,7 @@ class Prefix(NamedTuple):
         return self._replace(query=self.query[:, :, queries])
 
 
-def place_on_read(query: torch.Tensor, part: Part, rotations: Rotations) -> tuple[torch.Tensor, torch.Tensor]:
+def rotate_on_read(query: torch.Tensor, part: Part, rotations: Rotations) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns queries (B, H, T, D) and the keys (B, K, S, D) of a part, both with their positions."""
     query = to_pairs(query) if part.in_pairs else query
     query = (rotations.slot if part.is_prefix else rotations.place)(query)
@@ -241,7 +241,7 @@ def place_on_read(query: torch.Tensor, part: Part, rotations: Rotations) -> tupl
     return query, (rotations.prefix if part.is_prefix else rotations.key)(part.key)
 
 
-def place_by_slot(
+def apply_scheme(
     heads: Heads,
     query: torch.Tensor,
     key: torch.Tensor,

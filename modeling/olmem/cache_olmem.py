@@ -192,8 +192,10 @@ class OlmemCache(Cache):
         if config is not self.config:
             refuse_other_model(architecture(self.config), architecture(config))
             self.config = config
-        for layer, layer_type in zip(self.layers, config.layer_types, strict=True):
-            visibility = Visibility.of(config, layer_type)
+        layer_types = config.layer_types
+        visibilities = {layer_type: Visibility.of(config, layer_type) for layer_type in set(layer_types)}
+        for layer, layer_type in zip(self.layers, layer_types, strict=True):
+            visibility = visibilities[layer_type]
             if layer.visibility.sizes != visibility.sizes:
                 raise ValueError(
                     f"`past_key_values` was made for {layer.visibility} before the configuration was changed (got "

@@ -65,20 +65,19 @@ class Counters:
 
     def advance(self, view: View, columns: int) -> None:
         """Counts the tokens of a call that all layers have seen, and so many columns."""
-        real = view.numbers >= 0
-        counts = real.sum(-1)
+        added = (view.numbers >= 0).sum(-1) if view.padded else view.numbers.shape[1]
         host_seen = unless_recorded(self.read_seen)
         host_columns = unless_recorded(self.read_columns)
         self.fresh = False
-        self.seen.add_(counts)
+        self.seen.add_(added)
         self.columns.add_(columns)
         self.host_seen = self.host_columns = None
         if host_seen is not None and host_columns is not None:
-            added = counts.tolist() if view.padded else [view.numbers.shape[1]] * len(host_seen)
-            self.host_seen = [seen + count for seen, count in zip(host_seen, added, strict=True)]
+            of_rows = added.tolist() if isinstance(added, torch.Tensor) else [added] * len(host_seen)
+            self.host_seen = [seen + count for seen, count in zip(host_seen, of_rows, strict=True)]
             self.host_columns = host_columns + columns
         if view.padded:
-            self.gaps.logical_or_((~real & (view.queries >= 0)).any())
+            self.gaps.logical_or_(((view.numbers < 0) & (view.queries >= 0)).any())
 
     def select(self, indices: torch.Tensor) -> None:
         """Keeps these rows of the batch, in their order; rows that are all equal need no reading to be reordered."""

@@ -59,6 +59,27 @@ def refuse_malformed(hidden_states: torch.Tensor, attention_mask: object, positi
         )
 
 
+def refuse_malformed_ids(input_ids: object, device: torch.device, any_device: bool) -> None:
+    """Raises an error for ids that are no tensor of integers, or on another device than `device` if that matters."""
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
+        kind = getattr(input_ids, "dtype", type(input_ids).__name__)
+        raise ValueError(f"`input_ids` must be a tensor of integers (got {kind}); pass `input_ids.long()`.")
+    if input_ids.device != device and not any_device:
+        raise ValueError(
+            f"`input_ids` must be on the model's device, {device} (got {input_ids.device}); pass "
+            "`input_ids.to(model.device)`."
+        )
+
+
+def refuse_malformed_embeddings(inputs_embeds: torch.Tensor, hidden_size: int) -> None:
+    """Raises an error for embeddings that are no floats (B, T, hidden_size)."""
+    if inputs_embeds.shape[-1] != hidden_size or not inputs_embeds.is_floating_point():
+        raise ValueError(
+            f"`inputs_embeds` must be floats (B, T, `hidden_size` = {hidden_size}) (got {inputs_embeds.dtype} "
+            f"{tuple(inputs_embeds.shape)}); pass ids as `input_ids`."
+        )
+
+
 def number_tokens(
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | None,
@@ -167,4 +188,11 @@ def find_documents(position_ids: torch.Tensor) -> list[list[Document]] | None:
     return documents
 
 
-__all__ = ["Tokens", "find_documents", "number_tokens"]
+__all__ = [
+    "Tokens",
+    "find_documents",
+    "number_tokens",
+    "refuse_malformed",
+    "refuse_malformed_embeddings",
+    "refuse_malformed_ids",
+]

@@ -44,7 +44,13 @@ from .configuration_olmem import HUB_ARGUMENTS, OlmemConfig
 from .contracts_olmem import Heads, LayerState, Plan
 from .fallback_olmem import Fallback, Implementation, falls_back, is_padding_mask
 from .generation_olmem import OlmemGenerationMixin
-from .inputs_olmem import Tokens, number_tokens, refuse_malformed
+from .inputs_olmem import (
+    Tokens,
+    number_tokens,
+    refuse_malformed,
+    refuse_malformed_embeddings,
+    refuse_malformed_ids,
+)
 from .plan_olmem import Planner
 from .positions_olmem import ROPE, XPOS, LinspaceScheme, OlmemRotaryEmbedding, PositionScheme
 from .retrieval_olmem import Retrieval
@@ -515,23 +521,10 @@ class OlmemModel(OlmemPreTrainedModel):
         """Returns the embeddings (B, T, hidden_size) of ids (B, T), or those that were given instead."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        if input_ids is None:
-            assert inputs_embeds is not None
-            if inputs_embeds.shape[-1] != self.config.hidden_size or not inputs_embeds.is_floating_point():
-                raise ValueError(
-                    f"`inputs_embeds` must be floats (B, T, `hidden_size` = {self.config.hidden_size}) (got "
-                    f"{inputs_embeds.dtype} {tuple(inputs_embeds.shape)}); pass ids as `input_ids`."
-                )
+        if inputs_embeds is not None:
+            refuse_malformed_embeddings(inputs_embeds, self.config.hidden_size)
             return inputs_embeds
-        if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
-            kind = getattr(input_ids, "dtype", type(input_ids).__name__)
-            raise ValueError(f"`input_ids` must be a tensor of integers (got {kind}); pass `input_ids.long()`.")
-        home = self.embed_tokens.weight.device
-        if input_ids.device != home and not moves_inputs(self.embed_tokens):
-            raise ValueError(
-                f"`input_ids` must be on the model's device, {home} (got {input_ids.device}); pass "
-                "`input_ids.to(model.device)`."
-            )
+        refuse_malformed_ids(input_ids, self.embed_tokens.weight.device, moves_inputs(self.embed_tokens))
         return self.embed_tokens(input_ids)
 
     def cache_beside_checkpoints(self, cache: Cache | None, use_cache: bool | None) -> tuple[Cache | None, bool | None]:

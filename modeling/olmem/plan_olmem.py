@@ -89,7 +89,8 @@ class Call:
 def layer_kinds(config: OlmemConfig) -> list[LayerKind]:
     """Returns the kind of each layer."""
     kinds = zip(config.layer_types, config.layer_position_embeddings, strict=False)  # fewer where a model leaves early
-    return [LayerKind(*kind, index in config.retrieval_layers) for index, kind in enumerate(kinds)]
+    retrieval_layers = config.retrieval_layers
+    return [LayerKind(*kind, index in retrieval_layers) for index, kind in enumerate(kinds)]
 
 
 class Planner:

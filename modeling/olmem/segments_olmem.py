@@ -91,21 +91,21 @@ def cut_in_segments(numbers: torch.Tensor, padded: bool, phase: int | None, leng
     return pieces
 
 
-def place_in_pieces(pieces: Sequence[Piece], columns: int) -> torch.Tensor:
-    """Returns where each token of a call is among its pieces side by side, (B, columns), 0 for padding.
+def find_in_pieces(pieces: Sequence[Piece], columns: int) -> torch.Tensor:
+    """Returns the column of each token of a call among its pieces side by side, (B, columns), 0 for padding.
 
     The columns of the pieces must be tensors.
     """
     batch = len(pieces[0].numbers)
-    places, before = pieces[0].numbers.new_zeros(batch, columns), 0
+    found, before = pieces[0].numbers.new_zeros(batch, columns), 0
     for piece in pieces:
         assert isinstance(piece.columns, torch.Tensor)
         width = piece.numbers.shape[1]
-        place = before + torch.arange(width, device=places.device).expand(batch, -1)
-        found = places.gather(1, piece.columns).where(piece.numbers < 0, place)
-        places = places.scatter(1, piece.columns, found)
+        own = before + torch.arange(width, device=found.device).expand(batch, -1)
+        own = found.gather(1, piece.columns).where(piece.numbers < 0, own)
+        found = found.scatter(1, piece.columns, own)
         before += width
-    return places
+    return found
 
 
 @dataclass
@@ -401,8 +401,8 @@ class Schedule:
         joined = [torch.cat(states, dim=1) for states in zip(*self.outputs, strict=True)]
         if isinstance(self.pieces[0].columns, slice):
             return joined
-        places = place_in_pieces(self.pieces, self.length)[..., None]
-        return [states.gather(1, places.expand(-1, -1, states.shape[2])) for states in joined]
+        columns = find_in_pieces(self.pieces, self.length)[..., None]
+        return [states.gather(1, columns.expand(-1, -1, states.shape[2])) for states in joined]
 
 
 @dataclass(frozen=True)
@@ -412,7 +412,7 @@ class Packed:
     tokens: Tokens
     embeddings: torch.Tensor  # (B, T, hidden_size)
     real: torch.Tensor  # (B, T) which columns are tokens
-    places: torch.Tensor  # where these are in the flattened input
+    indices: torch.Tensor  # of these tokens in the flattened input
 
 
 def unpack_documents(tokens: Tokens, embeddings: torch.Tensor) -> list[Packed]:
@@ -438,9 +438,9 @@ def pack_documents(
     packed: Sequence[Packed], results: Sequence[Sequence[torch.Tensor]], like: torch.Tensor
 ) -> list[torch.Tensor]:
     """Brings the hidden states of unpacked documents back into rows like `like` (B, T, hidden_size)."""
-    back = torch.cat([each.places for each in packed]).argsort()
+    back = torch.cat([each.indices for each in packed]).argsort()
     of_rows = [[states[each.real] for states in result] for each, result in zip(packed, results, strict=True)]
     return [torch.cat(parts)[back].view(like.shape) for parts in zip(*of_rows, strict=True)]
 
 
-__all__ = ["OlmemMemory", "Schedule", "cut_in_segments", "pack_documents", "place_in_pieces", "unpack_documents"]
+__all__ = ["OlmemMemory", "Schedule", "cut_in_segments", "find_in_pieces", "pack_documents", "unpack_documents"]

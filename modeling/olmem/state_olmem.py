@@ -431,13 +431,12 @@ def parts_of_sections(
     """
     sections, window = [], past
     for section in plan.sections:
-        own = new[0][:, :, section.columns], new[1][:, :, section.columns]
-        if section.view.role == "read":
-            seen = own
-        elif section.view.in_place:
+        if section.view.in_place:
             seen = require(window)
         else:
-            seen = window = require(join([own] if window is None else [window, own]))
+            seen = new[0][:, :, section.columns], new[1][:, :, section.columns]
+            if section.view.role != "read":
+                seen = window = require(join([seen] if window is None else [window, seen]))
         parts = [Part(seen[0], seen[1], False, is_bare, in_pairs)]
         if section.view.prefix and prefix is not None:
             parts.insert(0, Part(prefix[0], prefix[1], True, is_bare, in_pairs))

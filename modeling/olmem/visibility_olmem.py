@@ -21,11 +21,11 @@ Number = Any  # an integer, or a tensor of integers
 
 
 def _at_least_zero(number: Number) -> Number:
-    return number * (number > 0)
+    return number.clamp(min=0) if isinstance(number, torch.Tensor) else max(number, 0)
 
 
-def _minimum(first: Number, second: Number) -> Number:
-    return first - _at_least_zero(first - second)
+def _at_most(number: Number, most: int) -> Number:
+    return number.clamp(max=most) if isinstance(number, torch.Tensor) else min(number, most)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Visibility:
 
     def sinks_before(self, query: Number) -> Number:
         """Returns how many sinks stand before a query's window."""
-        return _minimum(self.start(query), self.num_sinks)
+        return _at_most(self.start(query), self.num_sinks)
 
     def prefix_count(self, query: Number) -> Number:
         """Returns how many slots of the prefix a query sees; they are always its first ones."""

@@ -514,15 +514,15 @@ def check_written(view: View, totals: list[int]) -> None:
         for index in range(count):
             slot, place = int(view.query_slots[row, index]), int(view.places[row, index])
             assert slot == memory + len(before + inside) + index
-            told, seen_keys = mask[row, index].tolist(), []
+            shown, seen_keys = mask[row, index].tolist(), []
             sinks = [sink in before for sink in range(visibility.num_sinks)]
-            assert told[: visibility.num_prefix] == [True] * memory + sinks
-            for key, key_place, is_seen in zip(keys, places, told[visibility.num_prefix : -count], strict=False):
+            assert shown[: visibility.num_prefix] == [True] * memory + sinks
+            for key, key_place, is_seen in zip(keys, places, shown[visibility.num_prefix : -count], strict=False):
                 if is_seen:
                     seen_keys.append(key)
                     assert place - key_place == slot - memory - (before + inside).index(key)
             assert sorted(seen_keys) == inside
-            assert told[-count:] == [True] * count
+            assert shown[-count:] == [True] * count
             assert [place - each for each in places[-count:]] == [index - other for other in range(count)]
 
 

@@ -17,8 +17,8 @@ from olmem.segments_olmem import (
     OlmemMemory,
     Schedule,
     cut_in_segments,
+    find_in_pieces,
     pack_documents,
-    place_in_pieces,
     unpack_documents,
 )
 from olmem.state_olmem import OlmemCacheLayer, OlmemTape
@@ -62,7 +62,7 @@ def test_a_call_is_cut_where_segments_begin(segment, data):
     if isinstance(pieces[0].columns, slice):
         assert torch.equal(side_by_side, numbers)
         return
-    places = place_in_pieces(pieces, length)
+    places = find_in_pieces(pieces, length)
     assert torch.equal(side_by_side.gather(1, places).where(real, -1), numbers)
     assert not places[~real].any()
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
-"""What an Olmem model is: one strict dataclass of fields and their documentation."""
+"""The configuration of an Olmem model: one strict dataclass that documents its fields."""
 
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -14,89 +14,97 @@ HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_do
 
 @strict
 class OlmemConfig(OlmemRules, PreTrainedConfig):
-    r"""Configuration of an Olmem model. The defaults are the 7B OLMo-3 block with its 3 : 1 window pattern.
+    r"""Configures an Olmem model. The defaults are those of OLMo 3 7B, with three sliding layers to each full one.
 
     Args:
-        vocab_size (`int`): rows of the embedding table, padded rows included.
-        hidden_size (`int`): width of the residual stream.
-        intermediate_size (`int`): width of the gated MLP, one half of a fused up-and-gate projection.
-        num_hidden_layers (`int`): number of blocks.
-        num_attention_heads (`int`): query heads H.
-        num_key_value_heads (`int`, *optional*): key/value heads K; H is a multiple of K. Defaults to H.
-        head_dim (`int`, *optional*): width D of a head, even. Defaults to `hidden_size / num_attention_heads`.
-        hidden_act (`str`): any activation of Transformers, or `"elephant"`: 1 / (1 + |x|⁸) (arXiv 2310.01365).
-        max_position_embeddings (`int`): length in tokens the model was trained for; a length, not a limit.
-        norm_placement (`str`): where a sublayer f is normalised. `"post"`: x + norm(f(x)), OLMo 2 and 3;
-            `"pre"`: x + f(norm(x)), OLMo 1; `"peri"`: x + norm(f(norm(x))); `"parallel"`: x + attention(n) + mlp(n)
-            with n = norm(x).
-        norm_type (`str`): `"rms"`, `"layer"` (weight and bias), or `"layer_plain"` (LayerNorm without either).
-        rms_norm_eps (`float`): epsilon of every norm, whatever its type.
-        qk_norm (`str`): norm of queries and keys before their position: over the full projection (`"full"`), over
-            each head (`"head"`), or `"none"`.
-        clip_qkv (`float`, *optional*): queries, keys and values are clamped to ± this value.
-        clip_qkv_stage (`str`): when: `"projection"`, before QK-norm, as OLMo's code does; or `"rotary"`, after
-            QK-norm and RoPE.
-        position_embedding (`str` or `list[str]`): how queries and keys are told their positions, one value or one a
-            layer: `"rope"` (arXiv 2104.09864); `"xpos"`, RoPE whose scores decay with the distance (arXiv 2212.10554,
-            γ 0.4, base 512); `"linspace"`, 0.1 · position / (span − 1) · `linspace_scale` added to the keys, span
-            being the layer's window or `max_position_embeddings`; `"none"`.
-        rope_parameters (`dict`, *optional*): RoPE by layer type, `{"full_attention": {"rope_type": "yarn",
-            "rope_theta": 500000.0, "factor": 8.0, …}, "sliding_attention": {…}}`, in Transformers' terms. A flat
-            dictionary gives its `rope_theta` (and `inverse_frequencies`) to every layer and its scaling to full-
-            attention layers, the only ones that may scale. Entries of layer types that no layer has are dropped. With
-            `rope_type` `"default"`, `inverse_frequencies` (D/2 numbers) stand in for those of the theta, where a
-            checkpoint stores its own.
+        vocab_size (`int`): The number of rows of the embedding table, padded rows included.
+        hidden_size (`int`): The width of the residual stream.
+        intermediate_size (`int`): The width of the gated MLP, which is half of a fused up and gate projection.
+        num_hidden_layers (`int`): The number of decoder layers.
+        num_attention_heads (`int`): The number of query heads H.
+        num_key_value_heads (`int`, *optional*): The number of key/value heads K, of which H is a multiple. Defaults to
+            H.
+        head_dim (`int`, *optional*): The width D of a head, which is even. Defaults to
+            `hidden_size / num_attention_heads`.
+        hidden_act (`str`): Any activation of Transformers, or `"elephant"` for 1 / (1 + |x|⁸) (arXiv 2310.01365).
+        max_position_embeddings (`int`): The number of tokens in the texts that the model was trained on. It does not
+            limit the length of a text.
+        norm_placement (`str`): Where a sublayer f is normalised. `"post"` is x + norm(f(x)), as in OLMo 2 and 3.
+            `"pre"` is x + f(norm(x)), as in OLMo 1. `"peri"` is x + norm(f(norm(x))). `"parallel"` is
+            x + attention(n) + mlp(n) with n = norm(x).
+        norm_type (`str`): `"rms"`, `"layer"` for a LayerNorm with weight and bias, or `"layer_plain"` for one without
+            either.
+        rms_norm_eps (`float`): The epsilon of every norm, whatever its type.
+        qk_norm (`str`): How queries and keys are normalised before they get their positions: over the full projection
+            (`"full"`), over each head (`"head"`), or not at all (`"none"`).
+        clip_qkv (`float`, *optional*): Queries, keys and values are clamped to ± this value.
+        clip_qkv_stage (`str`): When they are clamped. `"projection"` is before the QK-norm, as in OLMo's code.
+            `"rotary"` is after the QK-norm and RoPE.
+        position_embedding (`str` or `list[str]`): How queries and keys get their positions, as one value for all layers
+            or one for each. `"rope"` rotates them (arXiv 2104.09864). `"xpos"` is RoPE whose scores decay with the
+            distance (arXiv 2212.10554, γ 0.4, base 512). `"linspace"` adds 0.1 · position / (span − 1) ·
+            `linspace_scale` to the keys, where span is the layer's window, or `max_position_embeddings` in a full
+            layer. `"none"` gives no positions.
+        rope_parameters (`dict`, *optional*): The RoPE parameters of each layer type in Transformers' terms,
+            `{"full_attention": {"rope_type": "yarn", "rope_theta": 500000.0, "factor": 8.0, …},
+            "sliding_attention": {…}}`. A flat dictionary gives its `rope_theta` (and `inverse_frequencies`) to every
+            layer type, and its scaling to full-attention layers, which are the only ones that may scale. Entries of
+            layer types that no layer has are dropped. With `rope_type` `"default"`, `inverse_frequencies` (D/2 numbers)
+            replace those of the theta, for checkpoints that store their own.
         layer_types (`list[str]` or `str`, *optional*): `"sliding_attention"`, `"chunked_attention"` or
-            `"full_attention"` for each layer, or one value for all. Defaults to three sliding layers, then a full one,
-            repeated.
-        sliding_window (`int`): keys W that query i of a sliding layer sees, its own included: i−W < j ≤ i.
-        attention_chunk_size (`int`, *optional*): tokens c of a chunk; query i of a chunked layer sees the keys
-            c·⌊i/c⌋ ≤ j ≤ i of its own chunk, one key at the chunk's first token.
-        attention_chunk_lookback (`int`): earlier chunks L that it sees too: c·(⌊i/c⌋−L) ≤ j ≤ i.
-        num_sink_tokens (`int`): first tokens S of the stream that queries of sliding and chunked layers go on seeing
-            once their window has left them, beside the window. Positions are then places in what a query sees
-            (StreamingLLM, arXiv 2309.17453), in a sliding layer S + W − 1 at most.
-        shared_projections (`str`): which of queries, keys and values are one, each after its norm and before its
-            position (arXiv 2606.04032). `"none"`; `"key_value"`: values are the keys; `"query_key"`: queries are the
-            keys; `"query_key_value"`: both are; `"value_difference"`: values are queries minus keys. Where values are
-            the keys, a cache holds one tensor, half of the bytes. Sharing queries needs as many key/value heads.
-        num_memory_tokens (`int`): vectors M that carry on what the stream has said (Recurrent Memory Transformer,
-            arXiv 2207.06881): each segment of a row is read with its M memory tokens in view, and writes those of the
-            next. 0 has no memory.
-        memory_segment_length (`int`, *optional*): tokens of a segment. Defaults to `sliding_window`, or where layers
-            are chunked and none slides, to `attention_chunk_size`.
-        memory_bptt_segments (`int`, *optional*): segments that gradients go back through the memory, at most: those of
-            a forward call's last segment so many, those of the others no more. 0 learns to read, not to write. None
-            is all of the call.
-        memory_gate_init (`float`, *optional*): where gates start, as logits, one a head, that mix what is seen with
-            memory and what is seen without it. None has no gates: memory tokens are seen like others. That is the
-            default of a model made from scratch. Weights without memory that are loaded into a model with
+            `"full_attention"` for each layer, or one value for all layers. Defaults to three sliding layers and one
+            full layer, repeated.
+        sliding_window (`int`): The number of keys W that query i of a sliding layer sees, its own included:
+            i−W < j ≤ i.
+        attention_chunk_size (`int`, *optional*): The number of tokens c in a chunk. Query i of a chunked layer sees the
+            keys c·⌊i/c⌋ ≤ j ≤ i of its own chunk, so a chunk's first token sees one key.
+        attention_chunk_lookback (`int`): The number of earlier chunks L that query i sees too: c·(⌊i/c⌋−L) ≤ j ≤ i.
+        num_sink_tokens (`int`): The number of first tokens S that queries of sliding and chunked layers still see after
+            their window has left them. Positions are then the slots of what a query sees (StreamingLLM,
+            arXiv 2309.17453), which are at most S + W − 1 in a sliding layer.
+        shared_projections (`str`): Which of queries, keys and values share a projection. They are shared after the
+            norm and before positions (arXiv 2606.04032). `"none"` shares nothing. `"key_value"` takes the keys as
+            values. `"query_key"` takes the keys as queries. `"query_key_value"` takes the keys as both.
+            `"value_difference"` takes queries minus keys as values. Where the keys are the values, a cache holds one
+            tensor, which is half of the bytes. Shared queries need as many key/value heads as query heads.
+        num_memory_tokens (`int`): The number of vectors M that carry what the stream has said from segment to segment
+            (Recurrent Memory Transformer, arXiv 2207.06881). The tokens of each segment see its M memory tokens, and
+            the memory tokens of the next segment are written at its end. 0 is a model without memory tokens.
+        memory_segment_length (`int`, *optional*): The number of tokens in a segment. Defaults to `sliding_window`, or
+            to `attention_chunk_size` where some layers are chunked and none slides.
+        memory_bptt_segments (`int`, *optional*): The greatest number of segments that gradients go back through the
+            memory. It is counted from the last segment of a forward call, and earlier segments get no more. With 0, a
+            model learns to read memory, but not to write it. None goes back through all segments of the call.
+        memory_gate_init (`float`, *optional*): The first logit of the memory gates. Each head has a gate that mixes
+            attention with memory and attention without it. None has no gates, so memory tokens are seen like others.
+            It is the default of a model made from scratch. Weights without memory that are loaded into a model with
             `num_memory_tokens` (by `from_pretrained`, `from_olmo` or `olmem convert --set`) get gates at −10, so that
-            a memory that knows nothing yet is harmless, unless the call that loads them gives this field; None is then
-            a choice too.
-        retrieval_layers (`list[int]`): sliding or chunked layers that also look up what has left their window
-            (Memorizing Transformers, arXiv 2203.08913): each query head, the `retrieval_top_k` tokens whose keys fit
-            best, regardless of positions, mixed with what the window gives by a gate that each head learns.
-        retrieval_top_k (`int`): tokens that a query head looks up.
-        retrieval_capacity (`int`): tokens that are kept for that, the last ones that have left the window.
-        retrieval_gate_init (`float`): the gates' initialisation, as a logit: −4 mixes in 2 %.
-        retrieval_device (`str`, *optional*): where they are kept and looked up, `"cpu"` to spare a GPU's memory; the
-            layer's own device by default.
-        attention_bias (`bool`): biases in the four attention projections.
-        attention_dropout, residual_dropout (`float`): dropout, in training, of attention weights, and of each
+            an untrained memory does no harm, unless the call that loads them gives this field, be it as None.
+        retrieval_layers (`list[int]`): The sliding or chunked layers that also retrieve tokens which have left their
+            window (Memorizing Transformers, arXiv 2203.08913). Each query head attends to the `retrieval_top_k` tokens
+            whose keys score highest, regardless of their positions. A gate that each head learns mixes the result with
+            the attention over the window.
+        retrieval_top_k (`int`): The number of tokens that a query head retrieves.
+        retrieval_capacity (`int`): The number of tokens that can be retrieved. They are the last ones that have left
+            the window.
+        retrieval_gate_init (`float`): The first logit of the retrieval gates. −4 mixes in 2 %.
+        retrieval_device (`str`, *optional*): The device that stores and searches the tokens to retrieve. `"cpu"` spares
+            a GPU's memory. Defaults to the layer's own device.
+        attention_bias (`bool`): Whether the four attention projections have biases.
+        attention_dropout, residual_dropout (`float`): The dropout, in training, of attention weights, and of each
             sublayer's output before it joins the residual stream.
-        logits_scaling (`float`): logits are divided by it.
-        initializer_range (`float`): standard deviation of the weights' initialisation.
-        tie_word_embeddings (`bool`): the output head is the embedding table.
-        use_cache (`bool`): return a cache by default.
-        pad_token_id, bos_token_id, eos_token_id (*optional*): ids below `vocab_size`.
+        logits_scaling (`float`): The number that logits are divided by.
+        initializer_range (`float`): The standard deviation of initial weights.
+        tie_word_embeddings (`bool`): Whether the output head is the embedding table.
+        use_cache (`bool`): Whether a forward call returns a cache by default.
+        pad_token_id, bos_token_id, eos_token_id (*optional*): Token ids below `vocab_size`.
     """
 
     model_type = "olmem"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012  Transformers' own attribute
     ignore_keys_at_rope_validation = {"inverse_frequencies"}  # noqa: RUF012  Transformers would warn of it
     default_theta = 500000.0
-    chooses_memory_gate = False  # whether who reads this from a folder has given `memory_gate_init`, be it None
+    chooses_memory_gate = False  # whether the call that read this from a folder gave `memory_gate_init`, be it as None
     # Queries and keys are gathered because their norm spans the whole projection, as in Olmo2Config.
     base_model_tp_plan = {  # noqa: RUF012
         "layers.*.self_attn.q_proj": "colwise_gather_output",
@@ -150,7 +158,7 @@ class OlmemConfig(OlmemRules, PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
-    if TYPE_CHECKING:  # what these are once `__post_init__` has completed them
+    if TYPE_CHECKING:  # the types of these fields after `__post_init__`
         num_key_value_heads: int = 0
         head_dim: int = 0
         layer_types: list[str] = []
@@ -178,7 +186,7 @@ class OlmemConfig(OlmemRules, PreTrainedConfig):
         if self.retrieval_layers is None:
             self.retrieval_layers = []
         elif isinstance(self.retrieval_layers, list) and all(isinstance(layer, int) for layer in self.retrieval_layers):
-            self.retrieval_layers = sorted(self.retrieval_layers)  # anything else is refused in its turn
+            self.retrieval_layers = sorted(self.retrieval_layers)  # `strict` refuses any other value later
         if self.num_memory_tokens and self.memory_segment_length is None:
             slides = "chunked_attention" not in self.layer_types or "sliding_attention" in self.layer_types
             self.memory_segment_length = self.sliding_window if slides else self.attention_chunk_size
@@ -189,8 +197,11 @@ class OlmemConfig(OlmemRules, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> Any:
-        """As in Transformers, but overrides join the dictionary before it is read, so that they are expanded and
-        validated like any other field; and another model's configuration is an error."""
+        """Makes a configuration from a dictionary and overrides, as Transformers does.
+
+        Overrides join the dictionary before it is read, so that they are completed and validated like all fields. The
+        configuration of another `model_type` is an error.
+        """
         if config_dict.get("model_type", cls.model_type) != cls.model_type:
             raise ValueError(
                 f"`model_type` must be {cls.model_type!r} (got {config_dict['model_type']!r}); load an OLMo model of "
@@ -202,22 +213,23 @@ class OlmemConfig(OlmemRules, PreTrainedConfig):
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in names or name in NOT_YET}
         changed = {**config_dict, **with_memory_gates(config_dict, overrides)}
         loaded: Any = super().from_dict(changed, **kwargs)
-        config = loaded[0] if isinstance(loaded, tuple) else loaded  # beside what it did not use
+        config = loaded[0] if isinstance(loaded, tuple) else loaded  # the tuple also has unused keywords
         config.refuse_without_effect(overrides)
         config.chooses_memory_gate = "memory_gate_init" in overrides
         return loaded
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all fields, without what is known of this object only."""
+        """Returns all fields, without `chooses_memory_gate`, which is not saved."""
         values = super().to_dict()
         values.pop("chooses_memory_gate", None)
         return values
 
     @classmethod
     def from_olmo(cls, path_or_repo, **overrides):
-        """The configuration of a Transformers `olmo`, `olmo2` or `olmo3` folder or repository in Olmem's terms.
+        """Makes a configuration from a Transformers `olmo`, `olmo2` or `olmo3` folder or repository.
 
-        Overrides are fields of this class, or what `from_pretrained` takes to find the file (`revision`, `token`, …).
+        Overrides are fields of this class, or arguments of `from_pretrained` that find the file (`revision`, `token`,
+        …).
         """
         cls.refuse_parts_of_rope(overrides)
         hub_kwargs = {name: overrides.pop(name) for name in HUB_ARGUMENTS if name in overrides}
@@ -226,8 +238,8 @@ class OlmemConfig(OlmemRules, PreTrainedConfig):
         if model_type not in OLMO_BLOCKS:
             raise ValueError(
                 f"`model_type` must be one of {', '.join(OLMO_BLOCKS)} for `from_olmo` (got {model_type!r} in "
-                f"{path_or_repo}); load an Olmem model with `from_pretrained`, convert a native checkpoint with "
-                "`olmem convert`."
+                f"{path_or_repo}); load an Olmem model with `from_pretrained`, or convert a native checkpoint "
+                "with `olmem convert`."
             )
         config = cls(**(cls.fields_of_olmo(raw) | with_memory_gates({}, overrides)))
         config.refuse_without_effect(overrides)
@@ -244,30 +256,30 @@ class OlmemConfig(OlmemRules, PreTrainedConfig):
 
     @property
     def layer_position_embeddings(self) -> list[str]:
-        """`position_embedding` of each layer."""
+        """Returns the position embedding of each layer."""
         given = self.position_embedding
         return [given] * self.num_hidden_layers if isinstance(given, str) else given
 
     @property
     def caches_one_tensor(self) -> bool:
-        """Whether values are the keys, so that one tensor of both is kept."""
+        """Returns whether the keys are the values, so that a cache keeps one tensor for both."""
         return self.shared_projections in ("key_value", "query_key_value")
 
     @property
     def has_memory(self) -> bool:
-        """Whether more than windows and sinks is carried on, by memory tokens or retrieval."""
+        """Returns whether memory tokens or retrieval carry on more than windows and sinks."""
         return self.num_memory_tokens > 0 or bool(self.retrieval_layers)
 
     @property
     def memory_rule(self) -> str:
-        """What an error says of memory where there can be none."""
+        """Returns the beginning of an error where a model must not have memory."""
         if self.num_memory_tokens:
             return f"`num_memory_tokens` must be 0 (got {self.num_memory_tokens})"
         return f"`retrieval_layers` must be empty (got {self.retrieval_layers})"
 
     @property
     def logit_scale(self) -> float:
-        """`logits_scaling` as a factor, the name by which serving engines look for it."""
+        """Returns the factor of logits, under the name that serving engines read."""
         return 1.0 / self.logits_scaling
 
 

@@ -19,22 +19,25 @@ from .modeling_olmem import OlmemForCausalLM, OlmemModel, OlmemPreTrainedModel
 
 
 class OlmemForSequenceClassification(GenericForSequenceClassification, OlmemPreTrainedModel):
-    """One row of scores (B, num_labels) from the last real token of each row."""
+    """Computes scores (B, num_labels) from the last real token of each row."""
 
     def __init__(self, config: OlmemConfig):
         OlmemPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels or 0  # None is for the type checker: a config always has some
+        self.num_labels = config.num_labels or 0  # a config always has some; the type checker does not know it
         self.model = OlmemModel(config)
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
 
 class OlmemForTokenClassification(GenericForTokenClassification, OlmemPreTrainedModel):
-    """Scores (B, T, num_labels) for each token; `classifier_dropout` of the config, or 0.1, before them in training."""
+    """Computes scores (B, T, num_labels) for each token.
+
+    The dropout before the head is `classifier_dropout` of the configuration, or 0.1.
+    """
 
     def __init__(self, config: OlmemConfig):
         OlmemPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels or 0  # None is for the type checker: a config always has some
+        self.num_labels = config.num_labels or 0  # a config always has some; the type checker does not know it
         self.model = OlmemModel(config)
         dropout = getattr(config, "classifier_dropout", None)
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
@@ -52,7 +55,7 @@ for _auto_class, _model_class in AUTO_CLASSES:
     _auto_class.register(OlmemConfig, _model_class, exist_ok=True)
     _model_class.register_for_auto_class(_auto_class.__name__)
 
-# Where the code of a Hub repository has the class that each Auto class loads.
+# The class in the code of a Hub repository that each Auto class loads.
 AUTO_MAP = {"AutoConfig": "configuration_olmem.OlmemConfig"} | {
     auto_class.__name__: f"{model_class.__module__.rpartition('.')[2]}.{model_class.__name__}"
     for auto_class, model_class in AUTO_CLASSES

@@ -1,25 +1,25 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
-"""The Olmem network: OLMo-2's block with its choices made fields of the configuration.
+"""The Olmem network: the block of OLMo 2, in which each choice is a field of the configuration.
 
-With the default choices every module computes what Transformers' Olmo2 and Olmo3 compute, bit for bit in float32,
-under the same parameter names, so their checkpoints load without renaming. What differs from them:
+With the default choices every module computes what Transformers' Olmo2 and Olmo3 compute, bit for bit in float32. The
+parameters have the same names, so their checkpoints load without renaming. The choices are:
 
-- where the norms stand, and what kind they are (`norm_placement`, `norm_type`, `qk_norm`);
-- clipping of queries, keys and values (`clip_qkv`), scaled logits (`logits_scaling`), residual dropout;
-- which projections are one (`shared_projections`), and how positions are given (`position_embedding`);
-- windows that slide or step, sinks before them, and a cache that holds no more than they need (`OlmemCache`);
-- memory of what has left them, by memory tokens or by retrieval.
+- where the norms stand and of what kind they are (`norm_placement`, `norm_type`, `qk_norm`);
+- clipped queries, keys and values (`clip_qkv`), scaled logits (`logits_scaling`), residual dropout;
+- shared projections (`shared_projections`) and position embeddings (`position_embedding`);
+- windows that slide or move in chunks, sinks before them, and a cache of bounded size (`OlmemCache`);
+- memory of tokens that have left the window, by memory tokens or by retrieval.
 
-A window's size is used in one place, `Visibility` (visibility_olmem), which plans and states ask.
+The size of a window is used in one place, `Visibility` (visibility_olmem). Plans and states ask it.
 
-One forward call, from ids to logits:
+A forward call makes logits from ids in these steps:
 
-    tokens = number_tokens(...)                 rows of real tokens by number (inputs_olmem)
-    for call in schedule.calls():               passes, [memory read | tokens | memory written] (segments_olmem)
-        plans = planner.plans(call)             who sees whom, where it is written, positions, backend (plan_olmem)
-        run_layers(hidden_states, plans, ...)   the only place that calls a decoder layer
+    tokens = number_tokens(...)                 numbers the real tokens of each row (inputs_olmem)
+    for call in schedule.calls():               cuts them into calls of memory, tokens and new memory (segments_olmem)
+        plans = planner.plans(call)             says who sees whom, where keys go, and which backend runs (plan_olmem)
+        run_layers(hidden_states, plans, ...)   is the only place that calls a decoder layer
 
-Shapes: B batch, H query heads, K key/value heads, C columns of a pass, T tokens, D head dim, M memory slots.
+Shapes: B batch, H query heads, K key/value heads, C columns of a call, T tokens, S keys, D head dim, M memory slots.
 """
 
 from collections.abc import Sequence
@@ -60,7 +60,7 @@ from .weights_olmem import LoadsWeights, read_old_names
 
 
 class OlmemRMSNorm(nn.Module):
-    """Divides by the root mean square and multiplies by a weight, in float32, then returns to the input's dtype."""
+    """Divides hidden states by their root mean square and multiplies them by a weight, in float32."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -79,25 +79,25 @@ class OlmemRMSNorm(nn.Module):
 
 
 def make_norm(config: OlmemConfig, size: int) -> nn.Module:
-    """Returns a norm over so many features, of the kind that `norm_type` says."""
+    """Returns a norm over `size` features of the type that `norm_type` names."""
     if config.norm_type == "rms":
         return OlmemRMSNorm(size, config.rms_norm_eps)
     return nn.LayerNorm(size, config.rms_norm_eps, elementwise_affine=config.norm_type == "layer")
 
 
 class Elephant(nn.Module):
-    """Computes 1 / (1 + |x|⁸), which is one near zero and nothing elsewhere (Lan and Mahmood, arXiv 2310.01365)."""
+    """Computes 1 / (1 + |x|⁸), which is near 1 around zero and near 0 elsewhere (Lan and Mahmood, arXiv 2310.01365)."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return 1 / (1 + hidden_states.pow(8))
 
 
 class OlmemGate(nn.Module):
-    """Holds how far each head opens to memory or to retrieval, as one logit a head.
+    """Holds one logit for each head, which says how much memory or retrieval is mixed into the head's output.
 
     Args:
-        num_heads: H.
-        init_logit: where the logits start.
+        num_heads: the number of query heads H.
+        init_logit: the first value of the logits.
     """
 
     def __init__(self, num_heads: int, init_logit: float):
@@ -111,8 +111,10 @@ class OlmemGate(nn.Module):
 
 
 class OlmemAttention(nn.Module):
-    """Computes Olmo3's attention with choices: shared projections, the kind of QK-norm, a clip, and how positions are
-    given. What a choice does not use does not exist."""
+    """Computes the attention of Olmo3, or one with other projections, norms, clips and positions.
+
+    A projection, norm or gate that the configuration does not use does not exist.
+    """
 
     def __init__(self, config: OlmemConfig, layer_idx: int):
         super().__init__()
@@ -128,8 +130,8 @@ class OlmemAttention(nn.Module):
         self.clip_qkv, self.clip_qkv_stage = config.clip_qkv, config.clip_qkv_stage
         self.position_embedding = config.layer_position_embeddings[layer_idx]
         self.layer_type = config.layer_types[layer_idx]
-        # Read by attention functions of Transformers and of engines alone, as `is_causal` is: what Olmem's own backends
-        # see is `Visibility`'s to say.
+        # Only attention functions of Transformers and of serving engines read this and `is_causal`. `Visibility` says
+        # what Olmem's own backends see.
         self.sliding_window = config.sliding_window if self.layer_type == "sliding_attention" else None
 
         query_size = config.num_attention_heads * self.head_dim
@@ -158,16 +160,17 @@ class OlmemAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, plan: Plan, state: LayerState, earlier: Sequence[torch.Tensor] = ()
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """Attends from hidden states (B, C, hidden_size) to what the plan says they see.
+        """Attends from hidden states (B, C, hidden_size) to the keys and values that the plan lets them see.
 
         Args:
-            plan: of this call, for layers of this kind.
-            state: what the layer remembers, which keeps what is new.
-            earlier: keys and values of earlier calls of the same forward, in turns, where gradients are wanted.
+            plan: the plan of this call for layers of this kind.
+            state: the keys and values that the layer remembers. The new ones are written to it.
+            earlier: the keys and values of earlier calls of the same forward, key and value in turns, where gradients
+                are wanted.
 
         Returns:
-            The output (B, C, hidden_size); the weights (B, H, C, S) if the backend has them and they are wanted; and
-            the new keys and values (B, K, C, D), without positions.
+            The output (B, C, hidden_size), the attention weights (B, H, C, S) or None, and the new keys and values
+            (B, K, C, D) without positions. There are weights if they are wanted and the backend computes them.
         """
         query, key, value = self.project(hidden_states)
         parts, heads = state.write(key, value, plan, earlier), self.heads(plan)
@@ -183,12 +186,14 @@ class OlmemAttention(nn.Module):
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights, key, value
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns queries (B, H, C, D), keys and values (B, K, C, D), without positions; some may be one tensor.
+        """Returns queries (B, H, C, D), keys and values (B, K, C, D), without positions. Some may be the same tensor.
 
-        The order is projection, clip (`clip_qkv_stage="projection"`), QK-norm, view as heads; then positions, which
-        queries get when they attend, and keys when they are written or read; then the clip of rotated queries and keys
-        (`"rotary"`), which is part of their rotation. With `shared_projections="key_value"` the value is the key after
-        its norm, and a cache keeps one tensor for both, without a rotation, which is rotated when it is read.
+        The order is projection, clip (`clip_qkv_stage="projection"`), QK-norm, and view as heads. After this method
+        come positions and then the clip of rotated queries and keys (`"rotary"`), which is part of their rotation.
+        Queries get positions when they attend, and keys when they are written or read.
+
+        With `shared_projections="key_value"` the value is the key after its norm. A cache then keeps one tensor for
+        both, without positions, and its keys are rotated whenever they are read.
         """
         if self.shared in ("query_key", "query_key_value"):
             key = self.project_heads("k", hidden_states)
@@ -202,7 +207,7 @@ class OlmemAttention(nn.Module):
         return query, key, self.clip("rotary", value)
 
     def project_heads(self, letter: str, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Returns queries, keys or values (B, heads, C, D)."""
+        """Returns the queries ("q"), keys ("k") or values ("v") of hidden states as heads (B, heads, C, D)."""
         states = self.clip("projection", getattr(self, f"{letter}_proj")(hidden_states))
         qk_norm = "none" if letter == "v" else self.qk_norm
         if qk_norm == "full":
@@ -213,26 +218,26 @@ class OlmemAttention(nn.Module):
         return states.transpose(1, 2)
 
     def clip(self, stage: str, states: torch.Tensor) -> torch.Tensor:
-        """Returns states clipped to `clip_qkv` if this is the stage at which that happens."""
+        """Returns states clipped to `clip_qkv` if `clip_qkv_stage` is this stage, and unchanged states if not."""
         limit = self.clip_qkv
         if limit is None or self.clip_qkv_stage != stage:
             return states
         return states.clamp(-limit, limit)
 
     def heads(self, plan: Plan) -> Heads:
-        """Returns what attention needs of this layer."""
+        """Returns the parts of this layer that backends need."""
         gate = None if self.memory_gate is None else self.memory_gate()
         dropout = self.attention_dropout if self.training else 0.0
         return Heads(self, self.scheme(plan), self.scaling, dropout, gate)
 
     def scheme(self, plan: Plan) -> PositionScheme:
-        """Returns how this layer's queries and keys are given positions, beside a rotation."""
+        """Returns the scheme that changes this layer's queries and keys beside their rotation."""
         if self.position_embedding == "linspace":
             return LinspaceScheme(self.linspace_scale, plan.visibility.span or self.config.max_position_embeddings)
         return XPOS if self.position_embedding == "xpos" else ROPE
 
     def retrieve(self, query, key, value, seen: torch.Tensor, plan: Plan, state: LayerState, earlier) -> torch.Tensor:
-        """Mixes what the tokens' heads see (B, T, H, D) with what they retrieve."""
+        """Returns the attention output of the tokens (B, T, H, D), mixed with what their heads retrieve."""
         assert self.retrieval_gate is not None
         tokens = plan.columns("token")
         query, key, value = (states[:, :, tokens] for states in (query, key, value))
@@ -243,7 +248,7 @@ class OlmemAttention(nn.Module):
 
 
 class OlmemMLP(nn.Module):
-    """Olmo2MLP, and one more activation."""
+    """Computes the gated MLP of Olmo2, with one more activation."""
 
     def __init__(self, config: OlmemConfig):
         super().__init__()
@@ -257,9 +262,10 @@ class OlmemMLP(nn.Module):
 
 
 class OlmemDecoderLayer(GradientCheckpointingLayer):
-    """Adds post(f(pre(x))) to x, with attention as f and then with the MLP.
+    """Computes x + post(f(pre(x))), first with attention as f and then with the MLP.
 
-    A norm that `norm_placement` does not name is the identity. `parallel` adds both sublayers of one norm at once.
+    A norm that `norm_placement` does not use is the identity. With `"parallel"`, attention and MLP read the same norm
+    of x, and both are added to x.
     """
 
     def __init__(self, config: OlmemConfig, layer_idx: int):
@@ -286,19 +292,19 @@ class OlmemDecoderLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Computes one layer.
 
-        Tensors that gradients go through come in and leave by position, so that wrappers that checkpoint, shard or
-        offload a layer see all of them.
+        Tensors that gradients go through are positional arguments and outputs, so that wrappers that checkpoint, shard
+        or offload a layer see all of them.
 
         Args:
             hidden_states: (B, C, hidden_size).
-            earlier: keys and values (B, K, T, D) of earlier calls of the same forward, in turns, where gradients are
-                wanted.
-            plan: of this call, for layers of this kind.
-            state: what the layer remembers, which keeps what is new.
+            earlier: the keys and values (B, K, T, D) of earlier calls of the same forward, key and value in turns,
+                where gradients are wanted.
+            plan: the plan of this call for layers of this kind.
+            state: the keys and values that the layer remembers. The new ones are written to it.
 
         Returns:
-            The hidden states (B, C, hidden_size). Where the plan wants more they are followed by the attention weights,
-            and by the new keys and values (B, K, C, D).
+            The hidden states (B, C, hidden_size). If the plan asks for them, the attention weights follow, and then the
+            new keys and values (B, K, C, D).
         """
         if self.parallel:
             normed = self.input_layernorm(hidden_states)
@@ -317,7 +323,7 @@ class OlmemDecoderLayer(GradientCheckpointingLayer):
 
 
 class OlmemPreTrainedModel(LoadsWeights):
-    """Registers what Transformers asks of every class of the family, and how parameters begin."""
+    """Defines what Transformers needs to know of every model of the family, and initialises its parameters."""
 
     config: OlmemConfig
     config_class = OlmemConfig
@@ -346,18 +352,18 @@ class OlmemPreTrainedModel(LoadsWeights):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        """Tells that `set_attn_implementation` works, which Transformers looks for in this file's text."""
+        """Returns that `set_attn_implementation` works. Transformers would search this file's text for that."""
         return True
 
     @staticmethod
     def auto_map() -> dict[str, str]:
-        """Returns where a Hub repository has the code of every Auto class that can load it."""
-        from .heads_olmem import AUTO_MAP  # here, because that file imports this one; a saved folder has both
+        """Returns the class in a Hub repository's code that each Auto class loads, as `file.Class`."""
+        from .heads_olmem import AUTO_MAP  # that file imports this one; by this line a saved folder holds both
 
         return dict(AUTO_MAP)
 
     def save_pretrained(self, *args, **kwargs):
-        """Saves as Transformers does; the folder also holds this code, whatever the class of the model."""
+        """Saves the model as Transformers does, with the code that loads it in the same folder."""
         self.config.auto_map = self.auto_map()
         return super().save_pretrained(*args, **kwargs)
 
@@ -395,11 +401,12 @@ class OlmemModel(OlmemPreTrainedModel):
         output_attentions: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """Computes as Olmo3Model does.
+        """Computes the last hidden states as Olmo3Model does, and those of other layers if they are asked for.
 
         Args:
-            output_hidden_states: True for all, an index, or several; what is not asked for is None in its place.
-            kwargs: what an attention function of Transformers or of an engine is given.
+            output_hidden_states: True for the hidden states of all layers, or an index, or several. The others are None
+                in their places.
+            kwargs: further keywords for an attention function of Transformers or of a serving engine.
         """
         hidden_states = self.embed(input_ids, inputs_embeds)
         refuse_malformed(hidden_states, attention_mask, position_ids)
@@ -420,7 +427,7 @@ class OlmemModel(OlmemPreTrainedModel):
         else:
             inputs = hidden_states, attention_mask, position_ids, past_key_values
             last, stages = self.read(*inputs, captured, bool(output_attentions))  # pyright: ignore[reportArgumentType]
-            if captured.wanted is None or 0 in captured.wanted:  # those of padding too
+            if captured.wanted is None or 0 in captured.wanted:  # the embeddings, those of padding included
                 stages[0] = hidden_states
             hidden_states = last
         last = self.norm(hidden_states)
@@ -443,13 +450,16 @@ class OlmemModel(OlmemPreTrainedModel):
         """Passes hidden states (B, C, hidden_size) through all layers.
 
         Args:
-            plans: of each layer.
-            states: what each layer remembers.
-            captured: keeps what the caller wants beside the last hidden states, which are returned.
-            earlier: of each layer, keys and values of earlier passes of the same forward.
+            plans: the plan of each layer.
+            states: the state of each layer.
+            captured: keeps the hidden states and attention weights that the caller wants.
+            earlier: for each layer, the keys and values of earlier calls of the same forward, key and value in turns.
+
+        Returns:
+            The hidden states (B, C, hidden_size) after the last layer.
         """
         captured.keep(hidden_states)
-        layers = self.layers[: self.config.num_hidden_layers]  # fewer in one that assists and leaves early
+        layers = self.layers[: self.config.num_hidden_layers]  # fewer where a model leaves early to assist
         for index, (layer, plan) in enumerate(zip(layers, plans, strict=False)):
             output = layer(hidden_states, *(earlier[index] if earlier else ()), plan=plan, state=states[index])
             hidden_states, *more = output if isinstance(output, tuple) else (output,)
@@ -469,14 +479,14 @@ class OlmemModel(OlmemPreTrainedModel):
         captured: Captured,
         output_attentions: bool,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Reads embeddings (B, T, hidden_size) as a stream, going on from a cache.
+        """Reads embeddings (B, T, hidden_size) as the next tokens of a stream, whose past is in the cache.
 
-        Returns the last hidden states (B, T, hidden_size), and all those that `captured` wants.
+        Returns the last hidden states (B, T, hidden_size), and the list of those that `captured` wants.
         """
         if output_attentions and self.memory is not None:
             raise ValueError(
-                f"{self.config.memory_rule} to return attentions, whose columns are tokens; leave `output_attentions` "
-                "out."
+                f"{self.config.memory_rule} to return attentions, whose columns stand for tokens; leave "
+                "`output_attentions` out."
             )
         if cache is not None:
             cache.check(self.config)
@@ -502,10 +512,13 @@ class OlmemModel(OlmemPreTrainedModel):
         return last, stages
 
     def run(self, schedule: Schedule, planner: Planner, captured: Captured) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Runs a schedule. Returns the last hidden states (B, T, hidden_size), and all that are wanted.
+        """Runs all calls of a schedule.
 
-        Where a segment ends, its call also has M write tokens; `leave` makes what they became, through memory's norm,
-        the memory that the next call reads. A segment that ends with the forward is written when the next one begins.
+        At the end of a segment its call also holds M write tokens. `leave` takes their last hidden states, through the
+        norm of memory, as the memory that the next call reads. If a segment ends with the forward, its memory is
+        written when the next segment begins.
+
+        Returns the last hidden states (B, T, hidden_size), and the list of those that `captured` wants.
         """
         for call in schedule.calls():
             plans, of_call = planner.plans(call), Captured(captured.wanted)
@@ -518,8 +531,8 @@ class OlmemModel(OlmemPreTrainedModel):
         return last, stages
 
     def embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """Returns the embeddings (B, T, hidden_size) of ids (B, T), or those that were given instead."""
-        if (input_ids is None) == (inputs_embeds is None):
+        """Returns the embeddings (B, T, hidden_size) of ids (B, T), or `inputs_embeds` if they are given."""
+        if (input_ids is None) == (inputs_embeds is None):  # in the words of Transformers
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is not None:
             refuse_malformed_embeddings(inputs_embeds, self.config.hidden_size)
@@ -528,33 +541,39 @@ class OlmemModel(OlmemPreTrainedModel):
         return self.embed_tokens(input_ids)
 
     def cache_beside_checkpoints(self, cache: Cache | None, use_cache: bool | None) -> tuple[Cache | None, bool | None]:
-        """Returns neither cache nor `use_cache` where layers are computed twice, which would count tokens twice."""
+        """Returns the cache and `use_cache`, or None and False under gradient checkpointing.
+
+        Gradient checkpointing computes a layer twice, which would write its keys to the cache twice.
+        """
         if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
             return cache, use_cache
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError(
-                "`past_key_values` cannot be gone on from in training with gradient checkpointing, which computes a "
-                "layer twice; turn it off, or leave the cache out."
+                "`past_key_values` must be empty or left out in training with gradient checkpointing, which computes a "
+                f"layer twice (got a cache of {cache.get_seq_length()} columns); turn it off, or leave the cache out."
             )
         return None, False
 
     def make_cache(self, attention_mask: torch.Tensor | dict | None = None) -> Cache:
-        """Returns an OlmemCache, or Transformers' cache where another backend or a mask of the caller's own attends."""
+        """Returns a new OlmemCache, or one of Transformers' caches if the call cannot use an OlmemCache.
+
+        That is so for an `attn_implementation` that Olmem has no backends for, and for a mask that is not (B, T).
+        """
         own = Implementation.of(self.config).is_own and is_padding_mask(attention_mask)
         return OlmemCache(self.config) if own else DynamicCache(config=self.config)
 
     def reset_memory(self, cache: OlmemCache, rows: int | Sequence[int] | torch.Tensor | None = None) -> None:
-        """Lets these rows of a batch, or all, begin anew in a cache: memory, sinks, window, and what is retrieved.
+        """Forgets all that a cache holds of these rows of the batch, or of all rows.
 
-        A conversation that has ended makes room for another that way.
+        The rows then begin a new stream. Memory, sinks, windows and retrieved tokens of the old one are gone.
         """
         if not is_olmem_cache(cache):
-            raise ValueError(f"`cache` must be an OlmemCache (got a {type(cache).__name__}); make another cache anew.")
+            raise ValueError(f"`cache` must be an OlmemCache (got a {type(cache).__name__}); make a new cache instead.")
         cache.forget(rows)
 
 
 class OlmemForCausalLM(OlmemPreTrainedModel, OlmemGenerationMixin):
-    """Token ids (B, T) to logits (B, T, vocab_size)."""
+    """Turns token ids (B, T) into logits (B, T, vocab_size)."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
@@ -570,7 +589,7 @@ class OlmemForCausalLM(OlmemPreTrainedModel, OlmemGenerationMixin):
 
     @classmethod
     def from_olmo(cls, path_or_repo, **overrides):
-        """Loads a Transformers `olmo`, `olmo2` or `olmo3` folder or repository, its weights as they are.
+        """Loads a Transformers `olmo`, `olmo2` or `olmo3` folder or repository with unchanged weights.
 
         Overrides are fields of `OlmemConfig` (`layer_types="sliding_attention", sliding_window=4096`) or arguments of
         `from_pretrained` (`dtype`, `device_map`, `revision`, …).
@@ -585,15 +604,15 @@ class OlmemForCausalLM(OlmemPreTrainedModel, OlmemGenerationMixin):
 
     @property
     def _is_stateful(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether tokens cannot be taken back, as Transformers asks before it assists or searches contrastively."""
+        """Returns whether tokens cannot be taken back. Transformers asks before assisted and contrastive decoding."""
         return self.config.has_memory
 
     def make_cache(self) -> Cache:
-        """Returns the cache that a stream begins with."""
+        """Returns a new cache for a stream."""
         return self.model.make_cache()
 
     def reset_memory(self, cache: OlmemCache, rows: int | Sequence[int] | torch.Tensor | None = None) -> None:
-        """Lets rows of a batch begin anew in a cache, as `OlmemModel.reset_memory` does."""
+        """Forgets all that a cache holds of these rows, as `OlmemModel.reset_memory` does."""
         self.model.reset_memory(cache, rows)
 
     @takes_cache
@@ -610,8 +629,12 @@ class OlmemForCausalLM(OlmemPreTrainedModel, OlmemGenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """As Olmo3ForCausalLM: `labels` (B, T), -100 ignored, give the loss of the next token; `logits_to_keep` keeps
-        the last n positions, or those of a tensor of indices; 0 keeps all."""
+        """Computes logits, and the loss if there are labels, as Olmo3ForCausalLM does.
+
+        Args:
+            labels: the token ids (B, T) to predict, each from the tokens before it. −100 is ignored.
+            logits_to_keep: computes logits of the last n tokens only, or of a tensor of indices. 0 computes all.
+        """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -1,7 +1,7 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
-"""The rules that fields of a configuration keep together, and how those of Transformers' OLMo models become Olmem's.
+"""Rules that the fields of a configuration must keep, and how to read the configurations of Transformers' OLMo models.
 
-Every rule is a method `validate_*` whose error names the field, the rule, the value and the way out.
+Each rule is a method `validate_*`. Its error names the field, says the rule and the value, and offers a way out.
 """
 
 import copy
@@ -21,11 +21,11 @@ NORM_TYPES = ("rms", "layer", "layer_plain")
 QK_NORMS = ("full", "head", "none")
 CLIP_STAGES = ("projection", "rotary")
 POSITION_EMBEDDINGS = ("rope", "xpos", "linspace", "none")
-ROTATING = ("rope", "xpos")  # those of them that rotate
-BY_SLOT = ("xpos", "linspace")  # that go by what a query sees, and know no absolute position
+ROTATING = ("rope", "xpos")  # the position embeddings that rotate queries and keys
+BY_SLOT = ("xpos", "linspace")  # the position embeddings that depend on the slots of what a query sees
 SHARED_PROJECTIONS = ("none", "key_value", "query_key", "query_key_value", "value_difference")
 LAYER_TYPES = ("sliding_attention", "chunked_attention", "full_attention")
-# Kinds of RoPE as Transformers defines them, with the numbers that each cannot do without, and those it can.
+# The types of RoPE that Transformers defines. Each has the names of its required entries, then of its optional ones.
 ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ("inverse_frequencies",)),
     "linear": (("factor",), ()),
@@ -37,20 +37,21 @@ ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "llama3": (("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"), ()),
 }
 
-# Fields of the family that this version cannot run, with the one value that asks for nothing.
+# Fields that this version does not support, each with the only value that may be given, which changes nothing.
 NOT_YET = {"partial_rotary_factor": 1.0}
-# Fields that mean nothing without chunked layers, without memory tokens, and without layers that retrieve.
+# Fields that have no effect without chunked layers, without memory tokens, and without layers that retrieve.
 CHUNK_FIELDS = ("attention_chunk_lookback",)
 TOKEN_FIELDS = ("memory_segment_length", "memory_bptt_segments", "memory_gate_init")
 RETRIEVAL_FIELDS = ("retrieval_top_k", "retrieval_capacity", "retrieval_gate_init", "retrieval_device")
-# Fields of memories: what is switched on beside a model that was trained without.
+# Fields that add a memory to a model that was trained without one.
 MEMORY_FIELDS = ("num_memory_tokens", *TOKEN_FIELDS, "retrieval_layers", *RETRIEVAL_FIELDS)
 
-# Where memory gates begin beside weights that were trained without memory, if nobody says otherwise: what is read of a
-# memory that knows nothing yet is mixed in by less than 0.01 %.
+# The first logit of memory gates when weights without memory are loaded into a model with memory. An untrained memory
+# then makes up less than 0.01 % of the attention output.
 MEMORY_GATE = -10.0
 
-# What Transformers' own OLMo models are, in Olmem's terms; their other fields have the same names here.
+# The fields in which each OLMo model of Transformers differs from Olmem's defaults, by its `model_type`. All other
+# fields have the same names in both.
 OLMO_BLOCKS: dict[str, dict[str, Any]] = {
     "olmo": {
         "norm_placement": "pre",
@@ -65,8 +66,15 @@ OLMO_BLOCKS: dict[str, dict[str, Any]] = {
 
 
 def with_memory_gates(weights: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `changes` of fields that describe some weights, with gates where they add memory tokens to weights that
-    have none and leave `memory_gate_init` out. Given as None it is a choice: no gates."""
+    """Returns changes to the fields of trained weights, with `memory_gate_init` set if they add a memory.
+
+    The field is set only if the weights have no memory tokens and the changes leave it out. Changes that give it as
+    None choose a memory without gates.
+
+    Args:
+        weights: the fields that the weights were trained with.
+        changes: the fields that the caller changes.
+    """
     adds_memory = changes.get("num_memory_tokens") and not weights.get("num_memory_tokens")
     if adds_memory and weights.get("memory_gate_init") is None:
         return {"memory_gate_init": MEMORY_GATE, **changes}
@@ -74,11 +82,12 @@ def with_memory_gates(weights: Mapping[str, Any], changes: Mapping[str, Any]) ->
 
 
 def is_positive(value: Any) -> bool:
+    """Returns whether a value is a finite number above 0."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 class OlmemRules(PreTrainedConfig if TYPE_CHECKING else object):
-    """The rules of an `OlmemConfig`, which derives from this class and from Transformers' own."""
+    """Checks the fields of `OlmemConfig`, which derives from this class and from Transformers' `PreTrainedConfig`."""
 
     if TYPE_CHECKING:
 
@@ -88,13 +97,16 @@ class OlmemRules(PreTrainedConfig if TYPE_CHECKING else object):
 
     @classmethod
     def fields_of_olmo(cls, raw: dict[str, Any]) -> dict[str, Any]:
-        """What the config.json of a Transformers `olmo`, `olmo2` or `olmo3` model says, as fields of this class.
+        """Returns the fields of this class for the config.json of a Transformers `olmo`, `olmo2` or `olmo3` model.
 
-        What it says beside that, or in other words, is under `olmo_config`, for the way back.
+        Entries that have no field here, or that are written in another form here, are kept in `olmo_config`. An export
+        back to Transformers writes them again.
         """
         source = cls.olmo_of(raw)
         if not getattr(source, "is_causal", True):
-            raise ValueError("`is_causal` must be true (got False); Olmem's attention is causal.")
+            raise ValueError(
+                "`is_causal` must be true (got False); Olmem's attention is always causal, so load another model."
+            )
         carried = {field.name for field in fields(source)} - {"transformers_version", "architectures"}
         values = {name: getattr(source, name) for name in carried & {field.name for field in fields(cls)}}
         values |= {"head_dim": getattr(source, "head_dim", None)} | OLMO_BLOCKS[source.model_type]
@@ -111,16 +123,19 @@ class OlmemRules(PreTrainedConfig if TYPE_CHECKING else object):
 
     @classmethod
     def olmo_of(cls, raw: dict[str, Any]) -> PreTrainedConfig:
-        """The same config.json as Transformers' own class reads it, with the RoPE that it means: Olmo3Config loses the
-        theta and the scaling of the forms of older releases."""
+        """Returns Transformers' own configuration for such a config.json, with the RoPE parameters that it states.
+
+        Olmo3Config ignores the theta and the scaling of config.json files in the form of older releases. They are
+        brought into today's form first.
+        """
         values = {name: value for name, value in copy.deepcopy(raw).items() if name not in ("auto_map", "model_type")}
         if raw["model_type"] == "olmo3":
             both, rope = ["full_attention", "sliding_attention"], values.get("rope_parameters") or {}
             types = values.get("layer_types") or both
             if not isinstance(types, list) or any(layer_type not in both for layer_type in types):
                 raise ValueError(
-                    f"`layer_types` must be made of full_attention and sliding_attention in olmo3 (got {types!r}); its "
-                    "code has no others."
+                    f"`layer_types` must be made of full_attention and sliding_attention for olmo3 (got {types!r}); "
+                    "correct the config.json, because Olmo3 supports no other types."
                 )
             if not all(isinstance(rope.get(kind), dict) and "rope_theta" in rope[kind] for kind in both):
                 given = {name: values.pop(name, None) for name in ("rope_parameters", "rope_theta", "rope_scaling")}
@@ -130,10 +145,10 @@ class OlmemRules(PreTrainedConfig if TYPE_CHECKING else object):
         return AutoConfig.for_model(raw["model_type"], **values)
 
     def convert_rope_params_to_dict(self, **kwargs) -> dict[str, Any]:
-        """One entry for each layer type in use; see `rope_parameters`."""
+        """Completes `rope_parameters` to one entry for each layer type in use, as that field's documentation says."""
         theta, scaling = kwargs.pop("rope_theta", None), kwargs.pop("rope_scaling", None) or {}
         given = self.rope_parameters or {}
-        if set(scaling) & set(LAYER_TYPES):  # the older name of the same
+        if set(scaling) & set(LAYER_TYPES):  # `rope_scaling` is the older name of `rope_parameters`
             given, scaling = scaling, {}
         flat = {key: value for key, value in given.items() if key not in LAYER_TYPES}
         stored = flat.get("inverse_frequencies")
@@ -141,17 +156,17 @@ class OlmemRules(PreTrainedConfig if TYPE_CHECKING else object):
         for key, value in flat.items():
             if isinstance(value, dict):
                 raise ValueError(
-                    f"`rope_parameters` must be nested by {' or '.join(LAYER_TYPES)} (got {key!r}); rename it."
+                    f"`rope_parameters` must be nested by {' or '.join(LAYER_TYPES)} (got {key!r}); rename that key."
                 )
         for key, value in nested.items():
             if not isinstance(value, dict | None):
-                raise ValueError(f"`rope_parameters[{key!r}]` must be a dictionary (got {value!r}); give its numbers.")
+                raise ValueError(f"`rope_parameters[{key!r}]` must be a dictionary (got {value!r}); give its entries.")
         if flat and nested:
             raise ValueError(
                 "`rope_parameters` must be one flat dictionary or nested by layer type, not both (got the keys "
-                f"{sorted(given)}); keep the part the model was trained with."
+                f"{sorted(given)}); keep the entries that the model was trained with."
             )
-        # A layer type without a theta has that of the model, wherever it stands.
+        # The first theta that is given anywhere serves all layer types that have none of their own.
         thetas = [*((entry or {}).get("rope_theta") for entry in (flat, *nested.values())), theta, self.default_theta]
         theta = next(theta for theta in thetas if theta is not None)
         parameters = {}
@@ -161,7 +176,7 @@ class OlmemRules(PreTrainedConfig if TYPE_CHECKING else object):
             if stored is not None:
                 entry["inverse_frequencies"] = stored
             for part in (nested.get(layer_type) or (flat if full else {}), scaling if full else {}):
-                if "type" in part:  # the older name of `rope_type`
+                if "type" in part:  # `type` is the older name of `rope_type`
                     part = {"rope_type": part["type"]} | {key: part[key] for key in part if key != "type"}
                 entry |= part
             if entry["rope_type"] in ("yarn", "llama3"):
@@ -172,8 +187,10 @@ class OlmemRules(PreTrainedConfig if TYPE_CHECKING else object):
 
     @classmethod
     def refuse_unknown(cls, kwargs: dict[str, Any]) -> None:
-        """An error for what this version cannot run and for what looks like a misspelled field; the rest is kept,
-        as Transformers keeps it."""
+        """Raises an error for fields that this version does not support, and for misspelled fields.
+
+        Other unknown keywords are kept, as Transformers keeps them.
+        """
         for name in [name for name in kwargs if name in NOT_YET]:
             value = kwargs.pop(name)
             if value != NOT_YET[name]:
@@ -184,6 +201,7 @@ class OlmemRules(PreTrainedConfig if TYPE_CHECKING else object):
 
     @classmethod
     def refuse_misspelled(cls, kwargs: dict[str, Any]) -> None:
+        """Raises an error for a keyword that resembles a field, and suggests that field."""
         own = {field.name for field in fields(cls)}
         of_generation = {*GenerationConfig._get_default_generation_params(), "sep_token_id", "decoder_start_token_id"}
         for name in kwargs:
@@ -196,20 +214,24 @@ class OlmemRules(PreTrainedConfig if TYPE_CHECKING else object):
 
     @staticmethod
     def refuse_parts_of_rope(overrides: dict[str, Any]) -> None:
+        """Raises an error for overrides of `rope_theta` or `rope_scaling` alone."""
         for name in ("rope_theta", "rope_scaling"):
             if name in overrides:
                 raise ValueError(
-                    f"`{name}` is a part of `rope_parameters` (got {overrides[name]!r}); override the whole of that."
+                    f"`{name}` is a part of `rope_parameters` (got {overrides[name]!r}); override all of "
+                    "`rope_parameters`."
                 )
 
     def _require(self, holds: bool, name: str, rule: str, remedy: str) -> None:
+        """Raises an error that names a field, its rule, its value and a remedy, unless the rule holds."""
         if not holds:
             raise ValueError(f"`{name}` {rule} (got {getattr(self, name)!r}); {remedy}.")
 
     def refuse_without_effect(self, given: Iterable[str]) -> None:
-        """An error for a field that somebody gives where nothing reads it; its default asks for nothing.
+        """Raises an error for a given field that has no effect in this configuration, unless it has its default value.
 
-        It is for overrides. A configuration that was saved after a memory was switched off has such fields, and loads.
+        This is only for fields that a caller overrides. A saved configuration may hold such fields, for instance those
+        of a memory that was switched off, and still loads.
         """
         defaults = {field.name: field.default for field in fields(self)}
         for used, switch, off, names in (
@@ -226,6 +248,7 @@ class OlmemRules(PreTrainedConfig if TYPE_CHECKING else object):
                 )
 
     def validate_choices(self) -> None:
+        """Requires that each field with a fixed set of values has one of them."""
         for name, choices in (
             ("norm_placement", NORM_PLACEMENTS),
             ("norm_type", NORM_TYPES),
@@ -242,30 +265,36 @@ class OlmemRules(PreTrainedConfig if TYPE_CHECKING else object):
         )
 
     def validate_positions(self) -> None:
+        """Requires one known position embedding for each layer."""
         unknown = sorted(set(self.layer_position_embeddings) - set(POSITION_EMBEDDINGS))
         if unknown:
             raise ValueError(
-                f"`position_embedding` must be made of {', '.join(POSITION_EMBEDDINGS)} (got {unknown}); choose one, "
-                "or one a layer."
+                f"`position_embedding` must be made of {', '.join(POSITION_EMBEDDINGS)} (got {unknown}); choose one "
+                "for all layers, or one for each layer."
             )
         self._require(
             len(self.layer_position_embeddings) == self.num_hidden_layers,
             "position_embedding",
             f"must be one value or `num_hidden_layers` = {self.num_hidden_layers} of them",
-            "give one string for all, or one a layer",
+            "give one string for all layers, or one for each layer",
         )
 
     def validate_shared_projections(self) -> None:
+        """Requires a key/value head for each query head where queries share the keys' projection or subtract keys."""
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         self._require(
             self.shared_projections in ("none", "key_value") or heads == kv_heads,
             "shared_projections",
             f"must be 'none' or 'key_value' with `num_key_value_heads` = {kv_heads} of {heads} heads",
-            "queries that keys share, or are subtracted from, need a key each: leave `num_key_value_heads` out",
+            "each query head needs a key head of its own there, so leave `num_key_value_heads` out",
         )
 
     def validate_rotary_clip(self) -> None:
-        """Clipped after their rotation are vectors rotated at their own index, which not every choice has."""
+        """Requires rotated vectors that can be clipped at `clip_qkv_stage` "rotary".
+
+        That stage clips vectors that were rotated by the token's own index. Sinks, memory, shared tensors and some
+        position embeddings have no such vectors.
+        """
         if self.clip_qkv is None or self.clip_qkv_stage != "rotary":
             return
         for name, holds, rule in (
@@ -279,53 +308,61 @@ class OlmemRules(PreTrainedConfig if TYPE_CHECKING else object):
                 holds,
                 name,
                 f"must {rule} with `clip_qkv_stage` 'rotary', which clips what is rotated at its own index",
-                "clip at the 'projection'",
+                "set `clip_qkv_stage` to 'projection'",
             )
 
     def validate_memory(self) -> None:
-        self._require(self.num_memory_tokens >= 0, "num_memory_tokens", "must not be negative", "0 has no memory")
+        """Requires valid numbers of memory tokens, of tokens in a segment, and of segments that gradients pass."""
+        self._require(
+            self.num_memory_tokens >= 0,
+            "num_memory_tokens",
+            "must not be negative",
+            "give 0 for a model without memory",
+        )
         self._require(
             not self.num_memory_tokens or (self.memory_segment_length or 0) >= 1,
             "memory_segment_length",
             "must be at least 1 with memory tokens",
-            "give the tokens of a segment; `sliding_window` is usual",
+            "give the number of tokens in a segment, usually that of `sliding_window`",
         )
         self._require(
             (self.memory_bptt_segments or 0) >= 0,
             "memory_bptt_segments",
             "must not be negative",
-            "None goes back through all segments of a call, 0 through none",
+            "give None for gradients through all segments of a call, or 0 for none",
         )
 
     def validate_retrieval(self) -> None:
+        """Requires layers that can retrieve, valid sizes of what they retrieve, finite gates, and a known device."""
         layers, count = self.retrieval_layers, self.num_hidden_layers
         self._require(
             all(0 <= layer < count for layer in layers) and len(set(layers)) == len(layers),
             "retrieval_layers",
             f"must name layers 0 to {count - 1}, each once",
-            "correct them",
+            "correct the list",
         )
         full = [layer for layer in layers if self.layer_types[layer] == "full_attention"]
         if full:
             raise ValueError(
                 f"`retrieval_layers` must name sliding or chunked layers (got {full}, of full attention, whose window "
-                "nothing leaves); choose others."
+                "no token leaves); choose other layers."
             )
-        self._require(self.retrieval_top_k >= 1, "retrieval_top_k", "must be at least 1", "32 is usual")
+        self._require(self.retrieval_top_k >= 1, "retrieval_top_k", "must be at least 1", "give 32 or so")
         self._require(
             self.retrieval_capacity >= self.retrieval_top_k,
             "retrieval_capacity",
             f"must be at least `retrieval_top_k` = {self.retrieval_top_k}",
-            "keep more, or look up less",
+            "raise it, or lower `retrieval_top_k`",
         )
         for name in ("memory_gate_init", "retrieval_gate_init"):
-            self._require(math.isfinite(getattr(self, name) or 0), name, "must be finite", "-4 mixes in 2 %")
+            self._require(math.isfinite(getattr(self, name) or 0), name, "must be finite", "give a logit such as -4")
         try:
             torch.device("cpu" if self.retrieval_device is None else self.retrieval_device)
         except RuntimeError:
-            self._require(False, "retrieval_device", "must be a device of torch", "'cpu', or leave it out")
+            self._require(False, "retrieval_device", "must be a device of torch", "give 'cpu', or leave it out")
 
     def validate_sizes(self) -> None:
+        """Requires positive sizes, and numbers of heads and dimensions that fit one another."""
         for name in (
             "vocab_size",
             "hidden_size",
@@ -342,56 +379,69 @@ class OlmemRules(PreTrainedConfig if TYPE_CHECKING else object):
             heads % kv_heads == 0,
             "num_key_value_heads",
             f"must divide `num_attention_heads` = {heads}",
-            "every key/value head serves the same number of query heads",
+            "choose a divisor, so that each key/value head serves the same number of query heads",
         )
-        self._require(self.head_dim % 2 == 0, "head_dim", "must be even", "RoPE rotates pairs of dimensions")
-        self._require(self.rms_norm_eps > 0, "rms_norm_eps", "must be positive", "OLMo 2 uses 1e-6")
+        self._require(
+            self.head_dim % 2 == 0, "head_dim", "must be even", "RoPE rotates pairs, so choose an even number"
+        )
+        self._require(self.rms_norm_eps > 0, "rms_norm_eps", "must be positive", "give 1e-6, as OLMo 2 has it")
 
     def validate_token_ids(self) -> None:
-        """Transformers warns of ids outside the vocabulary; a padding row outside the table cannot be made at all."""
+        """Requires a padding id within the vocabulary, beside the checks of Transformers.
+
+        Transformers only warns of ids outside the vocabulary. The embedding table needs a row for the padding id.
+        """
         super().validate_token_ids()
         self._require(
             self.pad_token_id is None or 0 <= self.pad_token_id < self.vocab_size,
             "pad_token_id",
             f"must be below `vocab_size` = {self.vocab_size}",
-            "correct it, or leave it out",
+            "correct the id, or leave it out",
         )
 
     def validate_ranges(self) -> None:
+        """Requires a positive clip and logits scaling, and dropouts below 1."""
         self._require(
-            self.clip_qkv is None or self.clip_qkv > 0, "clip_qkv", "must be positive or None", "None does not clip"
+            self.clip_qkv is None or self.clip_qkv > 0,
+            "clip_qkv",
+            "must be positive or None",
+            "give None to clip nothing",
         )
-        self._require(self.logits_scaling > 0, "logits_scaling", "must be positive", "1.0 leaves logits as they are")
+        self._require(
+            self.logits_scaling > 0, "logits_scaling", "must be positive", "give 1.0 to leave logits as they are"
+        )
         for name in ("attention_dropout", "residual_dropout"):
-            self._require(0 <= getattr(self, name) < 1, name, "must be in [0, 1)", "0.0 drops nothing")
+            self._require(0 <= getattr(self, name) < 1, name, "must be in [0, 1)", "give 0.0 to drop nothing")
 
     def validate_layer_type(self) -> None:
-        """In place of Transformers' own rule, which allows layer types that Olmem does not have."""
+        """Requires a supported type for each layer, and the sizes that these types need.
+
+        This replaces Transformers' own rule, which allows layer types that Olmem does not support.
+        """
         unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
         if unknown:
-            raise ValueError(f"`layer_types` must be made of {', '.join(LAYER_TYPES)} (got {unknown}); rename these.")
+            raise ValueError(
+                f"`layer_types` must be made of {', '.join(LAYER_TYPES)} (got {unknown}); correct these names."
+            )
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"`layer_types` must name `num_hidden_layers` = {self.num_hidden_layers} layers (got "
-                f"{len(self.layer_types)}); give one value a layer, or one string for all."
+                f"{len(self.layer_types)}); give one value for each layer, or one string for all layers."
             )
         self._require(
             "sliding_attention" not in self.layer_types or (self.sliding_window or 0) >= 1,
             "sliding_window",
             "must be at least 1 when a layer slides (a query sees its own key and the W−1 before it)",
-            "give the window, or make every layer 'full_attention'",
+            "give the size of the window, or make every layer 'full_attention'",
         )
         self._require(
             "chunked_attention" not in self.layer_types or (self.attention_chunk_size or 0) >= 1,
             "attention_chunk_size",
             "must be at least 1 when a layer is chunked (a query sees its own chunk up to itself)",
-            "give the tokens of a chunk, or use other `layer_types`",
+            "give the number of tokens in a chunk, or use other `layer_types`",
         )
-        for name, none in (
-            ("attention_chunk_lookback", "sees no earlier chunk"),
-            ("num_sink_tokens", "keeps no sinks"),
-        ):
-            self._require(getattr(self, name) >= 0, name, "must not be negative", f"0 {none}")
+        for name, things in (("attention_chunk_lookback", "earlier chunks"), ("num_sink_tokens", "sinks")):
+            self._require(getattr(self, name) >= 0, name, "must not be negative", f"give 0 for no {things}")
         self._require(
             not self.num_sink_tokens or set(self.layer_types) != {"full_attention"},
             "num_sink_tokens",
@@ -400,25 +450,32 @@ class OlmemRules(PreTrainedConfig if TYPE_CHECKING else object):
         )
 
     def validate_rope(self) -> None:
-        """Beside Transformers' own rules: scaling belongs to full-attention layers."""
+        """Requires complete RoPE parameters for each layer type, beside the checks of Transformers.
+
+        Only full-attention layers may scale their positions, because those of a window stay in the trained range.
+        """
         for layer_type, entry in self.rope_parameters.items():
             rope_type, theta = entry["rope_type"], entry["rope_theta"]
             where = f"`rope_parameters[{layer_type!r}]"
             if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
                 raise ValueError(
-                    f"{where}['rope_type']` must be one of {', '.join(ROPE_TYPES)} (got {rope_type!r}); choose one."
+                    f"{where}['rope_type']` must be one of {', '.join(ROPE_TYPES)} (got {rope_type!r}); choose one "
+                    "of them."
                 )
             if rope_type != "default" and layer_type != "full_attention":
                 raise ValueError(
-                    f"{where}['rope_type']` must be 'default' (got {rope_type!r}); a window's positions never leave "
-                    "the trained range, so scaling belongs to full-attention layers only."
+                    f"{where}['rope_type']` must be 'default' (got {rope_type!r}); leave the scaling out, because "
+                    "positions within a window stay in the trained range."
                 )
             if not is_positive(theta):
-                raise ValueError(f"{where}['rope_theta']` must be a positive number (got {theta!r}); OLMo 2 uses 5e5.")
+                raise ValueError(
+                    f"{where}['rope_theta']` must be a positive number (got {theta!r}); give the "
+                    "theta that the model was trained with, such as 5e5."
+                )
             if entry.get("partial_rotary_factor", 1.0) != 1.0:
                 raise ValueError(
-                    f"{where}['partial_rotary_factor']` must be 1 (got {entry['partial_rotary_factor']!r}); Olmem "
-                    "rotates whole heads."
+                    f"{where}['partial_rotary_factor']` must be 1 (got {entry['partial_rotary_factor']!r}); leave it "
+                    "out, because Olmem rotates whole heads."
                 )
             if rope_type == "dynamic" and self.head_dim == 2:
                 raise ValueError(
@@ -430,20 +487,20 @@ class OlmemRules(PreTrainedConfig if TYPE_CHECKING else object):
                 if not is_positive(entry.get(name)):
                     raise ValueError(
                         f"{where}[{name!r}]` must be a positive number with rope_type {rope_type!r} (got "
-                        f"{entry.get(name)!r}); give what the model was trained with."
+                        f"{entry.get(name)!r}); give the number that the model was trained with."
                     )
             if (stored := entry.get("inverse_frequencies")) is not None and not (
                 isinstance(stored, list) and len(stored) == self.head_dim // 2 and all(map(is_positive, stored))
             ):
                 raise ValueError(
                     f"{where}['inverse_frequencies']` must be `head_dim` / 2 = {self.head_dim // 2} positive "
-                    f"numbers (got {stored!r}); leave them out to have those of `rope_theta`."
+                    f"numbers (got {stored!r}); leave them out to compute them from `rope_theta`."
                 )
             known = {"rope_type", "rope_theta", "partial_rotary_factor", *needed, *allowed}
             for name in entry.keys() - known:
                 guess = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {guess[0]!r}?" if guess else "remove it."
-                raise ValueError(f"{where}[{name!r}]` is no field of rope_type {rope_type!r}; {hint}")
+                raise ValueError(f"{where}[{name!r}]` is no entry of rope_type {rope_type!r}; {hint}")
         super().validate_rope()
 
 

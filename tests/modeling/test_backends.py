@@ -98,10 +98,9 @@ def check(
             outputs += [each.attend(heads, query[:, :, section.columns], seen, section)[0] for each in others]
     for row in range(stream.batch_size):
         numbers = view.numbers[row if len(view.numbers) > 1 else 0].tolist()
-        begins = None if plan.writes is None else plan.writes.begins
         if view.role == "write" and numbers[0] <= int(before_call[row]):
             continue  # a row without a token in this call writes nothing that is kept
-        if view.role == "read" and begins is not None and not begins[row]:
+        if view.role == "read" and plan.begins is not None and not plan.begins[row]:
             continue  # nor does it read anything
         for column, index in enumerate(numbers):
             if index < 0:

@@ -384,7 +384,7 @@ class OlmemCache(Cache):
         tensors = dict(self.counters.tensors)
         if self.memory is not None:
             remedy = "`reset_memory` that row, or save a copy made before."
-            refuse_nonfinite_memory(self.memory, None, "to be saved", remedy)
+            refuse_nonfinite_memory(self.memory, "to be saved", remedy)
             tensors["memory"] = self.memory
         for index, layer in enumerate(self.layers):
             for name, tensor in layer.used(self.get_seq_length()).items():
@@ -428,9 +428,7 @@ class OlmemCache(Cache):
             cache.counters.set(**{name: tensors[name] for name in cache.counters.tensors})
             cache.began_anew = file.facts["began_anew"]
             if config.num_memory_tokens:
-                refuse_nonfinite_memory(
-                    tensors["memory"], None, f"to be loaded from {path}", "load a file saved before."
-                )
+                refuse_nonfinite_memory(tensors["memory"], f"to be loaded from {path}", "load a file saved before.")
                 cache.remember(tensors["memory"].to(device))
             for index, layer in enumerate(cache.layers):
                 own = [tensors[f"layers.{index}.{name}"] for name in layer.names]

@@ -1,5 +1,5 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
-"""What differs between releases of Transformers and torch, and what may be asked while a graph is traced."""
+"""Hides what differs between releases of Transformers and torch, and what may not be read while a graph is recorded."""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -11,23 +11,25 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.import_utils import is_tracing
 
-# What Transformers calls a cache, as an argument and in outputs: `cache` from 5.24 on.
+# The name of a cache in the arguments and outputs of Transformers' models. It is `cache` from release 5.24 on.
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 
 
 def rename_cache(arguments: dict[str, Any], name: str) -> dict[str, Any]:
-    """Returns keyword arguments in which `cache` and `past_key_values`, which are one argument, have this name."""
+    """Returns keyword arguments in which the cache has this name, whether it came as `cache` or `past_key_values`."""
     if CACHE_NAME != "cache" and not isinstance(arguments.get("cache"), Cache | None):
-        return arguments  # of paged attention, which older releases pass by that name
+        return arguments  # older releases pass the cache of paged attention by that name
     given = [arguments.pop(known, None) for known in ("cache", "past_key_values")]
     if None not in given:
-        raise ValueError("`cache` and `past_key_values` must not both be passed (got both); they are one argument.")
+        raise ValueError(
+            "`cache` and `past_key_values` must not both be passed (got both); pass one, since they are one argument."
+        )
     found = [cache for cache in given if cache is not None]
     return arguments | {name: found[0]} if found else arguments
 
 
 def takes_cache(forward: Callable) -> Callable:
-    """Lets a function with an argument `past_key_values` take it as `cache` too, in every release of Transformers."""
+    """Lets a function take its argument `past_key_values` as `cache` too, in every release of Transformers."""
 
     @wraps(forward)
     def wrapped(*args, **kwargs):
@@ -37,36 +39,36 @@ def takes_cache(forward: Callable) -> Callable:
 
 
 def is_recorded(tensor: torch.Tensor | None = None) -> bool:
-    """Tells whether a graph is being recorded, so that no value of a tensor may decide anything."""
+    """Returns whether a graph is being recorded, so that the code must not depend on the values of tensors."""
     return is_tracing(tensor) or (tensor is not None and tensor.device.type == "meta")
 
 
 def known(tensor: torch.Tensor, otherwise: Any) -> Any:
-    """Returns the value of a tensor of one element, for which the host waits; a default while a graph is recorded."""
+    """Returns the value of a tensor of one element, for which the host waits, or a default in a recorded graph."""
     return otherwise if is_recorded(tensor) else tensor.item()
 
 
 def known_here(tensor: torch.Tensor, otherwise: Any) -> Any:
-    """Returns the value of a tensor of one element if the host has it without waiting, and a default if not."""
+    """Returns the value of a tensor of one element if it is on the CPU, and a default if the host would wait for it."""
     return known(tensor, otherwise) if tensor.device.type == "cpu" else otherwise
 
 
 def unless_recorded(read: Callable[[], Any]) -> Any:
-    """Returns what a function reads on the host, or None while a graph is recorded, which would hold for that alone."""
+    """Returns what a function reads on the host, or None in a recorded graph, which must not depend on it."""
     return None if is_recorded() else read()
 
 
 def pieces(length: int, size: int, like: torch.Tensor) -> list[slice]:
-    """Cuts a length into slices of at most that size; into one for any length while a graph is recorded."""
+    """Cuts a length into slices of at most that size, or into one slice of any length in a recorded graph."""
     if is_recorded(like):
         return [slice(None)]
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def columns_of(mask: torch.Tensor) -> tuple[int, int]:
-    """Returns the first column of a mask (R, S) where any row is true, and the one after the last.
+    """Returns the first column of a mask (R, S) that is true in any row, and the column after the last one.
 
-    While a graph is recorded, these are all columns. Where no row is true anywhere they are (0, 0).
+    They are (0, 0) if the mask is true nowhere. In a recorded graph they span all columns.
     """
     if is_recorded(mask):
         return 0, mask.shape[1]
@@ -75,7 +77,7 @@ def columns_of(mask: torch.Tensor) -> tuple[int, int]:
 
 
 def table_of(tables: dict[Any, torch.Tensor], key: Any, size: int, make: Callable[[], torch.Tensor]) -> Any:
-    """Returns a table of at least that many rows, made once, or None while a graph is recorded."""
+    """Returns the table of a key, made anew if it has fewer than `size` rows, or None in a recorded graph."""
     if is_recorded():
         return None
     if key not in tables or len(tables[key]) < size:
@@ -84,7 +86,7 @@ def table_of(tables: dict[Any, torch.Tensor], key: Any, size: int, make: Callabl
 
 
 def has_complex(device: torch.device) -> bool:
-    """Tells whether complex products exist on a device and are fast; a compiler fuses real ones instead."""
+    """Returns whether a device has fast complex products. Recorded graphs use real ones, which a compiler fuses."""
     return device.type in ("cpu", "cuda") and not is_recorded()
 
 
@@ -96,17 +98,20 @@ def keep_address(*tensors: torch.Tensor) -> None:
 
 
 def assert_on_device(condition: torch.Tensor, message: str) -> None:
-    """Checks a condition where the tensor lies, without making the host wait."""
+    """Checks a condition on the tensor's device, without waiting for it."""
     torch._assert_async(condition, message)
 
 
 def moves_inputs(module: torch.nn.Module) -> bool:
-    """Tells whether a module takes inputs from any device, because accelerate moves them or nothing is computed."""
+    """Returns whether a module takes inputs from any device.
+
+    It does if accelerate moves them, or if its weights are on the meta device, where nothing is computed.
+    """
     return hasattr(module, "_hf_hook") or any(weight.device.type == "meta" for weight in module.parameters())
 
 
 def allocate(*shape: int, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
-    """Returns zeros that may be written in place in and out of `torch.inference_mode`."""
+    """Returns zeros that may be written in place inside and outside of `torch.inference_mode`."""
     with torch.inference_mode(False):
         new = torch.zeros(shape, dtype=dtype, device=device)
     keep_address(new)

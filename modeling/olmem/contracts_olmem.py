@@ -1,9 +1,9 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
-"""What the parts of a forward call promise one another: plans, parts, states, sections and backends.
+"""The contracts between the steps of a forward call: plans, sections, states, parts and backends.
 
     query, key, value = project(hidden_states)
-    parts = state.write(key, value, plan)                 one list of parts for each section of the plan
-    output = section.attend(heads, query, parts)          one softmax over all parts of a section
+    parts = state.write(key, value, plan)                 returns a list of parts for each section of the plan
+    output = section.attend(heads, query, parts)          computes one softmax over all parts of a section
 
 Shapes: B batch, H query heads, K key/value heads, C columns of a call, T queries, S keys, D head dim, M memory slots,
 P slots of the prefix; R is B, or 1 where one row stands for all.
@@ -20,11 +20,11 @@ from .positions_olmem import PositionScheme, Rotation
 from .view_olmem import View
 from .visibility_olmem import Visibility
 
-Output = tuple[torch.Tensor, torch.Tensor | None]  # (B, T, H, D), and weights (B, H, T, S) if any
+Output = tuple[torch.Tensor, torch.Tensor | None]  # the output (B, T, H, D), and weights (B, H, T, S) or None
 
 
 class LayerKind(NamedTuple):
-    """Names what tells the layers of a model apart for a plan."""
+    """Identifies the layers that share a plan."""
 
     layer_type: str
     position_embedding: str
@@ -33,124 +33,128 @@ class LayerKind(NamedTuple):
 
 @dataclass
 class Part:
-    """Holds keys and values as they lie in memory, their form, and the rule by which queries see them.
+    """Holds keys and values as they are stored, and says in which form.
 
-    A part is the prefix, of which a query sees its first slots, or the window, which is seen by number. Its keys have
-    their positions, or they are bare and get them on read.
+    A part is either the prefix or the window. A query sees the first slots of the prefix, and keys of the window by
+    their numbers. Keys have their positions, or they are bare and get positions when they are read.
     """
 
     key: torch.Tensor  # (B, K, S, D)
     value: torch.Tensor  # (B, K, S, D)
     is_prefix: bool = False
     is_bare: bool = False
-    in_pairs: bool = False  # the layout of bare keys and of the values that they are
+    in_pairs: bool = False  # bare keys, which are the values too, are laid out in pairs
 
 
 @dataclass
 class Heads:
-    """Holds what attention needs of a layer's own weights and choices."""
+    """Holds the settings and weights of a layer that backends need."""
 
-    module: nn.Module  # for Transformers' attention functions
+    module: nn.Module  # the attention module, an argument of Transformers' attention functions
     scheme: PositionScheme
     scaling: float
     dropout: float
-    memory_gate: torch.Tensor | None = None  # (H,) how far each head opens to memory, between 0 and 1
+    memory_gate: torch.Tensor | None = None  # (H,) the share of attention with memory, between 0 and 1
 
 
 @dataclass
 class Candidates:
-    """Holds what some queries of a call may retrieve."""
+    """Holds the keys and values that some queries of a call may retrieve."""
 
-    rows: slice  # of the batch
-    columns: slice  # of the call
+    rows: slice  # the rows of the batch that the queries are in
+    columns: slice  # the columns of the call that the queries are in
     key: torch.Tensor  # (B, K, S, D), without positions
     value: torch.Tensor  # (B, K, S, D)
-    numbers: torch.Tensor  # (R, S) of the first keys; negative is none
-    queries: torch.Tensor  # (R, T) the tokens from which the queries look out
+    numbers: torch.Tensor  # (R, S) the numbers of the first S keys; a negative one is no token
+    queries: torch.Tensor  # (R, T) the numbers of the queries
 
 
 def moved_tensors(holder: object, device: torch.device) -> dict[str, Any]:
-    """Returns the attributes of an object that are tensors, on another device."""
+    """Returns copies on another device of those attributes of an object that are tensors."""
     return {name: value.to(device) for name, value in vars(holder).items() if isinstance(value, torch.Tensor)}
 
 
 @dataclass
 class Writes:
-    """States where the new keys and values of a call go in an `OlmemCache`, and where those before them lie."""
+    """Says where a layer of an `OlmemCache` writes new keys and values, and where it finds those before them."""
 
     rows: torch.Tensor  # (R, 1) the rows of the batch
-    slots: torch.Tensor  # (R, T) of the ring or row for the new tokens; −1 is nowhere
-    sink_slots: torch.Tensor | None  # (R, T) of the prefix for new tokens that are sinks; None if none can be
-    past_slots: torch.Tensor | None  # (R, P) of the keys before, oldest first; None where keys are read in place
-    filled: int  # slots of the ring or row that hold a token, where keys are read in place
-    length: int | None  # columns read after this call, padding included; None where only the device knows
-    chosen: torch.Tensor | None = None  # (R,) the rows of the batch that take part; None is all
+    slots: torch.Tensor  # (R, T) the slots of the new tokens in the ring or row; −1 for tokens that are not written
+    sink_slots: torch.Tensor | None  # (R, T) the slots of new sinks in the prefix; None if no new token is a sink
+    past_slots: torch.Tensor | None  # (R, P) the slots of earlier keys, oldest first; None if keys are read in place
+    filled: int  # the number of slots of the ring or row that hold tokens, if keys are read in place
+    length: int | None  # the columns read after this call, padding included; None if only the device knows
+    chosen: torch.Tensor | None = None  # (R,) the rows of the batch that take part; None for all
 
     def to(self, device: torch.device) -> "Writes":
-        """Returns the same on another device."""
+        """Returns a copy on another device."""
         return replace(self, **moved_tensors(self, device))
 
 
 @dataclass
 class Tape:
-    """States what came before the new tokens, where keys are joined so that gradients go back through them."""
+    """Says which keys a tape joins, so that gradients go back through them."""
 
-    own_numbers: torch.Tensor  # (R, S) of the tokens of earlier calls of this forward, then of the new ones
-    sinks: tuple[torch.Tensor, torch.Tensor] | None = None  # (R, Z) whether each is among all these, and its column
-    store_numbers: torch.Tensor | None = None  # (R, S) of what a store held before this forward, oldest first
+    own_numbers: torch.Tensor  # (R, S) the numbers of the tokens of earlier calls of this forward and of the new ones
+    sinks: tuple[torch.Tensor, torch.Tensor] | None = None  # (R, Z) whether the keys have each sink, and its column
+    store_numbers: torch.Tensor | None = None  # (R, S) the numbers in the store before this forward, oldest first
 
     def to(self, device: torch.device) -> "Tape":
-        """Returns the same on another device."""
+        """Returns a copy on another device."""
         sinks = self.sinks and (self.sinks[0].to(device), self.sinks[1].to(device))
         return replace(self, sinks=sinks, **moved_tensors(self, device))
 
 
 @dataclass
 class Rotations:
-    """Holds the rotations that some columns C of a call need."""
+    """Holds the rotations of some columns C of a call."""
 
-    place: Rotation  # (R, C) of queries and new keys at their places in the stream
-    slot: Rotation  # (R, C) of queries at their slots, for the prefix
-    key: Rotation  # (R, S) of bare keys before the new ones, or of a whole window
-    prefix: Rotation  # (1, P) of the prefix at its slots, where its keys are bare
-    step: Rotation  # (R, P + S) of all keys of a step at their slots, where bare
+    place: Rotation  # (R, C) for queries and new keys, by their places in the stream
+    slot: Rotation  # (R, C) for queries, by their slots, to attend to the prefix
+    key: Rotation  # (R, S) for bare keys before the new ones, or for all keys of a bare window
+    prefix: Rotation  # (1, P) for the bare keys of the prefix, by their slots
+    step: Rotation  # (R, P + S) for all bare keys of a step, by their slots
 
     @classmethod
     def of(cls, place: Rotation) -> "Rotations":
-        """Returns rotations of queries and new keys, where no others are needed."""
+        """Returns rotations that have only that of queries and new keys."""
         none = Rotation(clip=place.clip)
         return cls(place, none, none, none, none)
 
     def part(self, columns: slice, row: int | None = None) -> "Rotations":
-        """Returns the rotations of queries of some columns of the call, of one row if each has its own."""
+        """Returns the rotations of some columns, or of one row of them if each row has its own."""
         place, slot = self.place.part(columns, row), self.slot.part(columns, row)
         return Rotations(place, slot, self.key, self.prefix, self.step)
 
     def to(self, device: torch.device) -> "Rotations":
-        """Returns the same on another device."""
+        """Returns a copy on another device."""
         return Rotations(**{name: rotation.to(device) for name, rotation in vars(self).items()})
 
 
 class Needs(NamedTuple):
-    """Says what a backend must be able to do for a section, beside what its view says."""
+    """Lists what a backend must support for a section, beside its view."""
 
-    plain: bool = False  # plain operations, as `attn_implementation="eager"` asks for
-    weights: bool = False  # the weights too
-    by_slot: bool = False  # keys that are changed on read by their distance
-    is_bare: bool = False  # keys that get their positions on read
+    plain: bool = False  # plain operations, which `attn_implementation="eager"` asks for
+    weights: bool = False  # attention weights as a second output
+    by_slot: bool = False  # keys that depend on their distance from the query
+    is_bare: bool = False  # keys that get their positions when they are read
 
 
 class Backend(Protocol):
-    """A way to compute attention. The first one in a list that supports a section is taken when a plan is made."""
+    """Computes attention for the views that it supports.
+
+    When a plan is made, each section gets the first backend of a list that supports its view.
+    """
 
     def supports(self, view: View, needs: Needs) -> bool:
-        """Tells whether this backend can attend for that view."""
+        """Returns whether this backend can attend for that view."""
         ...
 
     def attend(self, heads: Heads, query: torch.Tensor, parts: Sequence[Part], section: "Section") -> Output:
-        """Attends for queries (B, H, T, D) without positions to all parts under one softmax.
+        """Attends from queries (B, H, T, D) without positions to all parts, under one softmax.
 
-        Returns the output (B, T, H, D), and the weights (B, H, T, S) if they were asked for and the backend has them.
+        Returns the output (B, T, H, D), and the weights (B, H, T, S) or None. There are weights if they are asked for
+        and the backend computes them.
         """
         ...
 
@@ -162,28 +166,28 @@ def choose(backends: Sequence[Backend], view: View, needs: Needs) -> Backend:
 
 @dataclass
 class Section:
-    """Some queries of a call that are attended for together, and the backend that does it."""
+    """Holds some columns of a call whose queries attend together, and the backend that computes their attention."""
 
-    columns: slice  # of the call
+    columns: slice  # the columns of the call
     view: View
-    rotations: Rotations  # of these columns
+    rotations: Rotations  # those of these columns
     needs: Needs
     backend: Backend
 
     def attend(self, heads: Heads, query: torch.Tensor, parts: Sequence[Part]) -> Output:
-        """Attends for the section's queries among those of the call (B, H, C, D), as `Backend.attend` does."""
+        """Attends from the section's columns of the queries (B, H, C, D), as `Backend.attend` does."""
         return self.backend.attend(heads, query[:, :, self.columns], parts, self)
 
     def to(self, device: torch.device) -> "Section":
-        """Returns the same on another device."""
+        """Returns a copy on another device."""
         return replace(self, view=self.view.to(device), rotations=self.rotations.to(device))
 
 
 class Plan:
-    """Holds all that layers of one kind need to know about one forward call.
+    """Holds all that the layers of one kind need to know about one call.
 
-    This is an ordinary class on purpose. Wrappers that shard or offload a model look into the dataclasses, lists and
-    dictionaries that a layer is given, and cast the float tensors that they find: angles would lose their precision.
+    This is not a dataclass on purpose. Wrappers that shard or offload a model search the dataclasses, lists and
+    dictionaries among a layer's arguments, and cast the float tensors in them. Angles would lose their precision.
     """
 
     def __init__(
@@ -203,24 +207,24 @@ class Plan:
         self.rotations = rotations
         self.writes = writes
         self.tape = tape
-        self.begins = begins  # (R,) which rows begin a segment, and so read memory; None is all
+        self.begins = begins  # (R,) which rows begin a segment, and so read new memory; None for all
         self.retrieves = retrieves
         self.returns_weights = returns_weights
-        self.carries = carries  # layers return their new keys and values too
-        self.copies: dict[torch.device, Plan] = {}  # on other devices
+        self.carries = carries  # whether layers also return their new keys and values
+        self.copies: dict[torch.device, Plan] = {}  # the plan on each device, this one included
         if sections:
             self.copies[sections[0].view.numbers.device] = self
 
     def columns(self, role: str) -> slice | None:
-        """Returns the columns of the section of that role, or None where the call has none."""
+        """Returns the columns of the section with that role, or None if the call has no such section."""
         return next((section.columns for section in self.sections if section.view.role == role), None)
 
     def view(self, role: str = "token") -> View:
-        """Returns the view of the section of that role, which the call must have."""
+        """Returns the view of the section with that role, which the call must have."""
         return next(section.view for section in self.sections if section.view.role == role)
 
     def to(self, device: torch.device, **_) -> "Plan":
-        """Returns the same on another device; it is copied there once."""
+        """Returns a copy on another device, which is made once."""
         if device not in self.copies:
             sections = [section.to(device) for section in self.sections]
             writes, tape = self.writes and self.writes.to(device), self.tape and self.tape.to(device)
@@ -232,21 +236,22 @@ class Plan:
 
 
 class LayerState(Protocol):
-    """What one layer remembers between forward calls, or within one."""
+    """Remembers the keys and values of one layer between forward calls, or within one."""
 
     def write(
         self, key: torch.Tensor, value: torch.Tensor, plan: Plan, earlier: Sequence[torch.Tensor]
     ) -> list[list[Part]]:
-        """Keeps new keys and values (B, K, C, D), without positions, and returns the parts that each section sees.
+        """Writes new keys and values (B, K, C, D) without positions, and returns the parts that each section sees.
 
-        `earlier` holds the keys and values of earlier calls of the same forward, in turns, where gradients are wanted.
+        `earlier` holds the keys and values of earlier calls of the same forward, key and value in turns, where
+        gradients are wanted.
         """
         ...
 
     def candidates(
         self, key: torch.Tensor, value: torch.Tensor, plan: Plan, earlier: Sequence[torch.Tensor]
     ) -> Iterator[Candidates]:
-        """Yields what the new tokens (B, K, C, D) may retrieve, block by block, and keeps them to be retrieved."""
+        """Yields what the new tokens may retrieve, block by block, and stores their keys and values (B, K, T, D)."""
         ...
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
-"""How much a batch of streams has read, on the device and as the host knows it."""
+"""Counts the tokens that a batch of streams has read, on the device and on the host."""
 
 import torch
 
@@ -10,17 +10,17 @@ from .view_olmem import View
 class Counters:
     """Counts the tokens that a batch of streams has read.
 
-    The tensors on the device are the truth: slots, positions and masks of a step are computed from them, and they
-    advance in place, so that a step can be captured, compiled and exported. The host keeps a mirror, which decides
-    about room and segments without waiting. Recorded code never reads the mirror; after it, the mirror is unknown
-    until somebody asks, which waits once.
+    The tensors on the device are the truth. The slots, positions and masks of a step are computed from them, and they
+    are advanced in place, so that a step can be captured, compiled and exported. The host keeps copies of the numbers,
+    to decide about room and segments without waiting. A recorded graph never reads these copies. After it has run they
+    are unknown, and the next reader waits once for the device.
     """
 
     def __init__(self):
-        self.seen = allocate(0, dtype=torch.long, device="cpu")  # (B,) real tokens of each row
-        self.columns = allocate(dtype=torch.long, device="cpu")  # () tokens and padding
-        self.gaps = allocate(dtype=torch.bool, device="cpu")  # () whether a row had padding after its first token
-        self.fresh = True  # nothing was read yet, as far as the host knows
+        self.seen = allocate(0, dtype=torch.long, device="cpu")  # (B,) the real tokens that each row has read
+        self.columns = allocate(dtype=torch.long, device="cpu")  # () the columns that were read, padding included
+        self.gaps = allocate(dtype=torch.bool, device="cpu")  # () whether any row had padding after its first token
+        self.fresh = True  # whether nothing was read yet, as far as the host knows
         self.host_seen: list[int] | None = None
         self.host_columns: int | None = None
 
@@ -38,33 +38,33 @@ class Counters:
         self.host_seen, self.host_columns = [0] * batch_size, 0
 
     def reset(self) -> None:
-        """Counts from nothing, for a batch of as many rows."""
+        """Sets all counters to zero and keeps the number of rows."""
         for counter in self.tensors.values():
             counter.zero_()
         self.fresh = True
         self.host_seen, self.host_columns = [0] * len(self.seen), 0
 
     def set(self, **values: torch.Tensor) -> None:
-        """Takes over counters of the same batch, from a file."""
+        """Sets counters to the values of a file, for the same number of rows."""
         for name, value in values.items():
             self.tensors[name].copy_(value)
         self.fresh = False
         self.host_seen = self.host_columns = None
 
     def read_columns(self) -> int:
-        """Returns the columns read, padding included; the host waits for the device if it does not know."""
+        """Returns the columns that were read, padding included. The host waits for the device if it must."""
         if self.host_columns is None:
             self.host_columns = int(self.columns)
         return self.host_columns
 
     def read_seen(self) -> list[int]:
-        """Returns the real tokens that each row has read; the host waits for the device if it does not know."""
+        """Returns the real tokens that each row has read. The host waits for the device if it must."""
         if self.host_seen is None:
             self.host_seen = self.seen.tolist()
         return self.host_seen
 
     def advance(self, view: View, columns: int) -> None:
-        """Counts the tokens of a call that all layers have seen, and so many columns."""
+        """Adds the tokens of a call, which all layers have read, and this number of columns."""
         added = (view.numbers >= 0).sum(-1) if view.padded else view.numbers.shape[1]
         host_seen = unless_recorded(self.read_seen)
         host_columns = unless_recorded(self.read_columns)
@@ -80,7 +80,10 @@ class Counters:
             self.gaps.logical_or_(((view.numbers < 0) & (view.queries >= 0)).any())
 
     def select(self, indices: torch.Tensor) -> None:
-        """Keeps these rows of the batch, in their order; rows that are all equal need no reading to be reordered."""
+        """Keeps these rows of the batch in this order.
+
+        The host need not read the indices if all rows have read the same number of tokens.
+        """
         chosen = self.seen.index_select(0, indices.to(self.seen.device))
         host_seen = unless_recorded(lambda: self.host_seen)
         if host_seen is not None:
@@ -92,14 +95,14 @@ class Counters:
         self.host_seen = host_seen
 
     def forget(self, rows: torch.Tensor) -> None:
-        """Counts these rows of the batch from nothing."""
+        """Sets the tokens of these rows of the batch to zero."""
         self.seen[rows.to(self.seen.device)] = 0
         self.gaps.fill_(True)
-        self.columns.copy_(self.seen.max())  # all that needs room
+        self.columns.copy_(self.seen.max())  # no row needs more room than its tokens
         self.host_seen = self.host_columns = None
 
     def crop(self, removed: int) -> None:
-        """Takes so many columns back."""
+        """Takes back the last `removed` columns."""
         self.seen.sub_(removed).clamp_(min=0)
         self.columns.sub_(removed)
         self.host_seen = self.host_columns = None
@@ -107,7 +110,7 @@ class Counters:
 
     @property
     def has_gaps(self) -> bool:
-        """Tells whether a row had padding after its first token."""
+        """Returns whether any row had padding after its first token, or began anew."""
         return known(self.gaps, False)
 
 

@@ -1,24 +1,27 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
-"""A memory that is not finite is an error, for it would stay so for ever, and a text would only look empty."""
+"""Refuses a memory with NaN or infinity, which would spread to all later segments and make generated text useless."""
 
 import torch
 
 
-def refuse_nonfinite_memory(memory: torch.Tensor, rows: torch.Tensor | None, where: str, remedy: str) -> None:
-    """Raises an error that names the first row whose memory (R, M, hidden_size) holds NaN or infinity.
+def refuse_nonfinite_memory(memory: torch.Tensor, where: str, remedy: str) -> None:
+    """Raises an error that names the first row whose memory holds NaN or infinity.
 
-    It waits for the device, so it is for places where the host waits anyway. `rows` (R,) are the rows of the batch that
-    the memory is of; without it they are all.
+    The host waits for the device.
+
+    Args:
+        memory: the memory (B, M, hidden_size) of each row.
+        where: when the memory must be finite, for the error.
+        remedy: what the caller can do, for the error.
     """
     finite = memory.detach().isfinite().flatten(1).all(-1)
     if bool(finite.all()):
         return
-    index = int((~finite).nonzero()[0, 0])
-    row = index if rows is None else int(rows[index])
-    values = memory[index].detach()
+    row = int((~finite).nonzero()[0, 0])
+    values = memory[row].detach()
     raise ValueError(
-        f"`memory` of row {row} must be finite {where} (got {int((~values.isfinite()).sum())} of {values.numel()} "
-        f"numbers that are not); {remedy}"
+        f"`memory` of row {row} must be finite {where} (got {int((~values.isfinite()).sum())} non-finite "
+        f"values of {values.numel()}); {remedy}"
     )
 
 

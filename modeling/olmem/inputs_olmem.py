@@ -1,5 +1,5 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
-"""What a forward call is given, as numbered tokens: padding, packed documents, and what is refused.
+"""Numbers the tokens that a forward call is given, finds padding and packed documents, and refuses malformed inputs.
 
 Shapes: B batch, T tokens; R is B, or 1 where one row stands for all.
 """
@@ -17,28 +17,30 @@ Document = tuple[int, int]  # first column, and the one after the last
 
 @dataclass
 class Tokens:
-    """Holds the new tokens of a forward call by number.
+    """Holds the numbers of the new tokens of a forward call.
 
-    A row's real tokens are numbered from those that were read before; the tokens of a packed document from 0.
+    The numbers of a row's real tokens go on from those of earlier calls. Those of a packed document begin at 0.
     """
 
-    numbers: torch.Tensor  # (R, T); −1 is padding
-    padded: bool = False  # some numbers may be −1
-    documents: list[list[Document]] | None = None  # of each row, where documents are packed
-    position_ids: torch.Tensor | None = None  # (R, T) the caller's own places in the stream, without a cache
+    numbers: torch.Tensor  # (R, T) the number of each token; −1 is padding
+    padded: bool = False  # whether some numbers may be −1
+    documents: list[list[Document]] | None = None  # the documents of each row, where documents are packed
+    position_ids: torch.Tensor | None = None  # (R, T) the caller's positions, in a call without a cache
 
 
 def refuse_malformed(hidden_states: torch.Tensor, attention_mask: object, position_ids: object) -> None:
-    """Raises an error for inputs whose shapes or types say nothing of rows of tokens.
+    """Raises an error for inputs whose types or shapes are not those of rows of tokens.
 
     Args:
         hidden_states: (B, T, hidden_size), the embeddings.
-        attention_mask: None, a tensor (B, S) or of four dimensions, or what an attention function takes.
+        attention_mask: None, a tensor of two or four dimensions, or another object for an attention function.
         position_ids: None or integers (B or 1, T).
     """
     shape = tuple(hidden_states.shape[:-1])
     if len(shape) != 2 or not shape[0]:
-        raise ValueError(f"`input_ids` must be (B, T) with a row at least (got {shape}); pass one row as `ids[None]`.")
+        raise ValueError(
+            f"`input_ids` must be (B, T) with at least one row (got {shape}); pass one row as `ids[None]`."
+        )
     if isinstance(attention_mask, list | tuple | str | int | float):
         kind = type(attention_mask).__name__
         raise ValueError(f"`attention_mask` must be a tensor (B, T) (got a {kind}); pass `torch.tensor(...)`.")
@@ -60,7 +62,7 @@ def refuse_malformed(hidden_states: torch.Tensor, attention_mask: object, positi
 
 
 def refuse_malformed_ids(input_ids: object, device: torch.device, any_device: bool) -> None:
-    """Raises an error for ids that are no tensor of integers, or on another device than `device` if that matters."""
+    """Raises an error for ids that are no tensor of integers, or not on `device`, unless any device will do."""
     if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
         kind = getattr(input_ids, "dtype", type(input_ids).__name__)
         raise ValueError(f"`input_ids` must be a tensor of integers (got {kind}); pass `input_ids.long()`.")
@@ -72,7 +74,7 @@ def refuse_malformed_ids(input_ids: object, device: torch.device, any_device: bo
 
 
 def refuse_malformed_embeddings(inputs_embeds: torch.Tensor, hidden_size: int) -> None:
-    """Raises an error for embeddings that are no floats (B, T, hidden_size)."""
+    """Raises an error for embeddings that are no tensor of floats (B, T, hidden_size)."""
     if inputs_embeds.shape[-1] != hidden_size or not inputs_embeds.is_floating_point():
         raise ValueError(
             f"`inputs_embeds` must be floats (B, T, `hidden_size` = {hidden_size}) (got {inputs_embeds.dtype} "
@@ -88,22 +90,22 @@ def number_tokens(
     has_memory: bool,
     has_prefix: bool,
 ) -> Tokens:
-    """Numbers the tokens of hidden states (B, T, hidden_size) that may go on from a cache.
+    """Numbers the tokens of hidden states (B, T, hidden_size).
 
     Args:
-        counters: what was read before with an `OlmemCache`, or None.
-        attention_mask: (B, S) with S at least T, zeros for padding, which may stand anywhere.
-        position_ids: (B or 1, T). Without a cache they may start anew where documents are packed.
-            At a step with a cache they are not read, because the host would wait for them.
-        has_memory: whether the model carries on more than its windows show.
-        has_prefix: whether sinks or memory come before windows, and have slots of their own.
+        attention_mask: (B, S) with S at least T. Zeros are padding, which may stand anywhere.
+        position_ids: (B or 1, T). Without a cache, each document of a row may begin at 0. At a step with a cache they
+            are not read, because the host would have to wait for them.
+        counters: the counters of the `OlmemCache` that the call goes on from, or None.
+        has_memory: whether the model has memory tokens or retrieval.
+        has_prefix: whether the model has sinks or memory tokens.
 
     Raises:
-        ValueError: where mask and positions do not say which tokens there are.
+        ValueError: if mask and positions do not say which tokens there are.
     """
     batch, length = hidden_states.shape[:2]
     if not length:
-        raise ValueError("`input_ids` must hold a token at least (got none); leave a call without any out.")
+        raise ValueError("`input_ids` must hold at least one token (got none); do not call the model without tokens.")
     device = hidden_states.device
     column = torch.arange(length, device=device)[None]
     mask = read_mask(attention_mask, batch, length, device)
@@ -132,31 +134,34 @@ def number_tokens(
 def read_mask(
     attention_mask: torch.Tensor | None, batch: int, length: int, device: torch.device
 ) -> torch.Tensor | None:
-    """Returns which of the new columns are real tokens, (B, T), or None where all are, as far as may be asked."""
+    """Returns which of the new columns are real tokens, (B, T), or None if all are.
+
+    While a graph is recorded the mask is returned even if all of them are real, because no value may be read then.
+    """
     if attention_mask is None:
         return None
     if attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
         raise ValueError(
-            f"`attention_mask` must cover the input's {batch} rows of {length} tokens, and may cover those before "
+            f"`attention_mask` must cover the input's {batch} rows of {length} tokens, and may cover earlier tokens "
             f"(got {tuple(attention_mask.shape)}); give a column for each token."
         )
     mask = attention_mask[:, -length:].to(device)
     if mask.is_floating_point() and not known(((mask == 0) | (mask == 1)).all(), True):
         raise ValueError(
-            "`attention_mask` must be of ones, and zeros for padding (got other numbers); a mask to be added to scores "
-            "is `mask == 0`."
+            "`attention_mask` must be made of ones, and zeros for padding (got other numbers); pass `mask == 0` if "
+            "it is a mask that is added to scores."
         )
     mask = mask != 0
     return None if known(mask.all(), False) else mask
 
 
 def refuse_packed_padding(position_ids: torch.Tensor, mask: torch.Tensor) -> None:
-    """Raises an error for positions (R, T) that start anew beside padding, where documents cannot be told apart."""
+    """Raises an error for positions (R, T) that begin anew in a padded row, whose documents cannot be found."""
     follow = position_ids[:, 1:] == position_ids[:, :-1] + 1
     if not known((follow | ~mask[:, 1:] | ~mask[:, :-1]).all(), True):
         raise ValueError(
-            "`position_ids` must count a row's tokens one by one beside an `attention_mask` with padding (got others); "
-            "pass packed documents without a mask, and without padding."
+            "`position_ids` must count a row's tokens one by one with a padded `attention_mask` (got others); pass "
+            "packed documents without padding and without a mask."
         )
 
 
@@ -166,17 +171,17 @@ def refuse_other_positions(position_ids: torch.Tensor, numbers: torch.Tensor, ha
     whole = torch.iinfo(shift.dtype)
     one = shift.where(real, whole.min).amax(-1) <= shift.where(real, whole.max).amin(-1)
     if not known(one.all(), True):
-        reason, remedy = "sinks or memory tokens, which have slots of their own", "leave them out."
+        reason, remedy = "sinks or memory tokens, which have slots of their own", "leave the positions out."
         if has_cache:
             reason = "an OlmemCache"
-            remedy = "for packed documents or positions of your own pass use_cache=False."
+            remedy = "pass use_cache=False for packed documents or positions of your own."
         raise ValueError(f"`position_ids` must count a row's tokens one by one with {reason} (got others); {remedy}")
 
 
 def find_documents(position_ids: torch.Tensor) -> list[list[Document]] | None:
-    """Finds where positions (B, T) start anew, as Transformers marks packed documents.
+    """Finds packed documents, each of which begins where the positions (B, T) do not go on by one.
 
-    Returns (start, stop) of each document of each row, or None where no row holds more than one.
+    Returns (start, stop) of each document of each row, or None if no row holds more than one.
     """
     starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
     if not known(starts.any(), False):

@@ -302,7 +302,7 @@ class Schedule:
         else:
             memory = written
         if not known(memory.isfinite().all(), True):
-            refuse_nonfinite_memory(memory, None, "at the end of a segment", REMEDY)
+            refuse_nonfinite_memory(memory, "at the end of a segment", REMEDY)
         self.memory = memory
 
     def keeps_gradients(self, index: int) -> torch.Tensor | None:

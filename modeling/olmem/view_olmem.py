@@ -1,8 +1,8 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
-"""What the queries of one section of a forward call see, as masks, slots and places of whole tensors.
+"""Says what the queries of one section of a call see, as tensors of masks, slots and places.
 
-Shapes: R rows, which are the batch's or one that stands for all; T queries; S keys of the window part; P slots of the
-prefix, which are M of memory and then those of the sinks.
+Shapes: R is the batch size, or 1 if all rows are equal; T queries; S keys of the window; P slots of the prefix, which
+are M of memory and then those of the sinks.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -16,35 +16,34 @@ from .visibility_olmem import Visibility
 
 @dataclass
 class View:
-    """States by number which keys the queries of one section see, and at which positions.
+    """Says which keys the queries of one section see, and the positions of both.
 
-    A section holds tokens of the stream, or memory tokens that are read or written. Read tokens see one another and
-    nothing else. Write tokens see what the last token of their segment sees, and one another; they are numbered as if
-    they went on after it.
+    A section holds tokens of the stream, read tokens or write tokens of memory. Read tokens see one another and nothing
+    else. Write tokens see what the last token of their segment sees, and one another. Their numbers follow its number.
     """
 
     visibility: Visibility
-    numbers: torch.Tensor  # (R, T) of the queries' own tokens; −1 is padding
-    key_numbers: torch.Tensor  # (R, S) of the keys of the window part, in their order there; negative is none
-    role: str = "token"  # or "read", or "write"
-    padded: bool = False  # some numbers may be −1
-    prefix: bool = False  # a query may see memory, or sinks before its window
-    causal: bool = False  # each query sees every key up to itself, and keys and queries are the same tokens
-    in_place: bool = False  # the keys of the window part lie where a cache has them
-    slack: int = 0  # columns of padding between two real tokens of a row, at most
-    seen: torch.Tensor | None = None  # (R,) real tokens read before this call
+    numbers: torch.Tensor  # (R, T) the numbers of the section's tokens; −1 is padding
+    key_numbers: torch.Tensor  # (R, S) the numbers of the window's keys, in stored order; a negative one is no token
+    role: str = "token"  # "token", "read" or "write"
+    padded: bool = False  # whether some numbers may be −1
+    prefix: bool = False  # whether a query may see memory, or sinks before its window
+    causal: bool = False  # whether keys and queries are the same tokens, and each query sees all keys up to its own
+    in_place: bool = False  # whether the window's keys are read from a cache's buffer, without a copy
+    slack: int = 0  # the most columns of padding between two real tokens of a row
+    seen: torch.Tensor | None = None  # (R,) the number of real tokens read before this call
     documents: list[list[tuple[int, int]]] | None = None  # (start, stop) of each packed document of each row
-    queries: torch.Tensor = field(init=False)  # (R, T) the tokens from which the queries look out
-    places: torch.Tensor = field(init=False)  # (R, T) the places of the queries' tokens in the stream
-    step_mask: torch.Tensor | None = field(init=False)  # (R, 1, [P +] S) which keys a step sees; None is all
-    masks: dict[torch.dtype | None, torch.Tensor] = field(init=False, default_factory=dict)  # of `whole_mask`
-    offsets: torch.Tensor | None = field(init=False, default=None)  # of `step_offsets`
+    queries: torch.Tensor = field(init=False)  # (R, T) the number of the token whose keys each query sees
+    places: torch.Tensor = field(init=False)  # (R, T) the places of the section's tokens in the stream
+    step_mask: torch.Tensor | None = field(init=False)  # (R, 1, [P +] S) which keys a step sees; None for all
+    masks: dict[torch.dtype | None, torch.Tensor] = field(init=False, default_factory=dict)  # made by `whole_mask`
+    offsets: torch.Tensor | None = field(init=False, default=None)  # made by `step_offsets`
 
     def __post_init__(self):
         self.queries = self.numbers
         if self.role == "write":
             self.queries = (self.numbers[:, :1] - 1).expand_as(self.numbers)
-        elif self.padded:  # padding looks out from a token before it
+        elif self.padded:  # padding sees what the last token before it sees
             self.queries = self.numbers.cummax(-1).values
             if self.seen is not None:
                 self.queries = self.queries.maximum(self.seen[:, None] - 1)
@@ -57,12 +56,12 @@ class View:
 
     @property
     def is_step(self) -> bool:
-        """Tells whether this is one token a row whose keys are read where a cache has them."""
+        """Returns whether the section is one token a row that reads its keys from a cache's buffer, without a copy."""
         return self.in_place and self.numbers.shape[1] == 1
 
     @property
     def query_slots(self) -> torch.Tensor:
-        """Returns the queries' positions (R, T) in what they see; write tokens follow the last token one by one."""
+        """Returns the slots (R, T) of the queries. Those of write tokens follow that of their segment's last token."""
         if self.role == "read":
             return self.places
         number = self.queries.clamp(min=0)
@@ -71,7 +70,7 @@ class View:
 
     @property
     def key_places(self) -> torch.Tensor:
-        """Returns the places (R, S) in the stream of the window part's keys."""
+        """Returns the places (R, S) of the window's keys in the stream."""
         return (0 if self.role == "read" else self.visibility.num_memory) + self.key_numbers
 
     @property
@@ -81,13 +80,13 @@ class View:
 
     @property
     def step_slots(self) -> torch.Tensor:
-        """Returns the slots (R, P + S) of a step's prefix and keys; a key that is not seen has slot 0."""
+        """Returns the slots (R, P + S) of a step's keys in prefix and window. A key that is not seen has slot 0."""
         seen = self.visibility.sees(self.queries, self.key_numbers)
         keys = torch.where(seen, self.visibility.key_slot(self.queries, self.key_numbers), 0)
         return torch.cat((self.prefix_slots.expand(len(keys), -1), keys), dim=-1)
 
     def step_offsets(self) -> torch.Tensor:
-        """Returns how far the slots (R, P + S) of a step's prefix and keys lie from the query's; never more than 0.
+        """Returns the slots (R, P + S) of a step's keys minus that of its query, which are never above 0.
 
         They are computed once for all layers that share the view.
         """
@@ -96,9 +95,9 @@ class View:
         return self.offsets
 
     def mask(self, queries: slice, keys: slice, with_prefix: bool = False) -> torch.Tensor:
-        """Returns which keys are seen, (R, T, S) or with the prefix in front (R, T, P + S).
+        """Returns which keys some queries see, (R, T, S), or (R, T, P + S) with the prefix first.
 
-        Padding that sees nothing sees everything instead, so that its softmax is a number.
+        Padding that would see no key sees all keys instead, so that its softmax is finite.
         """
         query = self.queries[:, queries, None]
         if self.role == "read":
@@ -112,9 +111,9 @@ class View:
         return mask | ~mask.any(-1, keepdim=True) if self.padded else mask
 
     def whole_mask(self, dtype: torch.dtype | None) -> torch.Tensor:
-        """Returns which keys all queries see, (R, 1, T, S), or of a dtype what is added to their scores.
+        """Returns the mask (R, 1, T, S) of all queries, as booleans, or as numbers of a dtype to add to the scores.
 
-        It is made once for all layers that share the view, and is asked for only where it is small.
+        It is made once for all layers that share the view. Only calls that are short enough ask for it.
         """
         if dtype not in self.masks:
             mask = self.mask(slice(None), slice(None))[:, None]
@@ -124,16 +123,16 @@ class View:
         return self.masks[dtype]
 
     def reach(self, queries: slice) -> slice:
-        """Returns the columns of the window part that hold all the keys which these queries see."""
+        """Returns a range of the window's keys that holds all keys which these queries see."""
         if self.role != "token" or queries.stop is None:
             return slice(None)
         past = self.key_numbers.shape[1] - self.numbers.shape[1]
-        if self.in_place or self.visibility.span is None:  # keys in the order of their numbers, from 0
+        if self.in_place or self.visibility.span is None:  # the keys lie in the order of their numbers, from 0
             return slice(0, past + queries.stop)
         return slice(max(0, past + queries.start - self.visibility.span + 1 - self.slack), past + queries.stop)
 
     def upto(self, length: int) -> Self:
-        """Returns the view of a document of that length, as if it were alone."""
+        """Returns the view of a document of that length that is alone in its row."""
         numbers = torch.arange(length, device=self.numbers.device)[None]
         visibility = self.visibility
         return type(self)(
@@ -145,22 +144,22 @@ class View:
         )
 
     def to(self, device: torch.device) -> Self:
-        """Returns the same view on another device."""
+        """Returns a copy of the view on another device."""
         tensors = {each.name: getattr(self, each.name) for each in fields(self) if each.init}
         moved = {name: value.to(device) for name, value in tensors.items() if isinstance(value, torch.Tensor)}
         return replace(self, **moved)
 
 
 def find_sinks(numbers: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns whether each of the first tokens is among the numbers (R, S), and in which column, (R, count) each."""
+    """Returns whether each of the first `count` tokens is among the numbers (R, S), and its column, (R, count) each."""
     match = numbers[:, None, :] == torch.arange(count, device=numbers.device)[:, None]
     return match.any(-1), match.int().argmax(-1)
 
 
 def inner_padding(numbers: torch.Tensor, after_others: bool = False) -> int:
-    """Returns the most columns of padding that stand between two real tokens of a row.
+    """Returns the greatest number of padding columns between two real tokens of a row.
 
-    With `after_others`, real tokens stand before the first column too.
+    With `after_others`, the row has real tokens before the first column too.
     """
     length = numbers.shape[1]
     real = numbers >= 0

@@ -1012,7 +1012,7 @@ def test_nothing_of_before_comes_through_a_reset():
 
 
 def test_a_call_without_a_token_and_a_config_of_another_model_are_refused():
-    with pytest.raises(ValueError, match="`input_ids` must hold a token at least"):
+    with pytest.raises(ValueError, match="`input_ids` must hold at least one token"):
         tiny()(torch.zeros(1, 0, dtype=torch.long))
     with pytest.raises(ValueError, match="`config` must be of an Olmem model"):
         OlmemCache(Olmo3Config())

@@ -58,7 +58,7 @@ def test_one_row_of_numbers_stands_for_all_without_padding(mask):
 
 
 def test_a_call_without_tokens_is_refused():
-    with pytest.raises(ValueError, match="`input_ids` must hold a token at least"):
+    with pytest.raises(ValueError, match="`input_ids` must hold at least one token"):
         numbered(2, 0)
 
 

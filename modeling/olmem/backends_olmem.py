@@ -1,12 +1,13 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
-"""Ways to compute attention over the parts that a section sees, all under one softmax.
+"""Computes attention over all parts that a section sees, under one softmax.
 
-A forward over many queries cannot give the prefix (memory and sinks) one rotation that suits them all: its distance
-stops growing where its query's slot does. So the window's keys have the positions of their places and meet the query
-rotated at its place; the prefix has the positions of its slots and meets the query rotated at its slot.
+One rotation of the prefix (memory and sinks) cannot suit all queries of a call, because the distance from a query to
+the prefix stops growing when its window moves. So each query is rotated twice. Keys of the window are rotated by their
+places, and scored by the query rotated by its place. Keys of the prefix are rotated by their slots, and scored by the
+query rotated by its slot.
 
-Shapes: B batch, H query heads, K key/value heads, T queries, S keys of the window part, D head dim, P slots of the
-prefix; R is B, or 1 where one row stands for all.
+Shapes: B batch, H query heads, K key/value heads, T queries, S keys of the window, D head dim, P slots of the prefix; R
+is B, or 1 if all rows are equal.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,12 +22,12 @@ from .contracts_olmem import Backend, Heads, Needs, Output, Part, Rotations, Sec
 from .positions_olmem import XposScheme, as_complex, rotate_pairs, to_halves, to_pairs
 from .view_olmem import View, find_sinks
 
-# Queries at a time. Up to WHOLE blocks of a stream's beginning are one block, the very call that Transformers' models
-# make: the same bits, and a mask of bounded size.
+# The number of queries in a block. The first tokens of a stream, up to WHOLE blocks, are computed in one call. That is
+# the call of Transformers' models, so it has the same bits, and its mask has a bounded size.
 BLOCK = {"cpu": 128}
 BLOCK_ELSEWHERE = 1024
 WHOLE = 8
-SCRATCH = 2**21  # bytes of rotated keys at a time and thread, on a CPU
+SCRATCH = 2**21  # the bytes of rotated keys at a time for each CPU thread
 ALL = slice(None)
 
 
@@ -40,10 +41,16 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attends in plain operations with a softmax in float32, in the form of Transformers' attention functions.
+    """Attends by plain operations with a softmax in float32, as one of Transformers' attention functions.
 
-    query (B, H, T, D), key and value (B, K, S, D); the mask is added to the scores. Returns the output (B, T, H, D)
-    and the weights (B, H, T, S).
+    Args:
+        query: (B, H, T, D).
+        key: (B, K, S, D).
+        value: (B, K, S, D).
+        attention_mask: numbers that are added to the scores.
+
+    Returns:
+        The output (B, T, H, D) and the weights (B, H, T, S).
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -57,26 +64,26 @@ def eager_attention_forward(
 
 
 def block_size(device: torch.device) -> int:
-    """Returns how many queries are attended for at a time on a device."""
+    """Returns the number of queries in a block on a device."""
     return BLOCK.get(device.type, BLOCK_ELSEWHERE)
 
 
 class Documents:
-    """Attends within each of the documents that are packed into rows, as if it were alone.
+    """Attends within each packed document as if it were alone in its row.
 
     Args:
-        backends: those of one document, in the order in which they are asked.
+        backends: the backends for one document, in the order in which they are asked.
     """
 
     def __init__(self, backends: Sequence[Backend]):
         self.backends = backends
 
     def supports(self, view: View, needs: Needs) -> bool:
-        """Takes views of packed documents."""
+        """Supports views of packed documents."""
         return view.documents is not None
 
     def attend(self, heads: Heads, query: torch.Tensor, parts: Sequence[Part], section: Section) -> Output:
-        """Attends as `Backend.attend` does; the sinks of a document are its own first tokens."""
+        """Attends as `Backend.attend` does. The sinks of a document are its own first tokens."""
         window, length = parts[-1], query.shape[2]
         outputs, weights = [], None
         for row, documents in enumerate(section.view.documents or ()):
@@ -98,10 +105,10 @@ class Documents:
 
 
 class Step:
-    """Attends for one query a row to keys that are read where a cache has them."""
+    """Attends from one query in each row to keys in a cache's buffer, without a copy."""
 
     def supports(self, view: View, needs: Needs) -> bool:
-        """Takes steps."""
+        """Supports steps."""
         return view.is_step
 
     def attend(self, heads: Heads, query: torch.Tensor, parts: Sequence[Part], section: Section) -> Output:
@@ -126,7 +133,7 @@ class Step:
         return output, in_order(weights, view) if needs.weights and weights is not None else None
 
     def attend_bare(self, heads: Heads, query: torch.Tensor, part: Part, section: Section) -> Output:
-        """Attends to keys that are values too, in pairs, and rotates them to their slots a few heads at a time."""
+        """Attends to keys that are the values too, and rotates them by their slots, a few heads at a time."""
         view, phases = section.view, section.rotations.step.phases
         assert phases is not None
         query = section.rotations.slot(to_pairs(query))
@@ -150,10 +157,10 @@ class Step:
 
 
 class Whole:
-    """Attends to one part in one call, the very call that Transformers' models make, with the same bits."""
+    """Attends to one part in one call, which is the call that Transformers' models make and has the same bits."""
 
     def supports(self, view: View, needs: Needs) -> bool:
-        """Takes tokens that are all there is, up to a size at which one mask for all of them is still small."""
+        """Supports the first tokens of a stream without a prefix, as long as one mask for all of them is small."""
         if view.prefix or view.key_numbers.shape[1] != view.numbers.shape[1] or needs.by_slot:
             return False
         blocks = pieces(view.numbers.shape[1], WHOLE * block_size(view.numbers.device), view.numbers)
@@ -171,10 +178,10 @@ class Whole:
 
 
 class Blocks:
-    """Attends a block of queries at a time, so that work and memory grow with the window and not with the stream."""
+    """Attends from a block of queries at a time, so that work and memory for a query depend on its window only."""
 
     def supports(self, view: View, needs: Needs) -> bool:
-        """Takes everything but a step whose keys get their positions as one part."""
+        """Supports everything except a step whose keys have no positions yet."""
         return not (view.is_step and needs.is_bare)
 
     def attend(self, heads: Heads, query: torch.Tensor, parts: Sequence[Part], section: Section) -> Output:
@@ -212,7 +219,7 @@ class Blocks:
         return output, in_order(torch.cat(weights, dim=2), view) if needs.weights else None
 
 
-# Of one document, and of all.
+# The backends for one document or stream, and for any call, in the order in which they are asked.
 SINGLE: list[Backend] = [Step(), Whole(), Blocks()]
 BACKENDS: list[Backend] = [Documents(SINGLE), *SINGLE]
 
@@ -221,19 +228,19 @@ BACKENDS: list[Backend] = [Documents(SINGLE), *SINGLE]
 
 
 class Prefix(NamedTuple):
-    """Holds queries at their slots (B, H, T, D), and keys and values (B, K, P, D) of memory and sinks."""
+    """Holds queries (B, H, T, D) rotated by their slots, and keys and values (B, K, P, D) of memory and sinks."""
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
 
     def some(self, queries: slice) -> "Prefix":
-        """Returns the prefix of some of the queries."""
+        """Returns the prefix with some of the queries."""
         return self._replace(query=self.query[:, :, queries])
 
 
 def rotate_on_read(query: torch.Tensor, part: Part, rotations: Rotations) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns queries (B, H, T, D) and the keys (B, K, S, D) of a part, both with their positions."""
+    """Returns queries (B, H, T, D) and the keys (B, K, S, D) of a part, both rotated."""
     query = to_pairs(query) if part.in_pairs else query
     query = (rotations.slot if part.is_prefix else rotations.place)(query)
     if not part.is_bare:
@@ -251,9 +258,9 @@ def apply_scheme(
     reach: slice,
     in_pairs: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, Prefix | None, torch.Tensor | None]:
-    """Returns a block's queries, keys and prefix as xpos or linspace change them, and a bias of the prefix' scores.
+    """Returns a block's queries, keys and prefix, changed by xpos or linspace, and a bias for the scores of the prefix.
 
-    Positions count from the block's first query, so that none grows with the stream.
+    Positions are offsets from the block's first query, so that none grows with the stream.
     """
     scheme, place, bias = heads.scheme, view.places[:, block], None
     first = place[:, :1]
@@ -271,7 +278,7 @@ def apply_scheme(
 
 
 class Slices(torch.autograd.Function):
-    """Takes overlapping slices of states (B, K, S, D), whose gradients are added up in one tensor."""
+    """Takes overlapping slices of states (B, K, S, D), and adds their gradients in one tensor."""
 
     generate_vmap_rule = True
 
@@ -282,7 +289,7 @@ class Slices(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        """Keeps what the backward pass needs."""
+        """Keeps the shape and the ranges for the backward pass."""
         ctx.shape, ctx.ranges = inputs[0].shape, inputs[1:]
 
     @staticmethod
@@ -302,10 +309,10 @@ def slices(states: torch.Tensor, ranges: Sequence[slice]) -> Sequence[torch.Tens
 
 
 def rotated_heads(states: torch.Tensor, phases: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yields states (B, K, S, D) rotated by phases (R, S, D/2, 2), on a CPU a few heads at a time.
+    """Yields heads of states (B, K, S, D) rotated by phases (R, S, D/2, 2), on a CPU a few heads at a time.
 
-    What is yielded must be used before the next heads. They are as many as stay in the processor's cache until then,
-    but no fewer than there are threads to attend to them.
+    Each result must be used before the next one is asked for, because they share memory on a CPU. There are as many
+    heads as fit into the processor's cache, and at least one for each thread.
     """
     batch, kv_heads, length, width = states.shape
     size = kv_heads
@@ -327,9 +334,9 @@ def rotated_heads(states: torch.Tensor, phases: torch.Tensor) -> Iterator[tuple[
 def attend_sdpa(
     heads: Heads, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """Attends for queries (B, H, T, D) to keys (B, K, S, D) under a mask (R, T, S). Returns (B, T, H, D).
+    """Attends by SDPA from queries (B, H, T, D) to keys (B, K, S, D) under a mask (R, T, S). Returns (B, T, H, D).
 
-    The query heads of one key head stand as more queries, so that no key is copied.
+    The query heads of one key head are laid out as further queries, so that no key is copied.
     """
     groups = query.shape[1] // key.shape[1]
     if mask is not None:
@@ -355,11 +362,19 @@ def attend_side_by_side(
     num_memory: int = 0,
     bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attends in plain operations, the scores of all parts side by side under one softmax.
+    """Attends by plain operations to several parts, whose scores are concatenated under one softmax.
 
-    Each part has queries (B, H, T, D), keys and values (B, K, S, D) of its own. The mask (R, T, S) covers all of them,
-    `gate` (H,) opens heads to memory, which are the first `num_memory` keys, and `bias` (B, H, T, 1) is added to the
-    scores of the first part. Returns (B, T, H, D) and weights (B, H, T, S).
+    Args:
+        queries: the queries (B, H, T, D) for each part.
+        keys: the keys (B, K, S, D) of each part.
+        values: the values (B, K, S, D) of each part.
+        mask: which keys of all parts are seen, (R, T, S), or None for all.
+        gate: the share (H,) of attention with memory, or None for no gate.
+        num_memory: the number of first keys that are memory, for the gate.
+        bias: numbers (B, H, T, 1) that are added to the scores of the first part.
+
+    Returns:
+        The output (B, T, H, D) and the weights (B, H, T, S).
     """
     batch, kv_heads, size = len(keys[0]), keys[0].shape[1], keys[0].shape[3]
     shape = queries[0].shape
@@ -381,9 +396,9 @@ def attend_side_by_side(
 def weigh(
     heads: Heads, scores: torch.Tensor, mask: torch.Tensor | None, gate: torch.Tensor | None, num_memory: int
 ) -> torch.Tensor:
-    """Returns the weights of scores (B, H, T, S) where the mask (R, T, S) is true, with a softmax in float32.
+    """Returns the softmax in float32 of scores (B, H, T, S) where the mask (R, T, S) is true.
 
-    With a memory gate g (H,) they are g times those, plus 1 − g times those of a softmax without the first
+    With a memory gate g (H,) it returns g times this softmax, plus 1 − g times the softmax over all but the first
     `num_memory` keys.
     """
     if mask is not None:
@@ -392,16 +407,16 @@ def weigh(
     if gate is not None:
         gate = gate[:, None, None]
         without = nn.functional.softmax(scores[..., num_memory:], dim=-1, dtype=torch.float32)
-        without = nn.functional.pad(without, (num_memory, 0)).nan_to_num()  # of padding that sees memory alone
+        without = nn.functional.pad(without, (num_memory, 0)).nan_to_num()  # padding may see memory alone
         weights = gate * weights + (1 - gate) * without
     return nn.functional.dropout(weights.to(scores.dtype), p=heads.dropout, training=heads.dropout > 0)
 
 
 def in_order(weights: torch.Tensor, view: View) -> torch.Tensor:
-    """Returns weights (B, H, T, [P +] S) in the order of the stream.
+    """Returns weights (B, H, T, [P +] S) with their keys in the order of the stream.
 
-    Without a cache there is a column for each token. With one there is a column for each key that was held, oldest
-    first, after those of the sinks where these may have left.
+    Without a cache there is a column for each token. With a cache there is a column for each key in it, oldest first,
+    after the columns of sinks if these may have left the window.
     """
     sinks = weights.shape[-1] - view.key_numbers.shape[1]  # there is no memory where weights are asked for
     before, window = (weights[..., :sinks], weights[..., sinks:]) if sinks else (weights, weights)

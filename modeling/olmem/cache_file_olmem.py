@@ -1,5 +1,5 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
-"""The state of a batch of streams as one safetensors file, checked before anything of it is used."""
+"""Writes the state of a batch of streams to a safetensors file, and checks such a file before its content is used."""
 
 import hashlib
 import json
@@ -14,14 +14,14 @@ import torch
 
 FORMAT = "olmem-cache-4"
 FACTS = ("architecture", "max_length", "began_anew")
-MOST_ROOM = 2**31  # tokens; no buffer is as large
-MOST_COLUMNS = 2**60  # beyond any stream, so that no number leaves the range of int64
+MOST_ROOM = 2**31  # tokens, more than any buffer holds
+MOST_COLUMNS = 2**60  # columns, more than any stream has, so that sums of them stay in the range of int64
 COUNTERS = {"seen": (1, torch.long), "columns": (0, torch.long), "gaps": (0, torch.bool)}
 HINT = "pip install safetensors"
 
 
 def checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
-    """Returns the SHA-256 of names, types, shapes and values of tensors on the CPU, and of the facts beside them."""
+    """Returns the SHA-256 of the facts, and of the names, types, shapes and values of tensors on the CPU."""
     digest = hashlib.sha256(json.dumps({name: metadata.get(name) for name in FACTS}).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
@@ -44,7 +44,7 @@ def write_state(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], fa
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         scratch.touch()
-        mode = scratch.stat().st_mode  # as the umask has it; safetensors writes for the owner alone
+        mode = scratch.stat().st_mode  # the mode that the umask gives; safetensors lets only the owner read
         save_file(on_cpu, scratch, metadata)
         scratch.chmod(mode)
         os.replace(scratch, path)
@@ -54,11 +54,12 @@ def write_state(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], fa
 
 
 class StateFile:
-    """Reads a state file that is open.
+    """Reads an open state file.
 
     Attributes:
-        facts: `architecture`, `max_length` and `began_anew`, of the types that they must have.
-        batch_size, columns: the rows, and the columns that they have read.
+        facts: the facts `architecture`, `max_length` and `began_anew`, whose types are checked.
+        batch_size: the number of rows.
+        columns: the number of columns that the rows have read.
     """
 
     def __init__(self, path: str | os.PathLike, file: Any):
@@ -89,14 +90,18 @@ class StateFile:
         self.require(fits, f"`seen` counts {least} to {most} tokens in {self.columns} `columns`")
 
     def require(self, holds: bool, problem: str) -> None:
-        """Raises an error that names a problem of the file unless something holds."""
+        """Raises an error that names a problem of the file, unless a condition holds."""
         if not holds:
             raise ValueError(
                 f"`path` must be a whole file of `OlmemCache.save` (got {self.path}: {problem}); save it anew."
             )
 
     def read(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-        """Returns the counters and the tensors of these names, once shapes, types, checksum and values are right."""
+        """Returns the counters and the tensors with these names, after it has checked the whole content of the file.
+
+        Args:
+            shapes: the shape that each tensor must have, by name.
+        """
         dtypes = set()
         for name, shape in shapes.items():
             self.require(name in self.names, f"`{name}` is damaged or missing")
@@ -114,7 +119,7 @@ class StateFile:
         )
         for name, tensor in tensors.items():
             if name.startswith("layers.") and not bool(tensor.isfinite().all()):
-                self.require(False, f"`{name}` holds values that are not finite")
+                self.require(False, f"`{name}` holds non-finite values")
         return tensors
 
 
@@ -123,7 +128,7 @@ def read_state(path: str | os.PathLike) -> Iterator[StateFile]:
     """Opens a file that `write_state` has written.
 
     Raises:
-        ValueError: if it is not such a file, or is damaged.
+        ValueError: if the file was not written by it, or is damaged.
     """
     try:
         from safetensors import SafetensorError, safe_open
@@ -138,7 +143,7 @@ def read_state(path: str | os.PathLike) -> Iterator[StateFile]:
 
 
 def parse(text: str | None) -> Any:
-    """Returns what JSON says, or what no fact can be where it says nothing that can be read."""
+    """Returns the value of a JSON text, or an ellipsis, which no fact can be, if the text cannot be read."""
     try:
         return json.loads(text or "")
     except (ValueError, RecursionError):

@@ -1,5 +1,5 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
-"""What a batch of streams remembers between forward calls: one `OlmemCache`, whose layers are in `state_olmem`.
+"""Holds the state of a batch of streams between forward calls, as an `OlmemCache` of the layers in `state_olmem`.
 
 Shapes: B batch, M memory slots.
 """
@@ -25,7 +25,7 @@ from .state_olmem import OlmemCacheLayer
 from .view_olmem import View
 from .visibility_olmem import Visibility
 
-# Fields of a configuration that change nothing of what is cached.
+# Fields of a configuration that do not change the content of a cache.
 NO_MATTER = {
     "attention_dropout",
     "residual_dropout",
@@ -46,18 +46,18 @@ NO_MATTER = {
 
 
 def refuse_no_device(name: str, device: torch.device | str) -> None:
-    """Raises an error for what is no device that holds values here."""
+    """Raises an error for a device that cannot hold values on this machine."""
     try:
         torch.empty(0, device=device)
         holds_values = torch.device(device).type != "meta"
-    except (AssertionError, RuntimeError, TypeError):  # of a build without it, too
+    except (AssertionError, RuntimeError, TypeError):  # torch may be built without the device
         holds_values = False
     if not holds_values:
-        raise ValueError(f"`{name}` must be a device of torch that is here (got {device!r}); 'cpu' always is.")
+        raise ValueError(f"`{name}` must be a device of this machine (got {device!r}); give 'cpu', which always works.")
 
 
 def architecture(config: OlmemConfig) -> dict[str, Any]:
-    """Returns the fields that two models must have in common, beside their weights, to read each other's cache."""
+    """Returns the fields that must be equal in two models, beside their weights, for them to share a cache."""
     names = {field.name for field in fields(config)} - {field.name for field in fields(PreTrainedConfig)} - NO_MATTER
     return {name: getattr(config, name) for name in sorted(names)}
 
@@ -68,29 +68,30 @@ def refuse_other_model(made_for: dict[str, Any], used_for: dict[str, Any]) -> No
         value = used_for.get(name, "nothing of it")
         if made_for.get(name, "nothing of it") != value:
             raise ValueError(
-                f"`past_key_values` is of another model: `{name}` was {made_for.get(name)!r} (got {value!r}); use it "
-                "with its own model, or make an `OlmemCache(model.config)`."
+                f"`past_key_values` is of another model, whose `{name}` was {made_for.get(name)!r} (got {value!r}); "
+                "use it with its own model, or make an `OlmemCache(model.config)`."
             )
 
 
 def is_olmem_cache(cache: object) -> bool:
-    """Tells whether a cache is an OlmemCache; the code of a Hub repository has another class of that name."""
+    """Returns whether a cache is an OlmemCache, be it the class of this package or of a Hub repository's code."""
     return getattr(cache, "serves_olmem", False) and not isinstance(cache, type)
 
 
 class OlmemCache(Cache):
-    """Holds the state of a batch of streams, bounded where the model's layers are.
+    """Holds the state of a batch of streams. Only full-attention layers grow with the length of the streams.
 
     Args:
-        config (`OlmemConfig`): of the model that it serves.
-        max_length (`int`, *optional*): tokens for which full-attention layers get their room at once, and beyond which
-            they have none; without it they grow. Sliding and chunked layers hold their window's span either way.
-        retrieval_device (`str`, *optional*): where what retrieval looks up is kept, and looked up; by default as
-            `config.retrieval_device` says.
+        config (`OlmemConfig`): The configuration of the model that uses the cache.
+        max_length (`int`, *optional*): The number of tokens for which full-attention layers have room. It is allocated
+            at once. Without it these layers grow. Sliding and chunked layers hold their window's span in either case.
+        retrieval_device (`str`, *optional*): The device that stores and searches the tokens to retrieve. Defaults to
+            `config.retrieval_device`.
 
     Attributes:
-        memory (`torch.Tensor`): (B, M, hidden_size), that of each row's running segment, once something was read.
-        counters (`Counters`): what was read, on the device and as the host knows it.
+        memory (`torch.Tensor`): The memory (B, M, hidden_size) of each row's current segment, or None before the first
+            call.
+        counters (`Counters`): The counters of the tokens that were read, on the device and on the host.
     """
 
     layers: list[OlmemCacheLayer]  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -99,7 +100,7 @@ class OlmemCache(Cache):
     def __init__(self, config: OlmemConfig, max_length: int | None = None, retrieval_device: str | None = None):
         if max_length is not None and not (type(max_length) is int and 0 < max_length < MOST_ROOM):
             raise ValueError(
-                f"`max_length` must be positive (got {max_length!r}), an integer below {MOST_ROOM}; leave it out for "
+                f"`max_length` must be a positive integer below {MOST_ROOM} (got {max_length!r}); leave it out for "
                 "layers that grow."
             )
         model_type = getattr(config, "model_type", type(config).__name__)
@@ -129,11 +130,11 @@ class OlmemCache(Cache):
         super().__init__(layers=layers)
         self.counters = counters
         self.memory: torch.Tensor | None = None
-        self.unfinished = False  # a forward call has read some of its segments and not all
-        self.began_anew = False  # some rows have: columns are no longer those of one text
+        self.unfinished = False  # whether a forward call has read some of its segments, but not all
+        self.began_anew = False  # whether some rows have begun anew, so that columns are no longer those of one text
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Returns a copy that can be gone on from in and out of `torch.inference_mode`."""
+        """Returns a copy that can be used inside and outside of `torch.inference_mode`."""
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
         with torch.inference_mode(False):
@@ -145,50 +146,50 @@ class OlmemCache(Cache):
 
     @property
     def seen(self) -> torch.Tensor:
-        """Returns the real tokens (B,) that each row has read, on the device."""
+        """Returns the number of real tokens (B,) that each row has read, on the device."""
         return self.counters.seen
 
     @property
     def columns(self) -> torch.Tensor:
-        """Returns the columns () that were read, padding included, on the device."""
+        """Returns the number of columns () that were read, padding included, on the device."""
         return self.counters.columns
 
     @property
     def fresh(self) -> bool:
-        """Tells whether nothing was read yet."""
+        """Returns whether nothing was read yet."""
         return self.counters.fresh
 
     @property
     def half_read(self) -> bool:
-        """Tells whether a forward call has begun and not ended."""
+        """Returns whether a forward call has begun, but not ended."""
         return self.unfinished or any(layer.half_written for layer in self.layers)
 
     def refuse_half_read(self) -> None:
-        """Raises an error if a forward call was broken off."""
+        """Raises an error if a forward call has begun, but not ended."""
         if self.half_read:
             raise ValueError(
-                "`past_key_values` is half written: a forward call with it was broken off; `reset()` it, or go on from "
-                "a copy or a file made before."
+                "`past_key_values` is half written, because a forward call with it was broken off; `reset()` it, or go "
+                "on from an earlier copy or file of it."
             )
 
     def begin(self, batch_size: int, device: torch.device) -> None:
-        """Makes the counters of a new batch, or checks that they are of that batch, on that device."""
+        """Makes the counters of a new batch, or checks that the cache has this batch size and device."""
         if not self.is_initialized or (self.fresh and not any(layer.is_initialized for layer in self.layers)):
-            self.counters.begin(batch_size, device)  # also after a call that was refused
+            self.counters.begin(batch_size, device)  # also after a refused call
         self.refuse_half_read()
         if self.seen.device != device:
             raise ValueError(
-                f"`past_key_values` is on {self.seen.device}, the input on {device}; load it with "
-                f"`OlmemCache.load(path, config, device={str(device)!r})`, or move the input."
+                f"`past_key_values` must be on the device of the input, {device} (got {self.seen.device}); load it "
+                f"with `OlmemCache.load(path, config, device={str(device)!r})`, or move the input."
             )
         if len(self.seen) != batch_size:
             raise ValueError(
                 f"`past_key_values` holds a batch of {len(self.seen)} (got an input of {batch_size} rows); use a cache "
-                "for each batch, or `batch_repeat_interleave` and `batch_select_indices`."
+                "for each batch, or change it by `batch_repeat_interleave` or `batch_select_indices`."
             )
 
     def check(self, config: OlmemConfig) -> None:
-        """Raises an error that names the field in which a model differs from the one this cache was made for."""
+        """Raises an error that names the first field in which a model differs from the model of this cache."""
         if config is not self.config:
             refuse_other_model(architecture(self.config), architecture(config))
             self.config = config
@@ -203,9 +204,9 @@ class OlmemCache(Cache):
                 )
 
     def columns_before(self, length: int) -> int | None:
-        """Returns how many columns were read, and checks that there is room for so many more.
+        """Returns the number of columns that were read, and checks that there is room for `length` more.
 
-        While a graph is recorded, it is None for a step, which only the device counts.
+        For a step in a recorded graph it returns None, because only the device counts there.
         """
         room = None if all(self.is_sliding) else self.max_length
         before = 0 if self.fresh else unless_recorded(self.counters.read_columns)
@@ -214,38 +215,40 @@ class OlmemCache(Cache):
         if before is None:
             if room is None and not all(self.is_sliding):
                 raise ValueError(
-                    "`max_length` must be given to an OlmemCache whose step is recorded as a graph, for full-attention "
-                    "layers to have their room (got None); make an `OlmemCache(config, max_length=…)`."
+                    "`max_length` must be given to an OlmemCache whose step is recorded as a graph, so that "
+                    "full-attention layers have room (got None); make an `OlmemCache(config, max_length=…)`."
                 )
             if room is not None:
                 assert_on_device(self.columns < room, "`max_length` of the OlmemCache is used up")
         elif room is not None and before + length > room:
             raise ValueError(
-                f"`max_length` must be at least {before + length} to go on (got {self.max_length}): this cache's "
-                "full-attention layers have room for no more; make an `OlmemCache(config)` without it, which grows."
+                f"`max_length` must be at least {before + length} to go on (got {self.max_length}), because "
+                "full-attention layers have no more room; make an `OlmemCache(config)` without it, which grows."
             )
         return before
 
     def remember(self, memory: torch.Tensor) -> None:
-        """Keeps the memory (B or 1, M, hidden_size) of the running segments."""
+        """Keeps the memory (B or 1, M, hidden_size) of each row's current segment."""
         if self.memory is None:
             shape = (len(self.seen), *memory.shape[1:])
             self.memory = allocate(*shape, dtype=memory.dtype, device=memory.device)
         self.memory.copy_(memory.detach())
 
     def advance(self, view: View, columns: int) -> None:
-        """Counts the tokens of a call that every layer has seen, and so many columns."""
+        """Counts the tokens of a call that all layers have read, and this number of columns."""
         for layer in self.layers:
             layer.half_written = False
         self.counters.advance(view, columns)
 
     def forget(self, rows: int | Sequence[int] | torch.Tensor | None = None) -> None:
-        """Lets these rows of the batch, or all, begin anew: window, sinks, memory and what retrieval keeps."""
+        """Forgets windows, sinks, memory and stored tokens of these rows of the batch, or of all rows."""
         self.refuse_half_read()
         if not self.is_initialized:
             return
         batch = len(self.seen)
-        rule = f"`rows` must be of the {batch} of the batch (got {rows!r}); count them from 0, or give a flag for each."
+        rule = (
+            f"`rows` must be among the {batch} of the batch (got {rows!r}); count them from 0, or give a flag for each."
+        )
         try:
             chosen = torch.as_tensor(list(range(batch)) if rows is None else rows).flatten().cpu()
         except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -268,38 +271,38 @@ class OlmemCache(Cache):
     # Lengths
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Returns the columns that were read, padding included, as `generate` counts them."""
+        """Returns the number of columns that were read, padding included, as `generate()` counts them."""
         return self.counters.read_columns() if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Returns length and first column of the keys that a next call of that many columns would see."""
+        """Returns the number of keys that the next call of `query_length` columns sees, and the first one's column."""
         return self.layers[layer_idx].get_mask_sizes(query_length)
 
     @property
     def batch_size(self) -> int:
-        """Returns the number of rows, −1 before there are any."""
+        """Returns the number of rows, or −1 before the first call."""
         return len(self.seen) or -1
 
     @property
     def is_initialized(self) -> bool:
-        """Tells whether there is a batch."""
+        """Returns whether there is a batch."""
         return len(self.seen) > 0
 
     @property
     def is_croppable(self) -> bool:
-        """Tells whether any token may be taken back, which needs layers that let nothing go, and no memory."""
+        """Returns whether any token can be taken back. It can if all layers have full attention, and without memory."""
         return not self.config.has_memory and not any(self.is_sliding)
 
     @property
     def nbytes(self) -> int:
-        """Returns the bytes of all keys and values, with the room kept for more, and of memory, without counters."""
+        """Returns the bytes of memory and of all buffers of keys and values, with their room for more tokens."""
         memory = 0 if self.memory is None else self.memory.nbytes
         return memory + sum(buffer.nbytes for layer in self.layers for buffer in layer.buffers.values())
 
     # The batch
 
     def reset(self) -> None:
-        """Forgets everything and keeps the room, for a batch of as many rows."""
+        """Forgets everything, and keeps the buffers and the number of rows."""
         self.counters.reset()
         self.unfinished = self.began_anew = False
         self.memory = None
@@ -307,29 +310,34 @@ class OlmemCache(Cache):
             layer.clear()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Keeps the rows of these beams, in their order."""
+        """Keeps the rows of these beams in this order."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each row so many times."""
+        """Repeats each row `repeats` times."""
         if not isinstance(repeats, int) or repeats < 1:
-            raise ValueError(f"`repeats` must be a positive integer (got {repeats!r}); `reset()` empties the cache.")
+            raise ValueError(
+                f"`repeats` must be a positive integer (got {repeats!r}); use `reset()` to empty the cache."
+            )
         rows = torch.arange(len(self.seen), device=self.seen.device)
         self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the rows of these indices, or where a mask of the batch is true, in their order."""
+        """Keeps the rows with these indices in this order, or the rows where a mask of the batch is true."""
         if not self.is_initialized:
             return
         batch = len(self.seen)
-        rule = f"`indices` must be a list of rows of the {batch} of the batch, or a flag for each (got {indices!r})."
+        rule = (
+            f"`indices` must be a tensor of rows among the {batch} of the batch, or of flags (got {indices!r}); "
+            "count rows from 0."
+        )
         if not isinstance(indices, torch.Tensor) or indices.dim() != 1:
             raise ValueError(rule)
         if indices.dtype == torch.bool:
             if len(indices) != batch:
                 raise ValueError(rule)
             indices = indices.nonzero()[:, 0]
-        in_range = known_here(((indices >= 0) & (indices < batch)).all(), True)  # on a device torch says so
+        in_range = known_here(((indices >= 0) & (indices < batch)).all(), True)  # on another device torch checks it
         if not len(indices) or indices.dtype not in (torch.int32, torch.int64) or not in_range:
             raise ValueError(rule)
         self.counters.select(indices)
@@ -342,48 +350,51 @@ class OlmemCache(Cache):
     # The past
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes the last tokens back, possible until a window has let go of a token.
+        """Takes back the last tokens, which is possible until a window has lost a token.
 
-        They are the last n for `-n`, or as long as Transformers allows it, all beyond the first n for `n`.
+        With −n it takes back the last n tokens. With n it takes back all but the first n, as older releases.
         """
         if not isinstance(tokens_to_remove, int):
-            raise ValueError(f"`tokens_to_remove` must be an integer (got {tokens_to_remove!r}); -n takes the last n.")
+            raise ValueError(
+                f"`tokens_to_remove` must be an integer (got {tokens_to_remove!r}); give -n to remove the "
+                "last n tokens."
+            )
         columns = self.get_seq_length()
         removed = -tokens_to_remove if tokens_to_remove <= 0 else max(columns - tokens_to_remove, 0)
         if not removed:
             return
         if self.config.has_memory:
             raise ValueError(
-                f"`crop` cannot take back what memory has taken in (got {removed} columns to go): "
-                f"{self.config.memory_rule}; go on from a copy made before."
+                f"{self.config.memory_rule} to `crop`, because memory cannot take tokens back ({removed} columns are "
+                "to go); go on from an earlier copy of the cache."
             )
         for index, layer in enumerate(self.layers):
             if layer.visibility.lets_go(columns):
                 raise ValueError(
-                    f"`crop` cannot take tokens back once a window has let go of some: layer {index} holds "
-                    f"{layer.visibility.span} (got {columns}, of which {removed} are to go); go on from a copy made "
-                    "before, or generate with `cache_implementation='dynamic'`."
+                    f"`crop` cannot take tokens back once a window has lost some, as that of layer {index} with "
+                    f"{layer.visibility.span} tokens has (got {columns} columns, of which {removed} are to go); go on "
+                    "from an earlier copy of the cache, or generate with `cache_implementation='dynamic'`."
                 )
         if self.counters.has_gaps:
             raise ValueError(
                 "`crop` cannot tell tokens from padding in a batch that had padding after a row's first token, or a "
-                f"row that began anew (got {removed} columns to take back); pad on the left, or go on from a copy made "
-                "before."
+                f"row that began anew (got {removed} columns to take back); pad on the left, or go on from an earlier "
+                "copy of the cache."
             )
         if removed > columns:
-            raise ValueError(f"`crop` cannot take back more than was read (got {removed} of {columns}).")
+            raise ValueError(f"`crop` cannot take back more than was read (got {removed} of {columns}); remove fewer.")
         self.counters.crop(removed)
 
     # On disk
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes everything to one safetensors file, which appears whole or not at all."""
+        """Writes the whole state to a safetensors file, which appears complete or not at all."""
         if not self.is_initialized or self.fresh:
-            raise ValueError("`OlmemCache.save` needs a cache that has read something; pass it to the model first.")
+            raise ValueError("`OlmemCache.save` needs a cache that has read tokens; pass it to the model first.")
         self.refuse_half_read()
         tensors = dict(self.counters.tensors)
         if self.memory is not None:
-            remedy = "`reset_memory` that row, or save a copy made before."
+            remedy = "`reset_memory` that row, or save an earlier copy."
             refuse_nonfinite_memory(self.memory, "to be saved", remedy)
             tensors["memory"] = self.memory
         for index, layer in enumerate(self.layers):
@@ -404,9 +415,9 @@ class OlmemCache(Cache):
         device: torch.device | str = "cpu",
         retrieval_device: str | None = None,
     ) -> Self:
-        """Reads what `save` wrote, onto a device, for a model of that configuration.
+        """Reads a file of `save` onto a device, for a model with that configuration.
 
-        The weights must be the same too, which no file can tell.
+        The model must also have the same weights as the one that filled the cache. No file can tell whether it has.
         """
         refuse_no_device("device", device)
         with read_state(path) as file:
@@ -428,7 +439,7 @@ class OlmemCache(Cache):
             cache.counters.set(**{name: tensors[name] for name in cache.counters.tensors})
             cache.began_anew = file.facts["began_anew"]
             if config.num_memory_tokens:
-                refuse_nonfinite_memory(tensors["memory"], f"to be loaded from {path}", "load a file saved before.")
+                refuse_nonfinite_memory(tensors["memory"], f"to be loaded from {path}", "load an earlier file.")
                 cache.remember(tensors["memory"].to(device))
             for index, layer in enumerate(cache.layers):
                 own = [tensors[f"layers.{index}.{name}"] for name in layer.names]

@@ -83,7 +83,7 @@ class Writes:
     sink_slots: torch.Tensor | None  # (R, T) the slots of new sinks in the prefix; None if no new token is a sink
     past_slots: torch.Tensor | None  # (R, P) the slots of earlier keys, oldest first; None if keys are read in place
     filled: int  # the number of slots of the ring or row that hold tokens, if keys are read in place
-    length: int | None  # the columns read after this call, padding included; None if only the device knows
+    length: int | None  # an upper bound of a row's tokens after this call; None if only the device knows it
     chosen: torch.Tensor | None = None  # (R,) the rows of the batch that take part; None for all
 
     def to(self, device: torch.device) -> "Writes":

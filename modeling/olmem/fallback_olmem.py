@@ -1,8 +1,8 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
-"""Plain Olmo2 and Olmo3, for caches, masks and attention functions of Transformers or of a serving engine.
+"""Computes plain Olmo2 and Olmo3, for caches, masks and attention functions of Transformers or of a serving engine.
 
-Keys have absolute positions here, and a query sees what a mask of Transformers shows. What only an `OlmemCache` can do
-is an error.
+Keys have absolute positions here, and Transformers' masks say what a query sees. A model with a feature that needs an
+`OlmemCache` is refused.
 
 Shapes: B batch, H query heads, K key/value heads, T tokens, D head dim.
 """
@@ -27,7 +27,7 @@ from .rules_olmem import BY_SLOT, ROTATING
 from .view_olmem import View
 from .visibility_olmem import Visibility
 
-OWN_IMPLEMENTATIONS = ("sdpa", "eager")  # of `attn_implementation`, for which Olmem has backends of its own
+OWN_IMPLEMENTATIONS = ("sdpa", "eager")  # those that Olmem has backends of its own for
 MASK_FUNCTIONS = {
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
@@ -35,16 +35,16 @@ MASK_FUNCTIONS = {
 
 
 class EngineCache(Protocol):
-    """A cache of paged attention, which a serving engine keeps and Transformers hands on."""
+    """A cache of paged attention, which belongs to a serving engine and is passed on by Transformers."""
 
     def get_seq_length(self) -> int:
-        """Returns the columns that were read."""
+        """Returns the number of columns that were read."""
         ...
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keeps keys and values of a layer, returns those to attend to, and adds to the layer's keywords."""
+        """Keeps the keys and values of a layer, adds to its keywords, and returns the keys and values to attend to."""
         ...
 
 
@@ -52,36 +52,36 @@ ForeignCache = Cache | EngineCache
 
 
 class Implementation(NamedTuple):
-    """Holds what `attn_implementation` asks for."""
+    """Describes an `attn_implementation`."""
 
     name: str
-    is_own: bool  # Olmem has backends of its own for it
-    is_plain: bool  # plain operations, which have attention weights
+    is_own: bool  # whether Olmem has backends of its own for it
+    is_plain: bool  # whether it asks for plain operations, which return attention weights
 
     @classmethod
     def of(cls, config: OlmemConfig) -> "Implementation":
-        """Returns what a model's configuration asks for."""
+        """Returns the implementation that a model's configuration asks for."""
         name = config._attn_implementation or "eager"
         return cls(name, name in OWN_IMPLEMENTATIONS, name == "eager")
 
 
 def is_padding_mask(attention_mask: object) -> bool:
-    """Tells whether a mask is (B, T), or none, which pads nothing."""
+    """Returns whether a mask is (B, T), or None for no padding."""
     return attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2)
 
 
 def falls_back(
     config: OlmemConfig, cache: ForeignCache | None, attention_mask: object, position_ids: torch.Tensor | None
 ) -> bool:
-    """Decides whether a call is one of plain Olmo2 or Olmo3.
+    """Decides whether a call is computed as plain Olmo2 or Olmo3.
 
     Raises:
-        ValueError: where it would have to be, and the model has what only an `OlmemCache` can do.
+        ValueError: if it must be, but the model has a feature that needs an `OlmemCache`, or the cache is one.
     """
     implementation, own_cache = Implementation.of(config), is_olmem_cache(cache)
     if cache is not None and (isinstance(cache, type) or not hasattr(cache, "update")):
         raise ValueError(
-            f"`past_key_values` must be a cache (got {cache if isinstance(cache, type) else type(cache)}); make an "
+            f"`past_key_values` must be a cache (got {cache if isinstance(cache, type) else type(cache)}); pass an "
             "`OlmemCache(model.config)`, or leave it out."
         )
     reasons = {
@@ -134,18 +134,18 @@ def refuse_own_features(config: OlmemConfig, context: str) -> None:
 
 @dataclass
 class ForeignPart(Part):
-    """Holds keys and values of a cache of Transformers or of an engine, and the keywords that go with them."""
+    """Holds keys and values from a foreign cache, and the keywords of the attention function for them."""
 
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
 class InterfaceBackend:
-    """Attends by Transformers' attention function of a name.
+    """Attends by one of Transformers' attention functions.
 
     Args:
-        implementation: the function's name.
-        attention_mask: what Transformers makes for it.
-        sliding_window: the window of sliding layers.
+        implementation: the name of the function.
+        attention_mask: the mask that Transformers makes for this function.
+        sliding_window: the size of the window in sliding layers, or None.
     """
 
     def __init__(self, implementation: str, attention_mask: Any, sliding_window: int | None):
@@ -153,7 +153,7 @@ class InterfaceBackend:
         self.attention_mask, self.sliding_window = attention_mask, sliding_window
 
     def supports(self, view: View, needs: Needs) -> bool:
-        """Takes every call that falls back."""
+        """Supports every call of plain Olmo2 or Olmo3."""
         return True
 
     def attend(self, heads: Heads, query: torch.Tensor, parts: Sequence[Part], section: Section) -> Output:
@@ -174,12 +174,12 @@ class InterfaceBackend:
 
 
 class ForeignState:
-    """Remembers what one layer has read in a cache of Transformers or of an engine, or nothing.
+    """Remembers the keys and values of one layer in a foreign cache, or remembers nothing.
 
     Args:
-        cache: the cache, or None.
-        layer_index: the layer's place in it.
-        arguments: the caller's other keywords, which every layer is given; paged attention adds to them.
+        cache: the cache of Transformers or of an engine, or None.
+        layer_index: the layer's index in the cache.
+        arguments: the caller's further keywords for the attention function, to which paged attention adds.
     """
 
     def __init__(self, cache: ForeignCache | None, layer_index: int, arguments: dict[str, Any]):
@@ -188,18 +188,18 @@ class ForeignState:
     def write(
         self, key: torch.Tensor, value: torch.Tensor, plan: Plan, earlier: Sequence[torch.Tensor] = ()
     ) -> list[list[Part]]:
-        """Keeps new keys at their positions, and values (B, K, T, D), as `LayerState.write` does."""
+        """Rotates new keys, and writes them with the values (B, K, T, D) as `LayerState.write` does."""
         key, arguments = plan.rotations.place(key), dict(self.arguments)
         if isinstance(self.cache, Cache):
             key, value = self.cache.update(key, value, self.layer_index)
-        elif self.cache is not None:  # of paged attention
+        elif self.cache is not None:  # paged attention
             key, value = self.cache.update(key, value, self.layer_index, kwargs=arguments)
         return [[ForeignPart(key, value, arguments=arguments)]]
 
     def candidates(
         self, key: torch.Tensor, value: torch.Tensor, plan: Plan, earlier: Sequence[torch.Tensor] = ()
     ) -> Iterator[Candidates]:
-        """Yields nothing, because a model that retrieves does not fall back."""
+        """Yields nothing, because a model that retrieves is refused."""
         return iter(())
 
 
@@ -208,12 +208,12 @@ class Fallback:
 
     Args:
         config: the model's configuration.
-        rotary: its angles.
+        rotary: the model's rotary embedding.
         cache: a cache of Transformers or of an engine, or None.
-        hidden_states: (B, T, hidden_size), the embeddings.
-        attention_mask: what the caller gave: None, (B, T), a mask of its own, or masks by layer type.
-        position_ids: (1 or B, T), or None for each token's index.
-        arguments: the caller's other keywords, which every layer is given.
+        hidden_states: the embeddings (B, T, hidden_size).
+        attention_mask: the caller's mask, which is None, (B, T), of four dimensions, or one for each layer type.
+        position_ids: the caller's positions (1 or B, T), or None for the tokens' indices.
+        arguments: the caller's further keywords for the attention function.
     """
 
     def __init__(
@@ -233,10 +233,10 @@ class Fallback:
         self.arguments = {"position_ids": self.position_ids, **arguments}
 
     def positions(self) -> torch.Tensor:
-        """Returns each token's index (1 or B, T).
+        """Returns the index (1 or B, T) of each token.
 
-        RoPE knows differences only, so left padding may count; not so where rotated values are clipped, which are of a
-        row's real tokens.
+        RoPE depends on differences of indices only, so padding on the left may be counted. Where rotated vectors are
+        clipped, only a row's real tokens are counted.
         """
         length, mask = self.hidden_states.shape[1], self.attention_mask
         if self.clip is not None and isinstance(mask, torch.Tensor) and mask.dim() == 2:
@@ -245,11 +245,11 @@ class Fallback:
         return (torch.arange(length, device=self.hidden_states.device) + seen).unsqueeze(0)
 
     def states(self) -> list[ForeignState]:
-        """Returns what each layer remembers."""
+        """Returns the state of each layer."""
         return [ForeignState(self.cache, index, self.arguments) for index in range(self.config.num_hidden_layers)]
 
     def plans(self) -> list[Plan]:
-        """Makes the plan of each layer, which layers of one kind share."""
+        """Returns the plan of each layer. Layers of one kind share a plan."""
         kinds = layer_kinds(self.config)
         masks: dict[str, Any] = {}
         plans: dict[LayerKind, Plan] = {}
@@ -269,8 +269,8 @@ class Fallback:
         return [plans[kind] for kind in kinds]
 
     def mask(self, layer_type: str) -> Any:
-        """Returns the mask of one type of layers, as `attn_implementation` wants it."""
-        if isinstance(self.attention_mask, dict):  # `generate` has made them already
+        """Returns the mask of one layer type, in the form that `attn_implementation` needs."""
+        if isinstance(self.attention_mask, dict):  # `generate()` has made them already
             return self.attention_mask[layer_type]
         given: dict[str, Any] = {CACHE_NAME: self.cache}
         return MASK_FUNCTIONS[layer_type](

@@ -1,5 +1,5 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
-"""`generate()` with an `OlmemCache`, which is made unless the caller has another, and goes on where it ended."""
+"""Adapts Transformers' `generate()` to an `OlmemCache`, which it makes unless the caller passes another cache."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -17,7 +17,7 @@ from .fallback_olmem import refuse_own_features
 
 
 class OlmemGenerationMixin(GenerationMixin):
-    """Changes what an OlmemCache needs otherwise in Transformers' `generate()`."""
+    """Overrides the steps of Transformers' `generate()` that work differently with an OlmemCache."""
 
     if TYPE_CHECKING:
         config: OlmemConfig
@@ -25,16 +25,16 @@ class OlmemGenerationMixin(GenerationMixin):
         __call__: Any
 
     def generate(self, *args, **kwargs):
-        """Generates as Transformers does; a cache is given as `past_key_values` or as `cache` in every release."""
+        """Generates as Transformers does, with a cache as `past_key_values` or `cache` in every release."""
         return super().generate(*args, **rename_cache(kwargs, CACHE_NAME))  # pyright: ignore[reportAttributeAccessIssue]
 
     def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]  nor does it return a bool
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
-        """Makes an OlmemCache, unless the caller has a cache or asks for a kind of Transformers'.
+        """Makes an OlmemCache, unless the caller passes a cache or a `cache_implementation`.
 
-        Assisted decoding takes tokens back, which a bounded cache cannot do once a window has let go of one, so it
-        keeps the cache of Transformers on both sides.
+        Assisted decoding uses Transformers' caches for both models, because it takes tokens back. An OlmemCache cannot
+        do that once a window has lost a token.
         """
         rolls_back = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
         wants_own = generation_config.use_cache and generation_config.cache_implementation is None
@@ -53,11 +53,11 @@ class OlmemGenerationMixin(GenerationMixin):
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # pyright: ignore  whose arguments Transformers looks at
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):  # pyright: ignore
-        """Prepares the inputs of a call as Transformers does; a step with an OlmemCache needs no mask.
+        """Prepares the inputs of a call as Transformers does, but without a mask for a step with an OlmemCache.
 
-        What `generate()` has written is never padding, so a step need not wait until a mask is read.
+        Tokens that `generate()` has written are never padding, and the host need not wait for a mask that is not there.
         """
-        is_prompt = kwargs.pop("reads_prompt", False)  # of which a column may be padding
+        is_prompt = kwargs.pop("reads_prompt", False)  # columns of a prompt may be padding
         inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids, *args, **kwargs
         )
@@ -68,7 +68,7 @@ class OlmemGenerationMixin(GenerationMixin):
         return inputs
 
     def _get_stopping_criteria(self, *args, **kwargs):
-        """Returns Transformers' criteria, without its warning of a longest text where no layer has one."""
+        """Returns Transformers' criteria, without a warning of a maximum length if all layers have windows."""
         criteria = super()._get_stopping_criteria(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         if "full_attention" not in self.config.layer_types:
             for each in criteria:
@@ -77,10 +77,10 @@ class OlmemGenerationMixin(GenerationMixin):
         return criteria
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
-        """Reads a prompt as Transformers does, and goes on from an OlmemCache in pieces too.
+        """Reads a prompt as Transformers does, also in pieces with an OlmemCache that has read tokens.
 
-        `input_ids` are the whole text, what the cache has read included, unless the mask covers more columns than they
-        have. One id alone is a new one, because nobody keeps the whole of a stream.
+        `input_ids` hold the whole text, with the tokens that the cache has read, unless the mask covers more columns
+        than they have. A single id is a new token, because a stream does not keep its whole text.
         """
         cache, embeddings = model_kwargs.get(CACHE_NAME), model_kwargs.get("inputs_embeds")
         read = cache.get_seq_length() if cache is not None and is_olmem_cache(cache) else 0
@@ -90,9 +90,9 @@ class OlmemGenerationMixin(GenerationMixin):
         are_new = embeddings is None and (columns != given or given == 1)
         if read and not are_new and embeddings is None and getattr(cache, "began_anew", False):
             raise ValueError(
-                f"`input_ids` must be new ones, one a row (got {given}), where rows of `past_key_values` began anew: "
-                "read all but the last by `model(input_ids[:, :-1], past_key_values=past_key_values)`, then generate "
-                "from the last."
+                f"`input_ids` must be new ones, one in each row (got {given}), if rows of `past_key_values` began "
+                "anew; read all but the last by `model(input_ids[:, :-1], past_key_values=past_key_values)`, then "
+                "generate from the last."
             )
         if read and not are_new and given <= read:
             raise ValueError(
@@ -121,10 +121,10 @@ class OlmemGenerationMixin(GenerationMixin):
     @staticmethod
     @takes_cache
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
-        """Makes masks ahead, but none with an OlmemCache, which needs the columns of the new tokens alone."""
+        """Makes masks as Transformers does, except for an OlmemCache, which needs only the columns of new tokens."""
         if is_olmem_cache(past_key_values):
             return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
-        if "chunked_attention" in config.layer_types:  # the forward refuses the cache, in our words
+        if "chunked_attention" in config.layer_types:  # the forward call refuses the cache
             return attention_mask
         given = {CACHE_NAME: past_key_values}
         return create_masks_for_generate(config, inputs_embeds, attention_mask, **given, **kwargs)

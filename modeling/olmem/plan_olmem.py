@@ -1,10 +1,10 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
-"""How a forward call is planned: who sees whom, where keys go, at which positions, and by which backend.
+"""Plans the calls of the layers: who sees whom, where keys are written, at which positions, and which backend runs.
 
-Every decision about a call is made here, once for all layers of one kind, on the host.
+All decisions about a call are made here on the host, once for all layers of one kind.
 
-Shapes: R rows, which are the batch's or one that stands for all; C columns of a call, T of its tokens; S keys; M
-memory slots, P slots of the prefix.
+Shapes: R is the batch size, or 1 if all rows are equal; C columns of a call, of which T are tokens; S keys; M memory
+slots; P slots of the prefix.
 """
 
 from collections.abc import Sequence
@@ -23,64 +23,68 @@ from .visibility_olmem import Visibility, held, last_numbers, ring_slot
 
 @dataclass
 class Past:
-    """States what an `OlmemCache` has read before a call."""
+    """Says what an `OlmemCache` has read before a call."""
 
-    seen: torch.Tensor  # (B,) real tokens of each row
-    least: int | None = None  # the fewest real tokens of a row; None where the host does not know
-    max_length: int | None = None  # tokens for which layers that grow have room
-    one_tensor: bool = False  # keys are the values too, and are kept without positions
+    seen: torch.Tensor  # (B,) the real tokens that each row has read
+    least: int | None = None  # the fewest real tokens of a row; None if the host does not know it
+    max_length: int | None = None  # the number of tokens for which full layers have room; None if they grow
+    one_tensor: bool = False  # whether keys are the values too, and are stored without positions
 
 
 @dataclass
 class Earlier:
-    """States what came before a call of a forward through which gradients go back."""
+    """Says what came before a call in the same forward, if gradients go back through it."""
 
-    numbers: dict[LayerKind, list[torch.Tensor]] = field(default_factory=dict)  # (R, T) of the forward's earlier calls
-    padded: bool = False  # some of these calls had padding
-    seen: torch.Tensor | None = None  # (B,) real tokens that an `OlmemCache` had read before the forward
-    before: int = 0  # the most tokens, padding included, that a row had read before the forward
+    # The numbers (R, T) of the tokens of those earlier calls that layers of each kind need.
+    numbers: dict[LayerKind, list[torch.Tensor]] = field(default_factory=dict)
+    padded: bool = False  # whether any earlier call had padding
+    seen: torch.Tensor | None = None  # (B,) the real tokens that an `OlmemCache` had read before the forward
+    before: int = 0  # an upper bound of the tokens that a row had read before the forward
 
 
 @dataclass
 class Call:
-    """Describes one pass through the layers: memory that is read, tokens, and memory that is written.
+    """Describes one call of the layers, whose columns are [memory to read | tokens | memory to write].
 
-    A call with gradients has `earlier`, and a call that goes on from an `OlmemCache` has `past`.
+    A call that goes on from an `OlmemCache` has `past`, and a call with gradients has `earlier`.
     """
 
-    tokens: Tokens  # none of them, (R, 0), where memory is only written
-    before: int | None = 0  # the most tokens, padding included, that a row has read; None where only the device knows
+    tokens: Tokens  # without columns, (R, 0), in a call that only writes memory
+    before: int | None = 0  # an upper bound of the tokens that a row has read; None if only the device knows it
     past: Past | None = None
     earlier: Earlier | None = None
-    reads: bool = False  # memory tokens come before the tokens
-    begins: torch.Tensor | None = None  # (R,) which rows begin a segment, and so read memory; None is all
-    written_after: torch.Tensor | None = None  # (R,) tokens that a row has read when its memory is written, if it is
-    chosen: torch.Tensor | None = None  # (R,) the rows of the batch that take part; None is all
-    carries: bool = False  # a later call of the same forward needs the new keys and values
-    inner: int | None = field(init=False, default=None)  # of `inner_padding`
+    reads: bool = False  # whether memory tokens to read come before the tokens
+    begins: torch.Tensor | None = None  # (R,) which rows begin a segment, and so read new memory; None for all
+    written_after: torch.Tensor | None = None  # (R,) the tokens that a row has read when its memory is written
+    chosen: torch.Tensor | None = None  # (R,) the rows of the batch that take part; None for all
+    carries: bool = False  # whether a later call of the same forward needs the new keys and values
+    inner: int | None = field(init=False, default=None)  # made by `inner_padding`
 
     @property
     def numbers(self) -> torch.Tensor:
-        """Returns the numbers (R, T) of the tokens; −1 is padding."""
+        """Returns the numbers (R, T) of the tokens, of which −1 is padding."""
         return self.tokens.numbers
 
     @property
     def writes(self) -> bool:
-        """Tells whether memory tokens come after the tokens."""
+        """Returns whether memory tokens to write come after the tokens."""
         return self.written_after is not None
 
     @property
     def one_tensor(self) -> bool:
-        """Tells whether the call goes on from a cache whose keys are the values too, and have no positions."""
+        """Returns whether the call goes on from a cache whose keys are the values too, without positions."""
         return self.past is not None and self.past.one_tensor
 
     @property
     def length_after(self) -> int | None:
-        """Returns the most tokens that a row may have read after this call, None where only the device knows."""
+        """Returns an upper bound of a row's tokens after this call, or None if only the device knows it."""
         return None if self.before is None else self.before + self.numbers.shape[1]
 
     def inner_padding(self) -> int:
-        """Returns the most columns of padding between two real tokens of a row, for which the host waits once."""
+        """Returns the greatest number of padding columns between two real tokens of a row.
+
+        The host waits for it once a call.
+        """
         if self.inner is None:
             self.inner = inner_padding(self.numbers, self.before != 0) if self.tokens.padded else 0
         return self.inner
@@ -94,14 +98,14 @@ def layer_kinds(config: OlmemConfig) -> list[LayerKind]:
 
 
 class Planner:
-    """Makes the plans of forward calls of one model.
+    """Makes the plans of the calls of one forward.
 
     Args:
         config: the model's configuration.
-        rotary: its angles.
-        backends: ways to compute attention, in the order in which they are asked.
+        rotary: the model's rotary embedding.
+        backends: the backends, of which the first that supports a section computes its attention.
         plain: whether `attn_implementation="eager"` asks for plain operations.
-        weights: whether attention weights are wanted too.
+        weights: whether attention weights are wanted. Only plain operations return them.
     """
 
     def __init__(
@@ -123,7 +127,7 @@ class Planner:
         frames: dict[tuple[str, bool], Frame] = {}
         rotations: dict[tuple[str, bool, bool], tuple[Rotations, list[Rotations]]] = {}
         for kind in dict.fromkeys(self.kinds):
-            # Layers that retrieve need more of what came before, where a tape joins it.
+            # With gradients, layers that retrieve need more of the earlier calls.
             frame_key = kind.layer_type, kind.retrieves and call.earlier is not None
             if frame_key not in frames:
                 visibility = Visibility.of(self.config, kind.layer_type)
@@ -138,7 +142,7 @@ class Planner:
     def plan(
         self, kind: LayerKind, frame: "Frame", call: Call, rotations: Rotations, of_sections: list[Rotations]
     ) -> Plan:
-        """Puts a plan together."""
+        """Makes the plan of one kind of layer from a frame and its rotations."""
         needs = Needs(self.plain, self.weights, kind.position_embedding in BY_SLOT, call.one_tensor)
         sections = [
             Section(columns, view, own_rotations, needs, choose(self.backends, view, needs))
@@ -158,7 +162,7 @@ class Planner:
         )
 
     def rotate(self, layer_type: str, rotates: bool, frame: "Frame", call: Call) -> tuple[Rotations, list[Rotations]]:
-        """Makes the rotations of a call's columns, and those of each of its sections."""
+        """Makes the rotations of all columns of a call, and those of each of its sections."""
         clip = Rotation(clip=self.clip)
         if not rotates:
             whole = Rotations.of(clip)
@@ -176,7 +180,7 @@ class Planner:
         slots_below = None if span is None else visibility.num_prefix + span + visibility.num_memory
         views = [view for _, view in frame.sections]
         places = [view.places for view in views]
-        if call.tokens.position_ids is not None and not visibility.num_prefix:  # whose slots are counted from 0
+        if call.tokens.position_ids is not None and not visibility.num_prefix:  # slots of a prefix begin at 0
             places, below = [call.tokens.position_ids], None
         whole = Rotations.of(at(side_by_side(places).clamp(min=0), below))
         if any(view.prefix for view in views) or (in_pairs and views[-1].is_step):
@@ -195,14 +199,14 @@ class Planner:
         return whole, sections
 
     def step_phases(self, view: View, layer_type: str, below: int | None) -> torch.Tensor:
-        """Returns phases (R, P + S, D/2, 2) of a step's keys at their slots, which stay small in a window."""
+        """Returns the phases (R, P + S, D/2, 2) of a step's keys at their slots, from a table if there is a span."""
         if view.visibility.span is None or below is None:
             return self.rotary.phases(view.step_slots, layer_type, below)
         return self.rotary.phases_of_slots(view.step_slots, layer_type, below)
 
 
 def side_by_side(numbers: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Returns numbers (R, T) of several sections in one tensor, of as many rows as the largest has."""
+    """Returns the concatenation of numbers (R, T), after those with one row are expanded to as many as the others."""
     if len(numbers) == 1:
         return numbers[0]
     rows = max(len(each) for each in numbers)
@@ -210,13 +214,13 @@ def side_by_side(numbers: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 class Frame:
-    """Holds what layers of one type share in a call, whatever their positions: sections, writes and tape."""
+    """Holds the sections, writes and tape of a call, which layers of one type share whatever their positions are."""
 
     def __init__(self, visibility: Visibility, call: Call, earlier: Sequence[torch.Tensor], capacity: int):
         self.visibility = visibility
         self.writes: Writes | None = None
         self.tape: Tape | None = None
-        self.bare_numbers: torch.Tensor | None = None  # (R, S) of keys without positions before the new ones, on a tape
+        self.bare_numbers: torch.Tensor | None = None  # (R, S) the keys that a tape rotates when it reads them
         self.sections: list[tuple[slice, View]] = []
         numbers, count = call.numbers, visibility.num_memory
         first = 0
@@ -236,18 +240,18 @@ class Frame:
             self.sections.append((slice(first, first + count), self.write_view(call, call.written_after)))
 
     def limit(self, past: Past) -> int | None:
-        """Returns how many tokens a layer of a cache holds, None where it grows."""
+        """Returns the greatest number of tokens in a cache's layer, or None if it grows."""
         return self.visibility.span or past.max_length
 
     def prefix_may_show(self, call: Call) -> bool:
-        """Tells whether a token of the call may see memory, or sinks before its window."""
+        """Returns whether a token of the call may see memory, or sinks before its window."""
         length = call.length_after
         return self.visibility.num_memory > 0 or (
             self.visibility.num_sinks > 0 and (length is None or self.visibility.lets_go(length))
         )
 
     def write_slots(self, call: Call, past: Past, past_numbers: torch.Tensor | None, filled: int) -> Writes:
-        """States where the tokens of a call go in a cache's layer, and where those before them lie."""
+        """Says where a cache's layer writes the tokens of a call, and where it finds those before them."""
         numbers, padded, num_sinks = call.numbers, call.tokens.padded, self.visibility.num_sinks
         prefix, limit = self.visibility.num_prefix, self.limit(past)
         written, sinks = numbers, None
@@ -275,7 +279,7 @@ class Frame:
         )
 
     def in_cache(self, call: Call, past: Past) -> View:
-        """Views tokens that go on from a cache without gradients, in place where keys need not be copied."""
+        """Returns the view of tokens that go on from a cache without gradients, and sets the writes."""
         visibility, numbers, padded = self.visibility, call.numbers, call.tokens.padded
         length, limit, before = numbers.shape[1], self.limit(past), call.before
         prefix = self.prefix_may_show(call)
@@ -306,19 +310,19 @@ class Frame:
         )
 
     def is_causal(self, call: Call, columns_before: int) -> bool:
-        """Tells whether each token sees every key up to itself, of keys that are those of the tokens alone."""
+        """Returns whether the keys are those of the call's tokens alone, and each token sees all keys up to its own."""
         span = self.visibility.span
         return not call.tokens.padded and columns_before == 0 and (span is None or call.numbers.shape[1] < span)
 
     def on_tape(self, call: Call, earlier_numbers: Sequence[torch.Tensor], store_limit: int) -> View:
-        """Views tokens whose keys are joined to those before: all there is, or with gradients."""
+        """Returns the view of tokens of a call with gradients or without a cache, and sets tape and writes."""
         visibility, numbers, past, earlier = self.visibility, call.numbers, call.past, call.earlier or Earlier()
         span, own = visibility.span, numbers
         past_numbers = numbers.new_empty(len(numbers), 0)
         store = None
         if past is not None and earlier.seen is not None:
             past_numbers = last_numbers(earlier.seen, earlier.before, None if span is None else span - 1)
-            if span is not None:  # what earlier calls have written over is out of every window
+            if span is not None:  # earlier calls have overwritten keys that are out of every window
                 past_numbers = torch.where(past_numbers > past.seen[:, None] - span, past_numbers, -1)
             store = last_numbers(earlier.seen, earlier.before, store_limit)
             store = torch.where(store >= past.seen[:, None] - store_limit, store, -1)
@@ -328,7 +332,7 @@ class Frame:
         keys = side_by_side([past_numbers, own]) if past_numbers.shape[1] else own
         columns_before = keys.shape[1] - numbers.shape[1]
         self.bare_numbers = keys[:, :columns_before]
-        if not call.one_tensor:  # a cache has given its own keys their positions
+        if not call.one_tensor:  # the cache's keys have their positions
             self.bare_numbers = self.bare_numbers[:, past_numbers.shape[1] :]
         sinks = find_sinks(keys, visibility.num_sinks) if visibility.num_sinks else None
         self.tape = Tape(own, sinks, store)
@@ -346,9 +350,9 @@ class Frame:
         )
 
     def write_view(self, call: Call, after: torch.Tensor) -> View:
-        """Views memory tokens that are written after so many tokens (R,).
+        """Returns the view of memory tokens to write after `after` (R,) tokens of each row.
 
-        They see what the last token sees, and one another.
+        In a call without tokens it also sets the writes and the tape.
         """
         visibility, past = self.visibility, call.past
         numbers = after[:, None] + torch.arange(visibility.num_memory, device=after.device)

@@ -1,9 +1,9 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
-"""How queries and keys are given positions: the angles of RoPE, rotations, and the four schemes.
+"""Gives queries and keys their positions, by the angles of RoPE, rotations, and position schemes.
 
-A head's D numbers have two layouts. In halves, as in Transformers' models, the numbers d and d + D/2 are rotated
-together. In pairs they are neighbours, so that a rotation is one complex product; the keys of a cache that are values
-too have this layout, because they are rotated whenever they are read.
+The D numbers of a head are laid out in one of two ways. In halves, as in Transformers' models, the numbers d and
+d + D/2 are rotated together. In pairs, neighbours are rotated together, so that a rotation is one complex product.
+Cached keys that are the values too are laid out in pairs, because they are rotated whenever they are read.
 
 Shapes: B batch, H heads, T tokens, D head dim; R is B, or 1 where one row stands for all.
 """
@@ -19,17 +19,19 @@ from .compat_olmem import has_complex, table_of
 from .configuration_olmem import OlmemConfig
 
 XPOS_GAMMA, XPOS_BASE = 0.4, 512
-LINSPACE_REACH = 0.1  # over its span, linspace adds from nothing to so many `linspace_scale` to a key
+LINSPACE_REACH = (
+    0.1  # linspace adds 0 to a key at the beginning of its span, and this multiple of `linspace_scale` at the end
+)
 
 
 def inverse_frequencies(theta: float | torch.Tensor, size: int) -> torch.Tensor:
-    """Returns theta^(−2d/D) (…, D/2) of a theta, or of thetas (…, 1), in float32, with Transformers' own bits."""
+    """Returns theta^(−2d/D) (…, D/2) for a theta, or for thetas (…, 1), in float32 with the bits of Transformers."""
     device = theta.device if isinstance(theta, torch.Tensor) else None
     return 1.0 / theta ** (torch.arange(0, size, 2, dtype=torch.float, device=device) / size)
 
 
 class OlmemRotaryEmbedding(nn.Module):
-    """Returns cosines and sines (R, T, D) in float32 of positions (R, T), by layer type."""
+    """Computes the cosines and sines of positions in float32, for each layer type."""
 
     def __init__(self, config: OlmemConfig, device: torch.device | None = None):
         super().__init__()
@@ -45,21 +47,21 @@ class OlmemRotaryEmbedding(nn.Module):
 
     @staticmethod
     def compute_default_rope_parameters(config, device=None, seq_len=None, layer_type=None):
-        """Returns inverse frequencies and the scaling of `rope_type` "default", in the form Transformers calls for."""
+        """Returns inverse frequencies and scaling for the `rope_type` "default", as Transformers' RoPE functions do."""
         if stored := config.rope_parameters[layer_type].get("inverse_frequencies"):
             return torch.tensor(stored, dtype=torch.float, device=device), 1.0
         return inverse_frequencies(config.rope_parameters[layer_type]["rope_theta"], config.head_dim).to(device), 1.0
 
     def frequencies(self, layer_type: str, device: torch.device | None = None) -> tuple[torch.Tensor, float]:
-        """Returns inverse frequencies (D/2,) and the factor of cosines and sines, as Transformers defines them."""
+        """Returns the inverse frequencies (D/2,) and the factor of cosines and sines, as Transformers defines them."""
         rope_functions = {**ROPE_INIT_FUNCTIONS, "default": self.compute_default_rope_parameters}
         return rope_functions[self.rope_type[layer_type]](self.config, device, layer_type=layer_type)
 
     def dynamic_frequencies(self, position: torch.Tensor, layer_type: str) -> torch.Tensor:
-        """Returns inverse frequencies (…, D/2) of `rope_type` "dynamic" at positions (…, 1).
+        """Returns the inverse frequencies (…, D/2) of the `rope_type` "dynamic" for positions (…, 1).
 
-        They are those of a text that ends there. Transformers gives all tokens of a call the frequencies of its last
-        one, so that they depend on how a text is cut; read token by token, its frequencies are these.
+        They are those of a text that ends at the position. In Transformers all tokens of a call have the frequencies of
+        its last token, so they depend on how a text is cut. Read token by token, they are the same as here.
         """
         rope, size = self.config.rope_parameters[layer_type], self.config.head_dim
         trained = self.config.max_position_embeddings
@@ -69,10 +71,13 @@ class OlmemRotaryEmbedding(nn.Module):
         return inverse_frequencies(theta, size)
 
     def angles(self, position_ids: torch.Tensor, layer_type: str, below: int | None = None) -> torch.Tensor:
-        """Returns angles (R, T, D/2) in float32 of positions (R, T), all of which are `below` a number if one is given.
+        """Returns the angles (R, T, D/2) of positions (R, T) in float32.
 
-        Where the model was trained, they are the very angles that it was trained with. Beyond, where a float32 product
-        would round them more and more, they are computed from the exact integer.
+        Up to the trained length they are the float32 products that the model was trained with. Beyond it, where such
+        products would lose precision, they are computed from the exact integer in float64.
+
+        Args:
+            below: a number that all positions are below, if the caller knows one.
         """
         position = position_ids[..., None]
         inverse_frequency = getattr(self, f"{layer_type}_inv_freq").to(position.device, torch.float)
@@ -92,7 +97,7 @@ class OlmemRotaryEmbedding(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, position_ids: torch.Tensor, layer_type: str, below: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns cosines and sines (R, T, D) of positions (R, T), on the device of `hidden_states`."""
+        """Returns the cosines and sines (R, T, D) of positions (R, T), on the device of `hidden_states`."""
         angles = self.angles(position_ids.to(hidden_states.device), layer_type, below)
         scaling = getattr(self, f"{layer_type}_attention_scaling")
         cos, sin = angles.cos() * scaling, angles.sin() * scaling
@@ -100,13 +105,13 @@ class OlmemRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def phases(self, position_ids: torch.Tensor, layer_type: str, below: int | None = None) -> torch.Tensor:
-        """Returns cosines and sines as pairs (R, T, D/2, 2) of positions (R, T)."""
+        """Returns the phases (R, T, D/2, 2) of positions (R, T), which are pairs of cosine and sine."""
         angles = self.angles(position_ids, layer_type, below)
         scaling = getattr(self, f"{layer_type}_attention_scaling")
         return torch.stack((angles.cos() * scaling, angles.sin() * scaling), dim=-1)
 
     def phases_of_slots(self, slots: torch.Tensor, layer_type: str, below: int) -> torch.Tensor:
-        """Returns the phases (R, T, D/2, 2) of slots (R, T) from a table of all slots `below` a number."""
+        """Returns the phases (R, T, D/2, 2) of slots (R, T), which are below `below`, from a table that is kept."""
 
         def make() -> torch.Tensor:
             return self.phases(torch.arange(below, device=slots.device), layer_type, below)
@@ -121,7 +126,7 @@ class OlmemRotaryEmbedding(nn.Module):
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Applies RoPE in float32 to states (B, H, T, D) in halves, by cosines and sines (R, T, D).
 
-    The operations and their order are Transformers', so that gradients too are the same bit for bit.
+    The operations have the order of Transformers, so that results and gradients are the same bit for bit.
     """
     half = states.shape[-1] // 2
     straight = states * cos[:, None]
@@ -130,12 +135,12 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 
 def to_pairs(states: torch.Tensor) -> torch.Tensor:
-    """Brings states (…, D) from halves into pairs."""
+    """Returns states (…, D), which are in halves, in pairs."""
     return states.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
 
 def to_halves(states: torch.Tensor) -> torch.Tensor:
-    """Brings states (…, D) from pairs into halves."""
+    """Returns states (…, D), which are in pairs, in halves."""
     return states.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
@@ -163,15 +168,16 @@ def rotary_clip(config: OlmemConfig) -> float | None:
 
 @dataclass
 class Rotation:
-    """Gives states (B, H, T, D) their positions: in halves by cosines and sines (R, T, D), in pairs by phases.
+    """Rotates states (B, H, T, D) by their positions, and then clips them.
 
-    Without any of them states stay as they are. With a clip, rotated states are clipped to it.
+    States in halves are rotated by cosines and sines, and states in pairs by phases. Without any of these they are not
+    rotated.
     """
 
-    cos: torch.Tensor | None = None
-    sin: torch.Tensor | None = None
+    cos: torch.Tensor | None = None  # (R, T, D)
+    sin: torch.Tensor | None = None  # (R, T, D)
     phases: torch.Tensor | None = None  # (R, T, D/2, 2)
-    clip: float | None = None
+    clip: float | None = None  # the greatest absolute value; None clips nothing
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         if self.phases is not None:
@@ -182,44 +188,44 @@ class Rotation:
 
     @property
     def length(self) -> int:
-        """Returns the number of tokens T, 0 where nothing is rotated."""
+        """Returns the number of tokens T, or 0 if nothing is rotated."""
         states = self.phases if self.cos is None else self.cos
         return 0 if states is None else states.shape[1]
 
     def part(self, columns: slice, row: int | None = None) -> "Rotation":
-        """Returns the rotation of some of the T tokens, of one row if each has its own."""
+        """Returns the rotation of some of the T tokens, or of one row of them if each row has its own."""
         states = [each if each is None else each[:, columns] for each in (self.cos, self.sin, self.phases)]
         if row is not None:
             states = [each[row : row + 1] if each is not None and len(each) > 1 else each for each in states]
         return Rotation(*states, clip=self.clip)
 
     def to(self, device: torch.device) -> "Rotation":
-        """Returns the same rotation on another device."""
+        """Returns a copy on another device."""
         states = [each if each is None else each.to(device) for each in (self.cos, self.sin, self.phases)]
         return Rotation(*states, clip=self.clip)
 
 
-# Schemes: what positions do beside the rotation
+# Schemes, which change queries, keys and scores beside the rotation
 
 
 class PositionScheme:
-    """Gives positions by RoPE alone, or not at all: nothing is added or scaled when keys are read."""
+    """Changes nothing beside the rotation, as for RoPE and for no positions. It is the base of the other schemes."""
 
     def place_query(self, query: torch.Tensor, offset: torch.Tensor, in_pairs: bool) -> torch.Tensor:
-        """Returns queries (B, H, T, D) at offsets (R, T) from any one base."""
+        """Returns queries (B, H, T, D) changed for their positions, as offsets (R, T) from any common base."""
         return query
 
     def place_key(self, key: torch.Tensor, offset: torch.Tensor, in_pairs: bool) -> torch.Tensor:
-        """Returns keys (B, K, S, D) at offsets (R, S) from the same base as the queries'."""
+        """Returns keys (B, K, S, D) changed for their positions, as offsets (R, S) from the base of the queries."""
         return key
 
     def score_bias(self, query: torch.Tensor, shift: torch.Tensor, scaling: float) -> torch.Tensor | None:
-        """Returns what is added to the scores (B, H, T, 1) of keys whose base lies `shift` (R, T) from the others'."""
+        """Returns what to add to the scores (B, H, T, 1) of keys whose base is shifted by `shift` (R, T), or None."""
         return None
 
 
 class XposScheme(PositionScheme):
-    """Scales queries and keys so that scores decay with distance (Sun et al., arXiv 2212.10554)."""
+    """Scales queries and keys so that scores decay with the distance (Sun et al., arXiv 2212.10554)."""
 
     @staticmethod
     def powers(like: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
@@ -229,7 +235,7 @@ class XposScheme(PositionScheme):
         return zeta ** (distance[..., None] / XPOS_BASE)
 
     def scaled(self, states: torch.Tensor, distance: torch.Tensor, in_pairs: bool) -> torch.Tensor:
-        """Returns states (B, H, T, D) times the powers of their distances (R, T)."""
+        """Returns states (B, H, T, D) multiplied by the powers of distances (R, T)."""
         scale = self.powers(states, distance)
         scale = scale.repeat_interleave(2, dim=-1) if in_pairs else torch.cat((scale, scale), dim=-1)
         return states * scale[:, None].to(states.dtype)
@@ -242,11 +248,11 @@ class XposScheme(PositionScheme):
 
 
 class LinspaceScheme(PositionScheme):
-    """Adds a multiple of a learned vector to each key, growing evenly over a window's span.
+    """Adds a multiple of a learned vector to each key. The multiple grows evenly over the span of a window.
 
     Args:
-        scale (D,): the layer's `linspace_scale`.
-        span: the tokens over which the multiple grows from 0 to 0.1.
+        scale: the layer's `linspace_scale` (D,).
+        span: the number of tokens over which the multiple grows from 0 to 0.1.
     """
 
     def __init__(self, scale: torch.Tensor, span: int):

@@ -1,14 +1,15 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
-"""Retrieval of tokens that have left the window (Memorizing Transformers, Wu et al., arXiv 2203.08913).
+"""Retrieves tokens that have left the window (Memorizing Transformers, Wu et al., arXiv 2203.08913).
 
-Among the tokens that a query's window has let go, each head takes the k whose keys fit best, without positions, and
-gives their values the softmax of these k scores. A gate that each head learns mixes that with what the window gives.
+Each head scores the tokens that have left a query's window by their keys, without positions. It takes the k best, and
+attends to their values by the softmax of their scores. A gate that each head learns mixes the result with the attention
+over the window.
 
-The search is exact. It goes through the candidates part by part and keeps the best k so far: the work is that of all
-scores, the memory that of one part. Gradients go back to the k that were chosen.
+The search is exact. It goes through the candidates part by part and keeps the best k so far. Its work is that of all
+scores, but its memory is that of one part. Gradients go back to the k tokens that were chosen.
 
-Shapes: B batch, H query heads, K key/value heads, T queries, S candidates, D head dim, k tokens retrieved; R is B, or
-1 where one row stands for all.
+Shapes: B batch, H query heads, K key/value heads, T queries, S candidates, D head dim, k tokens retrieved; R is B, or 1
+if all rows are equal.
 """
 
 from collections.abc import Iterable
@@ -23,19 +24,19 @@ from .compat_olmem import columns_of, pieces
 from .contracts_olmem import Candidates
 from .visibility_olmem import Visibility
 
-SCORES = 2**22  # of one part of the candidates, at most
-BLOCK = 128  # queries at a time
+SCORES = 2**22  # the most scores of one part of the candidates
+BLOCK = 128  # the number of queries at a time
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Looks up the best candidates of each query.
+    """Retrieves the best candidates of each query.
 
     Args:
-        visibility: what the layer's queries see, and so what has left their windows.
-        top_k: tokens that a query head looks up.
-        capacity: the last tokens outside the window that may be looked up.
-        scaling: what scores are multiplied by.
+        visibility: says which tokens have left a query's window.
+        top_k: the number of tokens that a query head retrieves.
+        capacity: the number of last tokens outside the window that may be retrieved.
+        scaling: the factor of scores.
     """
 
     visibility: Visibility
@@ -46,10 +47,13 @@ class Retrieval:
     def mix(
         self, query: torch.Tensor, candidates: Iterable[Candidates], seen: torch.Tensor, gate: torch.Tensor
     ) -> torch.Tensor:
-        """Mixes what heads see with what they look up.
+        """Returns an attention output (B, T, H, D) mixed with what its heads retrieve.
 
-        `query` is (B, H, T, D) without positions, `seen` (B, T, H, D), and `gate` (H,) between 0 and 1. Returns
-        (B, T, H, D), which is `seen` where there is nothing to look up.
+        Args:
+            query: the queries (B, H, T, D) without positions.
+            candidates: the keys and values that blocks or documents of the queries may retrieve.
+            seen: the attention output (B, T, H, D), which stays unchanged where there is nothing to retrieve.
+            gate: the share (H,) of what is retrieved, between 0 and 1.
         """
         outputs, exist = [], []
         for found in candidates:
@@ -57,13 +61,13 @@ class Retrieval:
             output, any_found = self.retrieve(part, found)
             outputs.append(output.to(seen).transpose(1, 2))
             exist.append(any_found.to(seen.device).expand(len(part), -1))
-        # They are blocks of columns of all rows, or documents in the order of rows.
+        # The outputs are those of blocks of columns in all rows, or those of documents in the order of rows.
         output, any_found = torch.cat(outputs, dim=1).view(seen.shape), torch.cat(exist, dim=1).view(seen.shape[:2])
         gate = gate[:, None].to(seen.dtype)
         return torch.where(any_found[:, :, None, None], gate * output + (1 - gate) * seen, seen)
 
     def retrieve(self, query: torch.Tensor, found: Candidates) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns what queries (B, H, T, D) look up (B, H, T, D), and whether there was anything (R, T)."""
+        """Returns what queries (B, H, T, D) retrieve, (B, H, T, D), and which of them had a candidate, (R, T)."""
         chosen = [
             self.search(query[:, :, part], found.key, found.numbers, found.queries[:, part])
             for part in pieces(query.shape[2], BLOCK, query)
@@ -87,8 +91,14 @@ class Retrieval:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Finds the best candidates of each query head.
 
-        `query` is (B, H, T, D), of tokens with these `query_numbers` (R, T); `key` is (B, K, S, D), and `numbers`
-        (R, S) are those of its first keys. Returns indices (B, H, T, k), and whether each is a candidate.
+        Args:
+            query: (B, H, T, D).
+            key: (B, K, S, D).
+            numbers: the numbers (R, S) of the first S keys.
+            query_numbers: the numbers (R, T) of the queries.
+
+        Returns:
+            The indices (B, H, T, k) of the best keys, and whether each of them is a candidate.
         """
         batch, heads, length, _ = query.shape
         first, stop = self.columns_to_search(numbers, query_numbers)
@@ -108,7 +118,7 @@ class Retrieval:
         return index, best > -torch.inf
 
     def columns_to_search(self, numbers: torch.Tensor, query_numbers: torch.Tensor) -> tuple[int, int]:
-        """Returns the first column of a candidate and the one after the last, or a wider range if asking costs more."""
+        """Returns the first column of a candidate and the one after the last, or a wider range if it is cheaper."""
         columns = numbers.shape[1]
         if not self.visibility.lets_go(columns):
             return 0, 0
@@ -120,7 +130,7 @@ class Retrieval:
 
 
 def rows_of(index: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """Turns indices (B, H, T, k) of slots of states (B, K, S, D) into rows of these states as (B · K · S, D)."""
+    """Returns the rows of states (B · K · S, D) that indices (B, H, T, k) of slots of states (B, K, S, D) stand for."""
     batch, heads = index.shape[:2]
     kv_heads, slots = states.shape[1:3]
     head = torch.arange(batch * kv_heads, device=index.device).repeat_interleave(heads // kv_heads)
@@ -128,14 +138,17 @@ def rows_of(index: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
 
 
 def take(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Returns the states (B, H, T, k, D) that indices (B, H, T, k) choose from states (B, K, S, D)."""
+    """Returns the states (B, H, T, k, D) with indices (B, H, T, k) in states (B, K, S, D)."""
     return states.reshape(-1, states.shape[-1])[rows_of(index, states)]
 
 
 def weigh_chosen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_candidate: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """Attends for queries (B, H, T, D) to the keys and values (B, H, T, k, D) that count; zeros where none does."""
+    """Returns the attention output (B, H, T, D) of queries (B, H, T, D) over chosen keys and values (B, H, T, k, D).
+
+    Keys that are no candidates are left out, and the output is zero where there is none.
+    """
     scores = (key @ query[..., None])[..., 0] * scaling
     scores = scores.masked_fill(~is_candidate, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
@@ -144,9 +157,14 @@ def weigh_chosen(
 
 
 def read_in_blocks(query, key, value, index, is_candidate, scaling: float) -> torch.Tensor:
-    """Attends for queries (B, H, T, D) to chosen keys and values (B, K, S, D), a block of queries at a time.
+    """Returns the attention output (B, H, T, D) of queries over chosen keys and values, a block of queries at a time.
 
-    `index` (B, H, T, k) says which are chosen, and `is_candidate` whether each is one. Returns (B, H, T, D).
+    Args:
+        query: (B, H, T, D).
+        key: (B, K, S, D).
+        value: (B, K, S, D).
+        index: the indices (B, H, T, k) of the chosen keys.
+        is_candidate: whether each chosen key is a candidate, (B, H, T, k).
     """
     parts = zip(*(each.split(BLOCK, dim=2) for each in (query, index, is_candidate)), strict=True)
     outputs = [
@@ -156,14 +174,14 @@ def read_in_blocks(query, key, value, index, is_candidate, scaling: float) -> to
 
 
 class ReadChosen(torch.autograd.Function):
-    """Computes `read_in_blocks` and its gradients block by block.
+    """Computes `read_in_blocks`, and its gradients block by block.
 
-    What was taken is taken again for the gradients, and these are added up in one tensor.
+    The backward pass gathers the chosen keys and values again, and adds their gradients in one tensor.
     """
 
     @staticmethod
     def forward(ctx: Any, query, key, value, index, is_candidate, scaling):
-        """Returns (B, H, T, D)."""
+        """Returns the attention output (B, H, T, D)."""
         ctx.save_for_backward(query, key, value, index, is_candidate)
         ctx.scaling = scaling
         return read_in_blocks(query, key, value, index, is_candidate, scaling)

@@ -1,18 +1,17 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
-"""A forward call as a schedule of passes through the layers, with a memory that is written at the end of each segment
+"""Cuts a forward call into calls of the layers, and carries memory from segment to segment between them
 (Recurrent Memory Transformer, Bulatov et al., arXiv 2207.06881).
 
-Before a segment the model holds M vectors. They enter as read tokens, which see one another; their keys and values, of
-every layer, are what the segment's tokens see of memory. After its last token M write tokens enter, with the same
-vectors as input; they see what that token sees, and one another, and what they are after the last layer, through
-memory's norm, are the vectors of the next segment.
+Before a segment the model holds M vectors. They enter the layers as read tokens, which see one another. The keys and
+values of the read tokens, in every layer, are the memory that the segment's tokens see. After the segment's last token,
+M write tokens enter with the same vectors as input. They see what that token sees, and one another. Their last hidden
+states, through the norm of memory, are the vectors of the next segment.
 
-A pass is [read | tokens | write]. Memory is written with the segment's last token where the next segment begins in the
-same forward, else when the next segment begins, in a pass of its own. Rows of a batch begin their segments at different
-columns, so a forward is cut into pieces of one segment a row.
+A call of the layers holds [read | tokens | write]. Memory is written together with the segment's last token if the next
+segment begins in the same forward call. If not, it is written in a call of its own when the next segment begins. Rows
+of a batch begin their segments at different columns, so a forward call is cut into pieces with one segment in each row.
 
-Shapes: B batch, T tokens of a pass, K key/value heads, D head dim, M memory slots; R is B, or 1 where one row stands
-for all.
+Shapes: B batch, T tokens of a call, K key/value heads, D head dim, M memory slots; R is B, or 1 if all rows are equal.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,19 +31,19 @@ from .plan_olmem import Call, Earlier, Past
 from .state_olmem import OlmemTape
 from .visibility_olmem import Visibility
 
-# What helps against a memory that is not finite.
+# The way out that an error offers when memory is not finite.
 REMEDY = (
-    "load the model in bfloat16 or float32, or look for NaN in its weights and input, and `reset()` the cache or go on "
-    "from a copy made before."
+    "load the model in bfloat16 or float32, or look for NaN in its weights and inputs; then `reset()` the cache, or go "
+    "on from an earlier copy of it."
 )
 
 
 class OlmemMemory(nn.Module):
-    """Holds memory's own parameters: the vectors of a stream's first segment, and the norm of what is written.
+    """Holds the parameters of memory: the vectors of a stream's first segment, and the norm of written vectors.
 
     Args:
         config: the model's configuration.
-        norm: of hidden_size, of the model's kind.
+        norm: a norm over hidden_size features, of the model's `norm_type`.
     """
 
     def __init__(self, config: OlmemConfig, norm: nn.Module):
@@ -53,23 +52,25 @@ class OlmemMemory(nn.Module):
         self.norm = norm
 
     def forward(self, written: torch.Tensor | None = None) -> torch.Tensor:
-        """Returns the first memory (1, M, hidden_size), or what was written (B, M, hidden_size) with its norm."""
+        """Returns the first memory (1, M, hidden_size), or the norm of written hidden states (B, M, hidden_size)."""
         return self.embeddings[None] if written is None else self.norm(written)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Holds new tokens of a forward call that are of one segment in each row, and begin in its first column."""
+    """Holds those new tokens of a forward call that belong to one segment of each row."""
 
-    numbers: torch.Tensor  # (R, T); −1 is padding
-    columns: slice | torch.Tensor  # where they are in the call; (B, T) where rows differ
-    padded: bool
+    numbers: torch.Tensor  # (R, T) the numbers of the tokens; −1 is padding
+    columns: slice | torch.Tensor  # the columns of the tokens in the forward call, as a tensor (B, T) if rows differ
+    padded: bool  # whether some numbers are −1
 
 
 def cut_in_segments(numbers: torch.Tensor, padded: bool, phase: int | None, length: int) -> list[Piece]:
-    """Cuts new tokens (R, T) into pieces of at most one segment of that length.
+    """Cuts new tokens (R, T) into pieces, each of which holds at most one segment of each row.
 
-    `phase` is how far into a segment the first token is, None where rows differ.
+    Args:
+        phase: how many tokens of its segment come before the first token, or None if rows differ.
+        length: the number of tokens in a segment.
     """
     columns = numbers.shape[1]
     if phase is not None:
@@ -92,7 +93,7 @@ def cut_in_segments(numbers: torch.Tensor, padded: bool, phase: int | None, leng
 
 
 def find_in_pieces(pieces: Sequence[Piece], columns: int) -> torch.Tensor:
-    """Returns the column of each token of a call among its pieces side by side, (B, columns), 0 for padding.
+    """Returns the column of each token in the concatenated pieces, (B, columns), and 0 for padding.
 
     The columns of the pieces must be tensors.
     """
@@ -110,26 +111,28 @@ def find_in_pieces(pieces: Sequence[Piece], columns: int) -> torch.Tensor:
 
 @dataclass
 class Carried:
-    """Holds what a pass has made for later passes of the same forward, where gradients are wanted."""
+    """Holds the keys and values of a call that later calls of the same forward need, where gradients are wanted."""
 
-    numbers: torch.Tensor  # (R, T)
-    padded: bool
-    has_sink: bool
-    states: list[tuple[torch.Tensor, torch.Tensor]]  # new keys and values (B, K, T, D) of each layer
+    numbers: torch.Tensor  # (R, T) the numbers of the call's tokens
+    padded: bool  # whether some numbers are −1
+    has_sink: bool  # whether some tokens are sinks
+    states: list[tuple[torch.Tensor, torch.Tensor]]  # the new keys and values (B, K, T, D) of each layer
 
 
 class Schedule:
-    """Passes the tokens of one forward call through the layers, segment by segment.
+    """Plans the calls of one forward call, segment by segment.
 
-    The caller runs the layers: for each call it enters what `enter` returns, and gives what came out to `leave`.
+    The caller runs the layers. For each of `calls` it enters the hidden states that `enter` returns, and gives the
+    layers' outputs to `leave`. At last `result` returns the hidden states of all tokens.
 
     Args:
         config: the model's configuration.
         kinds: the kind of each layer.
         memory: the model's memory, or None without memory tokens.
-        cache: to go on from, or None. Without one, and without gradients, one is made for a call with memory.
+        cache: the cache to go on from, or None. Without one, a model with memory makes one for this forward call,
+            unless gradients are wanted.
         tokens: the new tokens.
-        embeddings: their embeddings (B, T, hidden_size).
+        embeddings: the embeddings (B, T, hidden_size) of the new tokens.
     """
 
     def __init__(
@@ -149,7 +152,7 @@ class Schedule:
             cache = OlmemCache(config)
             cache.begin(self.batch_size, self.device)
         self.cache, self.tokens, self.embeddings = cache, tokens, embeddings
-        self.before = 0 if cache is None else cache.columns_before(self.length)  # columns read
+        self.before = 0 if cache is None else cache.columns_before(self.length)  # the columns that were read
         self.before_first = self.before or 0
         self.seen_first = cache.seen.clone() if cache is not None and self.differentiable else None
         self.states: list[LayerState] = [
@@ -158,16 +161,16 @@ class Schedule:
             else cache.layers[index]
             for index in range(len(kinds))
         ]
-        # The memory (B or 1, M, hidden_size) of each row's running segment.
+        # The memory (B or 1, M, hidden_size) of each row's current segment.
         self.memory = None if cache is None or memory is None else cache.memory
         if self.memory is not None:
             self.memory = self.memory.clone()
         self.carried: list[Carried] = []  # where gradients are wanted
-        self.outputs: list[list[torch.Tensor]] = []  # of each piece: hidden states (B, T, hidden_size) of its tokens
+        self.outputs: list[list[torch.Tensor]] = []  # for each piece, hidden states (B, T, hidden_size)
         self.pieces = self.cut()
 
     def cut(self) -> list[Piece]:
-        """Cuts the tokens into pieces of one segment a row, or leaves them whole without memory."""
+        """Cuts the tokens into pieces with one segment in each row, or into one piece in a model without memory."""
         numbers, padded, segment = self.tokens.numbers, self.tokens.padded, self.config.memory_segment_length
         if self.cache is not None:
             numbers = numbers.expand(self.batch_size, -1)
@@ -182,7 +185,7 @@ class Schedule:
         return cut_in_segments(numbers, padded, phase, segment)
 
     def calls(self) -> Iterable[Call]:
-        """Returns one call after another; each may need what came out of the one before."""
+        """Returns the calls in order. Each is made after `leave` was given the outputs of the one before."""
         if self.memory_module is None:
             return [self.call(self.pieces[0])]
         return self.segment_calls()
@@ -200,7 +203,7 @@ class Schedule:
             yield self.call(piece, reads, begins, writes=bool(after))
 
     def call(self, piece: Piece, reads: bool = False, begins: torch.Tensor | None = None, writes: bool = False) -> Call:
-        """Describes the pass of one piece."""
+        """Describes the call of one piece."""
         position_ids = None if self.cache is not None else self.tokens.position_ids
         return Call(
             Tokens(piece.numbers, piece.padded, self.tokens.documents, position_ids),
@@ -214,7 +217,7 @@ class Schedule:
         )
 
     def past(self) -> Past | None:
-        """States what a call must know of the cache that it goes on from."""
+        """Returns what a call must know of the cache that it goes on from, or None without a cache."""
         if self.cache is None:
             return None
         host_seen = unless_recorded(self.cache.counters.read_seen)
@@ -222,7 +225,7 @@ class Schedule:
         return Past(self.cache.seen, least, self.cache.max_length, self.config.caches_one_tensor)
 
     def earlier(self) -> Earlier | None:
-        """States what a call must know of earlier ones where gradients are wanted."""
+        """Returns what a call must know of earlier calls, or None if no gradients are wanted."""
         if not self.differentiable:
             return None
         kinds = set(self.kinds) if self.carried else ()
@@ -232,10 +235,10 @@ class Schedule:
     # Memory
 
     def begins(self, piece: Piece, index: int) -> tuple[bool, torch.Tensor | None]:
-        """Tells whether a row begins a segment with a piece, and which rows (R,) do, None if all do."""
+        """Returns whether any row begins a segment with a piece, and which rows (R,) do, or None if all do."""
         first, segment = piece.numbers[:, 0], self.config.memory_segment_length
         assert segment is not None
-        if index == 0 and self.memory is None:  # of a batch that has read nothing
+        if index == 0 and self.memory is None:  # the batch has read nothing yet
             return True, None
         host_seen = None if self.cache is None else unless_recorded(self.cache.counters.read_seen)
         if index == 0 and not piece.padded and host_seen is not None:
@@ -248,9 +251,10 @@ class Schedule:
         return known(rows.any(), True), None if known(rows.all(), False) else rows
 
     def first_memory(self, piece: Piece, begins: torch.Tensor | None) -> Iterator[Call]:
-        """Finds the memory of the rows that begin a segment with the first piece, and yields a call that writes it.
+        """Sets the memory of the rows that begin a segment with the first piece.
 
-        It was not written before, because nobody had asked.
+        Rows that begin a stream get the first memory. The others have ended a segment with an earlier forward call,
+        which did not write their memory yet, so this yields a call that writes it.
         """
         assert self.memory_module is not None
         initial = self.memory_module().to(self.device)
@@ -276,7 +280,7 @@ class Schedule:
         )
 
     def writers(self, piece: Piece) -> torch.Tensor | None:
-        """Returns the rows whose last segment has just ended, if the host knows them without waiting."""
+        """Returns the rows whose last segment has just ended, or None if the host would have to wait for them."""
         host_seen = None if self.cache is None else unless_recorded(self.cache.counters.read_seen)
         if host_seen is None or piece.padded:
             return None
@@ -286,7 +290,11 @@ class Schedule:
         return torch.tensor(rows, dtype=torch.long, device=self.device)
 
     def commit(self, call: Call, written: torch.Tensor) -> None:
-        """Makes what write tokens became (R, M, hidden_size) the memory of the rows whose next segment begins."""
+        """Takes the last hidden states of write tokens as the memory of the rows whose next segment begins.
+
+        Args:
+            written: the hidden states (R, M, hidden_size), to which the norm of memory is applied.
+        """
         assert self.memory_module is not None and self.memory is not None
         written = self.memory_module(written).to(self.memory.dtype)
         index = 0 if not call.numbers.shape[1] else len(self.outputs)
@@ -306,9 +314,9 @@ class Schedule:
         self.memory = memory
 
     def keeps_gradients(self, index: int) -> torch.Tensor | None:
-        """Tells of which rows (R,) gradients go back from a piece through the memory that it begins with.
+        """Returns for which rows (R,) gradients go back from a piece through the memory that it reads, or None for all.
 
-        They do `memory_bptt_segments` times in a row, counted from the row's last piece. None is always.
+        Counted back from a row's last piece, gradients pass `memory_bptt_segments` memories, then stop at one.
         """
         depth, length = self.config.memory_bptt_segments, self.config.memory_segment_length
         if depth is None or length is None or not self.differentiable:
@@ -322,7 +330,7 @@ class Schedule:
     # Passes
 
     def enter(self, call: Call) -> torch.Tensor:
-        """Returns what enters the layers for a call, (R, C, hidden_size): [read | tokens | write]."""
+        """Returns the hidden states (R, C, hidden_size) that enter the layers for a call, [read | tokens | write]."""
         parts = []
         if call.numbers.shape[1]:
             columns = self.pieces[len(self.outputs)].columns
@@ -340,7 +348,7 @@ class Schedule:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def inputs(self, layer_index: int, call: Call) -> list[torch.Tensor]:
-        """Returns the keys and values of earlier calls that a layer needs, in turns."""
+        """Returns the keys and values of earlier calls that a layer needs, key and value in turns."""
         found: list[torch.Tensor] = []
         if self.carried and call.numbers.shape[1]:
             for carried in self.needed(self.kinds[layer_index]):
@@ -348,7 +356,7 @@ class Schedule:
         return found
 
     def needed(self, kind: LayerKind) -> list[Carried]:
-        """Returns the earlier calls that hold a key which layers of that kind may see or retrieve."""
+        """Returns the earlier calls that hold keys which layers of that kind may see or retrieve."""
         visibility = Visibility.of(self.config, kind.layer_type)
         if visibility.span is None:
             return self.carried
@@ -368,11 +376,13 @@ class Schedule:
         hidden_states: Sequence[torch.Tensor | None],
         states: list[tuple[torch.Tensor, torch.Tensor]],
     ) -> None:
-        """Takes what came out of a call.
+        """Takes the outputs of a call.
 
         Args:
-            hidden_states: (R, C, hidden_size) after the last layer, and before it those that are wanted.
-            states: new keys and values (R, K, C, D) of each layer, where later calls need them.
+            plan: the plan of the call for any kind of layer.
+            hidden_states: the hidden states (R, C, hidden_size) that the caller wants, and at last those after the last
+                layer.
+            states: the new keys and values (R, K, C, D) of each layer, where later calls need them.
         """
         tokens, write = plan.columns("token"), plan.columns("write")
         if tokens is not None:
@@ -395,7 +405,7 @@ class Schedule:
             self.cache.advance(plan.view(), self.length if last else 0)
 
     def result(self) -> list[torch.Tensor]:
-        """Returns the hidden states (B, T, hidden_size) of the call's tokens, one for each that was wanted."""
+        """Returns the hidden states (B, T, hidden_size) of all tokens: those that are wanted, then the last ones."""
         if len(self.outputs) == 1 and isinstance(self.pieces[0].columns, slice):
             return self.outputs[0]
         joined = [torch.cat(states, dim=1) for states in zip(*self.outputs, strict=True)]
@@ -407,16 +417,16 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Packed:
-    """Holds packed documents as rows of their own, beside others of about their length."""
+    """Holds packed documents of similar lengths as rows of a batch."""
 
     tokens: Tokens
     embeddings: torch.Tensor  # (B, T, hidden_size)
     real: torch.Tensor  # (B, T) which columns are tokens
-    indices: torch.Tensor  # of these tokens in the flattened input
+    indices: torch.Tensor  # the indices of these tokens in the flattened input
 
 
 def unpack_documents(tokens: Tokens, embeddings: torch.Tensor) -> list[Packed]:
-    """Makes a row of each document that is packed into embeddings (B, T, hidden_size)."""
+    """Returns batches in which each document that is packed into embeddings (B, T, hidden_size) has its own row."""
     device, length = embeddings.device, embeddings.shape[1]
     groups: dict[int, list[tuple[int, int, int]]] = {}
     for row, documents in enumerate(tokens.documents or ()):
@@ -437,7 +447,13 @@ def unpack_documents(tokens: Tokens, embeddings: torch.Tensor) -> list[Packed]:
 def pack_documents(
     packed: Sequence[Packed], results: Sequence[Sequence[torch.Tensor]], like: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Brings the hidden states of unpacked documents back into rows like `like` (B, T, hidden_size)."""
+    """Returns the hidden states of unpacked documents in the rows that they came from.
+
+    Args:
+        packed: the batches of `unpack_documents`.
+        results: for each batch, its hidden states, as many tensors as are wanted.
+        like: a tensor (B, T, hidden_size) of the shape to return.
+    """
     back = torch.cat([each.indices for each in packed]).argsort()
     of_rows = [[states[each.real] for states in result] for each, result in zip(packed, results, strict=True)]
     return [torch.cat(parts)[back].view(like.shape) for parts in zip(*of_rows, strict=True)]

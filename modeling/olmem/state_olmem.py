@@ -1,19 +1,19 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
-"""What one layer remembers: a layer of an `OlmemCache`, or a tape that keeps gradients within one forward.
+"""Remembers the keys and values of one layer, in an `OlmemCache` or on a tape that keeps gradients within one forward.
 
 Shapes: B batch, K key/value heads, C columns of a call, S keys, D head dim, P slots of the prefix (M of memory, then
 the sinks). The buffers of a cache's layer are (B, K, slots, D):
 
-    | P slots of memory and sinks | a ring of a window's span, or a row that grows | one slot for what is not kept |
+    | P slots of memory and sinks | a ring of a window's span, or a row that grows | a slot for unwanted tokens |
 
 | layer | key of the window | key of the prefix |
 |---|---|---|
-| separate values, RoPE | rotated once, at its place, since only differences count | rotated at its slot |
+| separate values, RoPE | rotated once by its place, since only differences count | rotated by its slot |
 | … xpos; linspace; no positions | rotated, not scaled; as projected; as projected | the same |
-| shared tensor | as projected, positioned on read; one buffer is key and value | the same |
+| shared tensor | as projected, rotated on read; one buffer is key and value | the same |
 
-The place of a sink is its slot, and so is that of a memory token, so one rotation serves window and prefix. What
-retrieval looks up is a ring of its own, of keys without positions and values.
+The place of a sink equals its slot, and so does that of a memory token, so one rotation serves window and prefix. The
+tokens to retrieve are in a ring of their own, which holds keys without positions, and values.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ from .counters_olmem import Counters
 from .positions_olmem import to_halves, to_pairs
 from .visibility_olmem import STORE_BLOCK, Visibility, held, ring_slot
 
-GROWTH = 256  # tokens for which a layer has room at first
+GROWTH = 256  # the number of tokens for which a layer has room at first
 ALL = slice(None)
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # keys and values (B, K, S, D)
@@ -39,13 +39,13 @@ class OlmemCacheLayer(CacheLayerMixin):
     """Remembers the keys and values of one layer in an `OlmemCache`, in place and without gradients.
 
     Args:
-        visibility: what the layer's queries see.
-        counters: of the cache, which count what all its layers have read.
-        max_length: tokens for which a layer that grows gets its room at once, or None.
-        one_tensor: whether values are the keys, kept once and without positions.
+        visibility: says what the layer's queries see.
+        counters: the cache's counters of what its layers have read.
+        max_length: the number of tokens for which a full layer has room at once, or None for a layer that grows.
+        one_tensor: whether the keys are the values, and are stored once, without positions.
         rotates: whether the layer's keys are rotated.
-        store_capacity: tokens that may be retrieved once they have left the window; 0 has no store.
-        store_device: where the store is kept; None is where the layer is.
+        store_capacity: the number of tokens that can be retrieved after they have left the window; 0 for no store.
+        store_device: the device of the store, or None for that of the layer.
     """
 
     def __init__(
@@ -62,30 +62,30 @@ class OlmemCacheLayer(CacheLayerMixin):
         self.one_tensor = one_tensor
         self.in_pairs = one_tensor and rotates
         self.is_sliding = visibility.span is not None
-        self.is_compileable = False  # `generate()` shall not compile: its first token would wait for it
-        self.limit = visibility.span or max_length  # tokens held at most; None grows
-        self.room = min(self.limit, max_length) if self.limit and max_length else None  # made at once
+        self.is_compileable = False  # so that `generate()` does not compile, which delays its first token
+        self.limit = visibility.span or max_length  # the most tokens in the window's buffer; None if it grows
+        self.room = min(self.limit, max_length) if self.limit and max_length else None  # allocated at once
         self.store_limit = store_capacity and visibility.store_size(store_capacity)
         self.store_device = store_device
         self.is_initialized = False
-        self.buffers: dict[str, torch.Tensor] = {}  # "keys", "values", and "store_…" of both
+        self.buffers: dict[str, torch.Tensor] = {}  # by name: "keys", "values", "store_keys" and "store_values"
         self.capacity = 0
-        self.half_written = False  # a forward call has written here and not ended
+        self.half_written = False  # whether a forward call has written here and has not ended
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Returns the names of the buffers that a new token is written to."""
+        """Returns the names of the buffers of prefix and window."""
         return ("keys",) if self.one_tensor else ("keys", "values")
 
     @property
     def store_names(self) -> tuple[str, ...]:
-        """Returns the names of the store's buffers."""
+        """Returns the names of the buffers of the store."""
         return tuple(f"store_{name}" for name in self.names)
 
-    # What Transformers asks of a cache's layer
+    # The interface of Transformers' cache layers
 
     def held(self, name: str) -> torch.Tensor | None:
-        """Returns what a buffer holds of the window, (B, K, S, D)."""
+        """Returns the window's tokens in a buffer, (B, K, S, D), or None before the first call."""
         if not self.is_initialized:
             return None
         first, columns = self.visibility.num_prefix, unless_recorded(self.counters.read_columns)
@@ -94,12 +94,12 @@ class OlmemCacheLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> torch.Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Returns the window's keys as they are stored; once the ring is full, the newest stand over the oldest."""
+        """Returns the window's keys in stored order. Once the ring is full, new keys replace the oldest ones."""
         return self.held("keys")
 
     @property
     def values(self) -> torch.Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Returns the window's values in the order of `keys`."""
+        """Returns the window's values, in the order of `keys`."""
         return self.held(self.names[-1])
 
     def get_seq_length(self) -> int:
@@ -107,27 +107,28 @@ class OlmemCacheLayer(CacheLayerMixin):
         return self.counters.read_columns() if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Returns length and first column of the keys that a next call of that many columns would see."""
+        """Returns the number of keys that the next call of `query_length` columns sees, and the first one's column."""
         columns, span = self.get_seq_length(), self.visibility.span
         before = columns if span is None else min(columns, span - 1)
         return before + query_length, columns - before
 
     def get_max_length(self) -> int:
-        """Returns the most tokens that the layer holds, −1 where there is no limit."""
+        """Returns the most tokens that the window's buffer holds, or −1 without a limit."""
         return -1 if self.limit is None else self.limit
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_, **__) -> Pair:
-        """Refuses the update of a model that is not an Olmem model, which has no plan of where keys go.
+        """Refuses the update of another family's model, which makes no plan of where to write keys.
 
-        Transformers' class demands this method, and it is the only one that every foreign model calls.
+        Transformers' abstract class demands this method. It is also the only one that every foreign model calls, so it
+        is the place to refuse one.
         """
         raise ValueError(
             "`past_key_values` is an OlmemCache, which serves Olmem models only (got an update of another model); "
-            "leave it out, or pass a cache of Transformers."
+            "leave it out, or pass one of Transformers' caches."
         )
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Makes buffers without room for keys and values (B, K, S, D) like these."""
+        """Allocates buffers for keys and values of this type and shape (B, K, S, D), yet without room for tokens."""
         states = dict(zip(self.names, (key_states, value_states), strict=False))
         for name, like in states.items():
             shape = (*like.shape[:2], self.visibility.num_prefix + 1, like.shape[3])
@@ -141,24 +142,24 @@ class OlmemCacheLayer(CacheLayerMixin):
     # Room
 
     def prepare(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Makes sure that there are buffers for such keys and values (B, K, S, D), on their device."""
+        """Makes sure that there are buffers for keys and values (B, K, S, D) of this type, on their device."""
         if not self.is_initialized:
             self.lazy_initialization(key, value)
         if self.buffers["keys"].dtype != key.dtype:
             raise ValueError(
-                f"`past_key_values` holds {self.buffers['keys'].dtype} (got {key.dtype}); go on with the dtype, "
-                "and the autocast, that it was begun with."
+                f"`past_key_values` holds {self.buffers['keys'].dtype} (got {key.dtype}); use the dtype and the "
+                "autocast of the first call with this cache."
             )
         self.half_written = True
-        if self.buffers["keys"].device != key.device:  # a cache from a file, a model on several devices
+        if self.buffers["keys"].device != key.device:  # as with a cache from a file, or a model on several devices
             for name, buffer in self.buffers.items():
                 device = self.store_device if name in self.store_names and self.store_device else key.device
                 self.buffers[name] = allocate(*buffer.shape, dtype=buffer.dtype, device=device).copy_(buffer)
 
     def reserve(self, length: int | None) -> None:
-        """Makes room for that many tokens, at least twice the room there was, at most what the layer ever holds.
+        """Makes room for `length` tokens, at least twice the present room, and at most the layer's limit.
 
-        Where only the device knows the length, all room is made at once, so that its shapes stay.
+        If only the device knows the length (None), all room is made at once, so that shapes do not change.
         """
         if length is None:
             length = self.limit or self.capacity
@@ -174,14 +175,14 @@ class OlmemCacheLayer(CacheLayerMixin):
             if self.room is None:
                 raise
             raise ValueError(
-                f"`max_length` must be what there is memory for (got room for {room} tokens: {error}); give a smaller "
+                f"`max_length` must fit into the device's memory (got room for {room} tokens: {error}); give a smaller "
                 "one, or leave it out for layers that grow."
             ) from error
         self.buffers |= buffers
         self.capacity = room
 
     def reserve_store(self, length: int | None) -> None:
-        """Makes room in the store for that many tokens, at least twice the room there was."""
+        """Makes room in the store for `length` tokens, at least twice the present room."""
         room = self.buffers[self.store_names[0]].shape[2] - 1
         wanted = self.store_limit if length is None else min(length, self.store_limit)
         if room < wanted:
@@ -192,29 +193,29 @@ class OlmemCacheLayer(CacheLayerMixin):
     # Writing and reading
 
     def stored_form(self, key: torch.Tensor, value: torch.Tensor, plan: Plan) -> Pair:
-        """Returns new keys and values (B, K, C, D) as the buffers hold them."""
+        """Returns new keys and values (B, K, C, D) in the form in which the buffers store them."""
         if self.one_tensor:
             key = to_pairs(key) if self.in_pairs else key
             return key, key
         return plan.rotations.place(key), value
 
     def past(self, writes: Writes) -> Pair | None:
-        """Returns copies (B, K, S, D) of the keys and values before a call, oldest first; None if it needs none."""
+        """Returns copies (B, K, S, D) of the keys and values before a call, oldest first, or None if there are none."""
         if writes.past_slots is None or not writes.past_slots.shape[1]:
             return None
         copies = [self.buffers[name][writes.rows, :, writes.past_slots].transpose(1, 2) for name in self.names]
         return copies[0], copies[-1]
 
     def prefix(self, writes: Writes) -> Pair:
-        """Returns keys and values (B, K, P, D) of memory and sinks, of the rows that take part."""
+        """Returns the keys and values (B, K, P, D) of memory and sinks, for the rows that take part in a call."""
         rows = ALL if writes.chosen is None else writes.chosen
         states = [self.buffers[name][:, :, : self.visibility.num_prefix][rows] for name in self.names]
         return states[0], states[-1]
 
     def open(self, key: torch.Tensor, value: torch.Tensor, plan: Plan) -> tuple[Pair, Pair | None]:
-        """Makes room for new keys and values (B, K, C, D), before they are kept.
+        """Makes room for new keys and values (B, K, C, D), which `keep` then writes.
 
-        Returns them in their stored form, and copies of the keys and values before the call, as `past` does.
+        Returns the new ones in their stored form, and copies of those before the call as `past` does.
         """
         writes = require(plan.writes)
         new = self.stored_form(key, value, plan)
@@ -224,7 +225,7 @@ class OlmemCacheLayer(CacheLayerMixin):
         return new, self.past(writes)
 
     def keep(self, new: Pair, plan: Plan) -> None:
-        """Writes new keys and values (B, K, C, D), in their stored form, to their slots."""
+        """Writes new keys and values (B, K, C, D) in their stored form to their slots."""
         writes, read, tokens = require(plan.writes), plan.columns("read"), plan.columns("token")
         for name, states in zip(self.names, new, strict=False):
             buffer = self.buffers[name]
@@ -245,7 +246,7 @@ class OlmemCacheLayer(CacheLayerMixin):
     def write(
         self, key: torch.Tensor, value: torch.Tensor, plan: Plan, earlier: Sequence[torch.Tensor] = ()
     ) -> list[list[Part]]:
-        """Keeps new keys and values, as `LayerState.write` does, without gradients."""
+        """Writes new keys and values as `LayerState.write` does, without gradients."""
         writes = require(plan.writes)
         new, before = self.open(key, value, plan)
         self.keep(new, plan)
@@ -258,12 +259,12 @@ class OlmemCacheLayer(CacheLayerMixin):
             before = states[0], states[-1]
         return parts_of_sections(plan, before, new, prefix, self.one_tensor, self.in_pairs)
 
-    # What is retrieved
+    # The store of tokens to retrieve
 
     def store(self, key: torch.Tensor, value: torch.Tensor, plan: Plan, block: slice) -> torch.Tensor:
-        """Takes a block of the new tokens' keys and values (B, K, T, D), without positions, into the store.
+        """Stores a block of the new tokens' keys and values (B, K, T, D), which have no positions.
 
-        Returns the numbers (R, S) of the store's first S tokens.
+        Returns the numbers (R, S) of the tokens in the first S slots of the store.
         """
         view, length = plan.view(), require(plan.writes).length
         device = self.buffers[self.store_names[0]].device
@@ -281,7 +282,7 @@ class OlmemCacheLayer(CacheLayerMixin):
     def candidates(
         self, key: torch.Tensor, value: torch.Tensor, plan: Plan, earlier: Sequence[torch.Tensor] = ()
     ) -> Iterator[Candidates]:
-        """Yields what the new tokens may retrieve, which enter the store a block at a time."""
+        """Stores the new tokens block by block, and yields what each block may retrieve."""
         view = plan.view()
         for block in blocks(view.numbers.shape[1]):
             numbers = self.store(key, value, plan, block)
@@ -290,7 +291,7 @@ class OlmemCacheLayer(CacheLayerMixin):
             yield Candidates(ALL, block, stored[0], stored[-1], numbers, queries)
 
     def stored(self, numbers: torch.Tensor) -> Pair:
-        """Returns copies of the keys and values (B, K, S, D) of tokens with these numbers (B, S) in the store."""
+        """Returns copies of the keys and values (B, K, S, D) of the tokens with these numbers (B, S) in the store."""
         buffers = [self.buffers[name] for name in self.store_names]
         slots = ring_slot(numbers.clamp(min=0), self.store_limit).to(buffers[0].device)
         rows = torch.arange(len(slots), device=slots.device)[:, None]
@@ -300,13 +301,13 @@ class OlmemCacheLayer(CacheLayerMixin):
     # The batch, and files
 
     def used(self, length: int) -> dict[str, torch.Tensor]:
-        """Returns what the buffers hold after `length` columns: prefix and window (B, K, P + S, D), and the store."""
+        """Returns the used part of each buffer by name, (B, K, slots, D), after `length` columns were read."""
         window = self.visibility.num_prefix + min(length, self.limit or length)
         slots = dict.fromkeys(self.names, window) | dict.fromkeys(self.store_names, min(length, self.store_limit))
         return {name: buffer[:, :, : slots[name]] for name, buffer in self.buffers.items()}
 
     def select(self, rows: torch.Tensor) -> None:
-        """Keeps these rows of the batch, in their order, in place while there are as many as before."""
+        """Keeps these rows of the batch in this order, in the same buffers if their number does not change."""
         for name, buffer in self.buffers.items():
             chosen = buffer.index_select(0, rows.to(buffer.device))
             if chosen.shape != buffer.shape:
@@ -314,20 +315,20 @@ class OlmemCacheLayer(CacheLayerMixin):
             self.buffers[name].copy_(chosen)
 
     def clear(self, rows: torch.Tensor | None = None) -> None:
-        """Forgets what these rows of the batch hold, or all rows, and keeps the room."""
+        """Sets the buffers of these rows of the batch, or of all rows, to zero, and keeps the room."""
         self.half_written = False
         for buffer in self.buffers.values():
             buffer[ALL if rows is None else rows.to(buffer.device)] = 0
 
 
 class OlmemTape:
-    """Joins the keys and values of one forward, so that gradients go back through all of them.
+    """Joins the keys and values of all calls of one forward, so that gradients go back through them.
 
-    What earlier calls of the forward have made comes in as arguments. Behind a tape there may be a cache's layer, whose
-    past it reads as copies, and to which it writes what is new, without gradients.
+    The keys and values of earlier calls are arguments. If the forward goes on from a cache, the tape also reads copies
+    of the keys and values in the cache's layer, and writes the new ones to it without gradients.
 
     Args:
-        layer: the layer of an `OlmemCache` to go on from, or None.
+        layer: the layer of the `OlmemCache` that the forward goes on from, or None.
     """
 
     def __init__(self, layer: OlmemCacheLayer | None = None):
@@ -336,7 +337,7 @@ class OlmemTape:
     def write(
         self, key: torch.Tensor, value: torch.Tensor, plan: Plan, earlier: Sequence[torch.Tensor] = ()
     ) -> list[list[Part]]:
-        """Joins new keys and values to those before, as `LayerState.write` does."""
+        """Joins new keys and values to those before them, as `LayerState.write` does."""
         rotations, new, prefix = plan.rotations, (plan.rotations.place(key), value), None
         before = [states_of(earlier)] if earlier else []
         if self.layer is not None and plan.writes is not None:
@@ -344,7 +345,7 @@ class OlmemTape:
             if past is not None:
                 before.insert(0, past)
         joined = join(before)
-        if joined is not None and rotations.key.length:  # of the last keys, which have no positions yet
+        if joined is not None and rotations.key.length:  # the last keys have no positions yet
             first = joined[0].shape[2] - rotations.key.length
             rotated = rotations.key(joined[0][:, :, first:])
             joined = torch.cat((joined[0][:, :, :first], rotated), dim=2), joined[1]
@@ -356,7 +357,7 @@ class OlmemTape:
     def read_layer(
         self, layer: OlmemCacheLayer, key: torch.Tensor, value: torch.Tensor, plan: Plan
     ) -> tuple[Pair | None, Pair | None]:
-        """Returns copies of a layer's past and prefix in halves, then writes what is new to the layer."""
+        """Returns copies of a layer's past and prefix in halves, and writes the new keys and values to the layer."""
         new, past = layer.open(key.detach(), value.detach(), plan)
         prefix = None
         if layer.visibility.num_prefix:
@@ -368,7 +369,13 @@ class OlmemTape:
         return past, prefix
 
     def prefix(self, plan: Plan, joined: Pair | None, new: Pair, stored: Pair | None) -> Pair | None:
-        """Returns keys and values (B, K, P, D) of memory and sinks, of this call, of earlier ones, or as stored."""
+        """Returns the keys and values (B, K, P, D) of memory and sinks, or None if there are none.
+
+        Args:
+            joined: the keys and values before the call.
+            new: those of the call, which may hold new memory and sinks.
+            stored: the prefix in the cache.
+        """
         visibility, tape = plan.visibility, require(plan.tape)
         count, read, tokens = visibility.num_memory, plan.columns("read"), plan.columns("token")
         found = []
@@ -395,7 +402,7 @@ class OlmemTape:
     def candidates(
         self, key: torch.Tensor, value: torch.Tensor, plan: Plan, earlier: Sequence[torch.Tensor] = ()
     ) -> Iterator[Candidates]:
-        """Yields all that the new tokens may retrieve, document by document where documents are packed."""
+        """Yields what the new tokens may retrieve, as one block, or as one for each packed document."""
         view, tape = plan.view(), require(plan.tape)
         if view.documents is not None:
             for row, documents in enumerate(view.documents):
@@ -422,12 +429,14 @@ class OlmemTape:
 def parts_of_sections(
     plan: Plan, past: Pair | None, new: Pair, prefix: Pair | None, is_bare: bool = False, in_pairs: bool = False
 ) -> list[list[Part]]:
-    """Returns the parts that each section of a plan sees: its window, and before it the prefix if it may see one.
+    """Returns the parts that each section of a plan sees, which are the window, and before it the prefix if it is seen.
 
     Args:
-        past: keys and values (B, K, S, D) before the call, or where they are read in place, with the new ones.
-        new: the new ones (B, K, C, D).
-        prefix: memory and sinks (B, K, P, D).
+        past: the keys and values (B, K, S, D) before the call, and the new ones too if they are read in place.
+        new: the new keys and values (B, K, C, D).
+        prefix: the keys and values (B, K, P, D) of memory and sinks.
+        is_bare: whether all these keys have no positions yet.
+        in_pairs: whether they are laid out in pairs.
     """
     sections, window = [], past
     for section in plan.sections:
@@ -445,30 +454,30 @@ def parts_of_sections(
 
 
 def require(value: Held | None) -> Held:
-    """Returns a value that the plan of such a call always has."""
+    """Returns a value that is not None in the plan of such a call."""
     assert value is not None
     return value
 
 
 def states_of(earlier: Sequence[torch.Tensor]) -> Pair:
-    """Returns the keys and values (B, K, S, D) of earlier calls, which come in turns, as one tensor each."""
+    """Returns the keys and values (B, K, S, D) of earlier calls, given in turns, as one tensor each."""
     return torch.cat(tuple(earlier[0::2]), dim=2), torch.cat(tuple(earlier[1::2]), dim=2)
 
 
 def join(pairs: Sequence[Pair]) -> Pair | None:
-    """Returns keys and values (B, K, S, D) one after another, or None of none."""
+    """Returns the concatenation of keys and values (B, K, S, D), or None if there are none."""
     if len(pairs) < 2:
         return pairs[0] if pairs else None
     return torch.cat([pair[0] for pair in pairs], dim=2), torch.cat([pair[1] for pair in pairs], dim=2)
 
 
 def blocks(length: int) -> list[slice]:
-    """Returns the blocks in which so many tokens enter a store."""
+    """Returns the blocks in which that many tokens are stored."""
     return [slice(start, min(start + STORE_BLOCK, length)) for start in range(0, length, STORE_BLOCK)]
 
 
 def grown(old: torch.Tensor, slots: int) -> torch.Tensor:
-    """Returns a buffer (B, K, slots, D) with what an old one held; the last slot of each is for what is not kept."""
+    """Returns a larger buffer (B, K, slots, D) with the content of an old one, except its slot for unwanted tokens."""
     new = allocate(*old.shape[:2], slots, old.shape[3], dtype=old.dtype, device=old.device)
     new[:, :, : old.shape[2] - 1] = old[:, :, :-1]
     return new

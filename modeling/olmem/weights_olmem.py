@@ -1,8 +1,8 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
-"""How weights come into a model: names of version 0.1 are read, and memory beside weights without memory is gated.
+"""Loads weights into a model, also under the names of version 0.1, and adds gates to a memory that they do not have.
 
-In 0.1 the parameters of memory and of gates were no modules of their own. Their values fit, but a memory itself does
-not: version 0.1 wrote it without a norm, so what it has learnt to read is of another size.
+In version 0.1 the parameters of memory and gates had other names. Their shapes are the same, but a trained memory must
+be trained again: version 0.1 wrote memory without a norm, so that memory had another scale.
 """
 
 import copy
@@ -18,7 +18,7 @@ from transformers.modeling_utils import PreTrainedModel
 from .configuration_olmem import OlmemConfig
 from .rules_olmem import MEMORY_GATE
 
-# Ends of the names of version 0.1, as regular expressions, and what takes their place.
+# The ends of the parameter names of version 0.1, as regular expressions, and the ends that replace them.
 OLD_NAMES = {
     r"memory_embeddings$": "memory.embeddings",
     r"self_attn\.memory_gate$": "self_attn.memory_gate.logits",
@@ -28,16 +28,17 @@ OLD_MEMORY = next(iter(OLD_NAMES))
 
 
 def new_name(name: str) -> str:
-    """Returns the name that a parameter of version 0.1 has today, which may be the same."""
+    """Returns today's name of a parameter of version 0.1. Most names have not changed."""
     for old, new in OLD_NAMES.items():
         name = re.sub(old, new, name)
     return name
 
 
 def warn_of_old_memory(stacklevel: int) -> None:
+    """Warns that a memory of version 0.1 must be trained again."""
     warnings.warn(
-        "These weights hold a memory of olmem 0.1, which was written without a norm; it must be trained again, as "
-        "`model.memory.norm` is new and what its gates and embeddings have learnt is of another size.",
+        "These weights hold a memory of olmem 0.1, which wrote memory without a norm; it must be trained again, "
+        "because `model.memory.norm` is new, and gates and embeddings were trained for memory of another scale.",
         stacklevel=stacklevel + 1,
     )
 
@@ -45,8 +46,8 @@ def warn_of_old_memory(stacklevel: int) -> None:
 def read_old_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Renames the parameters of version 0.1 in a state dict before `module`, an `OlmemModel`, loads it.
 
-    It is a hook for `register_load_state_dict_pre_hook`. The norm of memory, which version 0.1 did not have, is left
-    as it is.
+    This is a hook for `register_load_state_dict_pre_hook`. The module keeps its norm of memory, which version 0.1 did
+    not have.
     """
     old_names = [name for name in state_dict if name.startswith(prefix) and new_name(name) != name]
     had_memory = any(re.search(OLD_MEMORY, name) for name in old_names)
@@ -61,26 +62,28 @@ def read_old_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *
 
 
 def lacks_gates(config: OlmemConfig, missing_keys: Iterable[str]) -> bool:
-    """Whether weights without memory were loaded into a model with memory that nothing gates, and nobody chose that."""
+    """Returns whether a model has memory without gates, its weights lack memory, and the caller did not choose that."""
     without = any(name.endswith("memory.embeddings") for name in missing_keys)
     return without and config.memory_gate_init is None and not config.chooses_memory_gate
 
 
 class LoadsWeights(PreTrainedModel):
-    """A model of Transformers whose `from_pretrained` reads old names, and gates a memory that its weights lack."""
+    """Reads weights under old names, and adds gates to a memory that the weights lack."""
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs
     ) -> Any:
-        """Loads weights as `PreTrainedModel.from_pretrained` does; parameters may have their names of version 0.1.
+        """Loads weights as `PreTrainedModel.from_pretrained` does, also under the parameter names of version 0.1.
 
-        What is saved again has today's names. Weights without memory that are loaded into a model with memory get
+        A model that is saved again has today's names. If the model has memory and the weights have none, the model gets
         gates that begin at −10, unless `memory_gate_init` is given.
         """
         kwargs["key_mapping"] = OLD_NAMES | (kwargs.get("key_mapping") or {})
         config = kwargs.get("config")
-        if isinstance(config, PreTrainedConfig) and "memory_gate_init" in kwargs:  # no argument of Transformers then
+        if (
+            isinstance(config, PreTrainedConfig) and "memory_gate_init" in kwargs
+        ):  # Transformers takes no fields beside a config
             config = kwargs["config"] = copy.deepcopy(config)
             config.memory_gate_init, config.chooses_memory_gate = kwargs.pop("memory_gate_init"), True
 
@@ -91,7 +94,7 @@ class LoadsWeights(PreTrainedModel):
 
         model, loading_info = load()
         if lacks_gates(model.config, loading_info["missing_keys"]):
-            # The configuration told of a memory that the weights do not have: it was edited, or made by hand.
+            # The configuration has a memory that the weights lack, for instance because it was edited.
             config = copy.deepcopy(config) if isinstance(config, PreTrainedConfig) else None
             del model
             if config is None:

@@ -251,7 +251,9 @@ def test_crop_counts_as_transformers_does(changes):
 def test_crop_gives_the_reason_once_a_window_has_let_go(changes, tokens_to_remove):
     model = tiny(**changes)
     cache = after(model, tokens(1, span(model) + 1))
-    with pytest.raises(ValueError, match="`crop` cannot take tokens back once a window has let go of some: layer"):
+    with pytest.raises(
+        ValueError, match="`crop` cannot take tokens back once a window has lost some, as that of layer"
+    ):
         cache.crop(tokens_to_remove)
     assert cache.get_seq_length() == span(model) + 1
     assert not cache.is_croppable
@@ -607,7 +609,7 @@ def test_a_cache_of_another_model_is_refused_with_the_field_that_differs(name, v
     if name == "num_hidden_layers":
         changes |= {"layer_types": None}
     model, cache = tiny(**changes), after(tiny(**MIXED), tokens(2, 3))
-    differ = r"`past_key_values` is of another model: `\w+` was .* \(got .*\); use it with its own model"
+    differ = r"`past_key_values` is of another model, whose `\w+` was .* \(got .*\); use it with its own model"
     with pytest.raises(ValueError, match=differ) as in_use:
         read(model, tokens(2, 1), cache)
     with pytest.raises(ValueError, match=differ) as from_file:
@@ -1120,7 +1122,7 @@ def test_rows_that_name_no_row_are_refused(rows):
     """Some of them were rounded to a row, which then began anew."""
     model = tiny()
     cache = after(model, tokens(2, 5))
-    with pytest.raises(ValueError, match="`rows` must be of the 2 of the batch"):
+    with pytest.raises(ValueError, match="`rows` must be among the 2 of the batch"):
         model.reset_memory(cache, rows)
     assert cache.seen.tolist() == [5, 5]
 

@@ -799,7 +799,7 @@ def test_rows_that_are_not_there_are_refused_before_anything_is_forgotten():
     model, ids = make(MEMORIES["both"]), tokens(2, 9)
     cache = OlmemCache(model.config)
     read(model, [ids[:, :8]], cache=cache)
-    with pytest.raises(ValueError, match="`rows` must be of the 2 of the batch"):
+    with pytest.raises(ValueError, match="`rows` must be among the 2 of the batch"):
         model.reset_memory(cache, [0, 5])
     model.reset_memory(cache, [])
     assert not cache.began_anew

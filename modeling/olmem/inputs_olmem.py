@@ -152,7 +152,7 @@ def read_mask(
             "it is a mask that is added to scores."
         )
     mask = mask != 0
-    return None if known(mask.all(), False) else mask
+    return None if mask.is_meta or known(mask.all(), False) else mask  # a mask on meta has no zeros
 
 
 def refuse_packed_padding(position_ids: torch.Tensor, mask: torch.Tensor) -> None:

@@ -329,7 +329,7 @@ class OlmemPreTrainedModel(LoadsWeights):
     config_class = OlmemConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["OlmemDecoderLayer"]  # noqa: RUF012  Transformers' own attributes, here and below
+    _no_split_modules = ["OlmemDecoderLayer", "OlmemMemory"]  # noqa: RUF012  Transformers' own attributes, here and below
     _skip_keys_device_placement = ["past_key_values", "cache", "state"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True

@@ -8,7 +8,7 @@ be trained again: version 0.1 wrote memory without a norm, so that memory had an
 import copy
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -67,6 +67,20 @@ def lacks_gates(config: OlmemConfig, missing_keys: Iterable[str]) -> bool:
     return without and config.memory_gate_init is None and not config.chooses_memory_gate
 
 
+def place_modules(device_map: Any) -> Any:
+    """Returns a map of devices that names memory, or a gate, where it names a parameter of theirs.
+
+    Whatever splits modules into their parts makes such maps, but accelerate places modules: a parameter that is named
+    alone stays on the meta device. The rest of memory, its norm, goes where the embeddings go.
+    """
+    if not isinstance(device_map, Mapping):
+        return device_map
+    renamed = {name: re.sub(r"(memory|_gate)\.(embeddings|logits)$", r"\1", name) for name in device_map}
+    wholes = {new for name, new in renamed.items() if new != name}
+    parts = tuple(f"{whole}." for whole in wholes)
+    return {new: device_map[name] for name, new in renamed.items() if new in wholes or not name.startswith(parts)}
+
+
 class LoadsWeights(PreTrainedModel):
     """Reads weights under old names, and adds gates to a memory that the weights lack."""
 
@@ -79,6 +93,8 @@ class LoadsWeights(PreTrainedModel):
         A model that is saved again has today's names. If the model has memory and the weights have none, the model gets
         gates that begin at −10, unless `memory_gate_init` is given.
         """
+        if "device_map" in kwargs:
+            kwargs["device_map"] = place_modules(kwargs["device_map"])
         kwargs["key_mapping"] = OLD_NAMES | (kwargs.get("key_mapping") or {})
         config = kwargs.get("config")
         if (

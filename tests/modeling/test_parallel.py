@@ -6,7 +6,10 @@ import sys
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload, infer_auto_device_map
+from modeling.helpers import tokens
 from modeling.parallel import CHECKPOINTING, VARIANTS, Result, made, train, train_in_bfloat16
+from olmem import OlmemCache, OlmemForCausalLM
 from torch.testing import assert_close
 
 from modeling import parallel
@@ -67,3 +70,76 @@ def test_mixed_precision_adds_nothing_to_the_noise_of_bfloat16(found, alone, var
         for name, weight in model.named_parameters():
             noise_of_weight = (alone[variant]["weights"][name] - weight).norm()
             assert (result["weights"][name] - weight).norm() <= noise_of_weight, name
+
+
+# Models that accelerate spreads over devices
+
+
+@torch.no_grad()
+def answers(model: OlmemForCausalLM) -> tuple[torch.Tensor, ...]:
+    """What a model makes of a text as a whole, in pieces with a cache across them, and by writing on."""
+    ids, cache = tokens(2, 19), OlmemCache(model.config)
+    whole = model.eval()(ids, use_cache=False).logits
+    pieces = [model(piece, past_key_values=cache).logits for piece in ids.split([7, 1, 1, 6, 4], dim=1)]
+    return whole, torch.cat(pieces, dim=1), model.generate(ids, max_new_tokens=4, do_sample=False)
+
+
+@every_variant
+def test_an_offloaded_model_answers_the_same(variant, tmp_path):
+    meant = answers(made(variant))
+    folder = tmp_path / "model"
+    made(variant).save_pretrained(folder)
+    spread = {
+        "the cpu": cpu_offload(made(variant), execution_device=torch.device("cpu")),
+        "the disk": disk_offload(made(variant), tmp_path / "weights", execution_device=torch.device("cpu")),
+        "a map": OlmemForCausalLM.from_pretrained(folder, device_map={"": "disk"}, offload_folder=tmp_path / "map"),
+    }
+    for way, model in spread.items():
+        for found, expected in zip(answers(model), meant, strict=True):
+            assert torch.equal(found, expected), way
+
+
+@pytest.mark.parametrize("place", ["disk", "cpu"])
+@pytest.mark.parametrize("part", ["memory.embeddings", "memory.norm", "memory_gate.logits", "retrieval_gate.logits"])
+def test_a_device_map_may_name_the_parts_of_memory(part, place, tmp_path):
+    """Accelerate places modules, and these are parameters, or one of two parts of a module that is placed whole."""
+    model = made("both")
+    model.save_pretrained(tmp_path)
+    other = {"disk": "cpu", "cpu": "disk"}[place]
+    names = [name for name, module in model.named_modules() if not list(module.children())]
+    places = {name: other for name in names if not name.endswith(("memory.norm", "_gate"))}
+    places |= {f"model.memory.{name}": other for name in ("embeddings", "norm")}
+    gates = [f"{kind}_gate.logits" for kind in ("memory", "retrieval")]
+    weights = [name for name, _ in model.named_parameters()]
+    places |= {name: other for name in weights if name.endswith(tuple(gates))}
+    places |= {name: place for name in places if name.endswith(part)}
+    spread = OlmemForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offloaded")
+    for found, expected in zip(answers(spread), answers(made("both")), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_no_automatic_device_map_splits_memory():
+    model = made("both")
+    sizes = {name: weight.numel() * weight.itemsize for name, weight in model.model.named_parameters()}
+    size_of_memory = sum(size for name, size in sizes.items() if name.startswith("memory."))
+    before = sum(sizes.values()) - size_of_memory
+    for budget in range(before, before + size_of_memory, 32):  # where memory's parts would be told apart
+        names = infer_auto_device_map(model, {"cpu": budget, "disk": 10**9}, model._no_split_modules)
+        assert "model.memory" in names
+
+
+@every_variant
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_the_meta_device_gives_shapes(has_mask, variant):
+    """With a cache and without; a mask has no zeros there."""
+    model, ids = made(variant).to("meta"), tokens(2, 17).to("meta")
+    mask = torch.ones_like(ids) if has_mask else None
+    output = model(ids, attention_mask=mask, labels=ids, use_cache=False)
+    output.loss.backward()
+    assert output.logits.shape == (2, 17, 61) and output.logits.is_meta
+    cache = OlmemCache(model.config)
+    for piece in ids.split([9, 1, 7], dim=1):
+        logits = model.eval()(
+            piece, attention_mask=torch.ones_like(piece) if has_mask else None, past_key_values=cache
+        ).logits
+        assert logits.shape == (*piece.shape, 61) and logits.is_meta

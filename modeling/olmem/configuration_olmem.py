@@ -72,6 +72,10 @@ class OlmemConfig(OlmemRules, PreTrainedConfig):
             the memory tokens of the next segment are written at its end. 0 is a model without memory tokens.
         memory_segment_length (`int`, *optional*): The number of tokens in a segment. Defaults to `sliding_window`, or
             to `attention_chunk_size` where some layers are chunked and none slides.
+            With gradient checkpointing each layer keeps the keys and values of all segments beside its hidden states.
+            This is three times what a model without memory keeps where there are as many key/value heads as query
+            heads, and less with fewer. Each segment is a call of every layer, so processes that shard layers must read
+            equally many segments in a step.
         memory_bptt_segments (`int`, *optional*): The greatest number of segments that gradients go back through the
             memory. It is counted from the last segment of a forward call, and earlier segments get no more. With 0, a
             model learns to read memory, but not to write it. None goes back through all segments of the call.

@@ -49,7 +49,7 @@ class WholeBatchLoss:
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> SequenceClassifierOutputWithPast | TokenClassifierOutput:
-        """As the generic head; without `num_items_in_batch` the loss is the mean over the labels of this call."""
+        """Computes as the generic head does; without `num_items_in_batch` the loss is the mean over the labels."""
         kwargs |= {CACHE_NAME: past_key_values, "use_cache": use_cache, "return_dict": True}
         inputs = input_ids, attention_mask, position_ids
         output = super().forward(*inputs, inputs_embeds=inputs_embeds, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
@@ -80,7 +80,10 @@ class OlmemForSequenceClassification(WholeBatchLoss, GenericForSequenceClassific
 
 
 class OlmemForTokenClassification(WholeBatchLoss, GenericForTokenClassification, OlmemPreTrainedModel):
-    """Scores (B, T, num_labels) for each token; `classifier_dropout` of the config, or 0.1, before them in training."""
+    """Computes scores (B, T, num_labels) for each token.
+
+    The dropout before the head is `classifier_dropout` of the configuration, or 0.1.
+    """
 
     def __init__(self, config: OlmemConfig):
         OlmemPreTrainedModel.__init__(self, config)

@@ -58,7 +58,7 @@ def train(model: nn.Module, rank: int = 0, world: int = 1) -> list[torch.Tensor]
 
 def made(variant: str, use_reentrant: bool | None = None) -> OlmemForCausalLM:
     """A model in training mode."""
-    model = tiny(**VARIANTS[variant]).train()
+    model = tiny(**VARIANTS[variant], vocab_size=62).train()  # which two processes can share
     if use_reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     return model

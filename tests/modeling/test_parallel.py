@@ -11,6 +11,7 @@ from modeling.helpers import tokens
 from modeling.parallel import CHECKPOINTING, VARIANTS, Result, made, train, train_in_bfloat16
 from olmem import OlmemCache, OlmemForCausalLM
 from torch.testing import assert_close
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from modeling import parallel
 
@@ -51,6 +52,12 @@ def same(result: Result, meant: Result) -> None:
 @every_variant
 @pytest.mark.parametrize("way", ["ddp", "fsdp1", "tp", *(f"fsdp2, checkpoints {each}" for each in CHECKPOINTING)])
 def test_two_processes_train_as_one_does(found, alone, way, variant):
+    if (
+        way.endswith("True")
+        and "num_memory_tokens" in VARIANTS[variant]
+        and "__call__" in vars(GradientCheckpointingLayer)
+    ):
+        pytest.xfail("these releases of Transformers run the hooks of FSDP2 inside a reentrant checkpoint")
     for result in found:
         same(result[f"{way} {variant}"], alone[variant])
 
@@ -120,10 +127,8 @@ def test_a_device_map_may_name_the_parts_of_memory(part, place, tmp_path):
 
 def test_no_automatic_device_map_splits_memory():
     model = made("both")
-    sizes = {name: weight.numel() * weight.itemsize for name, weight in model.model.named_parameters()}
-    size_of_memory = sum(size for name, size in sizes.items() if name.startswith("memory."))
-    before = sum(sizes.values()) - size_of_memory
-    for budget in range(before, before + size_of_memory, 32):  # where memory's parts would be told apart
+    size = sum(weight.numel() * weight.itemsize for weight in model.parameters())
+    for budget in range(size - 288, size, 32):  # where there is room for some of memory's parts only
         names = infer_auto_device_map(model, {"cpu": budget, "disk": 10**9}, model._no_split_modules)
         assert "model.memory" in names
 
@@ -136,10 +141,10 @@ def test_the_meta_device_gives_shapes(has_mask, variant):
     mask = torch.ones_like(ids) if has_mask else None
     output = model(ids, attention_mask=mask, labels=ids, use_cache=False)
     output.loss.backward()
-    assert output.logits.shape == (2, 17, 61) and output.logits.is_meta
+    assert output.logits.shape == (2, 17, 62) and output.logits.is_meta
     cache = OlmemCache(model.config)
     for piece in ids.split([9, 1, 7], dim=1):
         logits = model.eval()(
             piece, attention_mask=torch.ones_like(piece) if has_mask else None, past_key_values=cache
         ).logits
-        assert logits.shape == (*piece.shape, 61) and logits.is_meta
+        assert logits.shape == (*piece.shape, 62) and logits.is_meta

@@ -5,6 +5,7 @@ from transformers import AutoConfig
 
 from .cache_olmem import OlmemCache
 from .configuration_olmem import OlmemConfig
+from .export_olmem import OlmemStep
 from .heads_olmem import OlmemForSequenceClassification, OlmemForTokenClassification
 from .modeling_olmem import OlmemForCausalLM, OlmemModel
 
@@ -21,4 +22,5 @@ __all__ = [
     "OlmemForSequenceClassification",
     "OlmemForTokenClassification",
     "OlmemModel",
+    "OlmemStep",
 ]

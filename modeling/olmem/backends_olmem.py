@@ -18,7 +18,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .compat_olmem import pieces
-from .contracts_olmem import Backend, Heads, Needs, Output, Part, Rotations, Section, choose
+from .contracts_olmem import Backend, Heads, Needs, Output, Part, Rotations, Section, by_key_head, by_query_head, choose
 from .positions_olmem import XposScheme, as_complex, rotate_pairs, to_halves, to_pairs
 from .view_olmem import View, find_sinks
 
@@ -260,21 +260,22 @@ def apply_scheme(
 ) -> tuple[torch.Tensor, torch.Tensor, Prefix | None, torch.Tensor | None]:
     """Returns a block's queries, keys and prefix, changed by xpos or linspace, and a bias for the scores of the prefix.
 
-    Positions are offsets from the block's first query, so that none grows with the stream.
+    Positions are offsets from the middle of the block, so that none grows with the stream.
     """
     scheme, place, bias = heads.scheme, view.places[:, block], None
-    first = place[:, :1]
+    heads.scheme.refuse_far(query.shape[2], query.dtype)
+    middle = (place[:, :1] + place[:, -1:]) // 2
     if prefix is not None:
         slot = view.query_slots[:, block]
         least = slot.amin(-1, keepdim=True)
-        bias = scheme.score_bias(prefix.query, place - slot - first + least, heads.scaling)
+        bias = scheme.score_bias(prefix.query, place - slot - middle + least, heads.scaling)
         prefix = Prefix(
             scheme.place_query(prefix.query, slot - least, in_pairs),
             scheme.place_key(prefix.key, view.prefix_slots - least, in_pairs),
             prefix.value,
         )
-    query = scheme.place_query(query, place - first, in_pairs)
-    return query, scheme.place_key(key, view.key_places[:, reach] - first, in_pairs), prefix, bias
+    query = scheme.place_query(query, place - middle, in_pairs)
+    return query, scheme.place_key(key, view.key_places[:, reach] - middle, in_pairs), prefix, bias
 
 
 class Slices(torch.autograd.Function):
@@ -342,14 +343,14 @@ def attend_sdpa(
     if mask is not None:
         mask = mask[:, None] if groups == 1 else mask[:, None].repeat(1, 1, groups, 1)
     output = nn.functional.scaled_dot_product_attention(
-        query.reshape(*key.shape[:2], -1, key.shape[-1]),
+        by_key_head(query, key),
         key,
         value,
         attn_mask=mask,
         dropout_p=heads.dropout,
         scale=heads.scaling,
     )
-    return output.reshape(query.shape).transpose(1, 2)
+    return by_query_head(output, groups).transpose(1, 2)
 
 
 def attend_side_by_side(
@@ -376,36 +377,38 @@ def attend_side_by_side(
     Returns:
         The output (B, T, H, D) and the weights (B, H, T, S).
     """
-    batch, kv_heads, size = len(keys[0]), keys[0].shape[1], keys[0].shape[3]
-    shape = queries[0].shape
+    groups, sizes = queries[0].shape[1] // keys[0].shape[1], [key.shape[2] for key in keys]
     scores = [
-        (query * heads.scaling).reshape(batch, kv_heads, -1, size) @ key.transpose(2, 3)
-        for query, key in zip(queries, keys, strict=True)
+        by_key_head(query * heads.scaling, key) @ key.transpose(2, 3) for query, key in zip(queries, keys, strict=True)
     ]
     if bias is not None:
-        scores[0] = scores[0] + bias.reshape(*scores[0].shape[:3], 1)
+        scores[0] = scores[0] + by_key_head(bias, keys[0])
     joined = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
-    weights = weigh(heads, joined.view(*shape[:3], -1), mask, gate, num_memory).to(queries[0].dtype)
-    shares = weights.view(batch, kv_heads, -1, weights.shape[-1]).split([key.shape[2] for key in keys], dim=-1)
+    if mask is not None and groups > 1:
+        mask = mask.repeat(1, groups, 1)
+    if gate is not None:
+        gate = gate.unflatten(0, (-1, groups)).repeat_interleave(queries[0].shape[2], dim=1)
+    weights = weigh(heads, joined, mask, gate, num_memory).to(queries[0].dtype)
+    shares = weights.split(sizes, dim=-1)
     output = shares[0] @ values[0]
     for share, value in zip(shares[1:], values[1:], strict=True):
         output = output + share @ value
-    return output.reshape(shape).transpose(1, 2), weights
+    return by_query_head(output, groups).transpose(1, 2), by_query_head(weights, groups)
 
 
 def weigh(
     heads: Heads, scores: torch.Tensor, mask: torch.Tensor | None, gate: torch.Tensor | None, num_memory: int
 ) -> torch.Tensor:
-    """Returns the softmax in float32 of scores (B, H, T, S) where the mask (R, T, S) is true.
+    """Returns the softmax in float32 of scores (B, K, T, S) where the mask (R, T, S) is true.
 
-    With a memory gate g (H,) it returns g times this softmax, plus 1 − g times the softmax over all but the first
+    With a memory gate g (K, T) it returns g times this softmax, plus 1 − g times the softmax over all but the first
     `num_memory` keys.
     """
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None], -torch.inf)
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32)
     if gate is not None:
-        gate = gate[:, None, None]
+        gate = gate[..., None]
         without = nn.functional.softmax(scores[..., num_memory:], dim=-1, dtype=torch.float32)
         without = nn.functional.pad(without, (num_memory, 0)).nan_to_num()  # padding may see memory alone
         weights = gate * weights + (1 - gate) * without

@@ -44,6 +44,11 @@ NO_MATTER = {
     "eos_token_id",
 }
 
+# The fields that must be equal in two models, beside their weights, for them to share a cache.
+ARCHITECTURE = sorted(
+    {field.name for field in fields(OlmemConfig)} - {field.name for field in fields(PreTrainedConfig)} - NO_MATTER
+)
+
 
 def refuse_no_device(name: str, device: torch.device | str) -> None:
     """Raises an error for a device that cannot hold values on this machine."""
@@ -58,8 +63,7 @@ def refuse_no_device(name: str, device: torch.device | str) -> None:
 
 def architecture(config: OlmemConfig) -> dict[str, Any]:
     """Returns the fields that must be equal in two models, beside their weights, for them to share a cache."""
-    names = {field.name for field in fields(config)} - {field.name for field in fields(PreTrainedConfig)} - NO_MATTER
-    return {name: getattr(config, name) for name in sorted(names)}
+    return {name: getattr(config, name) for name in ARCHITECTURE}
 
 
 def refuse_other_model(made_for: dict[str, Any], used_for: dict[str, Any]) -> None:
@@ -213,11 +217,7 @@ class OlmemCache(Cache):
         if before is None and length > 1:
             before = int(self.columns)
         if before is None:
-            if room is None and not all(self.is_sliding):
-                raise ValueError(
-                    "`max_length` must be given to an OlmemCache whose step is recorded as a graph, so that "
-                    "full-attention layers have room (got None); make an `OlmemCache(config, max_length=…)`."
-                )
+            self.refuse_to_grow()
             if room is not None:
                 assert_on_device(self.columns < room, "`max_length` of the OlmemCache is used up")
         elif room is not None and before + length > room:
@@ -226,6 +226,19 @@ class OlmemCache(Cache):
                 "full-attention layers have no more room; make an `OlmemCache(config)` without it, which grows."
             )
         return before
+
+    @property
+    def grows(self) -> bool:
+        """Tells whether some layer makes more room the more is read."""
+        return self.max_length is None and not all(self.is_sliding)
+
+    def refuse_to_grow(self) -> None:
+        """Raises an error if a layer has no end, whose room would change with each step of a graph."""
+        if self.grows:
+            raise ValueError(
+                "`max_length` must be given to an OlmemCache whose step is recorded as a graph, so that "
+                "full-attention layers have room (got None); make an `OlmemCache(config, max_length=…)`."
+            )
 
     def remember(self, memory: torch.Tensor) -> None:
         """Keeps the memory (B or 1, M, hidden_size) of each row's current segment."""
@@ -298,6 +311,35 @@ class OlmemCache(Cache):
         """Returns the bytes of memory and of all buffers of keys and values, with their room for more tokens."""
         memory = 0 if self.memory is None else self.memory.nbytes
         return memory + sum(buffer.nbytes for layer in self.layers for buffer in layer.buffers.values())
+
+    # As tensors
+
+    @property
+    def state(self) -> dict[str, torch.Tensor]:
+        """Returns all tensors of the cache by name, which a step writes in place."""
+        tensors = dict(self.counters.tensors)
+        if self.memory is not None:
+            tensors["memory"] = self.memory
+        for index, layer in enumerate(self.layers):
+            tensors |= {f"layers_{index}_{name}": buffer for name, buffer in layer.buffers.items()}
+        return tensors
+
+    @state.setter
+    def state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Takes over other tensors of the same shapes, without a copy."""
+        self.counters.hold(tensors)
+        if self.memory is not None:
+            self.memory = tensors["memory"]
+        for index, layer in enumerate(self.layers):
+            layer.buffers = {name: tensors[f"layers_{index}_{name}"] for name in layer.buffers}
+
+    def reserve(self) -> None:
+        """Makes all the room that the layers will ever need, so that the shapes of their tensors stay."""
+        self.refuse_to_grow()
+        for layer in self.layers:
+            layer.reserve(None)
+            if layer.store_limit:
+                layer.reserve_store(None)
 
     # The batch
 

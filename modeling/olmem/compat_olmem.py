@@ -3,10 +3,11 @@
 
 from collections.abc import Callable
 from dataclasses import fields
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.import_utils import is_tracing
@@ -41,6 +42,34 @@ def takes_cache(forward: Callable) -> Callable:
 def is_recorded(tensor: torch.Tensor | None = None) -> bool:
     """Returns whether a graph is being recorded, so that the code must not depend on the values of tensors."""
     return is_tracing(tensor) or (tensor is not None and tensor.device.type == "meta")
+
+
+def is_compiled() -> bool:
+    """Tells whether a compiler records a graph, which can leave what it cannot record to Python; an export cannot."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
+def without_graph(reason: str) -> Callable[[Callable], Callable]:
+    """Leaves a function to Python where a compiler meets it; the reason is what one for whole graphs alone reports."""
+    return partial(torch.compiler.disable, reason=reason)
+
+
+def certain(condition: bool) -> bool:
+    """Tells whether a condition on lengths holds: of a length that stands for any, whether it holds for all of them."""
+    return statically_known_true(condition)
+
+
+def is_any(length: int) -> bool:
+    """Tells whether a length stands for any, in a program that is being exported."""
+    return torch.compiler.is_exporting() and isinstance(length, torch.SymInt)
+
+
+def refuse_longer(length: int, most: int, message: str) -> None:
+    """Raises an error for too great a length; where it stands for any, what is recorded does when it runs."""
+    if certain(length > most):
+        raise ValueError(message)
+    if not certain(length <= most):
+        assert_on_device(torch.scalar_tensor(length) <= most, message)
 
 
 def known(tensor: torch.Tensor, otherwise: Any) -> Any:
@@ -122,15 +151,20 @@ __all__ = [
     "CACHE_NAME",
     "allocate",
     "assert_on_device",
+    "certain",
     "columns_of",
     "has_complex",
+    "is_any",
+    "is_compiled",
     "is_recorded",
     "known",
     "known_here",
     "moves_inputs",
     "pieces",
+    "refuse_longer",
     "rename_cache",
     "table_of",
     "takes_cache",
     "unless_recorded",
+    "without_graph",
 ]

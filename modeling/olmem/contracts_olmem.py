@@ -46,6 +46,16 @@ class Part:
     in_pairs: bool = False  # bare keys, which are the values too, are laid out in pairs
 
 
+def by_key_head(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Returns queries (B, H, T, D) as (B, K, H/K · T, D): the query heads of a key head stand as more queries."""
+    return query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+
+
+def by_query_head(states: torch.Tensor, groups: int) -> torch.Tensor:
+    """Returns what `by_key_head` has joined (B, K, H/K · T, …) as (B, H, T, …) again."""
+    return states.unflatten(2, (groups, states.shape[2] // groups)).flatten(1, 2)
+
+
 @dataclass
 class Heads:
     """Holds the settings and weights of a layer that backends need."""
@@ -269,5 +279,7 @@ __all__ = [
     "Section",
     "Tape",
     "Writes",
+    "by_key_head",
+    "by_query_head",
     "choose",
 ]

@@ -1,6 +1,8 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
 """Counts the tokens that a batch of streams has read, on the device and on the host."""
 
+from collections.abc import Mapping
+
 import torch
 
 from .compat_olmem import allocate, known, unless_recorded
@@ -28,6 +30,11 @@ class Counters:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns the counters on the device by name."""
         return {"seen": self.seen, "columns": self.columns, "gaps": self.gaps}
+
+    def hold(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Takes over other counters of the same batch by name, without a copy or knowing what they say."""
+        self.seen, self.columns, self.gaps = (tensors[name] for name in self.tensors)
+        self.host_seen = self.host_columns = None
 
     def begin(self, batch_size: int, device: torch.device) -> None:
         """Makes the counters of a batch that has read nothing."""

@@ -39,9 +39,10 @@ from transformers.utils.generic import merge_with_config_defaults
 from .backends_olmem import BACKENDS
 from .cache_olmem import OlmemCache, is_olmem_cache
 from .captured_olmem import Captured, wanted_states
-from .compat_olmem import CACHE_NAME, moves_inputs, takes_cache
+from .compat_olmem import CACHE_NAME, is_compiled, moves_inputs, takes_cache, without_graph
 from .configuration_olmem import HUB_ARGUMENTS, OlmemConfig
 from .contracts_olmem import Heads, LayerState, Plan
+from .export_olmem import OlmemStep
 from .fallback_olmem import Fallback, Implementation, falls_back, is_padding_mask
 from .generation_olmem import OlmemGenerationMixin
 from .inputs_olmem import (
@@ -334,8 +335,12 @@ class OlmemPreTrainedModel(LoadsWeights):
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
-    _can_compile_fullgraph = True
     _supports_attention_backend = True
+
+    @property
+    def _can_compile_fullgraph(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether every call is one graph, as Transformers asks; where memory begins a segment the host looks."""
+        return not self.config.num_memory_tokens
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -425,8 +430,9 @@ class OlmemModel(OlmemPreTrainedModel):
             hidden_states = self.run_layers(hidden_states, fallback.plans(), fallback.states(), captured)
             stages = [each for each in captured.hidden_states if each is not None]
         else:
-            inputs = hidden_states, attention_mask, position_ids, past_key_values
-            last, stages = self.read(*inputs, captured, bool(output_attentions))  # pyright: ignore[reportArgumentType]
+            inputs = hidden_states, attention_mask, position_ids, past_key_values, captured, bool(output_attentions)
+            read = self.read_on if is_compiled() and self.host_counts(past_key_values) else self.read
+            last, stages = read(*inputs)  # pyright: ignore[reportArgumentType]
             if captured.wanted is None or 0 in captured.wanted:  # the embeddings, those of padding included
                 stages[0] = hidden_states
             hidden_states = last
@@ -510,6 +516,18 @@ class OlmemModel(OlmemPreTrainedModel):
             found.append([last, *stages])
         last, *stages = pack_documents(packed, found, embeddings)
         return last, stages
+
+    def host_counts(self, cache: Cache | None) -> bool:
+        """Tells whether a call that goes on from a cache needs the host to count, for memory or for more room."""
+        return is_olmem_cache(cache) and not cache.fresh and (self.memory is not None or cache.grows)  # pyright: ignore
+
+    @without_graph(
+        "for a step to be a whole graph, `num_memory_tokens` must be 0, and `max_length` given to the OlmemCache of a "
+        "model with full attention; leave fullgraph out."
+    )
+    def read_on(self, *inputs) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Reads as `read` does, where a graph would hold for some counts of tokens alone."""
+        return self.read(*inputs)
 
     def run(self, schedule: Schedule, planner: Planner, captured: Captured) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Runs all calls of a schedule.
@@ -614,6 +632,10 @@ class OlmemForCausalLM(OlmemPreTrainedModel, OlmemGenerationMixin):
     def reset_memory(self, cache: OlmemCache, rows: int | Sequence[int] | torch.Tensor | None = None) -> None:
         """Forgets all that a cache holds of these rows, as `OlmemModel.reset_memory` does."""
         self.model.reset_memory(cache, rows)
+
+    def as_step(self, cache: OlmemCache) -> OlmemStep:
+        """Returns a module that reads one token a row from where a cache is, its state in buffers, to be exported."""
+        return OlmemStep(self, cache)
 
     @takes_cache
     @can_return_tuple

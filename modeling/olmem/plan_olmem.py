@@ -247,7 +247,7 @@ class Frame:
         """Returns whether a token of the call may see memory, or sinks before its window."""
         length = call.length_after
         return self.visibility.num_memory > 0 or (
-            self.visibility.num_sinks > 0 and (length is None or self.visibility.lets_go(length))
+            self.visibility.num_sinks > 0 and (length is None or self.visibility.may_let_go(length))
         )
 
     def write_slots(self, call: Call, past: Past, past_numbers: torch.Tensor | None, filled: int) -> Writes:
@@ -311,8 +311,8 @@ class Frame:
 
     def is_causal(self, call: Call, columns_before: int) -> bool:
         """Returns whether the keys are those of the call's tokens alone, and each token sees all keys up to its own."""
-        span = self.visibility.span
-        return not call.tokens.padded and columns_before == 0 and (span is None or call.numbers.shape[1] < span)
+        may_let_go = self.visibility.may_let_go(call.numbers.shape[1] + 1)
+        return not call.tokens.padded and columns_before == 0 and not may_let_go
 
     def on_tape(self, call: Call, earlier_numbers: Sequence[torch.Tensor], store_limit: int) -> View:
         """Returns the view of tokens of a call with gradients or without a cache, and sets tape and writes."""

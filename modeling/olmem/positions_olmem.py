@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .compat_olmem import has_complex, table_of
+from .compat_olmem import certain, has_complex, refuse_longer, table_of
 from .configuration_olmem import OlmemConfig
 
 XPOS_GAMMA, XPOS_BASE = 0.4, 512
@@ -87,7 +87,7 @@ class OlmemRotaryEmbedding(nn.Module):
                 position < self.config.max_position_embeddings, inverse_frequency, stretched
             )
         angles = position.float() * inverse_frequency
-        if below is None or below > self.trained_length:
+        if below is None or not certain(below <= self.trained_length):
             wide = "cpu" if position.device.type == "mps" else position.device  # mps has no float64
             exact = (position.to(wide).double() * inverse_frequency.to(wide).double()).remainder(2 * math.pi)
             angles = torch.where(position < self.trained_length, angles, exact.to(angles))
@@ -211,6 +211,9 @@ class Rotation:
 class PositionScheme:
     """Changes nothing beside the rotation, as for RoPE and for no positions. It is the base of the other schemes."""
 
+    def refuse_far(self, length: int, dtype: torch.dtype) -> None:
+        """Raises an error for so many queries at once that states of a dtype cannot have one base for all of them."""
+
     def place_query(self, query: torch.Tensor, offset: torch.Tensor, in_pairs: bool) -> torch.Tensor:
         """Returns queries (B, H, T, D) changed for their positions, as offsets (R, T) from any common base."""
         return query
@@ -226,6 +229,17 @@ class PositionScheme:
 
 class XposScheme(PositionScheme):
     """Scales queries and keys so that scores decay with the distance (Sun et al., arXiv 2212.10554)."""
+
+    def refuse_far(self, length, dtype):
+        """Raises an error where the greatest scale, times states of a hundred, would leave the range of the dtype."""
+        steepest = math.log((1 + XPOS_GAMMA) / XPOS_GAMMA)
+        most = int(2 * XPOS_BASE * math.log(torch.finfo(dtype).max / 100) / steepest)
+        refuse_longer(
+            length,
+            most,
+            f"`input_ids` must hold at most {most} tokens (got {length}) for `position_embedding` 'xpos' in {dtype} in "
+            "a graph of all tokens at once; read longer texts in pieces with an OlmemCache, or without a graph.",
+        )
 
     @staticmethod
     def powers(like: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .compat_olmem import columns_of, pieces
-from .contracts_olmem import Candidates
+from .compat_olmem import certain, columns_of, is_recorded, pieces
+from .contracts_olmem import Candidates, by_key_head, by_query_head
 from .visibility_olmem import Visibility
 
 SCORES = 2**22  # the most scores of one part of the candidates
@@ -68,28 +68,28 @@ class Retrieval:
 
     def retrieve(self, query: torch.Tensor, found: Candidates) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns what queries (B, H, T, D) retrieve, (B, H, T, D), and which of them had a candidate, (R, T)."""
-        chosen = [
-            self.search(query[:, :, part], found.key, found.numbers, found.queries[:, part])
-            for part in pieces(query.shape[2], BLOCK, query)
-        ]
+        with torch.no_grad():
+            chosen = [
+                self.search(query[:, :, part], found.key, found.numbers, found.queries[:, part])
+                for part in pieces(query.shape[2], BLOCK, query)
+            ]
         most = max(index.shape[-1] for index, _ in chosen)
         index, is_candidate = (
             torch.cat([nn.functional.pad(each, (0, most - each.shape[-1])) for each in parts], dim=2)
             for parts in zip(*chosen, strict=True)
         )
         exists = is_candidate.any(1).any(-1)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not is_recorded(query):
             output = ReadChosen.apply(
                 query, found.key.contiguous(), found.value.contiguous(), index, is_candidate, self.scaling
             )
             return output, exists
         return read_in_blocks(query, found.key, found.value, index, is_candidate, self.scaling), exists
 
-    @torch.no_grad()
     def search(
         self, query: torch.Tensor, key: torch.Tensor, numbers: torch.Tensor, query_numbers: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Finds the best candidates of each query head.
+        """Finds the best candidates of each query head, without gradients.
 
         Args:
             query: (B, H, T, D).
@@ -103,26 +103,30 @@ class Retrieval:
         batch, heads, length, _ = query.shape
         first, stop = self.columns_to_search(numbers, query_numbers)
         size = max(SCORES // (batch * heads * length), 2 * self.top_k)
-        grouped = query.reshape(batch, key.shape[1], -1, query.shape[-1]) * self.scaling
+        grouped = by_key_head(query, key) * self.scaling
         best, index = query.new_empty(batch, heads, length, 0), query_numbers.new_empty(batch, heads, length, 0)
-        for start in range(first, stop, size):
-            part = slice(start, min(start + size, stop))
-            scores = (grouped @ key[:, :, part].transpose(2, 3)).view(batch, heads, length, -1)
+        key, numbers = key[:, :, first:stop], numbers[:, first:stop]
+        for part in pieces(stop - first, size, key):
+            scores = by_query_head(grouped @ key[:, :, part].transpose(2, 3), heads // key.shape[1])
             allowed = self.visibility.candidates(query_numbers[:, :, None], numbers[:, None, part], self.capacity)
             scores = scores.masked_fill(~allowed[:, None], -torch.inf)
-            some, columns = scores.topk(min(self.top_k, scores.shape[-1]), dim=-1, sorted=False)
-            best, index = torch.cat((best, some), dim=-1), torch.cat((index, columns + start), dim=-1)
+            if not certain(scores.shape[-1] >= self.top_k):
+                scores = nn.functional.pad(scores, (0, self.top_k), value=-torch.inf)
+            some, columns = scores.topk(self.top_k, dim=-1, sorted=False)
+            best = torch.cat((best, some), dim=-1)
+            index = torch.cat((index, columns + first + (part.start or 0)), dim=-1)
             if best.shape[-1] > self.top_k:
                 best, order = best.topk(self.top_k, dim=-1, sorted=False)
                 index = index.gather(-1, order)
-        return index, best > -torch.inf
+        is_candidate = best > -torch.inf
+        return index.where(is_candidate, 0), is_candidate
 
     def columns_to_search(self, numbers: torch.Tensor, query_numbers: torch.Tensor) -> tuple[int, int]:
         """Returns the first column of a candidate and the one after the last, or a wider range if it is cheaper."""
         columns = numbers.shape[1]
-        if not self.visibility.lets_go(columns):
+        if not self.visibility.may_let_go(columns):
             return 0, 0
-        if columns <= 2 * ((self.visibility.span or 0) + self.capacity):
+        if is_recorded(numbers) or columns <= 2 * ((self.visibility.span or 0) + self.capacity):
             return 0, columns
         start = self.visibility.start(query_numbers.clamp(min=0))
         oldest, newest = start.amin(-1, keepdim=True) - self.capacity, start.amax(-1, keepdim=True)
@@ -166,10 +170,10 @@ def read_in_blocks(query, key, value, index, is_candidate, scaling: float) -> to
         index: the indices (B, H, T, k) of the chosen keys.
         is_candidate: whether each chosen key is a candidate, (B, H, T, k).
     """
-    parts = zip(*(each.split(BLOCK, dim=2) for each in (query, index, is_candidate)), strict=True)
-    outputs = [
-        weigh_chosen(part, take(key, chosen), take(value, chosen), some, scaling) for part, chosen, some in parts
-    ]
+    outputs = []
+    for part in pieces(query.shape[2], BLOCK, query):
+        chosen, some = index[:, :, part], is_candidate[:, :, part]
+        outputs.append(weigh_chosen(query[:, :, part], take(key, chosen), take(value, chosen), some, scaling))
     return torch.cat(outputs, dim=2)
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from .cache_olmem import OlmemCache
-from .compat_olmem import known, unless_recorded
+from .compat_olmem import assert_on_device, is_any, known, unless_recorded
 from .configuration_olmem import OlmemConfig
 from .contracts_olmem import LayerKind, LayerState, Plan
 from .finite_olmem import refuse_nonfinite_memory
@@ -78,17 +78,17 @@ def cut_in_segments(numbers: torch.Tensor, padded: bool, phase: int | None, leng
         parts = [slice(start, stop) for start, stop in pairwise([*starts, columns])]
         return [Piece(numbers[:, part], part, padded) for part in parts]
     real = numbers >= 0
-    if columns == 1 or not real.any():
+    if columns == 1 or not known(real.any(), True):
         return [Piece(numbers, slice(0, columns), padded)]
     segment = torch.where(real, numbers // length, -1)
     first = segment.where(real, torch.iinfo(segment.dtype).max).amin(-1, keepdim=True)
-    pieces = []
-    for index in range(int((segment - first).max()) + 1):
+    column, pieces = torch.arange(columns, device=numbers.device), []
+    for index in range(known((segment - first).max(), (columns - 1) // length) + 1):
         mine = segment == first + index
-        width = int(mine.sum(-1).max())
-        order = (~mine).int().argsort(dim=-1, stable=True)[:, :width]
+        width = known(mine.sum(-1).max(), min(length, columns))
+        order = torch.where(mine, column, columns + column).argsort(dim=-1)[:, :width]
         its_numbers = torch.where(mine, numbers, -1).gather(1, order)
-        pieces.append(Piece(its_numbers, order, bool((its_numbers < 0).any())))
+        pieces.append(Piece(its_numbers, order, known((its_numbers < 0).any(), True)))
     return pieces
 
 
@@ -176,13 +176,30 @@ class Schedule:
             numbers = numbers.expand(self.batch_size, -1)
         if self.memory_module is None or segment is None:
             return [Piece(numbers, slice(0, self.length), padded)]
+        if is_any(self.length):
+            raise ValueError(
+                f"{self.config.memory_rule} to be exported for any length, as there is a pass for each segment; export "
+                "for a fixed length."
+            )
         phase = None
-        if self.cache is None and not padded:
-            phase = 0
-        elif self.cache is not None and not padded and self.length > 1:
-            phases = {seen % segment for seen in unless_recorded(self.cache.counters.read_seen) or ()}
-            phase = phases.pop() if len(phases) == 1 else None
+        if self.cache is None or self.cache.fresh:
+            phase = None if padded else 0
+        elif self.length > 1:
+            host_seen = self.host_seen()
+            if host_seen is None:
+                raise ValueError(
+                    f"{self.config.memory_rule} to go on from a cache by several tokens (got {self.length}) in a graph "
+                    "that is recorded; read them without a graph."
+                )
+            phases = {seen % segment for seen in host_seen}
+            phase = None if padded or len(phases) > 1 else phases.pop()
         return cut_in_segments(numbers, padded, phase, segment)
+
+    def host_seen(self) -> list[int] | None:
+        """Returns the tokens that each row of the cache has read; while a graph is recorded, only the device knows."""
+        if self.cache is None:
+            return None
+        return unless_recorded(self.cache.counters.read_seen)
 
     def calls(self) -> Iterable[Call]:
         """Returns the calls in order. Each is made after `leave` was given the outputs of the one before."""
@@ -220,7 +237,7 @@ class Schedule:
         """Returns what a call must know of the cache that it goes on from, or None without a cache."""
         if self.cache is None:
             return None
-        host_seen = unless_recorded(self.cache.counters.read_seen)
+        host_seen = self.host_seen()
         least = None if host_seen is None else min(host_seen)
         return Past(self.cache.seen, least, self.cache.max_length, self.config.caches_one_tensor)
 
@@ -240,7 +257,11 @@ class Schedule:
         assert segment is not None
         if index == 0 and self.memory is None:  # the batch has read nothing yet
             return True, None
-        host_seen = None if self.cache is None else unless_recorded(self.cache.counters.read_seen)
+        host_seen = self.host_seen()
+        if index == 0 and self.cache is not None and host_seen is None:
+            inside = first % segment != 0
+            assert_on_device(inside.all(), "A segment begins, which a recorded step cannot: read this token without.")
+            return False, None
         if index == 0 and not piece.padded and host_seen is not None:
             flags = [seen % segment == 0 for seen in host_seen]
             rows = None if all(flags) else torch.tensor(flags, device=self.device)
@@ -281,7 +302,7 @@ class Schedule:
 
     def writers(self, piece: Piece) -> torch.Tensor | None:
         """Returns the rows whose last segment has just ended, or None if the host would have to wait for them."""
-        host_seen = None if self.cache is None else unless_recorded(self.cache.counters.read_seen)
+        host_seen = self.host_seen()
         if host_seen is None or piece.padded:
             return None
         segment = self.config.memory_segment_length

@@ -44,7 +44,7 @@ class View:
         if self.role == "write":
             self.queries = (self.numbers[:, :1] - 1).expand_as(self.numbers)
         elif self.padded:  # padding sees what the last token before it sees
-            self.queries = self.numbers.cummax(-1).values
+            self.queries = last_real(self.numbers)
             if self.seen is not None:
                 self.queries = self.queries.maximum(self.seen[:, None] - 1)
         first = 0 if self.role == "read" else self.visibility.num_memory
@@ -148,6 +148,13 @@ class View:
         tensors = {each.name: getattr(self, each.name) for each in fields(self) if each.init}
         moved = {name: value.to(device) for name, value in tensors.items() if isinstance(value, torch.Tensor)}
         return replace(self, **moved)
+
+
+def last_real(numbers: torch.Tensor) -> torch.Tensor:
+    """Returns the number (R, T) of the last token up to each column, -1 before the first; tokens count one by one."""
+    count = (numbers >= 0).cumsum(-1)
+    first = numbers.where(numbers >= 0, torch.iinfo(numbers.dtype).max).amin(-1, keepdim=True)
+    return torch.where(count > 0, first + count - 1, -1)
 
 
 def find_sinks(numbers: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

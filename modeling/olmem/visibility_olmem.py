@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import torch
 
+from .compat_olmem import certain
 from .configuration_olmem import OlmemConfig
 
 STORE_BLOCK = 128  # the number of tokens that are stored together, before any of them retrieves
@@ -83,6 +84,10 @@ class Visibility:
     def lets_go(self, length: int) -> bool:
         """Returns whether the last window has lost a token after that many tokens were read."""
         return self.span is not None and length > self.span
+
+    def may_let_go(self, length: int) -> bool:
+        """Tells whether a window may have let go of a token, where a graph is recorded for any length."""
+        return self.span is not None and not certain(length <= self.span)
 
     def start(self, query: Number) -> Number:
         """Returns the first token of a query's window."""

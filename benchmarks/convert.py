@@ -1,14 +1,16 @@
-"""What a conversion costs beside `cp`, at any size: memory, time; and what killing it does.
+"""What a conversion costs beside `cp`, at any size: memory, time, computing; and what killing it does.
 
-    python benchmarks/convert.py [--gib 8] [--folder DIR] [--peer PYTHON] [--json]
+    python benchmarks/convert.py [--gib 8] [--folder DIR] [--before CHECKOUT] [--peer PYTHON] [--json]
     python benchmarks/convert.py --kills 50
     python benchmarks/convert.py --renames 50
 
 Makes a checkpoint of OLMo-core (8 ranks) and a legacy one (`model.pt`), each of `--gib` in float32, and converts both
 to bfloat16 without verification, which computes and is no copying. `cp -r` of the same files, on the same disk, is
-timed before and after. All of them begin with nothing of the files in the disk cache, and end when what they wrote is
-on the disk; imports of Python count. Memory is the process's peak. `--peer` names the Python of an environment that has
-ai2-olmo-core 3, whose converter then converts the OLMo-core checkpoint likewise, without its validation.
+timed before and after. All of them are timed twice: with nothing of the files in the disk cache, and with all of them
+there. They end when what they wrote is on the disk; imports of Python count. Memory is the process's peak, and CPU the
+seconds that it computed. `--before` names a checkout of another version, whose converter is timed likewise. `--peer`
+names the Python of an environment that has ai2-olmo-core 3, whose converter then converts the OLMo-core checkpoint
+likewise, without its validation.
 
 The second form kills conversions with SIGKILL at random moments, goes on with --resume, and compares what comes out in
 the end with what an uninterrupted one gives, byte by byte.
@@ -36,6 +38,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+KINDS = ("OLMo-core", "legacy")
 GIB, RANKS = 2**30, 8
 VOCABULARY, HIDDEN, INTERMEDIATE, HEADS = 100352, 2048, 8192, 16
 OLMO2_32B = 32_234_279_936  # parameters
@@ -211,11 +214,23 @@ def forget(folder: Path) -> None:
             os.close(descriptor)
 
 
-def timed(command: list[str], source: Path, out: Path) -> dict[str, Any]:
-    """Seconds until what the command wrote is on the disk, and its peak memory in bytes."""
-    forget(source)
+def remember(folder: Path) -> None:
+    """Reads the files, so that they are in the disk cache as far as there is room."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb", buffering=0) as file:
+                while file.read(2**24):
+                    pass
+
+
+def timed(command: list[str], source: Path, out: Path, cache: str, checkout: Path | None = None) -> dict[str, Any]:
+    """Seconds until what the command wrote is on the disk, those that it computed, and its peak memory in bytes."""
+    (remember if cache == "warm" else forget)(source)
+    environment = dict(os.environ)
+    if checkout is not None:
+        environment["PYTHONPATH"] = f"{checkout}/modeling{os.pathsep}{checkout}/convert"
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
     errors = process.stderr.read().decode() if process.stderr else ""
     _, status, usage = os.wait4(process.pid, 0)
     subprocess.run(["sync", "-f", str(out)], check=False, stderr=subprocess.DEVNULL)
@@ -223,7 +238,14 @@ def timed(command: list[str], source: Path, out: Path) -> dict[str, Any]:
     failure = f"exit code {os.waitstatus_to_exitcode(status)}: {errors.strip().splitlines()[-1:]}" if status else None
     shutil.rmtree(out, ignore_errors=True)
     scale = 1 if sys.platform == "darwin" else 1024
-    return {"seconds": seconds, "peak_bytes": usage.ru_maxrss * scale, "failure": failure}
+    computed = usage.ru_utime + usage.ru_stime
+    return {
+        "cache": cache,
+        "seconds": seconds,
+        "cpu_seconds": computed,
+        "peak_bytes": usage.ru_maxrss * scale,
+        "failure": failure,
+    }
 
 
 def make_tokenizer(folder: Path) -> Path:
@@ -245,33 +267,41 @@ def size_of(folder: Path) -> int:
 
 def measure(arguments: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     rows = []
-    for kind in ("OLMo-core", "legacy"):
+    for kind in arguments.kind or KINDS:
         source, out = scratch / "source", scratch / "out"
         made_apart(kind, source, sizes_of(arguments.gib))
         copy = ["cp", "-r", str(source), str(out)]
-        commands = [("cp", copy), ("olmem", [*CONVERT, str(source), str(out), "--dtype", "bfloat16", "--no-verify"])]
+        converting = [*CONVERT, str(source), str(out), "--dtype", "bfloat16", "--no-verify"]
+        commands = [("cp", copy), ("olmem", converting)]
+        if arguments.before:
+            commands.append(("olmem before", converting))
         if arguments.peer and kind == "OLMo-core":
             tokenizer = make_tokenizer(scratch / "peer" / "tokenizer")
             commands.append(("ai2-olmo-core", [arguments.peer, "-c", PEER, str(source), str(out), str(tokenizer)]))
         commands.append(("cp", copy))
-        for name, command in tqdm(commands, desc=kind, disable=None):
-            rows.append({"checkpoint": kind, "command": name, "bytes": size_of(source)} | timed(command, source, out))
+        for cache in ("cold", "warm"):
+            for name, command in tqdm(commands, desc=f"{kind}, {cache}", disable=None):
+                checkout = arguments.before if name == "olmem before" else None
+                found = timed(command, source, out, cache, checkout)
+                rows.append({"checkpoint": kind, "command": name, "bytes": size_of(source)} | found)
         shutil.rmtree(source)
     return rows
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    print("checkpoint   GiB   command            seconds   ÷ cp   GiB/s   peak GiB")
+    print("checkpoint   GiB   cache  command            seconds   ÷ cp   GiB/s   CPU s   peak GiB")
     for row in rows:
-        copies = [r["seconds"] for r in rows if (r["checkpoint"], r["command"]) == (row["checkpoint"], "cp")]
+        like = (row["checkpoint"], row["cache"], "cp")
+        copies = [r["seconds"] for r in rows if (r["checkpoint"], r["cache"], r["command"]) == like]
         row["ratio"] = row["seconds"] / statistics.mean(copies)
         rate = row["bytes"] / GIB / row["seconds"]
         print(
-            f"{row['checkpoint']:<11}{row['bytes'] / GIB:>5.2f}   {row['command']:<16}{row['seconds']:>9.1f}"
-            f"{row['ratio']:>8.2f}{rate:>8.2f}{row['peak_bytes'] / GIB:>11.3f}   {row['failure'] or ''}"
+            f"{row['checkpoint']:<11}{row['bytes'] / GIB:>5.2f}   {row['cache']:<7}{row['command']:<16}"
+            f"{row['seconds']:>9.1f}{row['ratio']:>8.2f}{rate:>8.2f}{row['cpu_seconds']:>8.1f}"
+            f"{row['peak_bytes'] / GIB:>11.3f}   {row['failure'] or ''}"
         )
     for row in rows:
-        if row["command"] == "olmem":
+        if (row["command"], row["cache"]) == ("olmem", "cold"):
             total = 4 * OLMO2_32B
             minutes = row["seconds"] / row["bytes"] * total / 60
             size = f"{total / GIB:.0f} GiB"
@@ -339,7 +369,7 @@ def kill(kills: int, scratch: Path, seed: int) -> dict[str, Any]:
 
 def killed_at(rename: int, source: Path, out: Path) -> None:
     """Replaces `out` in a process that kills itself as it begins its rename of this number, from 0, or behind both."""
-    from olmem_convert import convert
+    from olmem_convert import ConvertOptions, convert
     from olmem_convert.writing import transaction
 
     if (child := os.fork()) == 0:
@@ -354,7 +384,7 @@ def killed_at(rename: int, source: Path, out: Path) -> None:
         Path.rename = killing  # type: ignore[method-assign]
         transaction.discard = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         try:
-            convert(source, out, overwrite=True, verify=False)
+            convert(source, out, ConvertOptions(overwrite=True, verify=False))
         finally:
             os._exit(1)
     _, status = os.waitpid(child, 0)
@@ -362,13 +392,13 @@ def killed_at(rename: int, source: Path, out: Path) -> None:
 
 
 def kill_at_renames(kills: int, scratch: Path, seed: int) -> dict[str, Any]:
-    from olmem_convert import CheckpointError, convert, export
+    from olmem_convert import CheckpointError, ConvertOptions, convert
 
     generator, golden = random.Random(seed), Path(__file__).parents[1] / "tests" / "golden"
     place = scratch / "place"
     old_source, source = (next((golden / name).glob("step*"), golden / name) for name in ("olmo1", "olmo"))
     for name, native in (("old", old_source), ("new", source)):
-        convert(native, scratch / name, verify=False)
+        convert(native, scratch / name, ConvertOptions(verify=False))
     old, new = digests(scratch / "old"), digests(scratch / "new")
     rows = []
     for _ in tqdm(range(kills), desc="kills", disable=None):
@@ -385,11 +415,11 @@ def kill_at_renames(kills: int, scratch: Path, seed: int) -> dict[str, Any]:
             if generator.random() < 0.5:
                 convert(scratch / "nothing", out)
             else:
-                export(source, out, "olmo2", overwrite=True)
+                convert(source, out, ConvertOptions(to="olmo2", overwrite=True))
             raise SystemExit("a command that had to fail did not")
         except CheckpointError:
             held = [digests(path) for path in place.iterdir() if path.is_dir()]
-        convert(source, out, overwrite=True, verify=False)
+        convert(source, out, ConvertOptions(overwrite=True, verify=False))
         left = sorted(path.name for path in place.iterdir())
         whole = (old in held or new in held) and digests(out) == new and left == ["out"]
         rows.append({"rename": rename, "removed": removed.name if removed else None, "whole": whole})
@@ -399,7 +429,9 @@ def kill_at_renames(kills: int, scratch: Path, seed: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=8, help="of each checkpoint in float32 (%(default)s)")
+    parser.add_argument("--kind", choices=KINDS, action="append", help="of checkpoint; both by default")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; a temporary one by default")
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="of another version, to be timed too")
     parser.add_argument("--peer", metavar="PYTHON", help="of an environment with ai2-olmo-core 3")
     parser.add_argument("--kills", type=int, metavar="N", help="kill conversions so many times instead")
     parser.add_argument("--renames", type=int, metavar="N", help="kill conversions at their last renames instead")

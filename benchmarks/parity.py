@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from olmem_convert import CheckpointError, convert
+from olmem_convert import CheckpointError, ConvertOptions, convert
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -29,7 +29,7 @@ def differences(folder: Path, out: Path) -> dict[str, float]:
     source = next(iter(sorted(folder.glob("step*"))), folder)
     said = folder / "options.json"
     options = json.loads(said.read_text()) if said.is_file() else {}
-    verification = convert(source, out, **options)["verification"]
+    verification = convert(source, out, ConvertOptions(**options))["verification"]
     result = {}
     for implementation in IMPLEMENTATIONS:
         model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, attn_implementation=implementation)

@@ -23,8 +23,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from hub_server import HubServer  # noqa: E402  # pyright: ignore[reportMissingImports]
-from olmem_convert import convert  # noqa: E402
-from olmem_convert.publish.model_card import card  # noqa: E402
+from olmem_convert import CardOptions, ConvertOptions, card, convert  # noqa: E402
 
 SOURCE = ROOT / "tests" / "golden" / "olmo_core_swa" / "step10"
 COLUMNS = ("killed at", "request", "commits", "lost", "extra", "sent twice", "tag", "right")
@@ -80,8 +79,8 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as scratch, HubServer() as server:
         out = Path(scratch) / "out"
-        convert(SOURCE, out, max_shard_size="50KB")
-        card(out, license="apache-2.0")
+        convert(SOURCE, out, ConvertOptions(max_shard_size="50KB"))
+        card(out, CardOptions(license="apache-2.0"))
         finish(start(server, out, f"{server.user}/whole"))
         requests = len(server.requests)
         drawn = random.Random(arguments.seed).sample(range(requests), min(arguments.pushes, requests))

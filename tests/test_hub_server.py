@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from olmem_convert import convert
+from olmem_convert import ConvertOptions, convert
 
 NAME = "tester/m"
 WEIGHTS = bytes(range(256)) * 400
@@ -365,7 +365,7 @@ def test_the_command_keeps_all_in_its_folder(hub, tmp_path):
 def test_transformers_loads_a_model_from_it(hub, api, tmp_path):
     """By tag, with the code that was pushed, in a process that has no other: the logits of the local folder."""
     out = tmp_path / "out"
-    convert(source("olmo_core_swa"), out, **options("olmo_core_swa"))
+    convert(source("olmo_core_swa"), out, ConvertOptions(**options("olmo_core_swa")))
     pushed = api.upload_folder(repo_id=NAME, folder_path=out)
     api.create_tag(NAME, tag="v1", revision=pushed.oid)
     hub.commit(NAME, {"config.json": b"{}"})

@@ -4,25 +4,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError
+from .options import CardOptions, ConvertOptions, EvaluateOptions, PushOptions, VerifyOptions
 
 if TYPE_CHECKING:
+    from .commands.carding import card
     from .commands.converting import convert
     from .commands.evaluating import evaluate
-    from .commands.exporting import export
-    from .proof.verification import verify
-    from .publish.model_card import card
-    from .publish.pushing import push
+    from .commands.pushing import push
+    from .commands.verifying import verify
 
-__all__ = ["CheckpointError", "card", "convert", "evaluate", "export", "push", "verify"]
+__all__ = [
+    "CardOptions",
+    "CheckpointError",
+    "ConvertOptions",
+    "EvaluateOptions",
+    "PushOptions",
+    "VerifyOptions",
+    "card",
+    "convert",
+    "evaluate",
+    "push",
+    "verify",
+]
 
-# Where each function is. It is imported when it is first asked for: torch takes seconds, which `--help` has not.
+# Where each command is. It is imported when it is first asked for: torch takes seconds, which `--help` has not.
 PLACES = {
-    "card": "publish.model_card",
+    "card": "commands.carding",
     "convert": "commands.converting",
     "evaluate": "commands.evaluating",
-    "export": "commands.exporting",
-    "push": "publish.pushing",
-    "verify": "proof.verification",
+    "push": "commands.pushing",
+    "verify": "commands.verifying",
 }
 
 

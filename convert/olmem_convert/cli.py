@@ -12,6 +12,15 @@ from typing import Annotated, Any
 import typer
 
 from .errors import CheckpointError, one_line
+from .options import (
+    CardOptions,
+    ConvertOptions,
+    EvaluateOptions,
+    PushOptions,
+    Say,
+    VerifyOptions,
+    read_settings,
+)
 
 app = typer.Typer(
     name="olmem",
@@ -47,6 +56,15 @@ def options(
 ) -> None: ...
 
 
+Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder of the checkpoint, or a BakaLLM `.bin`.")]
+NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it appears whole or not at all.")]
+Folder = Annotated[Path, typer.Argument(metavar="OUT", help="A converted folder.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default.")]
+ShardSize = Annotated[str, typer.Option(help="Largest weight file, such as 5GB.")]
+Tokenizer = Annotated[
+    Path | None, typer.Option(help="tokenizer.json or its folder; looked for in and beside SRC by default.")
+]
+Length = Annotated[int | None, typer.Option(min=1, help="Trained length in tokens, in place of SRC's own.")]
 NativeConfig = Annotated[
     Path | None, typer.Option(help="Config file of a BakaLLM state dict; config.json beside it by default.")
 ]
@@ -56,80 +74,103 @@ Window = Annotated[
 Activation = Annotated[
     str | None, typer.Option("--act-fn", help="Its activation: silu (001_pristine) or elephant (002_baka_elephant).")
 ]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Switch a memory on, as in retrieval_layers=[20]; repeatable."),
+]
+Verify = Annotated[
+    bool, typer.Option("--verify/--no-verify", help="Compare logits, weights and config with the native ones.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT, if Olmem wrote it.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on where it was killed; when stopped, keep what is finished.")
+]
 Nonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinite weights.")]
+Growth = Annotated[
+    bool, typer.Option("--allow-growth", help="Accept tensors that share their numbers, and more than double.")
+]
+To = Annotated[
+    str | None, typer.Option(metavar="CLASS", help="Back to Transformers' olmo, olmo2 or olmo3; SRC is of Olmem.")
+]
+Against = Annotated[Path, typer.Option(metavar="SRC", help="The native checkpoint it was converted from.")]
+Texts = Annotated[list[Path], typer.Option(metavar="FILE", help="Plain text in UTF-8; repeatable.")]
+MaxTokens = Annotated[int | None, typer.Option(min=2, help="Of each text, its first so many tokens.")]
+Seconds = Annotated[float | None, typer.Option(help="Time that reading the texts may take; no bound by default.")]
+License = Annotated[
+    str | None, typer.Option(help="The Hub's identifier of the weights' license, such as apache-2.0, or other.")
+]
+LicenseName = Annotated[str | None, typer.Option(help="Its name, with --license other.")]
+LicenseLink = Annotated[
+    str | None, typer.Option(help="Its address, or LICENSE, the file in OUT, with --license other.")
+]
+BaseModel = Annotated[
+    str | None, typer.Option(metavar="REPO", help="The model on the Hub that this one was made from.")
+]
+Language = Annotated[
+    list[str] | None, typer.Option(help="Language of its texts, as en, or code, or multilingual; repeatable.")
+]
+Dataset = Annotated[
+    list[str] | None, typer.Option(metavar="REPO", help="Data set on the Hub that it was trained on; repeatable.")
+]
+Verified = Annotated[Path, typer.Argument(metavar="OUT", help="A converted and verified folder.")]
+RepoId = Annotated[str, typer.Argument(metavar="REPO_ID", help="user/name or organization/name, of a model.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, created from main if need be; main by default.")]
+CreatePr = Annotated[bool, typer.Option("--create-pr", help="As a pull request to main.")]
+Private = Annotated[bool, typer.Option("--private", help="Of a repository that is created.")]
+Tag = Annotated[str | None, typer.Option(metavar="vX", help="Tag of the commit, once it is verified.")]
+Execute = Annotated[bool, typer.Option("--execute", help="Do what is planned; else nothing is sent.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output, and nothing else.")]
 
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of the checkpoint, or a BakaLLM `.bin`.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it appears whole or not at all.")],
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default.")
-    ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 5GB.")] = "5GB",
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="tokenizer.json or its folder; looked for in and beside SRC by default.")
-    ] = None,
-    max_length: Annotated[
-        int | None, typer.Option(min=1, help="Trained length in tokens, in place of SRC's own.")
-    ] = None,
+    source: Source,
+    out: NewFolder,
+    dtype: Dtype = None,
+    max_shard_size: ShardSize = "5GB",
+    tokenizer: Tokenizer = None,
+    max_length: Length = None,
     native_config: NativeConfig = None,
     n_ctx: Window = None,
     act_fn: Activation = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="FIELD=VALUE", help="Switch a memory on, as in retrieval_layers=[20]; repeatable."
-        ),
-    ] = None,
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Compare logits, weights and config with the native ones.")
-    ] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, if Olmem wrote it.")] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where it was killed; when stopped, keep what is finished.")
-    ] = False,
+    settings: Settings = None,
+    verify: Verify = True,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
     allow_nonfinite: Nonfinite = False,
-    allow_growth: Annotated[
-        bool, typer.Option("--allow-growth", help="Accept tensors that share their numbers, and more than double.")
-    ] = False,
-    to: Annotated[
-        str | None, typer.Option(metavar="CLASS", help="Back to Transformers' olmo, olmo2 or olmo3; SRC is of Olmem.")
-    ] = None,
+    allow_growth: Growth = False,
+    to: To = None,
     as_json: AsJson = False,
 ) -> None:
     """Convert a checkpoint and verify that its logits are the same."""
     from .commands.converting import convert as run
-    from .commands.exporting import export
-    from .memory import read_settings
 
-    options = {
-        "dtype": dtype,
-        "max_shard_size": max_shard_size,
-        "tokenizer": tokenizer,
-        "verify": verify,
-        "overwrite": overwrite,
-        "resume": resume,
-        "allow_nonfinite": allow_nonfinite,
-        "allow_growth": allow_growth,
-        "tell": tell_script if as_json else None,
-    }
-    of_native = {"max_length": max_length, "native_config": native_config, "n_ctx": n_ctx, "act_fn": act_fn}
-    if to is not None:
-        given = [name for name, value in (of_native | {"set": settings or None}).items() if value is not None]
-        if given:
-            raise typer.BadParameter(f"--{given[0].replace('_', '-')} has no meaning with --to")
-        finish(lambda say: export(source, out, to, say=say, **options), as_json)
-        return
-    options |= of_native
-    finish(lambda say: run(source, out, say=say, memory=read_settings(settings or ()), **options), as_json)
+    def convert(say: Say) -> dict[str, Any]:
+        options = ConvertOptions(
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            tokenizer=tokenizer,
+            max_length=max_length,
+            native_config=native_config,
+            n_ctx=n_ctx,
+            act_fn=act_fn,
+            memory=read_settings(settings or ()),
+            verify=verify,
+            overwrite=overwrite,
+            resume=resume,
+            allow_nonfinite=allow_nonfinite,
+            allow_growth=allow_growth,
+            to=to,
+        )
+        return run(source, out, options, say=say, tell=tell_script if as_json else None)
+
+    finish(convert, as_json)
 
 
 @app.command()
 def verify(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A converted folder.")],
-    against: Annotated[Path, typer.Option(metavar="SRC", help="The native checkpoint it was converted from.")],
+    out: Folder,
+    against: Against,
     native_config: NativeConfig = None,
     n_ctx: Window = None,
     act_fn: Activation = None,
@@ -137,76 +178,71 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Compare the logits of a converted folder with the native checkpoint's, and write verification.json."""
-    from .proof.verification import verify as run
+    from .commands.verifying import verify as run
 
-    options = {"native_config": native_config, "n_ctx": n_ctx, "act_fn": act_fn, "allow_nonfinite": allow_nonfinite}
-    finish(lambda say: run(out, against, say=say, **options), as_json)
+    options = VerifyOptions(native_config=native_config, n_ctx=n_ctx, act_fn=act_fn, allow_nonfinite=allow_nonfinite)
+    finish(lambda say: run(out, against, options, say=say), as_json)
 
 
 @app.command()
 def evaluate(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A converted folder.")],
-    text: Annotated[list[Path], typer.Option(metavar="FILE", help="Plain text in UTF-8; repeatable.")],
-    max_tokens: Annotated[int | None, typer.Option(min=2, help="Of each text, its first so many tokens.")] = None,
-    as_json: AsJson = False,
+    out: Folder, text: Texts, max_tokens: MaxTokens = None, seconds: Seconds = None, as_json: AsJson = False
 ) -> None:
     """Measure the loss on plain texts, and write evaluation.json for the card to quote."""
     from .commands.evaluating import evaluate as run
 
-    finish(lambda say: run(out, text, max_tokens=max_tokens, say=say), as_json)
+    options, tell = EvaluateOptions(max_tokens=max_tokens, seconds=seconds), tell_script if as_json else None
+    finish(lambda say: run(out, text, options, say=say, tell=tell), as_json)
 
 
 @app.command()
 def card(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A converted folder.")],
-    license: Annotated[
-        str | None, typer.Option(help="The Hub's identifier of the weights' license, such as apache-2.0, or other.")
-    ] = None,
-    license_name: Annotated[str | None, typer.Option(help="Its name, with --license other.")] = None,
-    license_link: Annotated[
-        str | None, typer.Option(help="Its address, or LICENSE, the file in OUT, with --license other.")
-    ] = None,
-    base_model: Annotated[
-        str | None, typer.Option(metavar="REPO", help="The model on the Hub that this one was made from.")
-    ] = None,
-    language: Annotated[
-        list[str] | None, typer.Option(help="Language of its texts, as en, or code, or multilingual; repeatable.")
-    ] = None,
-    dataset: Annotated[
-        list[str] | None, typer.Option(metavar="REPO", help="Data set on the Hub that it was trained on; repeatable.")
-    ] = None,
+    out: Folder,
+    license: License = None,
+    license_name: LicenseName = None,
+    license_link: LicenseLink = None,
+    base_model: BaseModel = None,
+    language: Language = None,
+    dataset: Dataset = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the model card from the folder's own files; what it was told before stays unless told anew."""
-    from .publish.model_card import card as run
+    from .commands.carding import card as run
 
-    told = {"license": license, "license_name": license_name, "license_link": license_link, "base_model": base_model}
-    finish(lambda say: run(out, language=language or (), datasets=dataset or (), say=say, **told), as_json)
+    options = CardOptions(
+        license=license,
+        license_name=license_name,
+        license_link=license_link,
+        base_model=base_model,
+        language=language or (),
+        datasets=dataset or (),
+    )
+    finish(lambda say: run(out, options, say=say), as_json)
 
 
 @app.command()
 def push(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A converted and verified folder.")],
-    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="user/name or organization/name, of a model.")],
-    revision: Annotated[str | None, typer.Option(help="Branch, created from main if need be; main by default.")] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="As a pull request to main.")] = False,
-    private: Annotated[bool, typer.Option("--private", help="Of a repository that is created.")] = False,
-    tag: Annotated[str | None, typer.Option(metavar="vX", help="Tag of the commit, once it is verified.")] = None,
-    execute: Annotated[bool, typer.Option("--execute", help="Do what is planned; else nothing is sent.")] = False,
+    out: Verified,
+    repo_id: RepoId,
+    revision: Revision = None,
+    create_pr: CreatePr = False,
+    private: Private = False,
+    tag: Tag = None,
+    execute: Execute = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what of a verified folder would go to the Hub and, with --execute, publish it whole or not at all."""
-    from .publish.pushing import push as run
+    from .commands.pushing import push as run
 
-    options = {"revision": revision, "create_pr": create_pr, "private": private, "tag": tag, "execute": execute}
-    finish(lambda say: run(out, repo_id, say=say, **options), as_json)
+    options = PushOptions(revision=revision, create_pr=create_pr, private=private, tag=tag, execute=execute)
+    finish(lambda say: run(out, repo_id, options, say=say), as_json)
 
 
 def tell_script(figures: dict[str, float | None]) -> None:
     typer.echo(json.dumps({"progress": figures}), err=True)
 
 
-def finish(run: Callable[[Callable[[str], None]], dict[str, Any]], as_json: bool) -> None:
+def finish(run: Callable[[Say], dict[str, Any]], as_json: bool) -> None:
     """Runs a verb: its lines to the user, its report to a script, its error in one line and exit code 1."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a stopped conversion cleans up
     quiet_libraries()

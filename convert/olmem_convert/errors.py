@@ -39,3 +39,9 @@ def reason(error: Exception) -> str:
     """What a config's class says is wrong, of which strict dataclasses make several lines."""
     last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
     return last[0].strip().removeprefix("ValueError: ").removeprefix("TypeError: ")
+
+
+def shortened(value: object) -> str:
+    """A value as it may be repeated in a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"

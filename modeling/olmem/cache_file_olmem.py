@@ -135,6 +135,10 @@ def read_state(path: str | os.PathLike) -> Iterator[StateFile]:
     except ImportError as error:
         raise ImportError(f"`OlmemCache.load` needs safetensors: {HINT}") from error
 
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+        raise ValueError(
+            f"`path` must be a file of `OlmemCache.save` (got {path}, which is of another kind); name one."
+        )
     try:
         with safe_open(path, framework="pt") as file:
             yield StateFile(path, file)

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 import yaml
-from olmem_convert.formats import Checkpoint, Given
+from olmem_convert.formats import Checkpoint
 from olmem_convert.formats.detect import open_checkpoint
+from olmem_convert.options import Given
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +65,8 @@ def edit_json(path: Path, **changes: Any) -> None:
 def edit_model(folder: Path, **changes: Any) -> None:
     """Changes fields of the native config's `model`; a dotted name goes into objects, `...` removes the field."""
     path = next(path for path in (folder / "config.yaml", folder / "config.json") if path.is_file())
-    config = yaml.safe_load(path.read_text())
+    read = yaml.safe_load if path.suffix == ".yaml" else json.loads  # YAML takes 1e-06 for a string
+    config = read(path.read_text())
     for name, value in changes.items():
         *parents, leaf = name.split(".")
         fields = config["model"]

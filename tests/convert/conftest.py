@@ -11,8 +11,7 @@ import torch
 import transformers
 from convert.checkpoints import options, source
 from hypothesis import settings
-from olmem_convert import convert
-from olmem_convert.publish.model_card import card
+from olmem_convert import CardOptions, ConvertOptions, card, convert
 
 settings.register_profile("same", derandomize=True, deadline=None)  # so that what fails is what was changed
 settings.load_profile("same")
@@ -40,7 +39,7 @@ def converted(tmp_path_factory) -> Callable[..., Path]:
     @cache
     def make(name: str, dtype: str | None = None) -> Path:
         out = tmp_path_factory.mktemp("converted") / name
-        convert(source(name), out, dtype=dtype, **options(name))
+        convert(source(name), out, ConvertOptions(dtype=dtype, **options(name)))
         return out
 
     return make
@@ -61,5 +60,5 @@ def released(tmp_path_factory, converted) -> Path:
     """A small folder that may be published, of one file of weights."""
     out = tmp_path_factory.mktemp("released") / "out"
     shutil.copytree(converted("olmo_core_swa"), out)
-    card(out, license="apache-2.0")
+    card(out, CardOptions(license="apache-2.0"))
     return out

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from convert.checkpoints import edit_json
-from olmem_convert.proof.verification import UNSEALED
-from olmem_convert.publish.model_card import card
+from olmem_convert import CardOptions, card
+from olmem_convert.reading.olmem_folder import UNSEALED
 from olmem_convert.writing.shards import sha256
 
 
@@ -13,7 +13,7 @@ def reseal(out: Path, with_card: bool = True, license: str | None = None) -> Non
     seal = {path.name: sha256(path) for path in out.iterdir() if path.is_file() and path.name not in UNSEALED}
     edit_json(out / "verification.json", sha256=seal)
     if with_card:
-        card(out, license=license)
+        card(out, CardOptions(license=license))
 
 
 def write_own_card(out: Path) -> None:

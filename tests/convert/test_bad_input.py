@@ -15,7 +15,7 @@ from convert.refusal import refuse
 from convert.writers import olmo_core_state, olmo_state, write_baka, write_olmo, write_olmo_core
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from olmem_convert import CheckpointError, convert
+from olmem_convert import CheckpointError, ConvertOptions, convert
 from olmem_convert.cli import app
 from olmem_convert.formats.detect import open_checkpoint
 from safetensors.torch import load_file, save_file
@@ -281,7 +281,7 @@ def test_one_weight_of_another_dtype(src):
 def test_double_weights_need_a_dtype(src):
     write_olmo(src, "model.pt", {name: value.double() for name, value in olmo_state().items()})
     refuse(src, "--dtype")
-    convert(src, src.parent / "out", dtype="float32")
+    convert(src, src.parent / "out", ConvertOptions(dtype="float32"))
 
 
 def test_head_that_is_tied_and_another(src):
@@ -488,7 +488,7 @@ def test_missing_length(src):
     write_olmo_core(src)
     edit_json(src / "config.json", train_module={})
     refuse(src, "--max-length")
-    convert(src, src.parent / "out", max_length=16)
+    convert(src, src.parent / "out", ConvertOptions(max_length=16))
 
 
 @pytest.mark.parametrize(
@@ -592,7 +592,7 @@ def test_any_damage_converts_or_is_refused(layout, file, damage):
         write_any(folder, layout)
         (folder / file).write_bytes(damaged((folder / file).read_bytes(), damage))
         try:
-            convert(folder, Path(name) / "out", verify=False)
+            convert(folder, Path(name) / "out", ConvertOptions(verify=False))
         except CheckpointError as error:
             assert str(error)
             assert os.listdir(name) == ["source"]

@@ -16,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from olmem import OlmemConfig, OlmemForCausalLM
 from olmem.positions_olmem import OlmemRotaryEmbedding
-from olmem_convert import CheckpointError, convert, verify
+from olmem_convert import CheckpointError, ConvertOptions, VerifyOptions, convert, verify
 from olmem_convert.cli import app
-from olmem_convert.formats import Given, Key, PairsToHalves, baka, to_native, to_olmem
+from olmem_convert.formats import Key, PairsToHalves, baka, to_native, to_olmem
 from olmem_convert.formats.detect import open_checkpoint
+from olmem_convert.options import Given
 from olmem_convert.reading import archives
 from olmem_convert.reading.archives import read_pickle
 from olmem_convert.reading.tensors import LazyTensor
@@ -170,7 +171,7 @@ def test_frequencies_computed_here_are_those_of_the_model():
 
 
 def test_frequencies_stay_as_they_are_when_weights_are_rounded(tmp_path):
-    report = convert(source("baka_pristine"), tmp_path / "out", dtype="bfloat16")
+    report = convert(source("baka_pristine"), tmp_path / "out", ConvertOptions(dtype="bfloat16"))
     assert report["verification"]["passed"]
     assert "inverse_frequencies" not in read_config(tmp_path / "out")["rope_parameters"]["chunked_attention"]
 
@@ -243,7 +244,7 @@ def test_window_and_activation_of_a_config_file_elsewhere(converted, tmp_path):
 
 def test_config_beside_and_one_option(tmp_path):
     folder = write_baka(tmp_path / "source", act_fn=...)
-    assert convert(folder, tmp_path / "out", act_fn="relu")["verification"]["passed"]
+    assert convert(folder, tmp_path / "out", ConvertOptions(act_fn="relu"))["verification"]["passed"]
     config = read_config(tmp_path / "out")
     assert (config["attention_chunk_size"], config["hidden_act"]) == (5, "relu")
 
@@ -285,12 +286,12 @@ def test_verify_needs_them_too(changeable):
 @pytest.mark.parametrize("wrong", [{"n_ctx": 11}, {"n_ctx": 13}, {"act_fn": "silu"}])
 def test_verify_with_other_numbers_fails(wrong, changeable):
     with pytest.raises(CheckpointError, match="native logits"):
-        verify(changeable("baka_elephant"), BARE, **options("baka_elephant") | wrong)
+        verify(changeable("baka_elephant"), BARE, VerifyOptions(**options("baka_elephant") | wrong))
 
 
 def test_no_verify_repeats_the_options(tmp_path):
     lines = []
-    convert(BARE, tmp_path / "out", verify=False, say=lines.append, **options("baka_elephant"))
+    convert(BARE, tmp_path / "out", ConvertOptions(verify=False, **options("baka_elephant")), say=lines.append)
     assert any(f"--against {BARE} --n-ctx 12 --act-fn elephant`" in line for line in lines)
 
 

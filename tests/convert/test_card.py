@@ -9,7 +9,7 @@ import pytest
 import yaml
 from convert.checkpoints import edit_json, load_weights, save_weights, snapshot, source
 from huggingface_hub import ModelCard
-from olmem_convert import CheckpointError, card, convert, export, verify
+from olmem_convert import CardOptions, CheckpointError, ConvertOptions, card, convert, verify
 from olmem_convert.cli import app
 from olmem_convert.publish.model_card import (
     MARK,
@@ -45,7 +45,7 @@ def out(changeable) -> Path:
 
 @pytest.fixture
 def told(out) -> Path:
-    card(out, **TOLD, datasets=DATASETS)
+    card(out, CardOptions(**TOLD, datasets=DATASETS))
     return out
 
 
@@ -101,21 +101,21 @@ def test_what_it_was_told_stays_unless_told_anew(told):
     assert text_of(told) == before
     verify(told, source(NAME))
     assert text_of(told) == before
-    convert(source(NAME), told, overwrite=True)
+    convert(source(NAME), told, ConvertOptions(overwrite=True))
     assert text_of(told) == before
-    card(told, license="mit", language=["de", "de"])
+    card(told, CardOptions(license="mit", language=["de", "de"]))
     assert metadata_of(told) == metadata_of(told) | {"license": "mit", "language": ["de"], "datasets": DATASETS}
 
 
 def test_license_other_has_a_name_and_a_link(told):
-    card(told, license="other", license_name="my-license", license_link="LICENSE")
+    card(told, CardOptions(license="other", license_name="my-license", license_link="LICENSE"))
     verify(told, source(NAME))
     found = metadata_of(told)
     assert (found["license"], found["license_name"], found["license_link"]) == ("other", "my-license", "LICENSE")
     refused(told, "`license_link`", "LICENSE")
     (told / "LICENSE").write_text("All yours.")
     check_card(told)
-    card(told, license="mit")
+    card(told, CardOptions(license="mit"))
     assert not {"license_name", "license_link"} & metadata_of(told).keys()
 
 
@@ -144,7 +144,7 @@ def test_license_other_has_a_name_and_a_link(told):
 def test_what_the_hub_would_not_take_is_refused(options, words, told):
     before = snapshot(told)
     with pytest.raises(CheckpointError) as caught:
-        card(told, **options)
+        card(told, CardOptions(**options))
     assert words in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
     assert snapshot(told) == before
 
@@ -152,7 +152,7 @@ def test_what_the_hub_would_not_take_is_refused(options, words, told):
 @pytest.mark.parametrize("license", ["openrail++", "llama3.1", "one-of-next-year"])
 def test_which_licenses_there_are_is_the_hub_s_to_say(license, told):
     """It was a list of a day; the Hub is asked before anything is sent."""
-    assert card(told, license=license)["metadata"]["license"] == license
+    assert card(told, CardOptions(license=license))["metadata"]["license"] == license
 
 
 def test_card_tells_the_config(told):
@@ -166,7 +166,7 @@ def test_card_tells_the_config(told):
 
 
 def test_card_of_a_bounded_model_with_sinks_and_a_tokenizer(tmp_path):
-    convert(source("demo"), tmp_path / "out", verify=False)
+    convert(source("demo"), tmp_path / "out", ConvertOptions(verify=False))
     edit_json(tmp_path / "out" / "config.json", layer_types="sliding_attention", num_sink_tokens=4)
     card(tmp_path / "out")
     text = text_of(tmp_path / "out")
@@ -301,7 +301,7 @@ def test_card_of_ones_own_is_checked_and_never_written(told):
     (told / "README.md").write_text(OWN)
     check_card(told)
     with pytest.raises(CheckpointError, match="somebody's own"):
-        card(told, license="mit")
+        card(told, CardOptions(license="mit"))
     assert text_of(told) == OWN
     figures = {"type": "perplexity", "value": 3.437}
     result = {
@@ -333,13 +333,13 @@ def test_damaged_metadata_of_an_own_card_costs_nothing(told):
     before = snapshot(told)
     for run in (
         lambda: verify(told, source(NAME)),
-        lambda: convert(source(NAME), told, overwrite=True),
-        lambda: card(told, base_model="a/b"),
+        lambda: convert(source(NAME), told, ConvertOptions(overwrite=True)),
+        lambda: card(told, CardOptions(base_model="a/b")),
     ):
         with pytest.raises(CheckpointError, match="`license` must be"):
             run()
     assert snapshot(told) == before
-    card(told, license="mit")
+    card(told, CardOptions(license="mit"))
     check_card(told)
 
 
@@ -431,8 +431,8 @@ def test_folder_that_is_none_of_olmem(change, told):
 
 
 def test_exported_folder_has_no_such_card(tmp_path):
-    convert(source("olmo"), tmp_path / "olmem", verify=False)
-    export(tmp_path / "olmem", tmp_path / "olmo2", "olmo2", verify=False)
+    convert(source("olmo"), tmp_path / "olmem", ConvertOptions(verify=False))
+    convert(tmp_path / "olmem", tmp_path / "olmo2", ConvertOptions(to="olmo2", verify=False))
     with pytest.raises(CheckpointError, match="`OUT` must be an Olmem folder"):
         card(tmp_path / "olmo2")
     assert not (tmp_path / "olmo2" / "README.md").exists()
@@ -446,7 +446,7 @@ def test_interrupted_write_leaves_the_card(told, monkeypatch):
 
     monkeypatch.setattr("os.replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        card(told, license="mit")
+        card(told, CardOptions(license="mit"))
     assert snapshot(told) == before
 
 

@@ -10,8 +10,8 @@ import olmem
 import pytest
 import torch
 from convert.checkpoints import DEMO, EXACT, FOLDERS, GOLDEN, expected, read_config, snapshot, source
-from olmem_convert import CheckpointError, convert
-from olmem_convert.proof.verification import draw_prompt
+from olmem_convert import CheckpointError, ConvertOptions, convert
+from olmem_convert.proof.prompts import draw_prompt
 from olmem_convert.writing.shards import INDEX_NAME, sha256
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
@@ -147,7 +147,7 @@ def test_chosen_tokenizer_is_written(tmp_path):
     edit = tmp_path / "tokenizer"
     edit.mkdir()
     (edit / "tokenizer.json").write_bytes((DEMO / "tokenizer.json").read_bytes())
-    report = convert(DEMO_STEP, tmp_path / "out", tokenizer=edit, verify=False)
+    report = convert(DEMO_STEP, tmp_path / "out", ConvertOptions(tokenizer=edit, verify=False))
     assert report["tokenizer"]["size"] == 2048 and report["verification"] is None
     assert not (tmp_path / "out" / "verification.json").exists()
 
@@ -176,7 +176,7 @@ print(type(model).__name__)
 
 def test_source_is_left_as_it_was(tmp_path):
     before = snapshot(DEMO)
-    convert(DEMO_STEP, tmp_path / "out", verify=False)
+    convert(DEMO_STEP, tmp_path / "out", ConvertOptions(verify=False))
     assert snapshot(DEMO) == before
 
 
@@ -184,7 +184,7 @@ def test_source_is_left_as_it_was(tmp_path):
 def test_permissions_follow_the_umask(umask, tmp_path):
     before = os.umask(umask)
     try:
-        convert(source("olmo"), tmp_path / "out", max_shard_size="100KB")
+        convert(source("olmo"), tmp_path / "out", ConvertOptions(max_shard_size="100KB"))
     finally:
         os.umask(before)
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
@@ -198,7 +198,7 @@ def test_permissions_follow_the_umask(umask, tmp_path):
 @pytest.mark.parametrize("size", ["20KB", "100KB", 150_000])
 def test_shards_respect_their_size(size, tmp_path):
     out = tmp_path / "out"
-    convert(source("olmo"), out, max_shard_size=size, verify=False)
+    convert(source("olmo"), out, ConvertOptions(max_shard_size=size, verify=False))
     limit = int(size[:-2]) * 1000 if isinstance(size, str) else size
     index = json.loads((out / INDEX_NAME).read_text())
     held, total = {}, 0
@@ -223,7 +223,7 @@ ROUNDED = ["olmo_core_swa_yarn", "olmo_gqa_tied", "legacy_norm_noaffine", "core3
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_weights_are_rounded_once(name, dtype, converted, tmp_path):
     out = tmp_path / "out"
-    report = convert(source(name), out, dtype=dtype, verify=False)
+    report = convert(source(name), out, ConvertOptions(dtype=dtype, verify=False))
     kind = getattr(torch, dtype)
     assert read_config(out)["dtype"] == report["dtype"] == dtype
     with (
@@ -258,14 +258,14 @@ def test_tied_head_is_not_written(converted):
 def test_overwrite_replaces_a_whole_folder(converted, changeable):
     out = changeable("olmo1")
     (out / "model-00001-of-00002.safetensors").write_bytes(b"of a former conversion")
-    convert(source("olmo"), out, overwrite=True)
+    convert(source("olmo"), out, ConvertOptions(overwrite=True))
     assert snapshot(out).keys() == snapshot(converted("olmo")).keys()
     assert sorted(path.name for path in out.parent.iterdir()) == [out.name]
 
 
 def test_empty_folder_may_be_overwritten(tmp_path):
     (tmp_path / "out").mkdir()
-    convert(source("olmo"), tmp_path / "out", overwrite=True)
+    convert(source("olmo"), tmp_path / "out", ConvertOptions(overwrite=True))
     assert (tmp_path / "out" / "config.json").is_file()
 
 
@@ -277,10 +277,8 @@ def test_missing_parents_are_made(tmp_path):
 @pytest.mark.parametrize(
     "stage",
     [
-        *(
-            f"commands.converting.{name}"
-            for name in ("write_weights", "custom_object_save", "copy_tokenizer", "verify_checkpoint")
-        ),
+        *(f"commands.converting.{name}" for name in ("write_weights", "copy_tokenizer")),
+        *(f"commands.targets.{name}" for name in ("custom_object_save", "verify_checkpoint")),
         "writing.transaction.sync",
     ],
 )
@@ -297,7 +295,7 @@ def test_whatever_stops_a_conversion_leaves_nothing(stage, error, monkeypatch, c
     out = changeable("olmo1")
     before = snapshot(out)
     with pytest.raises((error, CheckpointError)):
-        convert(source("olmo"), out, overwrite=True)
+        convert(source("olmo"), out, ConvertOptions(overwrite=True))
     assert snapshot(out) == before and list(tmp_path.iterdir()) == [out]
 
 
@@ -312,7 +310,7 @@ def test_failed_last_step_brings_the_old_folder_back(monkeypatch, changeable, tm
 
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(CheckpointError, match="No space left"):
-        convert(source("olmo"), out, overwrite=True)
+        convert(source("olmo"), out, ConvertOptions(overwrite=True))
     assert snapshot(out) == before and list(tmp_path.iterdir()) == [out]
 
 
@@ -321,7 +319,7 @@ def test_failed_last_step_brings_the_old_folder_back(monkeypatch, changeable, tm
 
 def test_length_of_the_config_and_of_the_caller(tmp_path, converted):
     assert read_config(converted("olmo"))["max_position_embeddings"] == 64
-    convert(source("olmo"), tmp_path / "out", max_length=96)
+    convert(source("olmo"), tmp_path / "out", ConvertOptions(max_length=96))
     assert read_config(tmp_path / "out")["max_position_embeddings"] == 96
 
 

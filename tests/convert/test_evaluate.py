@@ -10,7 +10,7 @@ import pytest
 import torch
 from convert.checkpoints import edit_json, load_weights, save_weights, snapshot, source
 from olmem import OlmemForCausalLM
-from olmem_convert import CheckpointError, card, convert, evaluate
+from olmem_convert import CardOptions, CheckpointError, ConvertOptions, EvaluateOptions, card, convert, evaluate
 from olmem_convert.cli import app
 from olmem_convert.commands.evaluating import figures
 from olmem_convert.publish.model_card import check_card
@@ -31,7 +31,7 @@ MEMORY = {
 def folders(tmp_path_factory) -> dict[str, Path]:
     """The demo with a short window and everything on, and as it is."""
     top = tmp_path_factory.mktemp("evaluated")
-    convert(source("demo"), top / "memory", memory=MEMORY, verify=False)
+    convert(source("demo"), top / "memory", ConvertOptions(memory=MEMORY, verify=False))
     edit_json(top / "memory" / "config.json", sliding_window=WINDOW, num_sink_tokens=2)
     convert(source("demo"), top / "plain")
     return {name: top / name for name in ("memory", "plain")}
@@ -70,7 +70,7 @@ def mean(values: list[float]) -> float:
 def refused(out: Path, texts: list[Path], *words: str, **options) -> None:
     before = snapshot(out)
     with pytest.raises(CheckpointError) as caught:
-        evaluate(out, texts, **options)
+        evaluate(out, texts, EvaluateOptions(**options))
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value) and snapshot(out) == before
@@ -84,7 +84,7 @@ def test_loss_is_that_of_tokens_one_at_a_time(name, folders, text, tmp_path):
     window = {"memory": WINDOW, "plain": 256}[name]
     assert len(ids) > 3 * WINDOW
     for chunk in (1, 7, 512):
-        report = evaluate(out, [text], chunk=chunk)
+        report = evaluate(out, [text], EvaluateOptions(chunk=chunk))
         (row,) = report["texts"]
         assert (report["window"], report["memory"]) == (window, name == "memory")
         assert abs(row["nats_per_token"] - mean(losses)) < 1e-5
@@ -103,7 +103,7 @@ def test_loss_is_that_of_tokens_one_at_a_time(name, folders, text, tmp_path):
 
 
 def test_report_says_what_was_measured(out, text):
-    report = evaluate(out, [text], max_tokens=30)
+    report = evaluate(out, [text], EvaluateOptions(max_tokens=30))
     assert json.loads((out / "evaluation.json").read_text()) == report
     (row,) = report["texts"]
     assert (row["name"], row["bytes"], row["tokens"]) == ("text.py", len(TEXT.encode()), 30)
@@ -116,7 +116,7 @@ def test_report_says_what_was_measured(out, text):
 
 
 def test_bytes_are_those_of_the_tokens_read(out, text):
-    (row,) = evaluate(out, [text], max_tokens=12)["texts"]
+    (row,) = evaluate(out, [text], EvaluateOptions(max_tokens=12))["texts"]
     tokenizer = AutoTokenizer.from_pretrained(out)
     ids = ids_of(out)[:12]
     nats = row["nats_per_token"] * 11
@@ -155,7 +155,7 @@ def test_figures_by_hand(window, within):
 
 
 def test_card_has_the_figures_at_once(out, text):
-    card(out, license="mit")
+    card(out, CardOptions(license="mit"))
     (row,) = evaluate(out, [text])["texts"]
     check_card(out)
     assert f"| `text.py` | {row['tokens']} | {row['nats_per_token']:.5g} |" in (out / "README.md").read_text()
@@ -242,7 +242,7 @@ def test_no_code_of_the_folder_runs(out, text, tmp_path):
 
 
 def test_interrupted_write_leaves_the_evaluation(out, text, monkeypatch):
-    evaluate(out, [text], max_tokens=20)
+    evaluate(out, [text], EvaluateOptions(max_tokens=20))
     before = snapshot(out)
 
     def interrupt(*_):
@@ -250,13 +250,13 @@ def test_interrupted_write_leaves_the_evaluation(out, text, monkeypatch):
 
     monkeypatch.setattr("os.replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(out, [text], max_tokens=30)
+        evaluate(out, [text], EvaluateOptions(max_tokens=30))
     assert snapshot(out) == before
 
 
 def test_weights_of_bfloat16_are_measured_as_they_are(text, tmp_path):
-    convert(source("demo"), tmp_path / "out", dtype="bfloat16", verify=False)
-    assert evaluate(tmp_path / "out", [text], max_tokens=20)["dtype"] == "bfloat16"
+    convert(source("demo"), tmp_path / "out", ConvertOptions(dtype="bfloat16", verify=False))
+    assert evaluate(tmp_path / "out", [text], EvaluateOptions(max_tokens=20))["dtype"] == "bfloat16"
 
 
 def test_command(out, text, tmp_path):
@@ -276,6 +276,6 @@ def test_command(out, text, tmp_path):
 
 
 def test_overwriting_takes_an_evaluation_along(out, text):
-    evaluate(out, [text], max_tokens=20)
-    convert(source("demo"), out, overwrite=True, verify=False)
+    evaluate(out, [text], EvaluateOptions(max_tokens=20))
+    convert(source("demo"), out, ConvertOptions(overwrite=True, verify=False))
     assert not (out / "evaluation.json").exists() and "## Evaluation" not in (out / "README.md").read_text()

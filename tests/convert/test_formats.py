@@ -736,7 +736,7 @@ YAML_EXPERIMENT = {"model": OLMO_MODEL | dict.fromkeys((*NULLABLE, "block_group_
 
 def opened_or_refused(folder):
     """Converts all but the weights' bytes."""
-    from olmem_convert.plan import make_config, make_tensors
+    from olmem_convert.formats.planning import make_config, make_tensors
 
     try:
         checkpoint = open_checkpoint(folder)

@@ -24,13 +24,14 @@ from convert.fuzzing.seeds import READERS, Files, saved, seeds
 from convert.fuzzing.target import Escape, Place, standing_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from olmem_convert import CheckpointError, convert, export
+from olmem_convert import CheckpointError, ConvertOptions, convert
 from olmem_convert.errors import LONGEST
-from olmem_convert.formats import MOST_LAYERS, check_layers
+from olmem_convert.formats import check_layers
 from olmem_convert.formats.detect import open_checkpoint
 from olmem_convert.reading import archives as archives_module
 from olmem_convert.reading import pickles as pickles_module
 from olmem_convert.reading.archives import pickle_mentions, read_pickle
+from olmem_convert.reading.fields import MOST_LAYERS
 from olmem_convert.reading.tensors import LazyTensor
 from olmem_convert.reading.texts import DEEPEST, LARGEST_TEXT, LARGEST_TOKENIZER, LARGEST_YAML, read_yaml
 from olmem_convert.reading.weight_files import read_weights
@@ -104,7 +105,7 @@ def lay(folder: Path, reader: str, seed: int = 0, **changes: Any) -> Path:
 
 def refusal(source: Path, out: Path | None = None, **options: Any) -> str:
     with pytest.raises(CheckpointError) as caught:
-        convert(source, out or source.parent / "out", verify=False, **options)
+        convert(source, out or source.parent / "out", ConvertOptions(verify=False, **options))
     assert sorted(os.listdir(source.parent)) in (["source"], ["elsewhere", "source"])
     return str(caught.value)
 
@@ -120,7 +121,7 @@ def test_what_is_no_file_of_the_checkpoint_is_not_read(reader, name, odd, tmp_pa
     """A pipe was waited for, a device read until memory ran out, and a link followed wherever it led."""
     source = lay(tmp_path / "source", reader, **{name: odd})
     if name == "generation_config.json" and odd.target != "/etc/passwd":
-        convert(source, tmp_path / "out", verify=False)
+        convert(source, tmp_path / "out", ConvertOptions(verify=False))
     else:
         refusal(source)
 
@@ -147,7 +148,7 @@ def test_a_link_out_of_the_olmem_folder_carries_nothing_back(tmp_path):
     (source / "generation_config.json").unlink()
     (source / "generation_config.json").symlink_to("../secret.json")
     with pytest.raises(CheckpointError, match="must not be a link out of its folder"):
-        export(source, tmp_path / "out", "olmo2", verify=False)
+        convert(source, tmp_path / "out", ConvertOptions(to="olmo2", verify=False))
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -160,7 +161,7 @@ def test_a_hub_cache_is_made_of_links_that_are_followed(reader, shared, tmp_path
         checkpoint = open_checkpoint(snapshot)
         for tensor in checkpoint.tensors.values():
             tensor.load()
-        convert(snapshot, tmp_path / str(number) / "out", verify=False)
+        convert(snapshot, tmp_path / str(number) / "out", ConvertOptions(verify=False))
 
 
 def cached(repository: Path, files: Files, shared: bool) -> Path:
@@ -194,7 +195,7 @@ def test_links_inside_the_folder_are_followed(tmp_path):
     source = lay(tmp_path / "source", "transformers", 1)
     (source / "config.json").rename(source / "config-1.json")
     (source / "config.json").symlink_to("config-1.json")
-    convert(source, tmp_path / "out", verify=False)
+    convert(source, tmp_path / "out", ConvertOptions(verify=False))
 
 
 @pytest.mark.parametrize(("reader", "folder"), [("olmo_core", "model_and_optim"), ("olmo_flat_shards", "model")])
@@ -274,7 +275,7 @@ def test_architectures_that_are_no_list(architectures, tmp_path):
 
 def test_weights_that_are_not_read_are_told_of(tmp_path):
     source = lay(tmp_path / "source", "transformers", 1, **{"pytorch_model.bin": b"x"})
-    notes = convert(source, tmp_path / "out", verify=False)["notes"]
+    notes = convert(source, tmp_path / "out", ConvertOptions(verify=False))["notes"]
     assert any("pytorch_model.bin is there too, and not read" in note for note in notes)
 
 
@@ -311,7 +312,9 @@ def test_layers_that_are_no_number(reader, value, tmp_path):
     source = lay(tmp_path / "source", reader, 0)
     edit_json(source / "config.json", num_hidden_layers=value)
     with pytest.raises(CheckpointError, match="num_hidden_layers"):
-        export(source, tmp_path / "out", "olmo2") if reader == "olmem" else convert(source, tmp_path / "out")
+        convert(source, tmp_path / "out", ConvertOptions(to="olmo2")) if reader == "olmem" else convert(
+            source, tmp_path / "out"
+        )
 
 
 def test_more_tensors_than_any_model_has(tmp_path, monkeypatch):
@@ -451,7 +454,7 @@ def test_number_that_means_nothing_on_the_way_back(field, value, tmp_path):
     source = lay(tmp_path / "source", "olmem")
     edit_json(source / "config.json", **{field: value})
     with pytest.raises(CheckpointError, match=f"`{field}.* must"):
-        export(source, tmp_path / "out", "olmo2")
+        convert(source, tmp_path / "out", ConvertOptions(to="olmo2"))
 
 
 @pytest.mark.parametrize(
@@ -482,7 +485,7 @@ def test_number_that_means_nothing_in_a_native_config(reader, tmp_path):
 def test_infinity_beside_the_model_is_nobodys_business(tmp_path):
     source = lay(tmp_path / "source", "olmo_core")
     edit_json(source / "config.json", trainer={"max_grad_norm": INF})
-    convert(source, tmp_path / "out", verify=False)
+    convert(source, tmp_path / "out", ConvertOptions(verify=False))
 
 
 def test_rope_that_is_wrong_beside_another_length(tmp_path):

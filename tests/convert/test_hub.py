@@ -21,11 +21,10 @@ from convert.checkpoints import load_weights, save_weights, source
 from convert.releases import reseal, write_own_card
 from hub_api import Answer
 from hub_server import HubServer
-from olmem_convert import CheckpointError, convert, push
+from olmem_convert import CardOptions, CheckpointError, ConvertOptions, PushOptions, card, convert, push
 from olmem_convert.cli import app
-from olmem_convert.publish import pushing as hub
 from olmem_convert.publish import release, reload, remote
-from olmem_convert.publish.model_card import card
+from olmem_convert.publish import sending as hub
 from olmem_convert.publish.remote import Remote
 from typer.testing import CliRunner
 
@@ -86,7 +85,7 @@ def unloaded(monkeypatch):
 )
 def test_options_that_cannot_be(options, words, released, server):
     with pytest.raises(CheckpointError) as caught:
-        push(released, **{"repo_id": REPO, "execute": True} | options)
+        push(released, PushOptions(**{"repo_id": REPO, "execute": True} | options))
     assert all(word in str(caught.value) for word in words), caught.value
     assert not server.repos
 
@@ -94,7 +93,7 @@ def test_options_that_cannot_be(options, words, released, server):
 def test_a_refused_folder_asks_nothing_of_the_hub(out, server):
     (out / "weights.pkl").write_bytes(b"")
     with pytest.raises(CheckpointError, match="pickle"):
-        push(out, REPO, execute=True)
+        push(out, REPO, PushOptions(execute=True))
     assert server.requests == []
 
 
@@ -135,7 +134,7 @@ def test_plan(out, server, unloaded):
     sizes = {path.name: path.stat().st_size for path in out.iterdir()}
     assert report["plan"]["new"] == sizes and report["plan"]["upload"] == sum(sizes.values())
 
-    push(out, REPO, execute=True)
+    push(out, REPO, PushOptions(execute=True))
     server.commit(REPO, {"old.txt": b"1", "sub/old.txt": b"2"})
     write_own_card(out)
     size = (out / "README.md").stat().st_size
@@ -143,7 +142,7 @@ def test_plan(out, server, unloaded):
     assert plan["new"] == {} and plan["changed"] == {"README.md": size}
     assert plan["deleted"] == {"old.txt": 1, "sub/old.txt": 1} and "model.safetensors" in plan["unchanged"]
     assert plan["upload"] == size and plan["head"] == server.branches(REPO)["main"]
-    push(out, REPO, execute=True)
+    push(out, REPO, PushOptions(execute=True))
     assert is_published(server, out)
 
 
@@ -163,41 +162,41 @@ def test_push_then_nothing_to_do_then_a_tag(out, server, unloaded):
     assert report["commit"] == commit.id and commit.parent == initial.id and report["verified"]
     again = run(out, REPO, "--execute")
     assert again.exit_code == 0 and "nothing to do" in again.stdout
-    assert push(out, REPO, tag="v1", execute=True)["tagged"] == "v1"
+    assert push(out, REPO, PushOptions(tag="v1", execute=True))["tagged"] == "v1"
     assert "nothing to do" in run(out, REPO, "--tag", "v1", "--execute").stdout
     assert server.tags(REPO) == {"v1": commit.id} and len(server.commits(REPO, "main")) == 2
 
 
 def test_a_tag_stays_where_it_is(out, server, unloaded):
-    push(out, REPO, tag="v1", execute=True)
+    push(out, REPO, PushOptions(tag="v1", execute=True))
     write_own_card(out)
     before = server.branches(REPO)
     with pytest.raises(CheckpointError, match="`tag` must be new"):
-        push(out, REPO, tag="v1", execute=True)
+        push(out, REPO, PushOptions(tag="v1", execute=True))
     assert server.branches(REPO) == before
-    assert push(out, REPO, tag="v2", execute=True)["tagged"] == "v2"
+    assert push(out, REPO, PushOptions(tag="v2", execute=True))["tagged"] == "v2"
 
 
 def test_what_was_never_verified_is_verified_by_the_next_run(out, server, monkeypatch):
     """A push that is killed behind its commit leaves one that nobody has loaded, and no tag."""
     tried = []
     monkeypatch.setattr(hub.Push, "logits", lambda self, installed, commit: tried.append(commit) or "the same")
-    commit = push(out, REPO, execute=True)["commit"]
+    commit = push(out, REPO, PushOptions(execute=True))["commit"]
     tried.clear()
     assert not push(out, REPO)["verified"] and tried == []
     lines = []
-    report = push(out, REPO, execute=True, say=lines.append)
+    report = push(out, REPO, PushOptions(execute=True), say=lines.append)
     assert any(line.startswith("nothing to do: ") for line in lines)
     assert report["verified"] and report["commit"] == commit and tried == [None, commit]
     write_own_card(out)
-    made = push(out, REPO, create_pr=True, execute=True)
+    made = push(out, REPO, PushOptions(create_pr=True, execute=True))
     tried.clear()
-    again = push(out, REPO, create_pr=True, execute=True)
+    again = push(out, REPO, PushOptions(create_pr=True, execute=True))
     assert again["verified"] and tried == [None, made["commit"]] and again["pull_request"] == made["pull_request"]
     assert len(server.commits(REPO, "main")) == 2 and len(server.pulls(REPO)) == 1
     monkeypatch.setattr(hub.Push, "logits", lambda self, installed, commit: str(commit))
     with pytest.raises(CheckpointError, match=r"not verified and not tagged: the logits .* are not those"):
-        push(out, REPO, create_pr=True, execute=True)
+        push(out, REPO, PushOptions(create_pr=True, execute=True))
 
 
 def test_the_wait_is_the_one_that_the_hub_asks_for(out, server, unloaded, monkeypatch):
@@ -244,32 +243,34 @@ def test_a_reader_that_goes_away_is_no_fault_of_the_hub(out, server, unloaded):
 
 
 def test_branch(out, server, unloaded):
-    push(out, REPO, execute=True)
+    push(out, REPO, PushOptions(execute=True))
     write_own_card(out)
     main = server.branches(REPO)["main"]
-    assert push(out, REPO, revision="next/one")["plan"]["creates_branch"] and "next/one" not in server.branches(REPO)
-    commit = push(out, REPO, revision="next/one", tag="v2", execute=True)["commit"]
+    assert push(out, REPO, PushOptions(revision="next/one"))["plan"][
+        "creates_branch"
+    ] and "next/one" not in server.branches(REPO)
+    commit = push(out, REPO, PushOptions(revision="next/one", tag="v2", execute=True))["commit"]
     assert server.branches(REPO) == {"main": main, "next/one": commit} and server.tags(REPO) == {"v2": commit}
     assert server.commits(REPO, "next/one")[0].parent == main and is_published(server, out, "next/one")
 
 
 def test_pull_request_is_made_once(out, server, unloaded):
-    push(out, REPO, execute=True)
+    push(out, REPO, PushOptions(execute=True))
     main = server.branches(REPO)["main"]
     write_own_card(out)
     server.fail(COMMIT, "lost")
-    report = push(out, REPO, create_pr=True, execute=True)
+    report = push(out, REPO, PushOptions(create_pr=True, execute=True))
     assert server.branches(REPO) == {"main": main}
     assert server.pulls(REPO) == {"refs/pr/1": report["commit"]} and report["pull_request"].endswith("/discussions/1")
     assert is_published(server, out, "refs/pr/1")
-    again = push(out, REPO, create_pr=True, execute=True)
+    again = push(out, REPO, PushOptions(create_pr=True, execute=True))
     assert again["pull_request"] == report["pull_request"] and len(server.pulls(REPO)) == 1
 
 
 def test_a_public_repository_does_not_turn_private(out, server, unloaded):
-    push(out, REPO, execute=True)
+    push(out, REPO, PushOptions(execute=True))
     with pytest.raises(CheckpointError, match="`private`"):
-        push(out, REPO, private=True)
+        push(out, REPO, PushOptions(private=True))
 
 
 def test_the_hub_s_own_rules_for_cards(out, server, monkeypatch):
@@ -278,15 +279,15 @@ def test_the_hub_s_own_rules_for_cards(out, server, monkeypatch):
         monkeypatch.setattr(release, name, lambda *_: None)
     (out / "README.md").write_text("---\nlicense: apache-2.0\ntags: 1\n---\n")
     with pytest.raises(CheckpointError, match=r"front matter of .*README.md.* must be valid on the Hub .*tags"):
-        push(out, REPO, execute=True)
+        push(out, REPO, PushOptions(execute=True))
     assert not server.repos
 
 
 def test_licenses_are_those_of_the_hub(out, server, unloaded):
     """Which it is asked, before a repository is created."""
-    card(out, license="apache2")
+    card(out, CardOptions(license="apache2"))
     with pytest.raises(CheckpointError, match=r"must be valid on the Hub .*license.* must be one of"):
-        push(out, REPO, execute=True)
+        push(out, REPO, PushOptions(execute=True))
     assert not server.repos
 
 
@@ -294,7 +295,7 @@ def test_licenses_are_those_of_the_hub(out, server, unloaded):
 @pytest.mark.parametrize("place", [COMMIT, UPLOAD, TREE, r"POST .*/create$", r"POST .*/batch", r"POST .*/tag/", "refs"])
 def test_what_passes_is_overcome(kind, place, out, server, unloaded):
     fault = server.fail(place, kind, times=2)
-    assert push(out, REPO, tag="v1", execute=True)["tagged"] == "v1"
+    assert push(out, REPO, PushOptions(tag="v1", execute=True))["tagged"] == "v1"
     assert fault.hits == 2 or (kind == "lost" and place in (COMMIT, r"POST .*/tag/"))
     assert is_published(server, out, "v1") and len(server.commits(REPO, "main")) == 2
 
@@ -302,7 +303,7 @@ def test_what_passes_is_overcome(kind, place, out, server, unloaded):
 @pytest.mark.parametrize("kind", [401, 403, 404, 500, "cut", "half"])
 @pytest.mark.parametrize("place", [COMMIT, UPLOAD, TREE, r"POST .*/batch"])
 def test_what_stays_leaves_the_remote_as_it_was(kind, place, out, server, unloaded):
-    push(out, REPO, execute=True)
+    push(out, REPO, PushOptions(execute=True))
     save_weights(out, {name: value + 1 for name, value in load_weights(out).items()})
     reseal(out)
     before = (server.branches(REPO), server.tags(REPO), server.files(REPO))
@@ -317,24 +318,24 @@ def test_what_stays_leaves_the_remote_as_it_was(kind, place, out, server, unload
 
 def test_a_connection_that_ends_for_good(out, server, unloaded):
     """Nobody can then say what the remote holds, and the next run finds out."""
-    push(out, REPO, execute=True)
+    push(out, REPO, PushOptions(execute=True))
     write_own_card(out)
     server.fail(COMMIT, "lost")
     server.fail(r"GET .*/refs", "cut", times=math.inf, after=1)
     with pytest.raises(CheckpointError, match="the Hub does not say whether anything changed"):
-        push(out, REPO, execute=True)
+        push(out, REPO, PushOptions(execute=True))
     server.faults.clear()
-    push(out, REPO, tag="v2", execute=True)
+    push(out, REPO, PushOptions(tag="v2", execute=True))
     assert len(server.commits(REPO, "main")) == 3 and is_published(server, out, "v2")
 
 
 def test_a_race_is_told_and_not_overwritten(out, server, unloaded):
-    push(out, REPO, execute=True)
+    push(out, REPO, PushOptions(execute=True))
     write_own_card(out)
     made = []
     server.fail(COMMIT, lambda: made.append(server.commit(REPO, {"theirs.txt": b"1"}, title="Theirs")))
     with pytest.raises(CheckpointError) as caught:
-        push(out, REPO, tag="v2", execute=True)
+        push(out, REPO, PushOptions(tag="v2", execute=True))
     for word in (made[0], "'Theirs'", "theirs.txt", "nothing of this push was committed"):
         assert word in str(caught.value)
     assert server.branches(REPO)["main"] == made[0] and not server.tags(REPO)
@@ -347,16 +348,16 @@ def test_a_repository_that_somebody_else_creates_meanwhile(out, server, unloaded
 
     server.fail(r"POST .*/create$", create)
     with pytest.raises(CheckpointError, match="somebody else has created it"):
-        push(out, REPO, execute=True)
+        push(out, REPO, PushOptions(execute=True))
     assert set(server.files(REPO)) == {".gitattributes", "theirs.txt"}
 
 
 def test_somebody_s_commit_on_top_of_one_whose_answer_was_lost(out, server, unloaded):
-    push(out, REPO, execute=True)
+    push(out, REPO, PushOptions(execute=True))
     write_own_card(out)
     server.fail(COMMIT, "lost")
     server.fail(r"GET .*/refs", lambda: server.commit(REPO, {"theirs.txt": b"1"}), after=1)
-    commit = push(out, REPO, tag="v2", execute=True)["commit"]
+    commit = push(out, REPO, PushOptions(tag="v2", execute=True))["commit"]
     theirs, ours, _, _ = server.commits(REPO, "main")
     assert ours.id == commit == server.tags(REPO)["v2"] and theirs.parent == ours.id
     assert is_published(server, out, "v2")
@@ -366,19 +367,19 @@ def test_somebody_s_commit_on_top_of_one_whose_answer_was_lost(out, server, unlo
 def test_wrong_checksums_are_found_and_not_tagged(place, out, server, unloaded):
     server.fail(place, "corrupt")
     with pytest.raises(CheckpointError) as caught:
-        push(out, REPO, tag="v1", execute=True)
+        push(out, REPO, PushOptions(tag="v1", execute=True))
     commit = server.branches(REPO)["main"]
     for word in (commit, "`main`", "not tagged", "different: ", "run it again"):
         assert word in str(caught.value)
     assert not server.tags(REPO)
-    push(out, REPO, tag="v1", execute=True)
+    push(out, REPO, PushOptions(tag="v1", execute=True))
     assert is_published(server, out, "v1")
 
 
 def test_other_logits_are_not_tagged(out, server, monkeypatch):
     monkeypatch.setattr(hub.Push, "logits", lambda self, installed, commit: f"{installed}")
     with pytest.raises(CheckpointError) as caught:
-        push(out, REPO, tag="v1", execute=True)
+        push(out, REPO, PushOptions(tag="v1", execute=True))
     assert "not tagged" in str(caught.value) and "logits" in str(caught.value) and not server.tags(REPO)
     assert server.branches(REPO)["main"] in str(caught.value)
 
@@ -386,7 +387,7 @@ def test_other_logits_are_not_tagged(out, server, monkeypatch):
 def test_a_model_that_does_not_load_is_not_sent(out, server, monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(CheckpointError, match=r"the model must load and run .*nothing was sent"):
-        push(out, REPO, execute=True)
+        push(out, REPO, PushOptions(execute=True))
     assert not server.repos
 
 
@@ -428,7 +429,7 @@ def test_the_process_that_loads_the_model_has_no_token(out, server, played, monk
     monkeypatch.setenv("ANOTHER_NAME", f"Bearer {TOKEN}")
     monkeypatch.setenv("HF_TOKEN_PATH", str(played / "token"))
     (played / "token").write_text(TOKEN)
-    push(out, REPO, tag="v1", execute=True)
+    push(out, REPO, PushOptions(tag="v1", execute=True))
     told = (played / "arguments").read_text() + (played / "environment").read_text()
     assert TOKEN not in told and "HF_TOKEN_PATH" not in told and told.count("HF_HUB_OFFLINE=1") == 2
 
@@ -471,7 +472,7 @@ def test_files_that_the_hub_sends_otherwise_than_it_lists_them_are_not_run(
     monkeypatch.setattr(hub.Push, "reload", lambda self, task, scratch: played_reload(task, scratch, tmp_path))
     lying(server, {name: bytes(sent)})
     with pytest.raises(CheckpointError, match=f"not verified and not tagged: the Hub sends .*{re.escape(name)}"):
-        push(out, REPO, tag="v1", execute=True)
+        push(out, REPO, PushOptions(tag="v1", execute=True))
     assert not server.tags(REPO) and not (tmp_path / "ran").exists()
 
 
@@ -492,7 +493,7 @@ def test_a_file_that_changes_while_it_is_published_is_not_sent(out, server, monk
 
     monkeypatch.setattr(hub.Push, "logits", meanwhile)
     with pytest.raises(CheckpointError, match=r"model\.safetensors` must stay as it is"):
-        push(out, REPO, execute=True)
+        push(out, REPO, PushOptions(execute=True))
     assert not any(request.method == "PUT" for request in server.requests)
 
 
@@ -503,7 +504,7 @@ def test_a_file_that_changes_while_it_is_published_is_not_sent(out, server, monk
 def foreign():
     """Another host, which answers as a Hub, and is asked with no token."""
     with HubServer(token=TOKEN) as other:
-        other.endpoint = other.endpoint.replace("127.0.0.1", "127.0.0.2")
+        other.endpoint = other.endpoint.replace("127.0.0.1", "localhost")  # where it does hear what it is asked
         yield other
 
 
@@ -558,12 +559,12 @@ def redirect(elsewhere: str):
 def test_the_token_goes_to_the_hub_alone(pattern, change, out, server, foreign, monkeypatch, unloaded_but_sent):
     """It went to the host of the next page of a listing, and of what confirms an upload."""
     if "commits" in pattern or "discussions" in pattern:
-        push(out, REPO, execute=True)
+        push(out, REPO, PushOptions(execute=True))
         write_own_card(out)
         server.fail(COMMIT, "lost" if "commits" in pattern else 500, times=1)
     leads_away(server, pattern, change(foreign.endpoint))
     with contextlib.suppress(CheckpointError):
-        push(out, REPO, create_pr="discussions" in pattern, execute=True)
+        push(out, REPO, PushOptions(create_pr="discussions" in pattern, execute=True))
     assert [request for request in foreign.requests if request.token] == []
     tokens = [request for request in foreign.requests if TOKEN in json.dumps(request.headers) + request.path]
     assert tokens == []
@@ -572,13 +573,13 @@ def test_the_token_goes_to_the_hub_alone(pattern, change, out, server, foreign, 
 def test_an_address_elsewhere_is_told(out, server, foreign, unloaded):
     leads_away(server, "POST .*/batch", verify_action(foreign.endpoint))
     result = run(out, REPO, "--execute")
-    assert result.exit_code == 1 and "it named one of 127.0.0.2, which was not asked" in result.stderr
+    assert result.exit_code == 1 and "it named one of localhost, which was not asked" in result.stderr
     assert "`main`" in result.stderr or "was created" in result.stderr or "unchanged" in result.stderr
 
 
 @pytest.mark.parametrize("pattern", ["GET .*/refs", "GET .*/tree/", "POST .*/validate-yaml"])
 def test_answers_without_end_are_refused(pattern, out, server, monkeypatch, unloaded):
-    push(out, REPO, execute=True)
+    push(out, REPO, PushOptions(execute=True))
     monkeypatch.setattr(remote, "LARGEST_ANSWER", 2**16)
     leads_away(server, pattern, lambda answer: Answer(b" " * 2**17))
     with pytest.raises(CheckpointError, match="must answer in at most 65,536 bytes"):
@@ -586,7 +587,7 @@ def test_answers_without_end_are_refused(pattern, out, server, monkeypatch, unlo
 
 
 def test_listings_without_end_are_refused(out, server, monkeypatch, unloaded):
-    push(out, REPO, execute=True)
+    push(out, REPO, PushOptions(execute=True))
     monkeypatch.setattr(remote, "MOST_REQUESTS", 20)
     leads_away(server, "GET .*/tree/", next_page(server.endpoint.replace("/x/y/", f"/{REPO}/")))
     leads_away(
@@ -650,8 +651,8 @@ def test_from_push_to_a_user_who_loads_it(server, tmp_path):
     without the network."""
     out = tmp_path / "out"
     memory = {"num_memory_tokens": 2, "memory_segment_length": 16, "retrieval_layers": [1]}
-    convert(source("olmo_core_swa"), out, dtype="bfloat16", memory=memory)
-    card(out, license="apache-2.0")
+    convert(source("olmo_core_swa"), out, ConvertOptions(dtype="bfloat16", memory=memory))
+    card(out, CardOptions(license="apache-2.0"))
     result = run(out, REPO, "--private", "--tag", "v1", "--execute")
     assert result.exit_code == 0, result.output
     assert "verified: the same logits, bit for bit" in result.stdout and TOKEN not in result.output
@@ -682,6 +683,6 @@ def test_a_push_that_is_killed_is_gone_on_with(place, out, server, unloaded):
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     uploads = {request.path for request in server.requests if request.method == "PUT"}
-    push(out, REPO, tag="v1", execute=True)
+    push(out, REPO, PushOptions(tag="v1", execute=True))
     assert is_published(server, out, "v1") and len(server.commits(REPO, "main")) == 2
     assert len([request for request in server.requests if request.method == "PUT"]) == len(uploads)

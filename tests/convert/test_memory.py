@@ -32,11 +32,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from olmem import OlmemConfig, OlmemForCausalLM
 from olmem.rules_olmem import MEMORY_FIELDS
-from olmem_convert import CheckpointError, convert, verify
+from olmem_convert import CheckpointError, ConvertOptions, convert, verify
 from olmem_convert.cli import app
-from olmem_convert.memory import OFF, listed, read_settings, switched, with_memory
+from olmem_convert.formats.memory import OFF, listed, switched, with_memory
+from olmem_convert.options import read_settings
 from olmem_convert.proof import verification
-from olmem_convert.proof.verification import prompt
+from olmem_convert.proof.prompts import prompt
 from olmem_convert.publish.model_card import MARK
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -83,7 +84,7 @@ def settings_of(memory: dict[str, Any]) -> list[str]:
 def remembering(tmp_path_factory) -> Path:
     """The sliding checkpoint with both memories on, verified; never changed."""
     out = tmp_path_factory.mktemp("remembering") / "out"
-    convert(source(SLIDING), out, memory=BOTH)
+    convert(source(SLIDING), out, ConvertOptions(memory=BOTH))
     return out
 
 
@@ -107,7 +108,7 @@ def set_weights(folder: Path, **changes: torch.Tensor | None) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_new_parameters_are_written_beside_the_same_weights(name, dtype, converted, tmp_path):
     memory, out, kind = MEMORIES[name], tmp_path / "out", getattr(torch, dtype)
-    report = convert(source(name), out, dtype=dtype, memory=memory, **options(name))
+    report = convert(source(name), out, ConvertOptions(dtype=dtype, memory=memory, **options(name)))
     weights, plain = load_weights(out), load_weights(converted(name, dtype))
     assert weights.keys() - plain.keys() == parameters_of(memory, out) and plain.keys() <= weights.keys()
     assert all(torch.equal(weights[key], plain[key]) for key in plain)
@@ -128,7 +129,7 @@ def test_new_parameters_are_written_beside_the_same_weights(name, dtype, convert
 
 @pytest.mark.parametrize("name", MEMORIES)
 def test_config_differs_in_what_was_set_alone(name, converted, tmp_path):
-    convert(source(name), tmp_path / "out", memory=MEMORIES[name], verify=False, **options(name))
+    convert(source(name), tmp_path / "out", ConvertOptions(memory=MEMORIES[name], verify=False, **options(name)))
     config, plain = read_config(tmp_path / "out"), read_config(converted(name))
     assert config == plain | MEMORIES[name]
 
@@ -136,7 +137,7 @@ def test_config_differs_in_what_was_set_alone(name, converted, tmp_path):
 @pytest.mark.parametrize("name", MEMORIES)
 def test_proof_is_that_of_the_model_without_memory(name, converted, tmp_path):
     out = tmp_path / "out"
-    convert(source(name), out, memory=MEMORIES[name], **options(name))
+    convert(source(name), out, ConvertOptions(memory=MEMORIES[name], **options(name)))
     report = json.loads((out / "verification.json").read_text())
     assert report["passed"] is True and report["max_difference"] <= report["tolerance"]
     assert report["config_differences"] == {} and report["weight_differences"] == []
@@ -155,7 +156,9 @@ def test_proof_is_that_of_the_model_without_memory(name, converted, tmp_path):
 def test_checkpoints_of_transformers_gain_a_memory_too(tmp_path):
     original = save(tmp_path / "original", "olmo3", layer_types=["sliding_attention", "full_attention"])
     convert(original, tmp_path / "plain")
-    report = convert(original, tmp_path / "out", memory={"num_memory_tokens": 2, "retrieval_layers": [0]})
+    report = convert(
+        original, tmp_path / "out", ConvertOptions(memory={"num_memory_tokens": 2, "retrieval_layers": [0]})
+    )
     assert report["memory"] == {
         "num_memory_tokens": 2,
         "memory_segment_length": 5,
@@ -179,7 +182,7 @@ def test_checkpoints_of_transformers_gain_a_memory_too(tmp_path):
 @pytest.mark.parametrize("name", MEMORIES)
 def test_a_model_with_a_new_memory_learns_from_the_first_step(name, tmp_path):
     """Memory tokens of zeros had gradients that grew a thousandfold with each norm."""
-    convert(source(name), tmp_path / "out", memory=MEMORIES[name], verify=False, **options(name))
+    convert(source(name), tmp_path / "out", ConvertOptions(memory=MEMORIES[name], verify=False, **options(name)))
     model = OlmemForCausalLM.from_pretrained(tmp_path / "out").train()
     ids = prompt(golden(name))
     model(ids, labels=ids, use_cache=False).loss.backward()
@@ -190,20 +193,22 @@ def test_a_model_with_a_new_memory_learns_from_the_first_step(name, tmp_path):
 
 
 def test_new_parameters_are_in_the_index(tmp_path):
-    convert(source(SLIDING), tmp_path / "out", memory=BOTH, max_shard_size="50KB")
+    convert(source(SLIDING), tmp_path / "out", ConvertOptions(memory=BOTH, max_shard_size="50KB"))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert {GATE, EMBEDDINGS} <= index["weight_map"].keys() == load_weights(tmp_path / "out").keys()
 
 
 @pytest.mark.parametrize("memory", [{}, None, {"num_memory_tokens": 0}, {"retrieval_layers": []}, dict(OFF)], ids=str)
 def test_nothing_switched_on_changes_nothing(memory, converted, tmp_path):
-    report = convert(source(SLIDING), tmp_path / "out", memory=memory)
+    report = convert(source(SLIDING), tmp_path / "out", ConvertOptions(memory=memory))
     assert snapshot(tmp_path / "out") == snapshot(converted(SLIDING))
     assert report["memory"] is None and "memory" not in report["verification"]
 
 
 def test_gate_may_be_a_whole_number(tmp_path):
-    convert(source(SLIDING), tmp_path / "out", memory={"retrieval_layers": [1], "retrieval_gate_init": -3})
+    convert(
+        source(SLIDING), tmp_path / "out", ConvertOptions(memory={"retrieval_layers": [1], "retrieval_gate_init": -3})
+    )
     assert torch.equal(load_weights(tmp_path / "out")[GATE], torch.full((4,), -3.0))
     assert type(read_config(tmp_path / "out")["retrieval_gate_init"]) is float
 
@@ -212,7 +217,7 @@ def test_gate_may_be_a_whole_number(tmp_path):
 def test_gates_of_memory_are_those_of_every_other_door(choice, converted, tmp_path):
     """As `from_pretrained` makes them beside the weights of the same folder: −10, or what is said, None for none."""
     tokens = {"num_memory_tokens": 2} | choice
-    convert(source(SLIDING), tmp_path / "out", memory=tokens)
+    convert(source(SLIDING), tmp_path / "out", ConvertOptions(memory=tokens))
     written, found = OlmemForCausalLM.from_pretrained(tmp_path / "out"), {}
     loaded = OlmemForCausalLM.from_pretrained(converted(SLIDING), **tokens)
     for name, model in (("written", written), ("loaded", loaded)):
@@ -259,7 +264,9 @@ def test_effect_is_measured_with_memory_on_and_nothing_else_is(factor, dtype, mo
     """Whatever a memory does in this version of the model, and when it moves all logits."""
     with_effect(monkeypatch, factor)
     lines: list[str] = []
-    report = convert(source(SLIDING), tmp_path / "out", dtype=dtype, memory=BOTH, say=lines.append)["verification"]
+    report = convert(source(SLIDING), tmp_path / "out", ConvertOptions(dtype=dtype, memory=BOTH), say=lines.append)[
+        "verification"
+    ]
     moved = report["memory"]["relative_difference_when_on"]
     assert moved == pytest.approx(effect(tmp_path / "out", prompt(golden(SLIDING), 24)), rel=1e-4, abs=1e-7)
     assert factor == 1.0 or moved > 0.1
@@ -279,7 +286,7 @@ def test_effect_is_measured_with_memory_on_and_nothing_else_is(factor, dtype, mo
 def test_memory_that_gives_no_numbers_is_refused(value, monkeypatch, tmp_path):
     with_effect(monkeypatch, 1.0, value)
     with pytest.raises(CheckpointError, match="logits with memory on must be finite"):
-        convert(source(SLIDING), tmp_path / "out", memory=BOTH)
+        convert(source(SLIDING), tmp_path / "out", ConvertOptions(memory=BOTH))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -296,7 +303,9 @@ def test_a_thousand_segments_are_read_in_the_dtype_that_is_written(dtype, monkey
     monkeypatch.setattr(OlmemForCausalLM, "forward", watched)
     lines: list[str] = []
     source = write_olmo(tmp_path / "source", "model.pt")
-    memory = convert(source, tmp_path / "out", dtype=dtype, memory=TOKENS, say=lines.append)["verification"]["memory"]
+    memory = convert(source, tmp_path / "out", ConvertOptions(dtype=dtype, memory=TOKENS), say=lines.append)[
+        "verification"
+    ]["memory"]
     kind = getattr(torch, dtype)
     assert sum(tokens for of, length, tokens in read if (of, length) == (kind, 1)) == SEGMENTS + 1 >= 1001
     assert (memory["segments"], memory["segments_in"]) == (SEGMENTS, dtype)
@@ -304,7 +313,7 @@ def test_a_thousand_segments_are_read_in_the_dtype_that_is_written(dtype, monkey
 
 
 def test_retrieval_alone_has_no_segments(tmp_path):
-    report = convert(source(SLIDING), tmp_path / "out", memory=RETRIEVAL)
+    report = convert(source(SLIDING), tmp_path / "out", ConvertOptions(memory=RETRIEVAL))
     assert "segments" not in report["verification"]["memory"]
 
 
@@ -324,7 +333,7 @@ def test_demo_in_float16_stays_finite(monkeypatch, tmp_path):
 def test_memory_that_overflows_is_refused_with_the_way_out(dtype, tmp_path):
     """In float32, in which all else is compared, and in bfloat16 it does not."""
     original, out = write_olmo(tmp_path / "source", "model.pt"), tmp_path / "out"
-    convert(original, out, dtype=dtype, memory=TOKENS, verify=False)
+    convert(original, out, ConvertOptions(dtype=dtype, memory=TOKENS, verify=False))
     weight = load_weights(out)["model.memory.norm.weight"]
     set_weights(out, **{"model.memory.norm.weight": torch.full_like(weight, 6e4)})
     if dtype == "bfloat16":
@@ -348,7 +357,11 @@ def test_logits_that_overflow_are_refused_with_their_segment(monkeypatch, tmp_pa
 
     monkeypatch.setattr(OlmemForCausalLM, "forward", spoilt)
     with pytest.raises(CheckpointError, match=r"got, after 5: logits that are not\); convert with --dtype bfloat16"):
-        convert(write_olmo(tmp_path / "source", "model.pt"), tmp_path / "out", dtype="float16", memory=TOKENS)
+        convert(
+            write_olmo(tmp_path / "source", "model.pt"),
+            tmp_path / "out",
+            ConvertOptions(dtype="float16", memory=TOKENS),
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -386,7 +399,7 @@ def test_verify_is_told_nothing(remembering, spoilt, caplog):
     assert "memory.embeddings" not in caplog.text and "retrieval_gate" not in caplog.text
     assert snapshot(spoilt) == snapshot(remembering)
     lines: list[str] = []
-    assert verify(spoilt, source(SLIDING), lines.append) == json.loads((spoilt / "verification.json").read_text())
+    assert verify(spoilt, source(SLIDING), say=lines.append) == json.loads((spoilt / "verification.json").read_text())
     assert lines[-1].startswith("memory: num_memory_tokens=3, memory_segment_length=24, ")
 
 
@@ -564,7 +577,7 @@ def test_hostile_settings(setting, tmp_path):
 )
 def test_rules_of_several_fields(memory, words, tmp_path):
     with pytest.raises(CheckpointError) as caught:
-        convert(source(SLIDING), tmp_path / "out", dtype="float16", memory=memory)
+        convert(source(SLIDING), tmp_path / "out", ConvertOptions(dtype="float16", memory=memory))
     assert words in str(caught.value) and "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -584,7 +597,7 @@ def test_rules_of_several_fields(memory, words, tmp_path):
 )
 def test_fields_of_a_memory_that_stays_off(memory, words, tmp_path):
     with pytest.raises(CheckpointError) as caught:
-        convert(source(SLIDING), tmp_path / "out", memory=memory)
+        convert(source(SLIDING), tmp_path / "out", ConvertOptions(memory=memory))
     assert words in str(caught.value) and "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -592,7 +605,7 @@ def test_fields_of_a_memory_that_stays_off(memory, words, tmp_path):
 def test_folder_whose_retrieval_was_switched_off_is_verified(tmp_path):
     """Its config.json still has the numbers of the retrieval that it had."""
     out = tmp_path / "out"
-    convert(source(SLIDING), out, memory=TOKENS, verify=False)
+    convert(source(SLIDING), out, ConvertOptions(memory=TOKENS, verify=False))
     edit_json(out / "config.json", **{name: value for name, value in RETRIEVAL.items() if name != "retrieval_layers"})
     assert verify(out, source(SLIDING))["passed"]
 
@@ -621,7 +634,7 @@ def test_set_has_no_meaning_on_the_way_back(converted, tmp_path):
 @pytest.mark.parametrize(("memory", "name"), [(TOKENS, "num_memory_tokens"), (RETRIEVAL, "retrieval_layers")])
 def test_memory_cannot_go_back_to_transformers(memory, name, tmp_path):
     original = save(tmp_path / "place" / "original", "olmo3", layer_types=["full_attention", "sliding_attention"])
-    convert(original, tmp_path / "place" / "olmem", memory=memory)
+    convert(original, tmp_path / "place" / "olmem", ConvertOptions(memory=memory))
     words = (f"`{name}` must be ", f"(got {memory[name]})", "no OLMo class can")
     refuse(tmp_path / "place" / "olmem", *words, options=("--to", "olmo3"))
 
@@ -703,7 +716,7 @@ def test_card_says_what_memory_is_on(remembering):
 
 
 def test_card_without_verification_says_so(tmp_path):
-    convert(source(SLIDING), tmp_path / "out", memory=RETRIEVAL, verify=False)
+    convert(source(SLIDING), tmp_path / "out", ConvertOptions(memory=RETRIEVAL, verify=False))
     text = card(tmp_path / "out")
     assert "Not verified" in text and "largest difference" not in text
     assert {line for line in text.splitlines() if line.startswith("- `")} == {
@@ -725,9 +738,9 @@ def test_card_of_ones_own_stays(spoilt):
     verify(spoilt, source(SLIDING))
     assert card(spoilt) == "my own words\n"
     with pytest.raises(CheckpointError, match=r"holds README\.md"):
-        convert(source(SLIDING), spoilt, overwrite=True)
+        convert(source(SLIDING), spoilt, ConvertOptions(overwrite=True))
     (spoilt / "README.md").unlink()
-    convert(source(SLIDING), spoilt, overwrite=True)
+    convert(source(SLIDING), spoilt, ConvertOptions(overwrite=True))
     assert MARK in card(spoilt)
 
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from convert.checkpoints import DEMO, EXACT, FOLDERS, GOLDEN, expected, golden
 from olmem_convert import CheckpointError
-from olmem_convert.proof.native_forward import native_forward, rotate, rotate_pairs
+from olmem_convert.proof import olmo_core_forward
+from olmem_convert.proof.baka_forward import rotate_pairs
+from olmem_convert.proof.native_forward import rotate
 from olmem_convert.reading.tensors import LoadedOnDemand
 
 
@@ -27,7 +29,7 @@ class Counted(LoadedOnDemand):
 def stages(checkpoint, input_ids, dtype=torch.float32, tensors=None, **changes):
     config = copy.deepcopy(checkpoint.native_config) | changes
     tensors = LoadedOnDemand(checkpoint.tensors) if tensors is None else tensors
-    return native_forward(checkpoint.family, config, tensors, input_ids, dtype=dtype)
+    return checkpoint.forward.func(config, tensors, input_ids, dtype=dtype)
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -62,9 +64,9 @@ def test_each_tensor_is_read_once_and_none_is_left_out(name):
     names = [stage for stage, _ in stages(checkpoint, torch.zeros(1, 3, dtype=torch.long), tensors=tensors)]
     layers = len(checkpoint.olmem_config["layer_types"])
     assert names == ["embeddings", *(f"block {layer}" for layer in range(layers)), "final norm", "logits"]
-    embedding = "transformer.wte.weight" if checkpoint.family == "olmo" else "embeddings.weight"
+    embedding = "transformer.wte.weight" if name.startswith("olmo_gqa") else "embeddings.weight"
     tied = checkpoint.olmem_config["tie_word_embeddings"]
-    unused = {"lm_head.w_out.weight"} if tied and checkpoint.family == "olmo_core" else set()
+    unused = {"lm_head.w_out.weight"} if tied and name.startswith("olmo_core") else set()
     assert tensors.reads == {name: 1 + (tied and name == embedding) for name in set(checkpoint.tensors) - unused}
 
 
@@ -87,12 +89,12 @@ def test_tokens_before_the_window_of_every_layer_change_nothing():
     changed[:, : 40 - far] = 7
     tensors = LoadedOnDemand(checkpoint.tensors)
     one, other = (
-        list(native_forward("olmo_core", config, tensors, value, dtype=torch.float64))[-1][1][:, -1]
+        list(olmo_core_forward.forward(config, tensors, value, dtype=torch.float64))[-1][1][:, -1]
         for value in (ids, changed)
     )
     torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
     changed[:, 40 - far] = 7
-    (_, other) = list(native_forward("olmo_core", config, tensors, changed, dtype=torch.float64))[-1]
+    (_, other) = list(olmo_core_forward.forward(config, tensors, changed, dtype=torch.float64))[-1]
     assert (one - other[:, -1]).abs().max() > 1e-6
 
 
@@ -172,7 +174,7 @@ def test_olmo_core_field_it_does_not_compute_is_refused(path, value):
         fields = fields[parent]
     fields[leaf] = value
     with pytest.raises(CheckpointError, match=leaf):
-        native_forward("olmo_core", config, LoadedOnDemand(checkpoint.tensors), torch.zeros(1, 2, dtype=torch.long))
+        olmo_core_forward.forward(config, LoadedOnDemand(checkpoint.tensors), torch.zeros(1, 2, dtype=torch.long))
 
 
 @pytest.mark.parametrize(
@@ -198,8 +200,3 @@ def test_missing_and_misshapen_tensors_are_named():
         list(stages(checkpoint, ids, tensors={k: v for k, v in tensors.items() if "1.attn_out" not in k}))
     with pytest.raises(CheckpointError, match=r"transformer\.ln_f\.weight.*\(64,\).*\(63,\)"):
         list(stages(checkpoint, ids, tensors=tensors | {"transformer.ln_f.weight": torch.ones(63)}))
-
-
-def test_unknown_family_is_refused():
-    with pytest.raises(CheckpointError, match="family"):
-        native_forward("gpt", {}, {}, torch.zeros(1, 2, dtype=torch.long))

@@ -12,8 +12,7 @@ import pytest
 import torch
 from convert.checkpoints import edit_json, load_weights, save_weights, snapshot, source
 from convert.releases import reseal
-from olmem_convert import CheckpointError, convert
-from olmem_convert.publish.model_card import card
+from olmem_convert import CardOptions, CheckpointError, ConvertOptions, card, convert
 from olmem_convert.publish.release import check_release
 from safetensors.torch import load_file, save_file
 
@@ -29,8 +28,8 @@ def out(released, tmp_path) -> Path:
 def sharded(tmp_path_factory) -> Path:
     """The same in several files."""
     out = tmp_path_factory.mktemp("sharded") / "out"
-    convert(source("olmo_core_swa"), out, max_shard_size="50KB")
-    card(out, license="apache-2.0")
+    convert(source("olmo_core_swa"), out, ConvertOptions(max_shard_size="50KB"))
+    card(out, CardOptions(license="apache-2.0"))
     return out
 
 

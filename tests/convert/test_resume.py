@@ -17,7 +17,7 @@ import pytest
 import torch
 from convert.checkpoints import DEMO, copy_source, load_weights, snapshot, source
 from convert.writers import olmo_core_state, olmo_state, write_olmo, write_olmo_core
-from olmem_convert import CheckpointError, card, convert, export
+from olmem_convert import CardOptions, CheckpointError, ConvertOptions, card, convert
 from olmem_convert.cli import app
 from olmem_convert.reading.tensors import Span
 from olmem_convert.writing.transaction import note
@@ -56,19 +56,19 @@ def kill(monkeypatch):
 def killed(kill, monkeypatch, out: Path, reads: int, **options) -> None:
     kill(reads)
     with pytest.raises(Killed):
-        convert(DEMO / "step1872", out, **SMALL, **options)
+        convert(DEMO / "step1872", out, ConvertOptions(**SMALL, **options))
     monkeypatch.undo()
 
 
 @pytest.mark.parametrize("reads", [0, 1, 5, 20])
 def test_what_was_finished_is_not_read_again(reads, kill, monkeypatch, tmp_path):
-    convert(DEMO / "step1872", tmp_path / "whole", **SMALL)
+    convert(DEMO / "step1872", tmp_path / "whole", ConvertOptions(**SMALL))
     out, lines = tmp_path / "place" / "out", []
     killed(kill, monkeypatch, out, reads)
     left = sorted(path.name for path in out.parent.iterdir())
     assert left == [".out.lock", ".out.partial", ".out.partial.jsonl"]
     finished = [json.loads(line) for line in (out.parent / left[2]).read_text().splitlines()[1:]]
-    report = convert(DEMO / "step1872", out, resume=True, say=lines.append, **SMALL)
+    report = convert(DEMO / "step1872", out, ConvertOptions(resume=True, **SMALL), say=lines.append)
     assert snapshot(out) == snapshot(tmp_path / "whole")
     assert os.listdir(out.parent) == ["out"]
     assert any(line == f"resumed: {len(finished)} weight files were finished" for line in lines)
@@ -81,9 +81,9 @@ def test_without_resume_a_killed_conversion_is_said_to_be_there(kill, monkeypatc
     (tmp_path / ".out.lock").unlink()
     before = snapshot(tmp_path)
     with pytest.raises(CheckpointError, match=r"half-written .*--resume .*--overwrite"):
-        convert(DEMO / "step1872", out, **SMALL)
+        convert(DEMO / "step1872", out, ConvertOptions(**SMALL))
     assert snapshot(tmp_path) == before
-    convert(DEMO / "step1872", out, overwrite=True, **SMALL)
+    convert(DEMO / "step1872", out, ConvertOptions(overwrite=True, **SMALL))
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -105,9 +105,9 @@ def test_finished_files_are_checked(spoil, kill, monkeypatch, tmp_path):
     else:
         journal.write_text("\n".join(entries)[:-5])
     lines = []
-    convert(DEMO / "step1872", out, resume=True, say=lines.append, **SMALL)
+    convert(DEMO / "step1872", out, ConvertOptions(resume=True, **SMALL), say=lines.append)
     assert f"resumed: {len(entries) - 2} weight files were finished" in lines
-    convert(DEMO / "step1872", tmp_path / "whole", **SMALL)
+    convert(DEMO / "step1872", tmp_path / "whole", ConvertOptions(**SMALL))
     assert snapshot(out) == snapshot(tmp_path / "whole")
 
 
@@ -130,15 +130,15 @@ def test_another_conversion_is_not_gone_on_with(change, words, kill, monkeypatch
     folder, out = copy_source("demo", tmp_path / "source"), tmp_path / "out"
     kill(20)
     with pytest.raises(Killed):
-        convert(folder, out, **SMALL)
+        convert(folder, out, ConvertOptions(**SMALL))
     monkeypatch.undo()
     (tmp_path / ".out.lock").unlink()
     before = snapshot(tmp_path)
     options = SMALL | change(folder)
     with pytest.raises(CheckpointError, match=rf"--resume.*{words}.*--overwrite"):
-        convert(folder, out, resume=True, **options)
+        convert(folder, out, ConvertOptions(resume=True, **options))
     assert snapshot(tmp_path) == before
-    convert(folder, out, overwrite=True, **options)
+    convert(folder, out, ConvertOptions(overwrite=True, **options))
     assert sorted(os.listdir(tmp_path)) == ["out", "source"]
 
 
@@ -151,7 +151,7 @@ def test_two_conversions_to_one_folder(monkeypatch, tmp_path):
         if line.startswith("no tokenizer"):
             for options in ({}, {"resume": True}, {"overwrite": True}):
                 with pytest.raises(CheckpointError, match="another one is writing") as refusal:
-                    convert(folder, out, **options)
+                    convert(folder, out, ConvertOptions(**options))
                 refusals.append(refusal)
 
     convert(folder, out, say=meanwhile)
@@ -160,12 +160,12 @@ def test_two_conversions_to_one_folder(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", [".out.partial", ".out.replaced"])
 def test_folders_of_those_names_that_no_conversion_wrote(name, tmp_path):
-    convert(source("olmo"), tmp_path / "out", verify=False)
+    convert(source("olmo"), tmp_path / "out", ConvertOptions(verify=False))
     (tmp_path / name).mkdir()
     (tmp_path / name / "thesis.tex").write_text("mine")
     before = snapshot(tmp_path)
     with pytest.raises(CheckpointError, match=rf"{re.escape(name)} beside it, .*move it away"):
-        convert(source("olmo"), tmp_path / "out", overwrite=True)
+        convert(source("olmo"), tmp_path / "out", ConvertOptions(overwrite=True))
     assert snapshot(tmp_path) == before and sorted(os.listdir(tmp_path)) == sorted(["out", name])
 
 
@@ -184,7 +184,7 @@ def test_links_beside_out_lead_nowhere(overwrite, end, tmp_path):
     before = snapshot(victim) if victim.is_dir() else victim.read_bytes()
     for resume in (False, True):
         with pytest.raises(CheckpointError, match=r"must not have .*\.out\..* beside it, which is no conversion's"):
-            convert(source("olmo"), tmp_path / "out", verify=False, overwrite=overwrite, resume=resume)
+            convert(source("olmo"), tmp_path / "out", ConvertOptions(verify=False, overwrite=overwrite, resume=resume))
     assert before == (snapshot(victim) if victim.is_dir() else victim.read_bytes())
     assert (tmp_path / f".out.{end}").is_symlink() and not (tmp_path / "out").exists()
 
@@ -212,29 +212,29 @@ def test_journals_that_no_conversion_wrote(entry, kill, monkeypatch, tmp_path):
     out, journal = tmp_path / "out", tmp_path / ".out.partial.jsonl"
     kill(0)
     with pytest.raises(Killed):
-        convert(source("olmo"), out, verify=False, resume=True)
+        convert(source("olmo"), out, ConvertOptions(verify=False, resume=True))
     monkeypatch.undo()
     (tmp_path / ".out.partial" / "model.safetensors").write_bytes(b"abc")
     text = entry if isinstance(entry, str) else json.dumps(entry).replace("HASH", hashlib.sha256(b"abc").hexdigest())
     with journal.open("a") as file:
         file.write(f"{text}\n")
-    convert(source("olmo"), out, resume=True)
+    convert(source("olmo"), out, ConvertOptions(resume=True))
 
 
 def test_what_came_into_a_folder_that_is_replaced_is_kept(tmp_path):
     out, lines = tmp_path / "out", []
-    convert(source("olmo1"), out, verify=False)
+    convert(source("olmo1"), out, ConvertOptions(verify=False))
 
     def meanwhile(line):
         lines.append(line)
         if line.startswith("found"):
             (out / "results.csv").write_text("mine")
 
-    convert(source("olmo"), out, overwrite=True, verify=False, say=meanwhile)
+    convert(source("olmo"), out, ConvertOptions(overwrite=True, verify=False), say=meanwhile)
     assert (tmp_path / ".out.replaced" / "results.csv").read_text() == "mine"
     assert any("kept as it holds results.csv" in line for line in lines) and not (out / "results.csv").exists()
     with pytest.raises(CheckpointError, match="move it away"):
-        convert(source("olmo"), out, overwrite=True, verify=False)
+        convert(source("olmo"), out, ConvertOptions(overwrite=True, verify=False))
 
 
 def test_a_torn_journal_is_mended(kill, monkeypatch, tmp_path):
@@ -247,11 +247,11 @@ def test_a_torn_journal_is_mended(kill, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr("olmem_convert.writing.transaction.sync", lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            convert(DEMO / "step1872", out, resume=True, **SMALL)
+            convert(DEMO / "step1872", out, ConvertOptions(resume=True, **SMALL))
     entries = [json.loads(line) for line in journal.read_text().splitlines()]
     assert len(entries) - 1 > finished
     lines = []
-    convert(DEMO / "step1872", out, resume=True, say=lines.append, **SMALL)
+    convert(DEMO / "step1872", out, ConvertOptions(resume=True, **SMALL), say=lines.append)
     assert f"resumed: {len(entries) - 1} weight files were finished" in lines
 
 
@@ -261,10 +261,10 @@ def test_nonfinite_numbers_are_not_carried_over_by_resuming(monkeypatch, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr("olmem_convert.writing.transaction.sync", lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            convert(folder, tmp_path / "out", allow_nonfinite=True, **options)
+            convert(folder, tmp_path / "out", ConvertOptions(allow_nonfinite=True, **options))
     with pytest.raises(CheckpointError, match="other options"):
-        convert(folder, tmp_path / "out", **options)
-    report = convert(folder, tmp_path / "out", allow_nonfinite=True, **options)
+        convert(folder, tmp_path / "out", ConvertOptions(**options))
+    report = convert(folder, tmp_path / "out", ConvertOptions(allow_nonfinite=True, **options))
     assert report["bytes_found"] == report["bytes"] and report["nonfinite"] == {"lm_head.weight": 3}
 
 
@@ -276,13 +276,13 @@ def test_a_source_that_vanishes_is_not_the_fault_of_out(tmp_path):
             path.unlink(missing_ok=True)
 
     with pytest.raises(CheckpointError, match=r"distcp"):
-        convert(folder, tmp_path / "out", say=vanish, verify=False)
+        convert(folder, tmp_path / "out", ConvertOptions(verify=False), say=vanish)
     assert os.listdir(tmp_path) == ["source"]
 
 
 def test_what_came_into_it_is_kept_after_a_kill_too(monkeypatch, tmp_path):
     out, lines = tmp_path / "out", []
-    convert(source("olmo1"), out, verify=False)
+    convert(source("olmo1"), out, ConvertOptions(verify=False))
 
     def killed_after_it(*arguments):
         (out / "results.csv").write_text("mine")
@@ -292,19 +292,19 @@ def test_what_came_into_it_is_kept_after_a_kill_too(monkeypatch, tmp_path):
     monkeypatch.setattr("olmem_convert.writing.transaction.swap", killed_after_it)
     monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
     with pytest.raises(Killed):
-        convert(source("olmo"), out, overwrite=True, verify=False)
+        convert(source("olmo"), out, ConvertOptions(overwrite=True, verify=False))
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match=r"\.out\.replaced beside it, which is in the way"):
-        convert(source("olmo"), out, overwrite=True, verify=False, say=lines.append)
+        convert(source("olmo"), out, ConvertOptions(overwrite=True, verify=False), say=lines.append)
     assert (tmp_path / ".out.replaced" / "results.csv").read_text() == "mine"
     assert any("kept as it holds results.csv" in line for line in lines)
 
 
 def test_a_replaced_folder_that_cannot_be_removed_is_told_of(monkeypatch, tmp_path):
     out, lines = tmp_path / "out", []
-    convert(source("olmo1"), out, verify=False)
+    convert(source("olmo1"), out, ConvertOptions(verify=False))
     monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
-    convert(source("olmo1"), out, overwrite=True, verify=False, say=lines.append)
+    convert(source("olmo1"), out, ConvertOptions(overwrite=True, verify=False), say=lines.append)
     assert (tmp_path / ".out.replaced").exists() and any("could not be removed" in line for line in lines)
 
 
@@ -313,7 +313,7 @@ def test_a_source_may_be_spelled_otherwise(kill, monkeypatch, tmp_path):
     lines = []
     killed(kill, monkeypatch, tmp_path / "out", 20, resume=True)
     monkeypatch.chdir(DEMO / "step1872")
-    convert(".", tmp_path / "out", **SMALL, resume=True, say=lines.append)
+    convert(".", tmp_path / "out", ConvertOptions(**SMALL, resume=True), say=lines.append)
     assert any(line.startswith("resumed: ") for line in lines)
 
 
@@ -327,14 +327,14 @@ def test_folders_beside_the_weights_need_not_be_readable(monkeypatch, tmp_path):
         return iterdir(path)
 
     monkeypatch.setattr(Path, "iterdir", refused)
-    convert(copied, tmp_path / "out", verify=False)
+    convert(copied, tmp_path / "out", ConvertOptions(verify=False))
 
 
 @pytest.mark.parametrize("crash", ["before the folder", "between the renames", "after the renames"])
 def test_overwriting_that_crashes_in_its_last_step(crash, monkeypatch, changeable, tmp_path):
     """The old folder or the new one is there, or comes back when a conversion to it begins."""
     out = changeable("olmo1")
-    card(out, license="mit")
+    card(out, CardOptions(license="mit"))
     old = snapshot(out)
     rename, unlink = Path.rename, Path.unlink
 
@@ -352,13 +352,13 @@ def test_overwriting_that_crashes_in_its_last_step(crash, monkeypatch, changeabl
     monkeypatch.setattr(Path, "rename", fail)
     monkeypatch.setattr("olmem_convert.writing.transaction.swap", swap_that_cannot_undo)
     with pytest.raises(Killed):
-        convert(source("olmo"), out, overwrite=True, verify=False)
+        convert(source("olmo"), out, ConvertOptions(overwrite=True, verify=False))
     monkeypatch.undo()
-    convert(source("olmo"), tmp_path / "whole", verify=False)
-    card(tmp_path / "whole", license="mit")
+    convert(source("olmo"), tmp_path / "whole", ConvertOptions(verify=False))
+    card(tmp_path / "whole", CardOptions(license="mit"))
     new = snapshot(tmp_path / "whole")
     assert not out.exists() or snapshot(out) in (old, new)
-    convert(source("olmo"), out, overwrite=True, resume=True, verify=False)
+    convert(source("olmo"), out, ConvertOptions(overwrite=True, resume=True, verify=False))
     assert snapshot(out) == new
     assert sorted(os.listdir(tmp_path)) == sorted([out.name, "whole"])
 
@@ -373,7 +373,7 @@ def swap_that_cannot_undo(folder, out, replaced, journal, overwrite):
 
 def killed_between_the_renames(out: Path, monkeypatch) -> tuple[dict[str, str], dict[str, str]]:
     """`out` is replaced by a conversion that SIGKILL stops between its renames; what the two folders hold."""
-    convert(source("olmo1"), out, verify=False)
+    convert(source("olmo1"), out, ConvertOptions(verify=False))
     old, rename = snapshot(out), Path.rename
 
     def killed(self, target):
@@ -387,7 +387,7 @@ def killed_between_the_renames(out: Path, monkeypatch) -> tuple[dict[str, str], 
         patch.setattr(Path, "rename", killed)
         patch.setattr("olmem_convert.writing.transaction.swap", swap_that_cannot_undo)
         with pytest.raises(Killed):
-            convert(source("olmo"), out, overwrite=True, verify=False)
+            convert(source("olmo"), out, ConvertOptions(overwrite=True, verify=False))
     left = sorted(path.name for path in out.parent.iterdir() if path.name.startswith(".out"))
     assert left == [".out.lock", ".out.partial", ".out.partial.jsonl", ".out.replaced"] and not out.exists()
     new = snapshot(out.with_name(".out.partial"))
@@ -396,11 +396,19 @@ def killed_between_the_renames(out: Path, monkeypatch) -> tuple[dict[str, str], 
 
 FAILING = {
     "no source": lambda tmp_path: convert(tmp_path / "nothing", tmp_path / "out"),
-    "no source, to replace": lambda tmp_path: convert(tmp_path / "nothing", tmp_path / "out", overwrite=True),
-    "a bad option": lambda tmp_path: convert(source("olmo"), tmp_path / "out", dtype="int8", overwrite=True),
-    "a source of another kind": lambda tmp_path: export(source("olmo"), tmp_path / "out", "olmo2", overwrite=True),
+    "no source, to replace": lambda tmp_path: convert(
+        tmp_path / "nothing", tmp_path / "out", ConvertOptions(overwrite=True)
+    ),
+    "a bad option": lambda tmp_path: convert(
+        source("olmo"), tmp_path / "out", ConvertOptions(dtype="int8", overwrite=True)
+    ),
+    "a source of another kind": lambda tmp_path: convert(
+        source("olmo"), tmp_path / "out", ConvertOptions(to="olmo2", overwrite=True)
+    ),
     "values that none are": lambda tmp_path: convert(
-        write_olmo_core(tmp_path / "bad", with_nonfinite(olmo_core_state())), tmp_path / "out", overwrite=True
+        write_olmo_core(tmp_path / "bad", with_nonfinite(olmo_core_state())),
+        tmp_path / "out",
+        ConvertOptions(overwrite=True),
     ),
 }
 
@@ -418,7 +426,7 @@ def test_the_old_folder_or_the_new_one_is_always_whole(failing, removed, monkeyp
     wanted = {".out.partial": [old], ".out.replaced": [new], None: [old]}[removed]
     assert any(folder in held for folder in wanted)
     with suppress(CheckpointError):
-        convert(source("olmo"), tmp_path / "out", resume=True, overwrite=True, verify=False)
+        convert(source("olmo"), tmp_path / "out", ConvertOptions(resume=True, overwrite=True, verify=False))
     assert snapshot(tmp_path / "out") == new
     assert not any(path.name.startswith(".out") for path in tmp_path.iterdir())
 
@@ -432,7 +440,7 @@ def test_what_was_replaced_stays_until_it_is_replaced_anew(monkeypatch, tmp_path
         with pytest.raises(CheckpointError):
             FAILING[name](tmp_path)
         assert snapshot(out) == new and snapshot(tmp_path / ".out.replaced") == old
-    convert(source("olmo"), out, overwrite=True, verify=False)
+    convert(source("olmo"), out, ConvertOptions(overwrite=True, verify=False))
     assert snapshot(out) == new and not any(path.name.startswith(".out") for path in tmp_path.iterdir())
 
 
@@ -440,10 +448,10 @@ def test_what_was_replaced_stays_if_another_folder_took_its_place(monkeypatch, t
     out = tmp_path / "out"
     old, _ = killed_between_the_renames(out, monkeypatch)
     shutil.rmtree(tmp_path / ".out.partial")
-    convert(source("olmo_core"), tmp_path / "other", verify=False)
+    convert(source("olmo_core"), tmp_path / "other", ConvertOptions(verify=False))
     (tmp_path / "other").rename(out)
     with pytest.raises(CheckpointError, match=r"\.out\.replaced beside it, which is in the way"):
-        convert(source("olmo"), out, overwrite=True, verify=False)
+        convert(source("olmo"), out, ConvertOptions(overwrite=True, verify=False))
     assert snapshot(tmp_path / ".out.replaced") == old
 
 
@@ -469,8 +477,8 @@ def test_a_source_that_the_conversion_would_remove(name, how, monkeypatch, tmp_p
     (out.parent / ".out.lock").unlink()
     before = snapshot(tmp_path)
     for run in (
-        lambda: export(given, out, "olmo3", overwrite=True, verify=False),
-        lambda: convert(given, out, overwrite=True, resume=True, verify=False),
+        lambda: convert(given, out, ConvertOptions(to="olmo3", overwrite=True, verify=False)),
+        lambda: convert(given, out, ConvertOptions(overwrite=True, resume=True, verify=False)),
     ):
         with pytest.raises(CheckpointError, match="`OUT` and SRC must lie apart"):
             run()
@@ -482,7 +490,7 @@ def test_other_files_that_the_conversion_would_remove(option, monkeypatch, tmp_p
     killed_between_the_renames(tmp_path / "out", monkeypatch)
     path = tmp_path / ".out.partial" / "config.json"
     with pytest.raises(CheckpointError, match=f"`{option}` must lie apart"):
-        convert(source("olmo"), tmp_path / "out", overwrite=True, verify=False, **{option: path})
+        convert(source("olmo"), tmp_path / "out", ConvertOptions(overwrite=True, verify=False, **{option: path}))
     assert path.exists()
 
 
@@ -495,9 +503,9 @@ def test_a_failure_with_resume_keeps_what_is_finished(monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr("olmem_convert.writing.transaction.sync", fail)
         with pytest.raises(CheckpointError, match="the disk is full"):
-            convert(DEMO / "step1872", tmp_path / "out", resume=True, say=lines.append, **SMALL)
+            convert(DEMO / "step1872", tmp_path / "out", ConvertOptions(resume=True, **SMALL), say=lines.append)
     assert lines[-1] == f"unfinished: the same command goes on with {tmp_path / 'out'}"
-    report = convert(DEMO / "step1872", tmp_path / "out", resume=True, **SMALL)
+    report = convert(DEMO / "step1872", tmp_path / "out", ConvertOptions(resume=True, **SMALL))
     assert report["bytes_found"] == report["bytes"]
 
 
@@ -507,7 +515,7 @@ def test_errors_name_out_and_not_where_it_is_written(monkeypatch, tmp_path):
 
     monkeypatch.setattr("olmem_convert.writing.transaction.sync", fail)
     with pytest.raises(CheckpointError) as refusal:
-        convert(source("olmo"), tmp_path / "out", verify=False)
+        convert(source("olmo"), tmp_path / "out", ConvertOptions(verify=False))
     assert str(refusal.value) == f"`{tmp_path / 'out' / 'config.json'}` must be so"
 
 
@@ -515,11 +523,11 @@ def test_export_resumes_too(converted, kill, monkeypatch, tmp_path):
     folder = converted("demo")
     kill(20)
     with pytest.raises(Killed):
-        export(folder, tmp_path / "out", "olmo3", **SMALL)
+        convert(folder, tmp_path / "out", ConvertOptions(to="olmo3", **SMALL))
     monkeypatch.undo()
-    report = export(folder, tmp_path / "out", "olmo3", resume=True, **SMALL)
+    report = convert(folder, tmp_path / "out", ConvertOptions(to="olmo3", resume=True, **SMALL))
     assert 0 < report["bytes_found"] < report["bytes"]
-    export(folder, tmp_path / "whole", "olmo3", **SMALL)
+    convert(folder, tmp_path / "whole", ConvertOptions(to="olmo3", **SMALL))
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
 
 
@@ -586,7 +594,7 @@ def test_logits_that_are_all_nan_prove_nothing(tmp_path):
     state["lm_head.norm.weight"][:] = float("nan")
     folder = write_olmo_core(tmp_path / "source", state)
     with pytest.raises(CheckpointError, match="none is a number"):
-        convert(folder, tmp_path / "out", allow_nonfinite=True)
+        convert(folder, tmp_path / "out", ConvertOptions(allow_nonfinite=True))
 
 
 def test_rounding_that_makes_infinities_is_never_allowed(tmp_path):
@@ -594,7 +602,7 @@ def test_rounding_that_makes_infinities_is_never_allowed(tmp_path):
     state["blocks.0.attention.w_v.weight"][0, 0] = 70000.0
     folder = write_olmo_core(tmp_path / "source", state)
     with pytest.raises(CheckpointError, match=r"v_proj.* must be finite as float16 .*--dtype bfloat16"):
-        convert(folder, tmp_path / "out", dtype="float16", allow_nonfinite=True)
+        convert(folder, tmp_path / "out", ConvertOptions(dtype="float16", allow_nonfinite=True))
 
 
 # Figures for a script

@@ -28,7 +28,7 @@ from convert.test_verify import changed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from olmem import OlmemConfig, OlmemForCausalLM
-from olmem_convert import CheckpointError, convert, export, verify
+from olmem_convert import CheckpointError, ConvertOptions, convert, verify
 from olmem_convert.cli import app
 from olmem_convert.formats import transformers_olmo
 from transformers import (
@@ -159,7 +159,7 @@ def test_there_and_back(model_type, data, tmp_path_factory):
 
     for through in ("olmem", "from_olmo"):
         back = folder / f"back from {through}"
-        report = export(folder / through, back, model_type)
+        report = convert(folder / through, back, ConvertOptions(to=model_type))
         assert report["verification"]["max_difference"] == 0.0
         assert tensors_equal(back, original)
         assert (back / "config.json").read_bytes() == (original / "config.json").read_bytes()
@@ -186,7 +186,7 @@ EXPORTED = {
 @pytest.mark.parametrize("name", EXPORTED)
 def test_a_native_checkpoint_reaches_transformers_own_class(name, converted, tmp_path):
     target = EXPORTED[name]
-    export(converted(name), tmp_path / "out", target)
+    convert(converted(name), tmp_path / "out", ConvertOptions(to=target))
     model = CLASSES[target][1].from_pretrained(tmp_path / "out", dtype=torch.float32)
     input_ids, native = expected(GOLDEN / name)
     with torch.no_grad():
@@ -198,7 +198,7 @@ def test_a_native_checkpoint_reaches_transformers_own_class(name, converted, tmp
 
 def test_scaled_logits_are_refused(converted, tmp_path):
     with pytest.raises(CheckpointError, match=r"`logits_scaling` must be 1\.0 \(got .*no OLMo class can"):
-        export(converted("olmo_clip_scale"), tmp_path / "out", "olmo")
+        convert(converted("olmo_clip_scale"), tmp_path / "out", ConvertOptions(to="olmo"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -206,7 +206,9 @@ def test_another_dtype_is_the_callers_choice(tmp_path):
     original = save(tmp_path / "original", "olmo2")
     convert(original, tmp_path / "olmem")
     lines: list[str] = []
-    report = export(tmp_path / "olmem", tmp_path / "back", "olmo2", dtype="bfloat16", say=lines.append)
+    report = convert(
+        tmp_path / "olmem", tmp_path / "back", ConvertOptions(to="olmo2", dtype="bfloat16"), say=lines.append
+    )
     assert report["verification"]["passed"] and any("rounded to bfloat16" in line for line in lines)
     assert read_config(tmp_path / "back")["dtype"] == "bfloat16"
     before, after = load_weights(original), load_weights(tmp_path / "back")
@@ -215,7 +217,7 @@ def test_another_dtype_is_the_callers_choice(tmp_path):
 
 def test_rounding_on_the_way_in_is_measured(tmp_path):
     original = save(tmp_path / "original", "olmo3")
-    verification = convert(original, tmp_path / "olmem", dtype="bfloat16")["verification"]
+    verification = convert(original, tmp_path / "olmem", ConvertOptions(dtype="bfloat16"))["verification"]
     assert verification["max_difference"] == 0.0 < verification["rounding"]["max_difference"] < 1.0
 
 
@@ -267,7 +269,7 @@ def test_config_of_an_older_release(model_type, tmp_path):
     rewrite(original, rope_parameters=YARN, rope_theta=..., rope_scaling=...)
     convert(original, tmp_path / "flat")
     assert torch.equal(logits(tmp_path / "flat"), wanted)
-    export(tmp_path / "flat", tmp_path / "back", model_type)
+    convert(tmp_path / "flat", tmp_path / "back", ConvertOptions(to=model_type))
     assert torch.equal(logits(tmp_path / "back", CLASSES[model_type][1]), wanted)
 
 
@@ -285,7 +287,7 @@ def test_another_trained_length_leaves_the_scaling_as_it_is(tmp_path):
     scaling = {name: value for name, value in YARN.items() if name != "original_max_position_embeddings"}
     original = save(tmp_path / "original", "olmo2", rope_parameters=scaling)
     rewrite(original, rope_parameters=scaling)
-    convert(original, tmp_path / "out", max_length=64)
+    convert(original, tmp_path / "out", ConvertOptions(max_length=64))
     config = read_config(tmp_path / "out")
     assert config["max_position_embeddings"] == 64
     assert config["rope_parameters"][FULL]["original_max_position_embeddings"] == 32
@@ -302,7 +304,7 @@ def test_fields_that_the_class_does_not_read_are_kept_but_not_followed(tmp_path)
     convert(original, tmp_path / "out")
     assert torch.equal(logits(tmp_path / "out"), wanted)
     assert torch.equal(logits(original, load="from_olmo"), wanted)
-    export(tmp_path / "out", tmp_path / "back", "olmo2")
+    convert(tmp_path / "out", tmp_path / "back", ConvertOptions(to="olmo2"))
     assert read_config(tmp_path / "back") == read_config(original)
 
 
@@ -311,13 +313,13 @@ def test_other_words_of_the_original_return_only_while_they_mean_the_same(tmp_pa
     rope = {FULL: {"type": "linear", "rope_type": "linear", "factor": 2.0, "rope_theta": 50.0}, SLIDING: unused}
     original = save(tmp_path / "original", "olmo3", layer_types=[FULL] * 2, rope_parameters=rope, note="mine")
     convert(original, tmp_path / "out")
-    export(tmp_path / "out", tmp_path / "back", "olmo3")
+    convert(tmp_path / "out", tmp_path / "back", ConvertOptions(to="olmo3"))
     assert read_config(tmp_path / "back") == read_config(original)
     assert read_config(tmp_path / "back")["rope_parameters"] == rope
 
     changed_rope = {FULL: {"rope_type": "default", "rope_theta": 90.0}}
     edit_json(tmp_path / "out" / "config.json", rope_parameters=changed_rope, note="an Olmem user's")
-    export(tmp_path / "out", tmp_path / "changed", "olmo3")
+    convert(tmp_path / "out", tmp_path / "changed", ConvertOptions(to="olmo3"))
     config = read_config(tmp_path / "changed")
     assert config["rope_parameters"][FULL] == changed_rope[FULL]
     assert config["note"] == "mine"
@@ -326,7 +328,7 @@ def test_other_words_of_the_original_return_only_while_they_mean_the_same(tmp_pa
 def test_keys_that_an_olmem_config_was_given_go_along(converted, tmp_path):
     folder = Path(shutil.copytree(converted("olmo"), tmp_path / "olmem"))
     edit_json(folder / "config.json", license="mine")
-    export(folder, tmp_path / "back", "olmo2")
+    convert(folder, tmp_path / "back", ConvertOptions(to="olmo2"))
     config = read_config(tmp_path / "back")
     assert config["license"] == "mine" and not {"auto_map", "olmo_config", "norm_type"} & set(config)
 
@@ -520,7 +522,7 @@ def instruct(tmp_path) -> Path:
 
 def test_tokenizer_and_chat_template_go_along_both_ways(instruct, tmp_path):
     convert(instruct, tmp_path / "olmem")
-    export(tmp_path / "olmem", tmp_path / "back", "olmo2")
+    convert(tmp_path / "olmem", tmp_path / "back", ConvertOptions(to="olmo2"))
     text = "def f(x):\n    return 12345\n\n\n"
     native = AutoTokenizer.from_pretrained(DEMO)(text).input_ids
     chat = [{"role": "user", "content": "hi"}]
@@ -548,7 +550,7 @@ def test_another_tokenizer_may_be_chosen(instruct, tmp_path):
     edit_json(instruct / "config.json", eos_token_id=[2046, 2047], pad_token_id=None)
     (instruct / "tokenizer.json").write_text("{")
     refuse(instruct, "must be a readable tokenizer.json", "--tokenizer")
-    convert(instruct, tmp_path / "olmem", tokenizer=DEMO / "tokenizer.json")
+    convert(instruct, tmp_path / "olmem", ConvertOptions(tokenizer=DEMO / "tokenizer.json"))
     assert (tmp_path / "olmem" / "tokenizer.json").read_bytes() == (DEMO / "tokenizer.json").read_bytes()
     assert not (tmp_path / "olmem" / "chat_template.jinja").exists()
 
@@ -591,7 +593,7 @@ def test_code_that_a_folder_names_does_not_run(instruct, tmp_path):
     assert sum("`auto_map`" in line for line in lines) == 2
     assert "code" not in str(read_config(tmp_path / "olmem")["auto_map"])
     assert not (tmp_path / "olmem" / "code.py").exists()
-    export(tmp_path / "olmem", tmp_path / "back", "olmo2")
+    convert(tmp_path / "olmem", tmp_path / "back", ConvertOptions(to="olmo2"))
     assert "auto_map" not in read_config(tmp_path / "back")
     assert "auto_map" not in (tmp_path / "back" / "tokenizer_config.json").read_text()
     assert not canary.exists()
@@ -599,11 +601,11 @@ def test_code_that_a_folder_names_does_not_run(instruct, tmp_path):
 
 def test_overwrite_takes_what_a_conversion_wrote_and_nothing_else(instruct, tmp_path):
     for _ in range(2):
-        convert(instruct, tmp_path / "olmem", overwrite=True)
-        export(tmp_path / "olmem", tmp_path / "back", "olmo2", overwrite=True)
+        convert(instruct, tmp_path / "olmem", ConvertOptions(overwrite=True))
+        convert(tmp_path / "olmem", tmp_path / "back", ConvertOptions(to="olmo2", overwrite=True))
     before = snapshot(instruct)
     with pytest.raises(CheckpointError, match="a model of another kind"):
-        export(tmp_path / "olmem", instruct, "olmo2", overwrite=True)
+        convert(tmp_path / "olmem", instruct, ConvertOptions(to="olmo2", overwrite=True))
     assert snapshot(instruct) == before
 
 
@@ -680,11 +682,11 @@ def test_every_field_is_carried_or_refused(name, tmp_path):
     lines: list[str] = []
     if wanted is not None:
         with pytest.raises(CheckpointError) as caught:
-            export(tmp_path / "olmem", tmp_path / "out", target)
+            convert(tmp_path / "olmem", tmp_path / "out", ConvertOptions(to=target))
         assert f"`{name}` must be {wanted}" in str(caught.value) and "(got " in str(caught.value)
         assert os.listdir(tmp_path) == ["olmem"]
         return
-    export(tmp_path / "olmem", tmp_path / "out", target, say=lines.append)
+    convert(tmp_path / "olmem", tmp_path / "out", ConvertOptions(to=target), say=lines.append)
     config = OlmemConfig.from_olmo(tmp_path / "out")
     dropped = 0.0 if name == "residual_dropout" else getattr(model.config, name)
     assert getattr(config, name) == dropped
@@ -720,7 +722,10 @@ def test_a_model_without_windows_needs_none(tmp_path):
     config = OlmemConfig(**(TINY | {"layer_types": FULL, "sliding_window": None}))
     OlmemForCausalLM(config).save_pretrained(tmp_path / "olmem")
     for target in ("olmo2", "olmo3"):
-        assert export(tmp_path / "olmem", tmp_path / target, target)["verification"]["max_difference"] == 0.0
+        assert (
+            convert(tmp_path / "olmem", tmp_path / target, ConvertOptions(to=target))["verification"]["max_difference"]
+            == 0.0
+        )
 
 
 @pytest.mark.parametrize(
@@ -746,9 +751,9 @@ def test_olmem_folder_that_is_refused(changes, words, changeable):
 
 def test_native_checkpoint_goes_in_before_it_goes_out(tmp_path):
     with pytest.raises(CheckpointError, match="must be an Olmem folder with --to"):
-        export(source("olmo"), tmp_path / "out", "olmo2")
+        convert(source("olmo"), tmp_path / "out", ConvertOptions(to="olmo2"))
     with pytest.raises(CheckpointError, match="does not exist"):
-        export(tmp_path / "nothing", tmp_path / "out", "olmo2")
+        convert(tmp_path / "nothing", tmp_path / "out", ConvertOptions(to="olmo2"))
 
 
 def test_damaged_weights_of_an_olmem_folder(changeable):
@@ -788,17 +793,20 @@ def test_mistake_on_the_way_in_is_caught(monkeypatch, tmp_path):
     ],
 )
 def test_mistake_on_the_way_out_is_caught(function, change, word, monkeypatch, converted, tmp_path):
-    module = importlib.import_module("olmem_convert.commands.exporting")
-    monkeypatch.setattr(module, "check_nothing_lost", lambda *_: None)
-    monkeypatch.setattr(module, function, changed(getattr(module, function), change))
+    module = importlib.import_module("olmem_convert.formats.olmem")
+    targets = importlib.import_module("olmem_convert.commands.targets")
+    monkeypatch.setattr(targets, "check_nothing_lost", lambda *_: None)
+    for place in (module, targets):
+        if hasattr(place, function):
+            monkeypatch.setattr(place, function, changed(getattr(module, function), change))
     with pytest.raises(CheckpointError, match=r"(?s)the Olmem logits.*first to diverge") as caught:
-        export(converted("olmo"), tmp_path / "out", "olmo2")
+        convert(converted("olmo"), tmp_path / "out", ConvertOptions(to="olmo2"))
     assert f"{word} " in str(caught.value) and os.listdir(tmp_path) == []
 
 
 def test_verify_against_a_transformers_folder(tmp_path):
     original = save(tmp_path / "original", "olmo3")
-    convert(original, tmp_path / "out", verify=False)
+    convert(original, tmp_path / "out", ConvertOptions(verify=False))
     report = verify(tmp_path / "out", original)
     assert report["passed"] and report["prompt"]["tokens"] > 5 and len(report["stages"]) == 5
     edit_json(tmp_path / "out" / "config.json", sliding_window=6)
@@ -807,7 +815,7 @@ def test_verify_against_a_transformers_folder(tmp_path):
 
 
 def test_what_was_exported_is_not_verified_again(converted, tmp_path):
-    export(converted("olmo"), tmp_path / "out", "olmo2")
+    convert(converted("olmo"), tmp_path / "out", ConvertOptions(to="olmo2"))
     before = snapshot(tmp_path)
     with pytest.raises(CheckpointError, match=r"`OUT` must be an Olmem folder \(got `model_type` 'olmo2'"):
         verify(tmp_path / "out", source("olmo"))
@@ -830,11 +838,18 @@ def test_command_goes_back(converted, tmp_path):
     assert tensors_equal(tmp_path / "out", converted("olmo"))
 
 
-@pytest.mark.parametrize(("options", "code"), [(["--to", "llama"], 1), (["--to", "olmo2", "--max-length", "9"], 2)])
-def test_wrong_use_of_to(options, code, converted, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        (["--to", "llama"], "`to` must be one of"),
+        (["--to", "olmo2", "--max-length", "9"], "`max_length` must be left out with `to` (got 9)"),
+        (["--to", "olmo2", "--set", "num_memory_tokens=2"], "`memory` must be left out with `to`"),
+    ],
+)
+def test_wrong_use_of_to(options, rule, converted, tmp_path):
     result = CliRunner().invoke(app, ["convert", str(converted("olmo")), str(tmp_path / "out"), *options])
-    assert result.exit_code == code and "Traceback" not in result.output
-    assert options[0 if code == 1 else 2].lstrip("-") in result.output and os.listdir(tmp_path) == []
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    assert f"error: {rule}" in result.stderr and os.listdir(tmp_path) == []
 
 
 def test_dynamic_rope_is_verified_as_far_as_a_call_is_its_tokens(tmp_path):
@@ -845,7 +860,10 @@ def test_dynamic_rope_is_verified_as_far_as_a_call_is_its_tokens(tmp_path):
     assert report["verification"]["prompt"]["tokens"] == SIZES["max_position_embeddings"]
     assert report["verification"]["max_difference"] == 0.0
     assert any("'dynamic' is verified up to 32 tokens" in note for note in report["notes"])
-    assert export(tmp_path / "out", tmp_path / "back", "olmo2")["verification"]["max_difference"] == 0.0
+    assert (
+        convert(tmp_path / "out", tmp_path / "back", ConvertOptions(to="olmo2"))["verification"]["max_difference"]
+        == 0.0
+    )
     assert read_config(tmp_path / "back") == read_config(folder)
     refuse(folder, "`max_length` must be left out with rope_type 'dynamic'", options=("--max-length", "64"))
 

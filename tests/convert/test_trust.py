@@ -20,16 +20,15 @@ from convert.checkpoints import DEMO, copy_source, edit_json, load_weights, opti
 from convert.fuzzing.seeds import READERS
 from convert.writers import olmo_state, write_olmo, write_olmo_core
 from olmem import OlmemConfig
-from olmem_convert import CheckpointError, convert, evaluate, export, verify
+from olmem_convert import CardOptions, CheckpointError, ConvertOptions, card, convert, evaluate, verify
 from olmem_convert.cli import app
 from olmem_convert.errors import DifferenceError
 from olmem_convert.proof import verification
-from olmem_convert.proof.verification import UNSEALED
-from olmem_convert.publish.model_card import card
 from olmem_convert.publish.release import check_release
 from olmem_convert.reading import plain
 from olmem_convert.reading.archives import STATE_DICT_NAMES, read_pickle
 from olmem_convert.reading.distributed import METADATA_NAMES
+from olmem_convert.reading.olmem_folder import UNSEALED
 from olmem_convert.reading.pickles import unpickle
 from olmem_convert.reading.plain import SourceFile
 from olmem_convert.reading.texts import read_json, read_yaml
@@ -205,7 +204,7 @@ def test_records_outside_the_part_of_a_file_that_is_theirs(tmp_path):
     data[at + 20 : at + 28] = struct.pack("<II", length + 10**4, length + 10**4)
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp"):
-        convert(source_folder, tmp_path / "out", verify=False)
+        convert(source_folder, tmp_path / "out", ConvertOptions(verify=False))
 
 
 def sharing(tmp_path: Path) -> Path:
@@ -221,9 +220,9 @@ def test_tensors_that_share_their_numbers_must_be_asked_for(tmp_path):
     """526 MB were written from 3 MB without a word."""
     folder, lines = sharing(tmp_path), []
     with pytest.raises(CheckpointError, match=r"at most 2 times what its files hold .*--allow-growth"):
-        convert(folder, tmp_path / "out", verify=False, say=lines.append)
+        convert(folder, tmp_path / "out", ConvertOptions(verify=False), say=lines.append)
     assert sorted(os.listdir(tmp_path)) == ["source"]
-    convert(folder, tmp_path / "out", verify=False, allow_growth=True, say=lines.append)
+    convert(folder, tmp_path / "out", ConvertOptions(verify=False, allow_growth=True), say=lines.append)
     written = sum(value.numel() * 4 for value in load_weights(tmp_path / "out").values())
     assert f"writing {written:,} bytes of weights in 1 file, as float32" in lines
 
@@ -256,7 +255,7 @@ def test_a_weight_file_that_is_swapped_after_it_was_checked(how, name, tmp_path)
             shutil.copy(other, path)
 
     with pytest.raises(CheckpointError, match=r"must stay as it is while it is read|its own checksums"):
-        convert(folder, tmp_path / "out", verify=False, say=swap, **options(name))
+        convert(folder, tmp_path / "out", ConvertOptions(verify=False, **options(name)), say=swap)
     assert not (tmp_path / "out").exists()
 
 
@@ -307,7 +306,7 @@ def demo(converted, tmp_path_factory) -> Path:
     """A folder with a tokenizer, and a text to evaluate."""
     folder = tmp_path_factory.mktemp("demo")
     shutil.copytree(converted("demo"), folder / "out")
-    card(folder / "out", license="apache-2.0")
+    card(folder / "out", CardOptions(license="apache-2.0"))
     (folder / "text.txt").write_text("Once upon a time there was a model of some text.")
     return folder
 
@@ -323,7 +322,7 @@ def commands(out: Path, demo: Path) -> dict[str, Callable[[], object]]:
         "verify": lambda: verify(out, DEMO / "step1872"),
         "evaluate": lambda: evaluate(out, [demo / "text.txt"]),
         "push": lambda: check_release(out),
-        "export": lambda: export(out, out.parent / "back", "olmo3"),
+        "export": lambda: convert(out, out.parent / "back", ConvertOptions(to="olmo3")),
     }
 
 
@@ -493,7 +492,7 @@ def test_what_has_code_run_is_not_carried_along(name, fields, tmp_path):
     path = tmp_path / "source" / name
     path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | fields))
     with pytest.raises(CheckpointError, match=f"`{next(iter(fields))}` of .*{name} must be absent"):
-        convert(tmp_path / "source", tmp_path / "out", verify=False)
+        convert(tmp_path / "source", tmp_path / "out", ConvertOptions(verify=False))
     assert sorted(os.listdir(tmp_path)) == ["source"]
 
 
@@ -503,7 +502,7 @@ def test_names_of_files_stay_behind(tmp_path):
     given = {"tokenizer_file": "/home/me/tokenizer.json", "special_tokens_map_file": "/home/me/x.json"}
     edit_json(tmp_path / "source" / "tokenizer_config.json", **given)
     lines: list[str] = []
-    convert(tmp_path / "source", tmp_path / "out", verify=False, say=lines.append)
+    convert(tmp_path / "source", tmp_path / "out", ConvertOptions(verify=False), say=lines.append)
     assert "/home/me" not in (tmp_path / "out" / "tokenizer_config.json").read_text()
     assert any("names files (special_tokens_map_file, tokenizer_file), which stay behind" in line for line in lines)
 
@@ -556,7 +555,7 @@ def test_the_dtype_that_is_advised_holds_the_values(value, source_dtype, dtype, 
     state["transformer.ff_out.weight"][0, 0] = value
     folder = write_olmo(tmp_path / "source", "model.pt", state)
     with pytest.raises(CheckpointError, match=f"must be finite as {dtype} .*{remedy}"):
-        convert(folder, tmp_path / "out", dtype=dtype, verify=False)
+        convert(folder, tmp_path / "out", ConvertOptions(dtype=dtype, verify=False))
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import torch
 from convert.checkpoints import DEMO, edit_json, load_weights, options, read_config, save_weights, snapshot, source
 from convert.mutations import MUTATIONS, mutate
 from convert.writers import OLMO_CORE_MODEL, write_olmo_core
-from olmem_convert import CheckpointError, convert, verify
+from olmem_convert import CheckpointError, ConvertOptions, VerifyOptions, convert, verify
 from olmem_convert.cli import app
 from olmem_convert.formats import baka, olmo, olmo_core
-from olmem_convert.proof import verification
+from olmem_convert.proof import comparing, loading
 from transformers import Olmo3Config, Olmo3ForCausalLM
 from typer.testing import CliRunner
 
@@ -92,7 +92,7 @@ def test_every_mutation_is_caught(mutation, name, converted, changeable):
     out, before = changeable(name), read_config(converted(name))
     assert mutate(out, mutation), "the mutation changes nothing here"
     with pytest.raises(CheckpointError):
-        verify(out, source(name), **options(name))
+        verify(out, source(name), VerifyOptions(**options(name)))
     if (report := report_of(out)) is None:  # it did not even load
         assert mutation == "tied_flag_flipped"
         return
@@ -109,7 +109,7 @@ def test_what_the_mutations_start_from_passes(name, changeable):
     out = changeable(name)
     (out / "config.json").write_text(json.dumps(read_config(out)))
     save_weights(out, load_weights(out))
-    assert verify(out, source(name), **options(name))["passed"]
+    assert verify(out, source(name), VerifyOptions(**options(name)))["passed"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -220,7 +220,7 @@ MISTAKES = [
 def test_mistake_of_the_conversion_itself_is_caught(module, function, name, change, monkeypatch, tmp_path):
     monkeypatch.setattr(module, function, changed(getattr(module, function), change))
     with pytest.raises(CheckpointError, match="native logits"):
-        convert(source(name), tmp_path / "out", **options(name))
+        convert(source(name), tmp_path / "out", ConvertOptions(**options(name)))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -253,7 +253,7 @@ def test_truncated_weights_are_refused(length, changeable):
 
 def test_missing_shard_is_refused(tmp_path):
     out = tmp_path / "out"
-    convert(source("olmo"), out, max_shard_size="100KB", verify=False)
+    convert(source("olmo"), out, ConvertOptions(max_shard_size="100KB", verify=False))
     next(iter(sorted(out.glob("*.safetensors")))).unlink()
     refused(out, "olmo", ".")
 
@@ -298,7 +298,7 @@ def test_nan_in_the_weights_is_no_equality(changeable):
         verify(out, source("olmo"))
     assert not (out / "verification.json").exists()
     with pytest.raises(CheckpointError, match="native logits"):
-        verify(out, source("olmo"), allow_nonfinite=True)
+        verify(out, source("olmo"), VerifyOptions(allow_nonfinite=True))
 
 
 def test_code_in_the_folder_does_not_run(changeable, tmp_path):
@@ -312,17 +312,17 @@ def test_code_in_the_folder_does_not_run(changeable, tmp_path):
 
 def test_a_model_larger_than_memory_is_verified_from_its_files(monkeypatch, tmp_path):
     """Bit for bit as one that fits, and with most of it on the disk."""
-    convert(DEMO / "step1872", tmp_path / "whole", dtype="bfloat16")
-    placed, load = [], verification.load
+    convert(DEMO / "step1872", tmp_path / "whole", ConvertOptions(dtype="bfloat16"))
+    placed, load = [], loading.load
 
     def watched(*arguments, **options):
         model = load(*arguments, **options)
         placed.append(set(model.hf_device_map.values()))
         return model
 
-    monkeypatch.setattr(verification, "load", watched)
-    monkeypatch.setattr(verification, "free_memory", lambda: 8_000_000)
-    convert(DEMO / "step1872", tmp_path / "out", dtype="bfloat16")
+    monkeypatch.setattr(loading, "load", watched)
+    monkeypatch.setattr(loading, "free_memory", lambda: 8_000_000)
+    convert(DEMO / "step1872", tmp_path / "out", ConvertOptions(dtype="bfloat16"))
     assert placed == [{"cpu", "disk"}] * 2 or placed == [{"cpu", "disk"}, {"cpu"}]
     one, other = (json.loads((tmp_path / name / "verification.json").read_text()) for name in ("whole", "out"))
     assert one == other
@@ -333,7 +333,7 @@ def test_infinity_is_not_a_scale():
     native = torch.tensor([[[float("inf"), 5.0, 5.0]]])
     for converted in (torch.zeros(1, 1, 3), torch.tensor([[[float("inf"), 1.0, 1.0]]])):
         for nonfinite in (False, True):
-            assert not verification.difference(converted, native, nonfinite)["equal"]
+            assert not comparing.difference(converted, native, nonfinite)["equal"]
 
 
 def nan_in(index: int) -> torch.Tensor:
@@ -346,9 +346,9 @@ def nan_in(index: int) -> torch.Tensor:
 def test_nan_is_a_difference_wherever_it_is(index):
     for one, other in ((nan_in(index), torch.zeros(1, 600, 3)), (torch.zeros(1, 600, 3), nan_in(index))):
         for nonfinite in (False, True):
-            assert not verification.difference(one, other, nonfinite)["equal"]
-    assert not verification.difference(nan_in(index), nan_in(index))["equal"]
-    assert verification.difference(nan_in(index), nan_in(index), True)["equal"]
+            assert not comparing.difference(one, other, nonfinite)["equal"]
+    assert not comparing.difference(nan_in(index), nan_in(index))["equal"]
+    assert comparing.difference(nan_in(index), nan_in(index), True)["equal"]
 
 
 def write_long_window(folder: Path, kind: str) -> Path:

@@ -9,7 +9,9 @@ are those of tokens 1, 2 … and token i is predicted from the i tokens before i
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,79 +21,73 @@ import transformers
 from olmem import OlmemCache, OlmemConfig
 from olmem.visibility_olmem import Visibility
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import CheckpointError
-from ..proof.verification import load
-from ..publish.model_card import (
+from ..options import EvaluateOptions, Say, silent
+from ..proof.loading import load
+from ..publish.model_card import config_values, digests, is_own, kept_metadata, verification_values, write_card
+from ..reading.olmem_folder import (
     CARD_NAME,
     EVALUATION_NAME,
-    config_values,
-    digests,
-    is_own,
-    kept_metadata,
-    replace_text,
-    verification_values,
-    write_card,
+    identities,
+    load_tokenizer,
+    require_unchanged,
+    stored_dtype,
 )
-from ..reading.olmem_folder import identities, load_tokenizer, require_unchanged, stored_dtype
 from ..reading.plain import reading
 from ..reading.tokenizer_file import quiet_panics, refusing
-
-CHUNK = 512  # tokens of a call
+from ..writing.progress import Progress, Tell
+from ..writing.texts import replace_text
 
 
 def evaluate(
     out: str | Path,
     texts: Sequence[str | Path],
+    options: EvaluateOptions | None = None,
     *,
-    max_tokens: int | None = None,
-    chunk: int = CHUNK,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = silent,
+    tell: Tell | None = None,
 ) -> dict[str, Any]:
     """Measures the model of the Olmem folder `out` on UTF-8 text files, and writes evaluation.json and the card.
 
-    max_tokens: of each text, its first so many, at least 2. chunk: tokens read by a call. The model runs in the dtype
-    of its weights, on a CUDA device if there is one.
+    The model runs in the dtype of its weights, on a CUDA device if there is one. `tell` is told how far reading has
+    come, about once a second, in place of a progress bar.
 
     Returns what evaluation.json holds; by text `nats_per_token`, `perplexity` (its exponential), `bits_per_byte` (of
     the text's UTF-8), and `nats_per_token` of the tokens that have `within` the shortest window, or `beyond` it, all
-    tokens before them, and of those at `positions` from a power of two to the next. Raises CheckpointError, having
-    written nothing, when a text or the folder is not fit for it.
+    tokens before them, and of those at `positions` from a power of two to the next.
+
+    Raises:
+        CheckpointError: when a text or the folder is not fit for it. Nothing is written then.
     """
+    options = options or EvaluateOptions()
     out, paths = Path(out), [Path(text) for text in texts]
     if not (out / "config.json").is_file():
         raise CheckpointError(f"`OUT` must be a converted folder ({out} has no config.json); convert SRC first.")
-    check_options(paths, max_tokens, chunk)
+    check_texts(paths)
+    options.check()
     before, made_of = identities(out), digests(out, {})
     verification_values(out, made_of)
     config: OlmemConfig = config_values(out, {})["config"]
     kept = kept_metadata(out)
     tokenizer = load_tokenizer(out, config.vocab_size)
-    read = [read_text(path, tokenizer, max_tokens, config.vocab_size) for path in paths]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = stored_dtype(out)
-    model = load(out, dtype).to(device)
+    read = [read_text(path, tokenizer, options.max_tokens, config.vocab_size) for path in paths]
+    model = load(out, stored_dtype(out))
+    if torch.cuda.is_available():
+        model.to(device=torch.device("cuda"))  # pyright: ignore[reportCallIssue]  which loses `self`
     spans = [Visibility.of(config, layer_type).span for layer_type in config.layer_types]
     window = min((span for span in spans if span), default=None)
-    rows = []
-    with tqdm(total=sum(len(ids) for _, ids, _ in read), desc="evaluating", unit="token", disable=None) as bar:
-        for entry, ids, num_bytes in read:
-            losses = stream_losses(model, ids.to(device), chunk, bar.update)
-            rows.append(entry | figures(entry["name"], losses, num_bytes, window))
-            bar.update()
+    rows = measure(model, config, read, window, options, tell)
     require_unchanged(before, "it is evaluated")
     report = {
         "texts": rows,
         "window": window,
-        "max_tokens": max_tokens,
+        "max_tokens": options.max_tokens,
         "bos_token": begins_with_bos(tokenizer),
         "memory": config.has_memory,
-        "dtype": str(dtype).removeprefix("torch."),
-        "attention": model.config._attn_implementation,
-        "device": device,
+        **run_of(model),
         "sha256": made_of,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "olmem": olmem.__version__},
     }
     replace_text(out / EVALUATION_NAME, json.dumps(report, indent=2) + "\n")
     for row in rows:
@@ -107,29 +103,70 @@ def evaluate(
     return report
 
 
-def check_options(paths: Sequence[Path], max_tokens: int | None, chunk: int) -> None:
+def check_texts(paths: Sequence[Path]) -> None:
     names = [path.name for path in paths]
     if not names or len(set(names)) < len(names):
         raise CheckpointError(
             f"`text` must be given, and each file have a name of its own (got {', '.join(names) or 'none'}); rename "
             "one, or add --text FILE."
         )
-    if max_tokens is not None and max_tokens < 2:
-        raise CheckpointError(f"`max_tokens` must be at least 2, of which one is predicted (got {max_tokens}); add.")
-    if chunk < 1:
-        raise CheckpointError(f"`chunk` must be at least 1 (got {chunk}); leave it out.")
 
 
-def begins_with_bos(tokenizer: Any) -> bool:
+@dataclass(frozen=True)
+class Text:
+    """A text to be read: what evaluation.json says of its file, its token ids (T,), and the bytes of those tokens that
+    are predicted."""
+
+    entry: dict[str, Any]
+    ids: torch.Tensor
+    num_bytes: int
+
+
+def measure(
+    model: PreTrainedModel,
+    config: OlmemConfig,
+    texts: Sequence[Text],
+    window: int | None,
+    options: EvaluateOptions,
+    tell: Tell | None,
+) -> list[dict[str, Any]]:
+    """The row of each text in evaluation.json."""
+    rows, started = [], time.monotonic()
+    with Progress(sum(len(text.ids) for text in texts), "evaluating", tell, unit="token") as bar:
+
+        def advance(tokens: int) -> None:
+            bar.update(tokens)
+            if options.seconds is not None and time.monotonic() - started > options.seconds:
+                raise CheckpointError(
+                    f"`seconds` must suffice to read the texts (got {options.seconds:g}, in which {bar.n:,} of "
+                    f"{bar.total:,} tokens were read); give more, or fewer tokens with --max-tokens."
+                )
+
+        for text in texts:
+            losses = stream_losses(model, OlmemCache(config), text.ids.to(model.device), options.chunk, advance)
+            rows.append(text.entry | figures(text.entry["name"], losses, text.num_bytes, window))
+            bar.update()
+    return rows
+
+
+def run_of(model: PreTrainedModel) -> dict[str, Any]:
+    """What computed the figures."""
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.config._attn_implementation,
+        "device": model.device.type,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "olmem": olmem.__version__},
+    }
+
+
+def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer puts a BOS token before every text."""
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("").input_ids[:1] == [bos]
 
 
-def read_text(
-    path: Path, tokenizer: Any, max_tokens: int | None, vocab_size: int
-) -> tuple[dict[str, Any], torch.Tensor, int]:
-    """What evaluation.json says of a file as such, its token ids (T,), and the bytes of those that are predicted."""
+def read_text(path: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None, vocab_size: int) -> Text:
+    """The text of a file, as the model is given it."""
     with reading(path, "choose a text file in UTF-8"):
         content = path.read_bytes()
         text = content.decode("utf-8")
@@ -154,13 +191,14 @@ def read_text(
         "bytes": len(content),
         "tokens": len(ids),
     }
-    return entry, torch.tensor(ids), num_bytes
+    return Text(entry, torch.tensor(ids), num_bytes)
 
 
 @torch.no_grad()
-def stream_losses(model: Any, ids: torch.Tensor, chunk: int, advance: Callable[[int], object]) -> torch.Tensor:
+def stream_losses(
+    model: PreTrainedModel, cache: OlmemCache, ids: torch.Tensor, chunk: int, advance: Callable[[int], object]
+) -> torch.Tensor:
     """Nats (T − 1,), in float64, of tokens 1, 2 … of ids (T,)."""
-    cache = OlmemCache(model.config)
     losses = []
     for past, following in zip(ids[:-1].split(chunk), ids[1:].split(chunk), strict=True):
         logits = model(past[None], past_key_values=cache).logits[0]

@@ -7,15 +7,16 @@ inverse of the key table is computed.
 
 import difflib
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from shlex import quote
 from typing import Any, Protocol
 
 import torch
 
 from ..errors import CheckpointError
+from ..options import Given
+from ..proof.native_forward import Forward
+from ..reading.fields import MOST_LAYERS, typed
 from ..reading.tensors import LazyTensor
 
 
@@ -58,9 +59,6 @@ class Key:
 
         targets = tuple(target.replace("{layer}", str(layer)) for target in self.targets)
         return replace(self, native=name(self.native), targets=targets, same_as=name(self.same_as))
-
-
-MOST_LAYERS = 1024  # OLMo's largest model has 64
 
 
 def check_layers(num_layers: int | None, tensors: Mapping[str, LazyTensor], name: str = "n_layers") -> None:
@@ -183,7 +181,6 @@ class Field:
 
 
 NO_EFFECT = Field()
-LARGEST_NUMBER = 2**53  # of any field: beyond it, a JSON number is no exact integer
 
 
 def read_fields(values: Mapping[str, Any], table: Mapping[str, Field], where: str) -> dict[str, Any]:
@@ -215,24 +212,6 @@ def read_fields(values: Mapping[str, Any], table: Mapping[str, Field], where: st
     }
 
 
-def typed(value: Any, kind: type, name: str, where: str) -> Any:
-    """The value as an int, a float or a bool, where it must be one; YAML reads `1e-6` as a string."""
-    if value is None or kind not in (bool, int, float):
-        return value
-    if kind is float and isinstance(value, str):
-        with suppress(ValueError):
-            value = float(value)
-    if isinstance(value, bool):
-        fits = kind is bool
-    else:
-        fits = kind is not bool and isinstance(value, int | float) and abs(value) < LARGEST_NUMBER
-        fits = fits and (kind is float or float(value).is_integer())
-    if fits:
-        return kind(value)
-    names = {bool: "true or false", int: "an integer", float: "a number"}
-    raise CheckpointError(f"`{name}` of {where} must be {names[kind]} (got {value!r}); correct it.")
-
-
 def carried(read: Mapping[str, Any], table: Mapping[str, Field]) -> dict[str, Any]:
     return {field.to: read[name] for name, field in table.items() if field.to and read[name] is not None}
 
@@ -243,44 +222,10 @@ def is_dynamic(rope_parameters: Mapping[str, Any]) -> bool:
     return any(entry.get("rope_type") == "dynamic" for entry in entries)
 
 
-LARGEST_NUM_LABELS = 10**5
-
-
-def check_common(raw: Mapping[str, Any]) -> None:
-    """Of the fields that every config of Transformers may have, those with which nothing can be computed: it makes a
-    name for each of `num_labels` as it reads them, and its own models fail where their parts return tuples."""
-    labels = raw.get("num_labels", 0)
-    if not isinstance(labels, int | None) or (labels or 0) > LARGEST_NUM_LABELS:
-        raise CheckpointError(
-            f"`num_labels` of config.json must be at most {LARGEST_NUM_LABELS} (got {labels!r}); remove it, as a "
-            "causal language model has none."
-        )
-    if raw.get("return_dict", True) is not True:
-        raise CheckpointError(
-            f"`return_dict` of config.json must be true (got {raw['return_dict']!r}); remove it, and ask for tuples "
-            "where you call the model."
-        )
-
-
 def required(value: Any, name: str, where: str) -> Any:
     if value is None:
         raise CheckpointError(f"`{name}` of {where} must be given (it is absent); add it, as the run had it.")
     return value
-
-
-@dataclass(frozen=True)
-class Given:
-    """What the caller says of a checkpoint whose own files may not: a config file, or single fields of it."""
-
-    native_config: Path | None = None
-    n_ctx: int | None = None
-    act_fn: str | None = None
-
-    @property
-    def options(self) -> str:
-        """As on the command line, a space before each; empty when nothing is given."""
-        given = {"--native-config": self.native_config, "--n-ctx": self.n_ctx, "--act-fn": self.act_fn}
-        return "".join(f" {option} {quote(str(value))}" for option, value in given.items() if value is not None)
 
 
 class Format(Protocol):
@@ -306,7 +251,6 @@ def taken(format: Any) -> set[str]:
 class Checkpoint:
     """A native checkpoint, opened: what it is, its config in both languages, its tensors still on disk."""
 
-    family: str  # whose forward pass it is: "olmo", "olmo_core", "baka", "transformers" or "olmem"
     description: str
     path: Path
     native_config: Mapping[str, Any]  # as written, or what stands for it where nothing is
@@ -314,6 +258,8 @@ class Checkpoint:
     tensors: dict[str, LazyTensor]  # by native name
     keys: list[Key]
     tokenizer_size: int  # tokens that were trained; rows beyond are padding
+    forward: Forward  # its reference, which shares nothing with what is said here
+    of_transformers: bool = False  # a folder of `save_pretrained`, with its tokenizer and its generation_config.json
     notes: tuple[str, ...] = ()
 
     @property

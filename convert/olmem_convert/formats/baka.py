@@ -8,6 +8,7 @@ the caller.
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ import torch
 from olmem.positions_olmem import inverse_frequencies
 
 from ..errors import CheckpointError
+from ..options import Given
+from ..proof import baka_forward
 from ..reading.archives import pickle_mentions, read_pickle
 from ..reading.tensors import LazyTensor
 from ..reading.texts import read_json
-from . import Checkpoint, Field, Given, Key, PairsToHalves, carried, check_layers, expand, read_fields
+from . import Checkpoint, Field, Key, PairsToHalves, carried, check_layers, expand, read_fields
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -87,7 +90,6 @@ def open_checkpoint(source: Path, max_length: int | None, given: Given) -> Check
     else:
         config["max_position_embeddings"] = max_length
     return Checkpoint(
-        family="baka",
         description="BakaLLM",
         path=path.parent,
         native_config=native,
@@ -95,6 +97,7 @@ def open_checkpoint(source: Path, max_length: int | None, given: Given) -> Check
         tensors=tensors,
         keys=expand(key_table(frequencies), sizes["n_layers"]),
         tokenizer_size=sizes["n_vocab"],
+        forward=partial(baka_forward.forward, native),
         notes=tuple(notes),
     )
 

@@ -7,10 +7,11 @@ from huggingface_hub.errors import StrictDataclassError
 from olmem.rules_olmem import OLMO_BLOCKS
 
 from ..errors import CheckpointError, reason
+from ..options import Given
 from ..reading.archives import read_pickle
 from ..reading.texts import read_json
 from ..reading.weight_files import WEIGHTS, find_weights
-from . import Checkpoint, Format, Given, baka, olmo, olmo_core, taken, transformers_olmo
+from . import Checkpoint, Format, baka, olmo, olmo_core, taken, transformers_olmo
 
 FORMATS: tuple[Format, ...] = (olmo, olmo_core, baka, transformers_olmo)
 CONFIG_ERRORS = (

@@ -7,10 +7,13 @@ olmo/checkpoint.py.
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..options import Given
+from ..proof import olmo_forward
 from ..reading.archives import read_pickle
 from ..reading.distributed import read_distributed
 from ..reading.pickles import decode_pickled_key
@@ -18,7 +21,7 @@ from ..reading.plain import require_own
 from ..reading.tensors import LazyTensor
 from ..reading.texts import read_yaml, require_numbers
 from ..reading.weight_files import read_flat_shards, read_safetensors
-from . import NO_EFFECT, Checkpoint, Field, Given, Key, carried, check_layers, expand, read_fields, required
+from . import NO_EFFECT, Checkpoint, Field, Key, carried, check_layers, expand, read_fields, required
 
 LAYOUTS: dict[str, tuple[str, Callable[[Path], dict[str, LazyTensor]]]] = {
     "model.safetensors": (
@@ -122,7 +125,6 @@ def open_checkpoint(folder: Path, max_length: int | None, given: Given) -> Check
             notes.append(f"config.yaml gives no {name}, and OLMo's default is outside this vocabulary: none is set")
             del config[name]
     return Checkpoint(
-        family="olmo",
         description=f"OLMo, {LAYOUTS[layout][0]}",
         path=folder,
         native_config=native,
@@ -130,6 +132,7 @@ def open_checkpoint(folder: Path, max_length: int | None, given: Given) -> Check
         tensors=tensors,
         keys=expand(keys, read["n_layers"]),
         tokenizer_size=read["vocab_size"],
+        forward=partial(olmo_forward.forward, native),
         notes=tuple(notes),
     )
 

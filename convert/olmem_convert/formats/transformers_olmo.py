@@ -3,20 +3,27 @@ any release: weight names are Olmem's, and `OlmemConfig.fields_of_olmo` is the c
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub.errors import StrictDataclassError
 from olmem import OlmemConfig
 from olmem.rules_olmem import OLMO_BLOCKS
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import CheckpointError, reason
+from ..options import Given
+from ..proof.native_forward import Stages
+from ..proof.transformers_forward import transformers_forward
+from ..reading.fields import check_common, typed
 from ..reading.tensors import LazyTensor
 from ..reading.texts import read_json, refuse_code, require_numbers
 from ..reading.weight_files import WEIGHTS, find_weights, read_weights
-from . import Checkpoint, Given, Key, check_common, check_layers, expand, is_dynamic, typed
+from . import Checkpoint, Key, check_layers, expand, is_dynamic
 
 # Of RoPE, in files of older releases, which computed it from the config all the same.
 OLD_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -33,6 +40,34 @@ def recognise(folder: Path) -> str | None:
 
 
 def open_checkpoint(folder: Path, max_length: int | None, given: Given) -> Checkpoint:
+    raw = read_raw_config(folder)
+    tensors = {name: tensor for name, tensor in read_weights(folder).items() if not OLD_BUFFER.fullmatch(name)}
+    num_layers = typed(raw.get("num_hidden_layers", 1), int, "num_hidden_layers", "config.json")
+    check_layers(num_layers, tensors, "num_hidden_layers")
+    try:
+        config = OlmemConfig.fields_of_olmo(raw)
+    except (StrictDataclassError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"`{folder / 'config.json'}` must describe a model: {reason(error)}") from error
+    notes = [*notes_on_rope(config, max_length), *notes_on_files(folder, raw, config)]
+    if max_length is not None:  # beside which the scaling of RoPE keeps its own
+        config["rope_parameters"] = OlmemConfig(**config).rope_parameters
+        config["max_position_embeddings"] = max_length
+    return Checkpoint(
+        description=str(recognise(folder)),
+        path=folder,
+        native_config=raw,
+        olmem_config={name: value for name, value in config.items() if name not in ("architectures", "dtype")},
+        tensors=tensors,
+        keys=expand(key_table(raw["model_type"], config, tensors), config["num_hidden_layers"]),
+        tokenizer_size=config["vocab_size"],
+        forward=partial(forward, raw),
+        of_transformers=True,
+        notes=tuple(notes),
+    )
+
+
+def read_raw_config(folder: Path) -> dict[str, Any]:
+    """The config.json, once it is a causal language model's and names no code but what is not run."""
     raw = read_json(folder / "config.json")
     require_numbers(raw, "config.json")
     refuse_code(raw, folder / "config.json", allowed=("auto_map", "custom_pipelines"))
@@ -52,49 +87,44 @@ def open_checkpoint(folder: Path, max_length: int | None, given: Given) -> Check
             "keep exactly); convert the model that was quantized."
         )
     check_common(raw)
-    tensors = {name: tensor for name, tensor in read_weights(folder).items() if not OLD_BUFFER.fullmatch(name)}
-    num_layers = typed(raw.get("num_hidden_layers", 1), int, "num_hidden_layers", "config.json")
-    check_layers(num_layers, tensors, "num_hidden_layers")
-    try:
-        config = OlmemConfig.fields_of_olmo(raw)
-    except (StrictDataclassError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(f"`{folder / 'config.json'}` must describe a model: {reason(error)}") from error
-    notes = []
+    return raw
+
+
+def notes_on_rope(config: Mapping[str, Any], max_length: int | None) -> Iterator[str]:
+    """What is to be known of RoPE whose scaling depends on the length of the text."""
+    if not is_dynamic(config["rope_parameters"] or {}):
+        return
+    trained = config["max_position_embeddings"]
+    if max_length is not None:
+        raise CheckpointError(
+            f"`max_length` must be left out with rope_type 'dynamic' (got {max_length}), whose scaling begins at "
+            f"the trained length of the config, {trained}."
+        )
+    yield (
+        f"rope_type 'dynamic' is verified up to {trained} tokens; beyond, logits are those that Transformers has "
+        "token by token, as a whole call there depends on its length"
+    )
+
+
+def notes_on_files(folder: Path, raw: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[str]:
+    """What of the folder is not read, not run, or left out."""
     others = [name for name in WEIGHTS[2:] if (folder / name).is_file()]
     if others and find_weights(folder) not in [folder / name for name in others]:
-        notes.append(f"{', '.join(others)} is there too, and not read: the weights are those of the safetensors")
-    if is_dynamic(config["rope_parameters"] or {}):
-        trained = config["max_position_embeddings"]
-        if max_length is not None:
-            raise CheckpointError(
-                f"`max_length` must be left out with rope_type 'dynamic' (got {max_length}), whose scaling begins at "
-                f"the trained length of the config, {trained}."
-            )
-        notes.append(
-            f"rope_type 'dynamic' is verified up to {trained} tokens; beyond, logits are those that Transformers has "
-            "token by token, as a whole call there depends on its length"
-        )
-    if max_length is not None:  # beside which the scaling of RoPE keeps its own
-        config["rope_parameters"] = OlmemConfig(**config).rope_parameters
-        config["max_position_embeddings"] = max_length
+        yield f"{', '.join(others)} is there too, and not read: the weights are those of the safetensors"
     if raw.get("auto_map"):
-        notes.append(f"config.json names code (`auto_map`), which is not run: what converts is {raw['model_type']}")
+        yield f"config.json names code (`auto_map`), which is not run: what converts is {raw['model_type']}"
     of_generation = sorted(set(raw) & set(GenerationConfig._get_default_generation_params()) - set(config))
     if of_generation and not (folder / "generation_config.json").is_file():
-        notes.append(
+        yield (
             f"config.json has {', '.join(of_generation)} of generation, left out: their place is generation_config.json"
         )
-    return Checkpoint(
-        family="transformers",
-        description=str(recognise(folder)),
-        path=folder,
-        native_config=raw,
-        olmem_config={name: value for name, value in config.items() if name not in ("architectures", "dtype")},
-        tensors=tensors,
-        keys=expand(key_table(raw["model_type"], config, tensors), config["num_hidden_layers"]),
-        tokenizer_size=config["vocab_size"],
-        notes=tuple(notes),
-    )
+
+
+def forward(raw: Mapping[str, Any], tensors: Mapping[str, Tensor], input_ids: Tensor, **options: Any) -> Stages:
+    """The forward pass of Transformers' own class, never of one that the folder names."""
+    config = OlmemConfig.olmo_of(dict(raw))
+    model_class = cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    return transformers_forward(model_class, config, tensors, input_ids, **options)
 
 
 def key_table(model_type: str, config: Mapping[str, Any], tensors: Mapping[str, LazyTensor]) -> list[Key]:

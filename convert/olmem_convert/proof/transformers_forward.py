@@ -3,23 +3,25 @@
 The class runs as it is, on weights that are read when their block is reached and let go of after it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .native_forward import Stages
 
 
 def transformers_forward(
-    model_class: Any,
+    model_class: type[PreTrainedModel],
     config: PreTrainedConfig,
     tensors: Mapping[str, Tensor],
     input_ids: Tensor,
     *,
     dtype: torch.dtype = torch.float32,
     trained_length: int | None = None,
-) -> Iterator[tuple[str, Tensor]]:
+) -> Stages:
     """Yields the stages of `native_forward`, computed by `model_class` with sdpa.
 
     `tensors` is indexed by the class's own names. In float64 its norms and angles stay float32, as they are written.

@@ -6,9 +6,7 @@ license for one, stands in its front matter alone, and is taken from there when 
 
 import json
 import math
-import os
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -22,15 +20,13 @@ from olmem.rules_olmem import MEMORY_FIELDS
 from olmem.visibility_olmem import Visibility
 
 from ..errors import CheckpointError
-from ..reading.olmem_folder import digest, read_config
+from ..reading.olmem_folder import CARD_NAME, EVALUATION_NAME, REPORT_NAME, digest, read_config
 from ..reading.plain import reading
 from ..reading.texts import parse_yaml, read_json, read_text
 from ..writing.shards import INDEX_NAME
-from .metadata import FIELDS, checked, merged
+from ..writing.texts import replace_text
+from .metadata import FIELDS, checked
 
-CARD_NAME = "README.md"
-REPORT_NAME = "verification.json"
-EVALUATION_NAME = "evaluation.json"
 MARK = "Written by olmem, which replaces this text until this line is removed."
 NOT_VERIFIED = "Not verified."
 DEFAULTS = {field.name: field.default for field in fields(OlmemConfig)}
@@ -44,51 +40,6 @@ METRICS = {
 }
 LONGEST = 200
 LARGEST_CARD, LARGEST_FRONT_MATTER = 2**20, 2**17  # bytes, and signs; the largest on the Hub have 2**19 and 2**16
-
-
-def card(
-    out: str | Path,
-    *,
-    license: str | None = None,
-    license_name: str | None = None,
-    license_link: str | None = None,
-    base_model: str | None = None,
-    language: Sequence[str] = (),
-    datasets: Sequence[str] = (),
-    say: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
-    """Writes the card of the Olmem folder `out`, in which what is given replaces what the card said of it before.
-
-    license: an identifier of the Hub; for "other" also license_name and license_link, an address or LICENSE.
-    base_model, datasets: ids of repositories on the Hub. language: of ISO 639, as en, or "code" or "multilingual".
-
-    Returns the card's metadata and whether it is verified and evaluated. Raises CheckpointError, having written
-    nothing, when a value is not one that the Hub takes, when a file of the folder is damaged or of another state of
-    the folder, and when the card is somebody's own.
-    """
-    out = Path(out)
-    path = out / CARD_NAME
-    values = read_values(out)
-    if path.exists() and not is_own(path):
-        raise CheckpointError(
-            f"`{CARD_NAME}` must be a card that olmem wrote, to be written anew ({path} is somebody's own); edit it by "
-            "hand, or move it away."
-        )
-    given = {"license": license, "license_name": license_name, "license_link": license_link, "base_model": base_model}
-    metadata = merged(said(path), given | {"language": list(language), "datasets": list(datasets)})
-    text = make_card(metadata, values)
-    replace_text(path, text)
-    say(f"wrote {path}")
-    if "license" not in metadata:
-        say("note: it names no license, which publishing needs: add --license")
-    if "verification" not in values:
-        say(f"note: it says that the model is not verified: `olmem verify {out} --against SRC`, then this again")
-    return {
-        "card": str(path),
-        "metadata": ModelCard(text).data.to_dict(),
-        "verified": "verification" in values,
-        "evaluated": "evaluation" in values,
-    }
 
 
 def write_card(folder: Path, kept: Mapping[str, Any], known: Mapping[str, str] | None = None) -> None:
@@ -180,17 +131,6 @@ def read_front_matter(path: Path) -> dict[str, Any]:
         if len(found[2]) > LARGEST_FRONT_MATTER:
             raise ValueError(f"its metadata has more than {LARGEST_FRONT_MATTER:,} signs")
         return ModelCardData(**parse_yaml(found[2], path)).to_dict()
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes the file whole, or leaves it as it was."""
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
 
 
 # What the folder's files say

@@ -18,11 +18,13 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers.dynamic_module_utils import custom_object_save
 
-from ..commands.converting import WRITTEN
 from ..errors import CheckpointError
-from ..plan import TOKEN_IDS
-from ..proof.verification import REPORT_NAME, UNSEALED, nonfinite_weights
+from ..proof.loading import nonfinite_weights
+from ..reading.fields import TOKEN_IDS
 from ..reading.olmem_folder import (
+    REPORT_NAME,
+    UNSEALED,
+    WRITTEN,
     check_generation_config,
     check_shapes,
     check_tokenizer_files,

@@ -1,6 +1,7 @@
 """A converted folder, which may be anybody's: every command reads it by this door, within a checkpoint's bounds."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,27 @@ from olmem import OlmemConfig, OlmemForCausalLM
 from transformers import AutoTokenizer, GenerationConfig
 
 from ..errors import CheckpointError, reason
-from ..formats import MOST_LAYERS, check_common, typed
-from ..plan import require_meaning
+from .fields import MOST_LAYERS, check_common, require_meaning, typed
 from .plain import SourceFile, identity, reading
 from .tensors import BLOCK, LazyTensor
 from .texts import LARGEST_TOKENIZER, read_json, refuse_code, require_numbers
 from .tokenizer_file import MOST_ENTRIES, quiet_panics, read_tokenizer, read_tokenizer_config, refuse_files, refusing
 from .weight_files import read_safetensors
 
-# Beside tokenizer.json and tokenizer_config.json, what Transformers reads of a tokenizer in JSON.
-BESIDE = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "chat_template.json")
+CARD_NAME, REPORT_NAME, EVALUATION_NAME = "README.md", "verification.json", "evaluation.json"
+# What a verification does not vouch for, and may come after it.
+UNSEALED = {REPORT_NAME, CARD_NAME, EVALUATION_NAME} | {
+    f"{name}{suffix}" for name in ("LICENSE", "NOTICE") for suffix in ("", ".md", ".txt")
+}
+# Of a Transformers tokenizer, beside tokenizer.json and tokenizer_config.json.
+COMPANIONS = (
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+WRITTEN = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|((generation|tokenizer)_)?config\.json"
+    r"|tokenizer\.json|(verification|evaluation)\.json|\w+_olmem\.py|" + "|".join(map(re.escape, COMPANIONS))
+)
 
 
 def read_raw_config(folder: Path) -> dict[str, Any]:
@@ -114,8 +126,8 @@ def check_tokenizer_files(folder: Path) -> None:
     """Raises CheckpointError for a file beside tokenizer.json that names code or other files, or is out of bounds."""
     config_path = folder / "tokenizer_config.json"
     found = {config_path: read_tokenizer_config(config_path)}
-    for path in (folder / name for name in BESIDE):
-        if path.is_file():
+    for path in (folder / name for name in COMPANIONS):
+        if path.suffix == ".json" and path.is_file():
             found[path] = read_json(path, most_values=MOST_ENTRIES)
     for path, values in found.items():
         require_numbers(values, str(path))

@@ -1,4 +1,4 @@
-"""How far writing has come: a bar for a person, figures for a script."""
+"""How far a command has come: a bar for a person, figures for a script."""
 
 import io
 from collections.abc import Callable
@@ -10,15 +10,16 @@ Tell = Callable[[dict[str, float | None]], object]
 
 
 class Progress(tqdm):
-    """Bytes, rate and time left, as a bar where there is a terminal; with `tell`, as figures about once a second."""
+    """Bytes or tokens, their rate and the time left, as a bar where there is a terminal; with `tell`, as figures about
+    once a second."""
 
-    def __init__(self, total: int, desc: str, tell: Tell | None = None):
-        self.tell = tell
+    def __init__(self, total: int, desc: str, tell: Tell | None = None, unit: str = "B"):
+        self.tell, self.counted = tell, "bytes" if unit == "B" else f"{unit}s"
         if tell is None:
             options: dict[str, Any] = {"disable": None}
         else:
             options = {"disable": False, "file": io.StringIO(), "mininterval": 1.0}
-        super().__init__(total=total, desc=desc, unit="B", unit_scale=True, **options)
+        super().__init__(total=total, desc=desc, unit=unit, unit_scale=True, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if self.tell is None:
@@ -28,10 +29,10 @@ class Progress(tqdm):
         rate = done / elapsed if elapsed else 0.0
         self.tell(
             {
-                "bytes": done,
+                self.counted: done,
                 "of": total,
                 "seconds": elapsed,
-                "bytes_per_second": rate,
+                f"{self.counted}_per_second": rate,
                 "seconds_left": (total - done) / rate if rate else None,
             }
         )

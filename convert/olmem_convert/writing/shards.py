@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +17,7 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from ..errors import CheckpointError
+from ..options import check_size
 from ..reading.tensors import LazyTensor
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
@@ -88,11 +88,6 @@ class WeightFiles:
         return {"metadata": metadata, "weight_map": dict(sorted(places.items()))}
 
 
-def check_size(max_shard_size: int | str) -> None:
-    if not re.fullmatch(r"0{0,9}[1-9]\d{0,17}([KMGT]B)?", str(max_shard_size), re.IGNORECASE):
-        raise CheckpointError(f"`max_shard_size` must be a size (got {max_shard_size!r}); write it as in 5GB.")
-
-
 def write_file(
     path: Path,
     tensors: Mapping[str, LazyTensor],
@@ -107,10 +102,8 @@ def write_file(
         text = header(tensors, dtype)
         file.write(text)
         digest.update(text)
-        for piece in ahead(rounded(ahead(pieces(tensors)), tensors, dtype, bad)):
-            data = piece.contiguous().flatten().view(torch.uint8).numpy().data
+        for data in ahead(hashed(rounded(ahead(pieces(tensors)), tensors, dtype, bad), digest)):
             file.write(data)
-            digest.update(data)
             advance(data.nbytes)
         file.flush()
         os.fsync(file.fileno())
@@ -159,6 +152,14 @@ def rounded(
             else:
                 bad[name] = bad.get(name, 0) + after
         yield made
+
+
+def hashed(pieces: Iterable[torch.Tensor], digest: "hashlib._Hash") -> Iterator[memoryview]:
+    """The bytes of each piece, once the digest has them too, which takes as long as writing them."""
+    for piece in pieces:
+        data = piece.contiguous().flatten().view(torch.uint8).numpy().data
+        digest.update(data)
+        yield data
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -7,7 +7,6 @@ takes tokenizer.json as it stands. What was written is loaded again and compared
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from ..errors import CheckpointError
+from ..options import Say
+from ..reading.olmem_folder import COMPANIONS
 from ..reading.plain import require_own
 from ..reading.texts import read_bytes, read_json, read_text, refuse_code, require_numbers
 from ..reading.tokenizer_file import (
@@ -90,16 +91,11 @@ def write_tokenizer(
     return {"size": size, "special_tokens": special, "probes": probes}
 
 
-# Of a Transformers tokenizer, beside tokenizer.json and tokenizer_config.json.
-COMPANIONS = (
-    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
-    *("chat_template.jinja", "chat_template.json"),
-)
 # What tokenizers without a tokenizer.json are made of.
 SLOW = ("vocab.json", "merges.txt", "tokenizer.model")
 
 
-def carry_tokenizer(source: Path, out: Path, vocab_size: int, say: Callable[[str], None]) -> dict[str, Any] | None:
+def carry_tokenizer(source: Path, out: Path, vocab_size: int, say: Say) -> dict[str, Any] | None:
     """Copy the tokenizer of the Transformers folder `source`, its files as they are, into `out` and prove the copy.
 
     Only tokenizer_config.json may change: its class, where a model's own would change the ids (see above), and code

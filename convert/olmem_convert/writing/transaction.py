@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ..errors import CheckpointError
+from ..options import Say, silent
 from .shards import sha256
 
 # What of a source says whether it is still the same: the rest, as logs, may change.
@@ -34,7 +35,6 @@ CHANGED = {
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Counts = dict[str, int]
 StraysOf = Callable[[Path], list[str]]
-Say = Callable[[str], None]
 
 
 class Partial:
@@ -119,7 +119,7 @@ def lies_in(inner: Path, outer: Path) -> bool:
     return False
 
 
-def recover(out: Path, say: Say = lambda line: None) -> None:
+def recover(out: Path, say: Say = silent) -> None:
     """After a crash between the last renames, puts the folder that was `out` back, or else the one that was to replace
     it, if it is whole. Nothing is deleted."""
     folder, notes, replaced, _ = places(out)
@@ -182,7 +182,7 @@ def written_whole(
     overwrite: bool,
     resume: bool,
     strays_of: StraysOf = lambda folder: [],
-    say: Say = lambda line: None,
+    say: Say = silent,
 ) -> Iterator[Partial]:
     """What becomes `out` when the block ends well. When it does not, it is removed, or with `resume` kept.
 

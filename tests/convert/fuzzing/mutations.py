@@ -6,6 +6,7 @@ be a `random.Random`, one of hypothesis, or one that a fuzzer steers.
 
 import os
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from convert.fuzzing.metadata import mutate_distributed
 from convert.fuzzing.pickles import mutate_pickle
 from convert.fuzzing.rules import mutate_tokenizer
 from convert.fuzzing.seeds import READERS, Files, seeds
+from convert.fuzzing.states import mutate_state_file
 from convert.fuzzing.texts import mutate_json, mutate_text, mutate_yaml
 
 
@@ -167,7 +169,12 @@ def make(rng: Random, reader: str) -> Tree:
     files: Tree = dict(rng.choice(seeds(reader)))
     if reader == "tokenizer" and rng.random() < 0.3:
         files["chat_template.jinja"] = b"{% for message in messages %}{{ message.content }}{% endfor %}"
-    mutate(rng, files)
+    if reader == "state" and rng.random() < 0.6:
+        [name] = files
+        with tempfile.TemporaryDirectory() as scratch:
+            files[name] = mutate_state_file(rng, held(files, name), Path(scratch))
+    elif reader != "hub":  # where the server lies, and not the folder
+        mutate(rng, files)
     return files
 
 

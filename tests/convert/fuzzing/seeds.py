@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from convert.fuzzing.states import SEEDS
 from convert.writers import (
     BAKA_CONFIG,
     NORM,
@@ -22,7 +23,7 @@ from convert.writers import (
     write_olmo,
     write_olmo_core,
 )
-from olmem_convert import card, convert, evaluate
+from olmem_convert import CardOptions, ConvertOptions, card, convert, evaluate
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import Olmo2Config, Olmo2ForCausalLM, Olmo3Config, Olmo3ForCausalLM, OlmoConfig, OlmoForCausalLM
 
@@ -145,7 +146,7 @@ def olmem(make: Callable[[Path], object], **memory: Any) -> Callable[[Path], Non
     def write(folder: Path) -> None:
         with tempfile.TemporaryDirectory() as name:
             make(Path(name) / "source")
-            convert(Path(name) / "source", Path(name) / "out", memory=memory, verify=False)
+            convert(Path(name) / "source", Path(name) / "out", ConvertOptions(memory=memory, verify=False))
             for path, data in files_of(Path(name) / "out").items():
                 if not path.endswith((".py", ".md")):
                     (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -206,19 +207,21 @@ def converted(folder: Path) -> None:
         convert(Path(name) / "source", folder)
         (Path(name) / "text.txt").write_text(TEXT)
         evaluate(folder, [Path(name) / "text.txt"])
-        card(folder, license="mit")
+        card(folder, CardOptions(license="mit"))
 
 
 TEXT = "abc abd 12 1 2 ab"
 # What is read as a converted folder, by the commands that take one.
 FOLDERS: dict[str, tuple[Callable[[Path], object], ...]] = {"out": (converted,)}
+# What is no checkpoint: states of a stream, and a folder that is pushed to a Hub which lies.
+OTHERS: dict[str, tuple[Callable[[Path], object], ...]] = {"state": SEEDS, "hub": (converted,)}
 
 
 @cache
 def seeds(reader: str) -> tuple[Files, ...]:
     """Each seed of a reader, as file contents by name."""
     found = []
-    for write in (READERS | FOLDERS)[reader]:
+    for write in (READERS | FOLDERS | OTHERS)[reader]:
         with tempfile.TemporaryDirectory() as name:
             write(Path(name) / "source")
             found.append(files_of(Path(name) / "source"))
@@ -232,4 +235,4 @@ def saved(value: Any, **options: Any) -> bytes:
     return file.getvalue()
 
 
-__all__ = ["BAKA_CONFIG", "FOLDERS", "READERS", "TEXT", "Files", "saved", "seeds"]
+__all__ = ["BAKA_CONFIG", "FOLDERS", "OTHERS", "READERS", "TEXT", "Files", "saved", "seeds"]

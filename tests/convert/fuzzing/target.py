@@ -5,18 +5,21 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from random import Random
 
 import torch
+from convert.fuzzing.hub import LyingHub, attempt_push, pushing_to
 from convert.fuzzing.mutations import SECRET, Tree, write
 from convert.fuzzing.pickles import CANARY
 from convert.fuzzing.seeds import READERS, TEXT, seeds
-from olmem_convert import CheckpointError, card, convert, evaluate, export, verify
-from olmem_convert.commands.converting import choose_dtype
-from olmem_convert.formats import Given
+from convert.fuzzing.states import use_state
+from olmem_convert import CardOptions, CheckpointError, ConvertOptions, card, convert, evaluate, verify
+from olmem_convert.commands.targets import choose_dtype
 from olmem_convert.formats.detect import open_checkpoint
-from olmem_convert.plan import check_copies, make_config, make_tensors
+from olmem_convert.formats.planning import check_copies, make_config, make_tensors
+from olmem_convert.options import Given
 from olmem_convert.publish.release import check_release
 from olmem_convert.writing.tokenizer import carry_tokenizer, find_tokenizer, write_tokenizer
 
@@ -38,7 +41,7 @@ def read(reader: str, source: Path, out: Path, rng: Random) -> None:
             write_tokenizer(path, out, vocab_size=16, max_length=rng.choice((None, 32)), **ids)
         return
     if reader == "olmem":
-        export(source, out, rng.choice(("olmo", "olmo2", "olmo3", "olmo2")), verify=False)
+        convert(source, out, ConvertOptions(to=rng.choice(("olmo", "olmo2", "olmo3", "olmo2")), verify=False))
         return
     given = GIVEN.get(reader) if rng.random() < 0.2 else None
     checkpoint = open_checkpoint(source, rng.choice((None, None, 16)), given)
@@ -54,7 +57,7 @@ def use(out: Path, elsewhere: Path, rng: Random) -> None:
     """What commands do with a converted folder: `push` up to its first request."""
     command = rng.choice(("card", "verify", "evaluate", "push"))
     if command == "card":
-        card(out, license=rng.choice((None, "mit")))
+        card(out, CardOptions(license=rng.choice((None, "mit"))))
     elif command == "verify":
         verify(out, elsewhere / "native")
     elif command == "evaluate":
@@ -65,9 +68,9 @@ def use(out: Path, elsewhere: Path, rng: Random) -> None:
 
 def convert_whole(reader: str, source: Path, out: Path, rng: Random) -> None:
     if reader == "olmem":
-        export(source, out, rng.choice(("olmo", "olmo2", "olmo3", "olmo2")))
+        convert(source, out, ConvertOptions(to=rng.choice(("olmo", "olmo2", "olmo3", "olmo2"))))
     else:
-        convert(source, out, dtype=rng.choice((None, "bfloat16")))
+        convert(source, out, ConvertOptions(dtype=rng.choice((None, "bfloat16"))))
 
 
 class Place:
@@ -76,8 +79,8 @@ class Place:
     def __init__(self, folder: Path):
         self.folder = folder
         self.source, self.out, self.cwd = folder / "source", folder / "out", folder / "cwd"
-        self.kept = ("cwd", "elsewhere", "tmp")
-        for name in self.kept:
+        self.kept = ("cwd", "elsewhere", "tmp", "hub")
+        for name in self.kept[:3]:
             (folder / name).mkdir(parents=True)
         (folder / "elsewhere" / "secret.json").write_bytes(SECRET)
         self.elsewhere = folder / "elsewhere"
@@ -91,11 +94,18 @@ class Place:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(SECRET if name.endswith("_config.json") else data)
         write(self.source, files)
+        if reader == "hub":
+            self.hub.requests.clear()  # once it has begun to listen
 
     def attempt(self, reader: str, rng: Random, whole: bool) -> str:
         """It is "accepted" or "refused: why". Any other exception is raised, and `Escape` for what should not be."""
         if reader == "out":
             return self.attempt_out(rng)
+        if reader == "hub":
+            with pushing_to(self.hub, self.source):
+                return attempt_push(self.hub, self.source, rng)
+        if reader == "state":
+            return self.attempt_state(rng)
         before = names(self.source)
         try:
             (convert_whole if whole and reader != "tokenizer" else read)(reader, self.source, self.out, rng)
@@ -104,6 +114,21 @@ class Place:
             return f"refused: {str(error).splitlines()[0]}"
         self.check(before, refused=False)
         return "accepted"
+
+    def attempt_state(self, rng: Random) -> str:
+        """The same of a state file, for which `load` raises ValueError and nothing else."""
+        before = names(self.source)
+        try:
+            use_state(self.source, rng)
+            outcome = "accepted"
+        except (ValueError, FileNotFoundError, IsADirectoryError) as error:
+            outcome = f"refused: {str(error).splitlines()[0]}"
+        self.check(before, refused=True)
+        return outcome
+
+    @cached_property
+    def hub(self) -> LyingHub:
+        return LyingHub(self.folder / "hub").start()
 
     def attempt_out(self, rng: Random) -> str:
         """The same of a converted folder, in which a command writes what it makes."""

@@ -1,142 +1,39 @@
-"""From an Olmem folder back to one of Transformers' own OLMo classes, with every bit of it or not at all.
+"""Olmem folders as a source, in the terms of Transformers' own OLMo classes.
 
-What the target's class cannot say is found by going there and back: the config is written in its terms and read again
-as an OLMo folder's is, and a field that did not return is an error that names it. So a field that Olmem gains is
-refused until its class can carry it.
+What a target's class cannot say is found by going there and back: the config is written in its terms and read again as
+an OLMo folder's is, and a field that did not return is an error that names it. So a field that Olmem gains is refused
+until its class can carry it.
 """
 
 import copy
 import reprlib
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import olmem
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from olmem import OlmemConfig, OlmemForCausalLM
 from olmem.rules_olmem import OLMO_BLOCKS
-from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.activations import ACT2FN
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from ..errors import CheckpointError, reason
-from ..formats import Checkpoint, check_layers, expand, typed
-from ..formats.transformers_olmo import key_table
-from ..plan import TOKEN_IDS, make_tensors
+from ..errors import CheckpointError
 from ..proof.transformers_forward import transformers_forward
-from ..proof.verification import (
-    compare_stages,
-    load_bounded,
-    make_report,
-    nonfinite_weights,
-    prompt,
-    tell_nonfinite,
-    weights_that_differ,
-    write_report,
-)
+from ..reading.fields import typed
 from ..reading.olmem_folder import read_config
-from ..reading.tensors import LazyTensor, LoadedOnDemand, require_same
+from ..reading.tensors import LazyTensor
 from ..reading.texts import NAMES_CODE, NAMES_KERNELS, read_json
 from ..reading.weight_files import read_weights
-from ..writing.progress import Tell
-from ..writing.shards import WeightFiles
-from ..writing.transaction import job_of, recover, require_apart, written_whole
-from .converting import (
-    announce,
-    as_path,
-    carry_generation_config,
-    check_growth,
-    check_options,
-    check_out,
-    choose_dtype,
-    copy_tokenizer,
-    name_of,
-    named,
-    plural,
-    strays_of,
-    write_weights,
-)
+from . import Checkpoint, check_layers, expand
+from .transformers_olmo import key_table
 
 LAYER_TYPES = ("full_attention", "sliding_attention")  # of Olmo3; the others have full attention alone
 NOT_OF_THE_MODEL = {"architectures", "dtype", "residual_dropout", "transformers_version"}
 NOT_OF_THE_TARGET = {"_name_or_path", "model_type", "olmo_config", "quantization_config", *NAMES_CODE, *NAMES_KERNELS}
 MOST_KEPT = 200  # fields of a config that are tried one by one
 CONFIG_ERRORS = (StrictDataclassError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-
-
-def export(
-    source: str | Path,
-    out: str | Path,
-    target: str,
-    *,
-    dtype: str | None = None,
-    max_shard_size: int | str = "5GB",
-    tokenizer: str | Path | None = None,
-    verify: bool = True,
-    overwrite: bool = False,
-    resume: bool = False,
-    allow_nonfinite: bool = False,
-    allow_growth: bool = False,
-    say: Callable[[str], None] = lambda line: None,
-    tell: Tell | None = None,
-) -> dict[str, Any]:
-    """Converts the Olmem folder `source` to the folder `out` of Transformers' own `target`: olmo, olmo2 or olmo3.
-
-    Options are those of `convert`. Returns what was written. Raises CheckpointError, leaving nothing behind, when the
-    target cannot carry all that the model is.
-    """
-    source, out = Path(source), named(out)
-    check_options(dtype, max_shard_size, tokenizer)
-    if target not in OLMO_BLOCKS:
-        raise CheckpointError(f"`to` must be one of {', '.join(OLMO_BLOCKS)} (got {target!r}); choose one.")
-    require_apart(source, out, {"tokenizer": as_path(tokenizer)})
-    recover(out, say)
-    check_out(out, overwrite)
-    config, weights = read_olmem(source)
-    try:
-        check_nothing_lost(config, target)
-        exported = config_of(config, target)
-    except CONFIG_ERRORS as error:
-        raise CheckpointError(f"the config must be one that Transformers can read: {reason(error)}") from error
-    checkpoint = as_checkpoint(source, config, weights, target)
-    stored = choose_dtype(checkpoint.tensors, dtype)
-    exported.dtype = stored
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(exported)]
-    exported.architectures = [model_class.__name__]
-    tensors = make_tensors(checkpoint, exported, model_class)
-    parameters = announce(checkpoint, config, tensors, say)
-    check_growth(tensors, checkpoint.tensors, allow_growth)
-
-    files = WeightFiles(tensors, stored, max_shard_size)
-    say(f"writing {files.total():,} bytes of weights in {plural(len(files.names), 'file')}, as {name_of(stored)}")
-    job = job_of(source, olmem.__version__, exported.to_json_string(), files.names, allow_nonfinite)
-
-    options: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "strays_of": strays_of, "say": say}
-    with written_whole(out, job, files.names, **options) as partial:
-        folder = partial.folder
-        written = write_weights(out, partial, files, allow_nonfinite, tell)
-        save_config(exported, folder)
-        GenerationConfig(**{name: getattr(config, name) for name in TOKEN_IDS}).save_pretrained(folder)
-        carry_generation_config(source, folder)
-        tokenizer_report = copy_tokenizer(checkpoint, exported, Path(tokenizer) if tokenizer else None, folder, say)
-        report = {
-            "format": f"Transformers {target}",
-            "parameters": parameters,
-            "dtype": name_of(stored),
-            **written,
-            "notes": list(checkpoint.notes),
-            "tokenizer": tokenizer_report,
-            "verification": None,
-        }
-        if verify:
-            report["verification"] = verify_export(folder, model_class, config, checkpoint, files, say, allow_nonfinite)
-        else:
-            say("not verified: run it again without --no-verify for the proof")
-        require_same(checkpoint.tensors)
-    say(f"wrote {out}")
-    return report
 
 
 def read_olmem(source: Path) -> tuple[OlmemConfig, dict[str, LazyTensor]]:
@@ -270,7 +167,6 @@ def as_checkpoint(source: Path, config: OlmemConfig, tensors: dict[str, LazyTens
             "and others may not"
         )
     return Checkpoint(
-        family="olmem",
         description="Olmem",
         path=source,
         native_config=config.to_dict(),
@@ -278,42 +174,7 @@ def as_checkpoint(source: Path, config: OlmemConfig, tensors: dict[str, LazyTens
         tensors=tensors,
         keys=expand(key_table(target, config.to_dict(), tensors), config.num_hidden_layers),
         tokenizer_size=config.vocab_size,
+        forward=partial(transformers_forward, OlmemForCausalLM, config),
+        of_transformers=True,
         notes=tuple(notes),
     )
-
-
-def save_config(config: PreTrainedConfig, folder: Path) -> None:
-    try:
-        config.save_pretrained(folder)
-    except CONFIG_ERRORS as error:
-        raise CheckpointError(f"the config must be one that Transformers can write: {reason(error)}") from error
-
-
-def verify_export(
-    out: Path,
-    model_class: Any,
-    config: OlmemConfig,
-    checkpoint: Checkpoint,
-    files: WeightFiles,
-    say: Callable[[str], None],
-    allow_nonfinite: bool,
-) -> dict[str, Any]:
-    """Loads `out` with the target's own class and compares it, stage by stage and bit by bit, with the Olmem model."""
-    input_ids, tensors, stored = prompt(checkpoint), files.tensors, files.dtype
-    nonfinite = nonfinite_weights(out, allow_nonfinite)
-    expected = transformers_forward(OlmemForCausalLM, config, LoadedOnDemand(checkpoint.tensors, stored), input_ids)
-    stages = compare_stages(load_bounded(out, torch.float32, model_class), expected, input_ids, bool(nonfinite))
-    report = make_report(out, checkpoint, input_ids, stored, stages)
-    report |= {"config_differences": {}, "weight_differences": weights_that_differ(out, tensors, stored)}
-    report["nonfinite"] = nonfinite
-    report["passed"] &= not report["weight_differences"]
-    write_report(out, report, "Olmem")
-    tell_nonfinite(report, say)
-    as_stored = {tensor.dtype for tensor in tensors.values()} == {stored}
-    weights = "every weight is the same" if as_stored else f"every weight is that of SRC rounded to {report['dtype']}"
-    say(
-        f"verified: {weights}, and the logits of {model_class.__name__} differ by at most "
-        f"{report['max_difference']:.3g} from Olmem's, {report['mean_difference']:.3g} on average "
-        f"({input_ids.shape[1]} tokens, computed in float32)"
-    )
-    return report

@@ -1,9 +1,4 @@
-"""From a converted folder to the Hub: the whole of it in one commit, verified there, or nothing.
-
-The plan compares the folder with the branch as one commit has it. The upload is one commit on top of that one, which
-the Hub refuses if the branch has moved. A commit whose answer was lost is found again by what it holds and by what it
-lies on, so that none is made twice. The tag comes last: it says that the Hub sends the files of this folder, bit for
-bit, and that they load, by the repository's own code, to the same logits.
+"""A plan carried out: one commit, verified on the Hub as it is sent from there, and tagged.
 
 What the Hub says of its files is compared, and so is what it sends, before any of it is imported. The process that
 imports it has neither the token nor the network.
@@ -11,240 +6,34 @@ imports it has neither the token nor the network.
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, get_token, is_offline_mode
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import validate_repo_id
-from tqdm import tqdm
 
 from ..errors import CheckpointError
-from ..proof.verification import REPORT_NAME, draw_prompt
-from ..reading.olmem_folder import stored_dtype
+from ..options import PushOptions, Say
+from ..proof.prompts import draw_prompt
+from ..reading.olmem_folder import REPORT_NAME, stored_dtype
 from ..reading.texts import read_json
-from .model_card import CARD_NAME
-from .release import LocalFile, check_release, require_same
-from .remote import (
-    NETWORK_ERRORS,
-    Remote,
-    differences,
-    keeping_token,
-    persistently,
-    quiet_hub,
-)
+from .planning import MAIN, TITLE, Plan, find_pull_request, make_plan
+from .release import LocalFile, require_same
+from .remote import NETWORK_ERRORS, Remote, differences, persistently
 
-MAIN = "main"
-TITLE = "Model verified by olmem"
-REF_NAME = re.compile(r"(?!refs/)(?!.*\.\.)[a-z0-9][\w.+-]*(/[a-z0-9][\w.+-]*)*(?<!\.)(?<!\.lock)", re.ASCII | re.I)
 OF_THE_USER = {  # variables of places and rules that a process with an empty cache must not know
     *("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_XET_CACHE", "HF_ASSETS_CACHE", "TRANSFORMERS_CACHE"),
     *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_STORED_TOKENS_PATH", "HF_OIDC_RESOURCE"),
 }
 MOST_OF_MEMORY = 0.8  # of which weights may take this much before they are offloaded
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a push would do. Files by name, with their bytes; `head` is the commit that it was made against."""
-
-    repo_id: str
-    branch: str
-    head: str | None
-    creates_repo: bool
-    creates_branch: bool
-    new: dict[str, int]
-    changed: dict[str, int]
-    unchanged: dict[str, int]
-    deleted: dict[str, int]
-    upload: int
-    create_pr: bool
-    commit: str | None  # that holds these files already, on the branch or in the pull request
-    pull_request: str | None
-    tag: str | None
-    tag_exists: bool
-
-    @property
-    def touched(self) -> list[str]:
-        return sorted([*self.new, *self.changed, *self.deleted])
-
-    @property
-    def is_done(self) -> bool:
-        """The branch, or a pull request to it, holds just these files, and so does the tag."""
-        return self.commit is not None and (self.tag is None or self.tag_exists)
-
-
-def push(
-    out: str | Path,
-    repo_id: str,
-    *,
-    revision: str | None = None,
-    create_pr: bool = False,
-    private: bool = False,
-    tag: str | None = None,
-    execute: bool = False,
-    say: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
-    """Plans the upload of the converted folder `out` to the model `repo_id` of the Hub and, with `execute`, does it.
-
-    revision: a branch, created from `main` where it does not exist; `main` by default. create_pr: as a pull request to
-    `main`. private: of a repository that is created. tag: of the commit, once verified. say: is told the plan and each
-    step, line by line.
-
-    Returns `plan`, `commit`, `pull_request`, `verified` and `tagged`. Raises CheckpointError that says what state the
-    Hub is in. The token is the one that huggingface_hub finds.
-    """
-    check_options(repo_id, revision, create_pr, tag)
-    files = check_release(out)
-    if is_offline_mode():
-        raise CheckpointError("`HF_HUB_OFFLINE` must be unset to push (it is set); unset it.")
-    token = get_token()
-    if not token:
-        raise CheckpointError("a token must be known to push (there is none); run `hf auth login`, or set HF_TOKEN.")
-    if not (token.isascii() and token.isprintable()):
-        raise CheckpointError(
-            "the token must be of ASCII signs (it holds another, as pasting adds some); paste it again."
-        )
-    remote = Remote(repo_id, token)
-    guarded = keeping_token(token, remote.api.endpoint)
-    with quiet_hub(), guarded, remote.telling(lambda: "nothing was sent"):
-        remote.check_card(files[CARD_NAME].path)
-        plan = make_plan(remote, files, revision or MAIN, create_pr, private, tag)
-        for line in table(plan, private):
-            say(line)
-        report = {"plan": asdict(plan), "commit": None, "verified": False, "tagged": None}
-        report["pull_request"] = plan.pull_request
-        if plan.is_done:
-            where = plan.pull_request or f"`{plan.branch}` of {repo_id} at {plan.head}"
-            say(f"nothing to do: {where} holds these files" + (f", tagged {tag}" if tag else ""))
-            if tag or not execute:
-                return report | {"commit": plan.commit, "verified": tag is not None, "tagged": tag}
-            say("no tag says that this commit was verified, so it is verified now")
-        elif not execute:
-            say("this is the plan, and nothing was sent; add --execute to do it")
-            return report
-        return report | Push(remote, Path(out), files, plan, private, say).run()
-
-
-def check_options(repo_id: str, revision: str | None, create_pr: bool, tag: str | None) -> None:
-    try:
-        validate_repo_id(repo_id)
-        is_full = repo_id.count("/") == 1
-    except HFValidationError:
-        is_full = False
-    if not is_full:
-        raise CheckpointError(f"`REPO_ID` must be user/name or organization/name (got {repo_id!r}); write it so.")
-    for name, value in (("revision", revision), ("tag", tag)):
-        if value is not None and not REF_NAME.fullmatch(value):
-            raise CheckpointError(f"`{name}` must be a name that git allows, as v1.0 (got {value!r}); choose another.")
-    if create_pr and (tag or revision not in (None, MAIN)):
-        other, value = ("tag", tag) if tag else ("revision", revision)
-        raise CheckpointError(
-            f"`{other}` must not be given with --create-pr (got {value!r}): a pull request is to `{MAIN}`, and what is "
-            "tagged is what was merged; drop one of the two."
-        )
-
-
-def make_plan(
-    remote: Remote, files: Mapping[str, LocalFile], branch: str, create_pr: bool, private: bool, tag: str | None
-) -> Plan:
-    """Compares the files with the head of the branch, or of `main` where there is no such branch yet."""
-    repo_id, refs = remote.repo_id, remote.refs()
-    if refs is None and not create_pr:
-        remote.check_namespace()
-    branches, tags = (refs.branches, refs.tags) if refs else ({}, {})
-    head = branches.get(branch) or branches.get(MAIN)
-    if refs and head is None:
-        raise CheckpointError(f"`{repo_id}` must have a branch {MAIN} (it has {sorted(branches)}); create it.")
-    if create_pr and refs is None:
-        raise CheckpointError(
-            f"`REPO_ID` must exist for a pull request ({repo_id} does not, or is hidden from this token); push without "
-            "--create-pr."
-        )
-    if branch in tags or tag in branches or tag == branch:
-        raise CheckpointError(
-            f"`{branch if branch in tags else tag}` must not name both a branch and a tag of {repo_id} (it would); "
-            "choose another name."
-        )
-    if private and refs and not remote.is_private():
-        raise CheckpointError(
-            f"`private` is of a repository that is created ({repo_id} exists and is public); change it in its settings "
-            "first, or drop --private."
-        )
-    tree = remote.tree(head) if head else {}
-    if ".gitignore" in tree:
-        raise CheckpointError(
-            f"`.gitignore` must not be on `{branch}` of {repo_id}, as the Hub leaves out files by it (it is); "
-            "remove it there first."
-        )
-    found = differences(files, tree)
-    plan = Plan(
-        repo_id=repo_id,
-        branch=branch,
-        head=head,
-        creates_repo=refs is None,
-        creates_branch=refs is not None and branch not in branches,
-        **found,
-        upload=sum(found["new"].values()) + sum(found["changed"].values()),
-        create_pr=create_pr,
-        commit=None,
-        pull_request=None,
-        tag=tag,
-        tag_exists=tag in tags,
-    )
-    if tag in tags and (tags[tag] != head or plan.touched):
-        raise CheckpointError(
-            f"`tag` must be new, or name the commit that holds these files (the tag {tag} of {repo_id} names "
-            f"{tags[tag]}); choose another: what was released stays."
-        )
-    if not (plan.touched or plan.creates_branch):
-        return replace(plan, commit=head)
-    if create_pr and (made := find_pull_request(remote, files)):
-        return replace(plan, commit=made[0], pull_request=made[1])
-    return plan
-
-
-def find_pull_request(remote: Remote, files: Mapping[str, LocalFile]) -> tuple[str, str] | None:
-    """Commit and address of an open pull request that an earlier push made of these files."""
-    for commit, url in remote.pull_requests(TITLE):
-        found = differences(files, remote.tree(commit))
-        if not (found["new"] or found["changed"] or found["deleted"]):
-            return commit, url
-    return None
-
-
-def table(plan: Plan, private: bool) -> Iterator[str]:
-    """The plan, for a person."""
-    if plan.creates_repo:
-        yield f"creates {plan.repo_id}, {'private' if private else 'public'}, branch {plan.branch}"
-    elif plan.creates_branch:
-        yield f"creates branch {plan.branch} of {plan.repo_id} at {plan.head}, the head of {MAIN}"
-    else:
-        yield f"{'pull request to ' * plan.create_pr}branch {plan.branch} of {plan.repo_id}, now at {plan.head}"
-    kinds = {"new": plan.new, "changed": plan.changed, "deleted": plan.deleted, "unchanged": plan.unchanged}
-    width = max(len(name) for named in kinds.values() for name in named)
-    for kind, named in kinds.items():
-        for name, size in sorted(named.items()):
-            yield f"  {kind:<9}  {name:<{width}}  {shown(size):>8}"
-    yield f"{', '.join(f'{len(named)} {kind}' for kind, named in kinds.items())}; {shown(plan.upload)} to upload"
-    if "tokenizer.json" not in plan.new | plan.changed | plan.unchanged:
-        yield "note: there is no tokenizer, so nobody can give it text: convert again with --tokenizer PATH"
-    if plan.tag:
-        yield f"tag {plan.tag}: {'is there, at this commit' if plan.tag_exists else 'after verification'}"
-
-
-def shown(size: int) -> str:
-    return f"{size} B" if size < 1000 else tqdm.format_sizeof(size) + "B"
 
 
 @dataclass
@@ -255,8 +44,8 @@ class Push:
     folder: Path
     files: Mapping[str, LocalFile]
     plan: Plan
-    private: bool
-    say: Callable[[str], None]
+    options: PushOptions
+    say: Say
     created: list[str] = field(default_factory=list)
 
     def run(self) -> dict[str, Any]:
@@ -295,10 +84,10 @@ class Push:
         """The repository and the branch, if the plan has them created; the plan is then that of what was created."""
         plan, remote = self.plan, self.remote
         if plan.creates_repo:
-            persistently(remote.api.create_repo, plan.repo_id, private=self.private, exist_ok=True)
+            persistently(remote.api.create_repo, plan.repo_id, private=self.options.private, exist_ok=True)
             self.created.append(plan.repo_id)
             persistently(remote.api.list_repo_refs, plan.repo_id, also=(404,))  # which it may be until all of it knows
-            self.plan = make_plan(remote, self.files, plan.branch, False, self.private, plan.tag)
+            self.plan = make_plan(remote, self.files, self.options)
             if others := [*self.plan.deleted, *self.plan.changed, *self.plan.unchanged]:
                 raise CheckpointError(
                     f"`{plan.repo_id}` must be empty, as it did not exist when this was planned (it holds "

@@ -5,8 +5,7 @@ With all of it off the model is the checkpoint's, and that is what verification 
 
 import inspect
 import json
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from typing import Any
@@ -16,8 +15,9 @@ from huggingface_hub.errors import StrictDataclassError
 from olmem import OlmemConfig
 from olmem.rules_olmem import MEMORY_FIELDS, with_memory_gates
 
-from .errors import CheckpointError, reason
-from .formats import LARGEST_NUMBER, Checkpoint, Key
+from ..errors import CheckpointError, reason, shortened
+from ..reading.fields import LARGEST_NUMBER
+from . import Checkpoint, Key
 
 # The parameters of a new norm of each `norm_type`.
 NORMS: dict[str, list[tuple[str, float]]] = {
@@ -27,32 +27,6 @@ NORMS: dict[str, list[tuple[str, float]]] = {
 }
 OFF: dict[str, Any] = {"num_memory_tokens": 0, "retrieval_layers": []}
 KINDS: dict[str, Any] = {field.name: field.type for field in fields(OlmemConfig) if field.name in MEMORY_FIELDS}
-WORD = re.compile(r"[A-Za-z][\w:.-]*")
-
-
-def read_settings(texts: Iterable[str]) -> dict[str, Any]:
-    """Each `FIELD=VALUE` of the command line. VALUE is JSON, or a bare word, which is a string."""
-    settings: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not name or not equals:
-            raise CheckpointError(
-                f"`--set` must be given FIELD=VALUE (got {text!r}); write it as in --set num_memory_tokens=16."
-            )
-        if name in settings:
-            raise CheckpointError(
-                f"`{name}` must be set once (got {json.dumps(settings[name])} and {value}); leave one of them out."
-            )
-        try:
-            settings[name] = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            if not WORD.fullmatch(value):
-                raise CheckpointError(
-                    f"`{name}` must be given as JSON or as a bare word (got {shortened(value)}); write it as in "
-                    "--set retrieval_layers=[20] or --set retrieval_device=cpu."
-                ) from error
-            settings[name] = value
-    return settings
 
 
 def with_memory(checkpoint: Checkpoint, memory: Mapping[str, Any]) -> Checkpoint:
@@ -139,8 +113,3 @@ def check_field(name: str, value: Any) -> None:
         raise CheckpointError(
             f"`{name}` must be of type {inspect.formatannotation(KINDS[name])} (got {shortened(value)}); correct it."
         ) from error
-
-
-def shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"

@@ -1,0 +1,224 @@
+"""What the commands are told: one frozen object for each, with the rules that need no checkpoint to be checked.
+
+Nothing here takes long to import, so that the command line can read its options before it loads a model's library.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from .errors import CheckpointError, shortened
+
+Say = Callable[[str], object]  # is told, line by line, what was found and done
+DTYPES = ("float32", "bfloat16", "float16")
+SIZE = re.compile(r"0{0,9}[1-9]\d{0,17}([KMGT]B)?", re.IGNORECASE)
+WORD = re.compile(r"[A-Za-z][\w:.-]*")
+
+
+def silent(line: str) -> None:
+    """Tells nobody."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the caller says of a checkpoint whose own files may not: a config file, or single fields of it."""
+
+    native_config: Path | None = None
+    n_ctx: int | None = None
+    act_fn: str | None = None
+
+    @property
+    def options(self) -> str:
+        """The same as on the command line, with a space before each; empty when nothing is given."""
+        given = {"--native-config": self.native_config, "--n-ctx": self.n_ctx, "--act-fn": self.act_fn}
+        return "".join(f" {option} {quote(str(value))}" for option, value in given.items() if value is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfNative:
+    """Options of commands that read a native checkpoint.
+
+    Attributes:
+        native_config: the config file of a BakaLLM state dict that has no config.json beside it.
+        n_ctx: the window of a BakaLLM state dict without a config, in tokens.
+        act_fn: its activation.
+        allow_nonfinite: NaN and infinite weights are carried over in place of being an error.
+    """
+
+    native_config: str | Path | None = None
+    n_ctx: int | None = None
+    act_fn: str | None = None
+    allow_nonfinite: bool = False
+
+    @property
+    def given(self) -> Given:
+        return Given(as_path(self.native_config), self.n_ctx, self.act_fn)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(OfNative):
+    """Options of `convert`.
+
+    Attributes:
+        dtype: `float32`, `bfloat16` or `float16`; the checkpoint's own by default.
+        max_shard_size: the largest size of a weight file.
+        tokenizer: a tokenizer.json or a folder with one; it is looked for in and beside the checkpoint by default.
+        max_length: the trained length in tokens, where it is not the config's.
+        memory: fields of OlmemConfig that switch a memory on, as `{"num_memory_tokens": 16}`, with new parameters
+            beside the converted ones. What is verified is the model with it off.
+        verify: the result is compared with the checkpoint.
+        overwrite: the folder is replaced, if it is an Olmem folder.
+        resume: what is finished is kept when the conversion does not come to its end, and found by the next one.
+        allow_growth: a model may have more than twice the bytes of its files, as one whose tensors share numbers has.
+        to: the class of Transformers that an Olmem folder is converted back to: `olmo`, `olmo2` or `olmo3`.
+    """
+
+    dtype: str | None = None
+    max_shard_size: int | str = "5GB"
+    tokenizer: str | Path | None = None
+    max_length: int | None = None
+    memory: Mapping[str, Any] = field(default_factory=dict)
+    verify: bool = True
+    overwrite: bool = False
+    resume: bool = False
+    allow_growth: bool = False
+    to: str | None = None
+
+    def check(self) -> None:
+        """Raises CheckpointError for a value that no checkpoint could make right."""
+        check_size(self.max_shard_size)
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise CheckpointError(f"`dtype` must be one of {', '.join(DTYPES)} (got {self.dtype!r}); choose one.")
+        if self.tokenizer is not None and not Path(self.tokenizer).exists():
+            raise CheckpointError(
+                f"`tokenizer` must be a tokenizer.json or its folder ({self.tokenizer} does not exist); correct its "
+                "path."
+            )
+        of_native = {
+            "max_length": self.max_length,
+            "native_config": self.native_config,
+            "n_ctx": self.n_ctx,
+            "act_fn": self.act_fn,
+            "memory": dict(self.memory) or None,
+        }
+        given = [name for name, value in of_native.items() if value is not None]
+        if self.to is not None and given:
+            raise CheckpointError(
+                f"`{given[0]}` must be left out with `to` (got {of_native[given[0]]!r}); the Olmem folder says it."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(OfNative):
+    """Options of `verify`, which must be those that `convert` was given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """Options of `evaluate`.
+
+    Attributes:
+        max_tokens: the number of first tokens of each text that are read, at least 2; all by default.
+        chunk: the number of tokens that one call reads, which changes no figure.
+        seconds: the time that reading the texts may take; there is no bound by default.
+    """
+
+    max_tokens: int | None = None
+    chunk: int = 512
+    seconds: float | None = None
+
+    def check(self) -> None:
+        """Raises CheckpointError for a value that no text could make right."""
+        if self.max_tokens is not None and self.max_tokens < 2:
+            raise CheckpointError(
+                f"`max_tokens` must be at least 2, of which one is predicted (got {self.max_tokens}); give more."
+            )
+        if self.chunk < 1:
+            raise CheckpointError(f"`chunk` must be at least 1 (got {self.chunk}); leave it out.")
+        if self.seconds is not None and not self.seconds > 0:
+            raise CheckpointError(f"`seconds` must be positive (got {self.seconds}); leave it out for no bound.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardOptions:
+    """Options of `card`: what no file of the folder knows. What is not given stays as the card said it before.
+
+    Attributes:
+        license: the Hub's identifier of the weights' license, or `other`.
+        license_name: its name, where `license` is `other`.
+        license_link: its address, or LICENSE, the file in the folder, where `license` is `other`.
+        base_model: the id of the model on the Hub that this one was made from.
+        language: languages of its texts in ISO 639, as `en`, or `code`, or `multilingual`.
+        datasets: ids of the data sets on the Hub that it was trained on.
+    """
+
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    base_model: str | None = None
+    language: Iterable[str] = ()
+    datasets: Iterable[str] = ()
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What is given, by the names that a card has for it."""
+        values = vars(self) | {"language": list(self.language), "datasets": list(self.datasets)}
+        return {name: value for name, value in values.items() if value}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushOptions:
+    """Options of `push`.
+
+    Attributes:
+        revision: a branch, created from `main` where it does not exist; `main` by default.
+        create_pr: the commit is a pull request to `main`.
+        private: a repository that is created is private.
+        tag: the tag of the commit, once it is verified.
+        execute: what is planned is done; otherwise nothing is sent.
+    """
+
+    revision: str | None = None
+    create_pr: bool = False
+    private: bool = False
+    tag: str | None = None
+    execute: bool = False
+
+
+def as_path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+def check_size(max_shard_size: int | str) -> None:
+    """Raises CheckpointError for what is no size of a file."""
+    if not SIZE.fullmatch(str(max_shard_size)):
+        raise CheckpointError(f"`max_shard_size` must be a size (got {max_shard_size!r}); write it as in 5GB.")
+
+
+def read_settings(texts: Iterable[str]) -> dict[str, Any]:
+    """Reads each `FIELD=VALUE` of the command line, where VALUE is JSON, or a bare word, which is a string."""
+    settings: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise CheckpointError(
+                f"`--set` must be given FIELD=VALUE (got {text!r}); write it as in --set num_memory_tokens=16."
+            )
+        if name in settings:
+            raise CheckpointError(
+                f"`{name}` must be set once (got {json.dumps(settings[name])} and {value}); leave one of them out."
+            )
+        try:
+            settings[name] = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            if not WORD.fullmatch(value):
+                raise CheckpointError(
+                    f"`{name}` must be given as JSON or as a bare word (got {shortened(value)}); write it as in "
+                    "--set retrieval_layers=[20] or --set retrieval_device=cpu."
+                ) from error
+            settings[name] = value
+    return settings

@@ -1,0 +1,16 @@
+"""Texts of a folder that is there already, each written whole or left as it was."""
+
+import os
+import uuid
+from pathlib import Path
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes the file whole, or leaves it as it was."""
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise

@@ -234,6 +234,7 @@ app()
 
 
 def test_library_names():
-    verbs = {"card", "convert", "evaluate", "export", "push", "verify"}
-    assert set(olmem_convert.__all__) == {"CheckpointError", *verbs}
+    verbs = {"card", "convert", "evaluate", "push", "verify"}
+    options = {f"{verb.title()}Options" for verb in verbs}
+    assert set(olmem_convert.__all__) == {"CheckpointError", *verbs, *options}
     assert all(callable(getattr(olmem_convert, name)) for name in olmem_convert.__all__)

@@ -279,3 +279,15 @@ def test_overwriting_takes_an_evaluation_along(out, text):
     evaluate(out, [text], EvaluateOptions(max_tokens=20))
     convert(source("demo"), out, ConvertOptions(overwrite=True, verify=False))
     assert not (out / "evaluation.json").exists() and "## Evaluation" not in (out / "README.md").read_text()
+
+
+def test_a_text_that_takes_longer_than_it_may_is_refused(out, text):
+    text.write_text(TEXT * 20)
+    refused(out, [text], "`seconds` must suffice", "--max-tokens", seconds=1e-9)
+    refused(out, [text], "`seconds` must be positive (got 0)", seconds=0)
+
+
+def test_a_script_is_told_how_far_reading_has_come(out, text):
+    told: list[dict] = []
+    evaluate(out, [text], EvaluateOptions(chunk=1), tell=told.append)
+    assert told[-1]["tokens"] == told[-1]["of"] == len(ids_of(out)) and "seconds_left" in told[-1]

@@ -712,6 +712,7 @@ def test_card_says_what_memory_is_on(remembering):
     for name, value in BOTH.items():
         assert f"- `{name}`: `{json.dumps(value)}`\n" in text
     assert f"`{GATE}`" in text and f"`{EMBEDDINGS}`" in text
+    assert f"read for {entry['segments']:,} segments of one token each in float32" in text
     assert f"logits of the same prompt by {100 * entry['relative_difference_when_on']:.3g} %" in text
 
 

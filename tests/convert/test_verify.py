@@ -13,7 +13,7 @@ from convert.writers import OLMO_CORE_MODEL, write_olmo_core
 from olmem_convert import CheckpointError, ConvertOptions, VerifyOptions, convert, verify
 from olmem_convert.cli import app
 from olmem_convert.formats import baka, olmo, olmo_core
-from olmem_convert.proof import comparing, loading
+from olmem_convert.proof import comparing, loading, verification
 from transformers import Olmo3Config, Olmo3ForCausalLM
 from typer.testing import CliRunner
 
@@ -387,3 +387,14 @@ def test_window_far_beyond_the_trained_length_is_verified(kind, tmp_path):
     report = report_of(tmp_path / "out")
     assert report["prompt"]["tokens"] > 4096
     assert all(stage["max_difference"] < stage["tolerance"] / 2 for stage in report["stages"])
+
+
+def test_logits_that_overflow_in_the_stored_dtype_are_counted(monkeypatch):
+    """They were left out of what rounding costs, without a word."""
+    reference = torch.zeros(1, 2, 3, dtype=torch.float64)
+    reference[0, 0, 0] = float("nan")
+    logits = torch.tensor([[[float("nan"), 0.5, float("inf")], [0.0, float("nan"), 0.0]]])
+    monkeypatch.setattr(verification, "native_stages", lambda *_: iter([("logits", reference)]))
+    monkeypatch.setattr(verification, "logits_of", lambda *_: logits)
+    found = verification.rounding(None, None, torch.zeros(1, 2, dtype=torch.long))
+    assert found == {"max_difference": 0.5, "mean_difference": 0.5 / 3, "nonfinite": 2}

@@ -85,7 +85,8 @@ def tell_verified(report: dict[str, Any], say: Say) -> None:
             )
     if memory := report.get("memory"):
         if "segments" in memory:
-            say(f"read {memory['segments']:,} segments with memory on, in {report['dtype']}: all of it stays finite")
+            segments = f"{memory['segments']:,} segments with memory on, in {report['dtype']}"
+            say(f"read {segments}: it stays finite, as do all logits")
         say(
             f"memory: {listed(memory['fields'])} were switched on; logits above were compared with them off; on, they "
             f"move the logits of this prompt by {100 * memory['relative_difference_when_on']:.3g} %"

@@ -217,6 +217,7 @@ def verification_values(folder: Path, made_of: Mapping[str, str]) -> dict[str, A
         }
         if rounding := report.get("rounding"):
             verification["rounding"] = {name: shown(rounding[name]) for name in ("max_difference", "mean_difference")}
+            verification["overflowing"] = whole(rounding.get("nonfinite", 0))
         if counts := report.get("nonfinite"):
             verification["nonfinite"] = whole(sum(counts.values()))
             verification["compared"] = whole(report["stages"][-1]["compared"])
@@ -226,6 +227,9 @@ def verification_values(folder: Path, made_of: Mapping[str, str]) -> dict[str, A
             }
             verification["new_parameters"] = [one_line(name) for name in memory["new_parameters"]]
             verification["moved"] = shown(100 * memory["relative_difference_when_on"])
+            if "segments" in memory:
+                verification["segments"] = f"{whole(memory['segments']):,}"
+                verification["segments_in"] = one_line(memory["segments_in"])
     return {"verification": verification}
 
 

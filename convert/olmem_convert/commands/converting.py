@@ -167,6 +167,7 @@ def describe(checkpoint: Checkpoint, parameters: int) -> Iterator[str]:
 
 
 def check_room(out: Path, folder: Path, needed: int) -> None:
+    """Raises CheckpointError if the disk has less room than is needed."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(

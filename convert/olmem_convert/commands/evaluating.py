@@ -104,6 +104,7 @@ def evaluate(
 
 
 def check_texts(paths: Sequence[Path]) -> None:
+    """Raises CheckpointError unless there are texts, each under a name of its own."""
     names = [path.name for path in paths]
     if not names or len(set(names)) < len(names):
         raise CheckpointError(

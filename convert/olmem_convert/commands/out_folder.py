@@ -40,6 +40,7 @@ def named(out: str | Path) -> Path:
 
 
 def check_out(out: Path, overwrite: bool) -> None:
+    """Raises CheckpointError if `out` is there and is not to be replaced, or must not be."""
     if not os.path.lexists(out):
         return
     if not out.is_dir() or out.is_symlink():

@@ -157,6 +157,7 @@ def filled(shape: tuple[int, ...], dtype: torch.dtype, value: float, spread: flo
 
 
 def complain(verb: str, names: set[str] | set[str | None]) -> None:
+    """Raises CheckpointError if there are such tensors."""
     if names:
         shown = [repr(name)[1:-1][:120] for name in sorted(map(str, names))[:8]]
         listed = ", ".join(shown) + (", …" if len(names) > 8 else "")
@@ -223,6 +224,7 @@ def is_dynamic(rope_parameters: Mapping[str, Any]) -> bool:
 
 
 def required(value: Any, name: str, where: str) -> Any:
+    """Returns the value of a field that must be given."""
     if value is None:
         raise CheckpointError(f"`{name}` of {where} must be given (it is absent); add it, as the run had it.")
     return value

@@ -76,6 +76,7 @@ def read_olmem(source: Path) -> tuple[OlmemConfig, dict[str, LazyTensor]]:
 
 
 def check_nothing_lost(config: OlmemConfig, target: str) -> None:
+    """Raises CheckpointError if the target's class cannot carry a field, and says which class can."""
     lost = losses(config, target)
     if not lost:
         return

@@ -12,6 +12,7 @@ from . import Checkpoint, to_olmem
 
 
 def make_config(checkpoint: Checkpoint, dtype: torch.dtype) -> OlmemConfig:
+    """Returns the config of the Olmem model, once all of its numbers mean something."""
     try:
         config = OlmemConfig(**checkpoint.olmem_config, dtype=dtype, architectures=["OlmemForCausalLM"])
     except (StrictDataclassError, ArithmeticError, LookupError, TypeError, ValueError) as error:

@@ -76,6 +76,7 @@ def logits_of(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def weights_of(out: Path) -> dict[str, LazyTensor]:
+    """Returns the tensors of all weight files of a folder, still unread."""
     return {
         name: tensor for path in sorted(out.glob("*.safetensors")) for name, tensor in read_safetensors(path).items()
     }

@@ -19,6 +19,7 @@ from .prompts import SEED, drawn_from
 
 
 def tell_nonfinite(report: dict[str, Any], say: Say) -> None:
+    """Says how many numbers of the weights are none, if some are."""
     if counts := report["nonfinite"]:
         say(
             f"note: {sum(counts.values()):,} numbers of {', '.join(counts)} are NaN or infinite, carried over bit for "

@@ -84,8 +84,10 @@ def unloaded(monkeypatch):
     ids=str,
 )
 def test_options_that_cannot_be(options, words, released, server):
+    options = {"execute": True} | options
+    repo_id = options.pop("repo_id", REPO)
     with pytest.raises(CheckpointError) as caught:
-        push(released, PushOptions(**{"repo_id": REPO, "execute": True} | options))
+        push(released, repo_id, PushOptions(**options))
     assert all(word in str(caught.value) for word in words), caught.value
     assert not server.repos
 

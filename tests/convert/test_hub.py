@@ -678,7 +678,7 @@ def test_from_push_to_a_user_who_loads_it(server, tmp_path):
 def test_a_push_that_is_killed_is_gone_on_with(place, out, server, unloaded):
     """`benchmarks/push.py` does this to the command, at any request."""
     process = multiprocessing.get_context("fork").Process(
-        target=push, args=(out, REPO), kwargs={"tag": "v1", "execute": True}
+        target=push, args=(out, REPO, PushOptions(tag="v1", execute=True))
     )
     server.fail(place, process.kill)
     process.start()

@@ -96,6 +96,8 @@ class OlmemCache(Cache):
         memory (`torch.Tensor`): The memory (B, M, hidden_size) of each row's current segment, or None before the first
             call.
         counters (`Counters`): The counters of the tokens that were read, on the device and on the host.
+        step_path (`str`, *optional*): How the last call was computed: "captured" for a replay of a captured step, or
+            else the reason why it ran as it is.
     """
 
     layers: list[OlmemCacheLayer]  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -136,6 +138,7 @@ class OlmemCache(Cache):
         self.memory: torch.Tensor | None = None
         self.unfinished = False  # whether a forward call has read some of its segments, but not all
         self.began_anew = False  # whether some rows have begun anew, so that columns are no longer those of one text
+        self.step_path: str | None = None  # "captured", or why the last call ran as it is
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Returns a copy that can be used inside and outside of `torch.inference_mode`."""
@@ -252,6 +255,18 @@ class OlmemCache(Cache):
         for layer in self.layers:
             layer.half_written = False
         self.counters.advance(view, columns)
+
+    def reserve_step(self) -> None:
+        """Makes room for one more token in every layer."""
+        length = self.counters.read_columns() + 1
+        for layer in self.layers:
+            layer.reserve(length)
+            if layer.store_limit:
+                layer.reserve_store(length)
+
+    def count_step(self) -> None:
+        """Counts one token of each row that every layer has seen."""
+        self.counters.count_step()
 
     def forget(self, rows: int | Sequence[int] | torch.Tensor | None = None) -> None:
         """Forgets windows, sinks, memory and stored tokens of these rows of the batch, or of all rows."""

@@ -1,12 +1,14 @@
 # Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
 """Hides what differs between releases of Transformers and torch, and what may not be read while a graph is recorded."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial, wraps
 from typing import Any
 
 import torch
+import torch.nn.modules.module as _module
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -131,6 +133,31 @@ def assert_on_device(condition: torch.Tensor, message: str) -> None:
     torch._assert_async(condition, message)
 
 
+def has_global_hooks() -> bool:
+    """Tells whether hooks were registered that run for every module."""
+    return bool(_module._global_forward_hooks or _module._global_forward_pre_hooks)
+
+
+def can_capture(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Returns why no step can be captured on a device for weights of a dtype, or None."""
+    if device.type != "cuda":
+        return "the model is not on a GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "triton, whose kernels a step runs, is not installed; `pip install triton`"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 7 or (dtype == torch.bfloat16 and major < 8):
+        return f"kernels for {dtype} do not run on compute capability {major}.{minor}"
+    return None
+
+
+def capture(compute: Callable[[], torch.Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    """Records what a function launches as a graph, with memory from a pool, and returns it with its output."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        output = compute()
+    return graph, output
+
+
 def moves_inputs(module: torch.nn.Module) -> bool:
     """Returns whether a module takes inputs from any device.
 
@@ -151,9 +178,12 @@ __all__ = [
     "CACHE_NAME",
     "allocate",
     "assert_on_device",
+    "can_capture",
+    "capture",
     "certain",
     "columns_of",
     "has_complex",
+    "has_global_hooks",
     "is_any",
     "is_compiled",
     "is_recorded",

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
+from .ops_olmem import PLAIN
 from .positions_olmem import PositionScheme, Rotation
 from .view_olmem import View
 from .visibility_olmem import Visibility
@@ -199,6 +200,8 @@ class Plan:
     This is not a dataclass on purpose. Wrappers that shard or offload a model search the dataclasses, lists and
     dictionaries among a layer's arguments, and cast the float tensors in them. Angles would lose their precision.
     """
+
+    operations = PLAIN  # what layers compute with around attention
 
     def __init__(
         self,

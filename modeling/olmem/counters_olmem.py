@@ -86,6 +86,13 @@ class Counters:
         if view.padded:
             self.gaps.logical_or_(((view.numbers < 0) & (view.queries >= 0)).any())
 
+    def count_step(self) -> None:
+        """Counts one real token of each row, which the host knows without waiting."""
+        host_seen, host_columns = self.read_seen(), self.read_columns()
+        self.seen.add_(1)
+        self.columns.add_(1)
+        self.host_seen, self.host_columns = [seen + 1 for seen in host_seen], host_columns + 1
+
     def select(self, indices: torch.Tensor) -> None:
         """Keeps these rows of the batch in this order.
 

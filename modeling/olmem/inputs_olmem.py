@@ -197,6 +197,7 @@ __all__ = [
     "Tokens",
     "find_documents",
     "number_tokens",
+    "read_mask",
     "refuse_malformed",
     "refuse_malformed_embeddings",
     "refuse_malformed_ids",

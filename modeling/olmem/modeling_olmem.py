@@ -42,41 +42,34 @@ from .captured_olmem import Captured, wanted_states
 from .compat_olmem import CACHE_NAME, is_compiled, moves_inputs, takes_cache, without_graph
 from .configuration_olmem import HUB_ARGUMENTS, OlmemConfig
 from .contracts_olmem import Heads, LayerState, Plan
+from .decode_olmem import DecodeSteps
 from .export_olmem import OlmemStep
 from .fallback_olmem import Fallback, Implementation, falls_back, is_padding_mask
 from .generation_olmem import OlmemGenerationMixin
 from .inputs_olmem import (
     Tokens,
     number_tokens,
+    read_mask,
     refuse_malformed,
     refuse_malformed_embeddings,
     refuse_malformed_ids,
 )
+from .ops_olmem import PLAIN, Elephant, OlmemRMSNorm, Operations
 from .plan_olmem import Planner
-from .positions_olmem import ROPE, XPOS, LinspaceScheme, OlmemRotaryEmbedding, PositionScheme
+from .positions_olmem import (
+    LINSPACE_REACH,
+    ROPE,
+    XPOS,
+    XPOS_BASE,
+    LinspaceScheme,
+    OlmemRotaryEmbedding,
+    PositionScheme,
+)
 from .retrieval_olmem import Retrieval
-from .rules_olmem import NOT_YET
+from .rules_olmem import NOT_YET, ROTATING
 from .segments_olmem import OlmemMemory, Schedule, pack_documents, unpack_documents
+from .step_olmem import QK_NORMS, LayerShape, StepOperations, StepPlan, StepState, norm_kind
 from .weights_olmem import LoadsWeights, read_old_names
-
-
-class OlmemRMSNorm(nn.Module):
-    """Divides hidden states by their root mean square and multiplies them by a weight, in float32."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        input_dtype = hidden_states.dtype
-        hidden_states = hidden_states.to(torch.float32)
-        variance = hidden_states.pow(2).mean(-1, keepdim=True)
-        hidden_states = hidden_states * torch.rsqrt(variance + self.eps)
-        return (self.weight * hidden_states).to(input_dtype)
-
-    def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, eps={self.eps}"
 
 
 def make_norm(config: OlmemConfig, size: int) -> nn.Module:
@@ -84,13 +77,6 @@ def make_norm(config: OlmemConfig, size: int) -> nn.Module:
     if config.norm_type == "rms":
         return OlmemRMSNorm(size, config.rms_norm_eps)
     return nn.LayerNorm(size, config.rms_norm_eps, elementwise_affine=config.norm_type == "layer")
-
-
-class Elephant(nn.Module):
-    """Computes 1 / (1 + |x|⁸), which is near 1 around zero and near 0 elsewhere (Lan and Mahmood, arXiv 2310.01365)."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return 1 / (1 + hidden_states.pow(8))
 
 
 class OlmemGate(nn.Module):
@@ -143,6 +129,7 @@ class OlmemAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         if self.shared in ("none", "query_key"):
             self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
+        self.letters = [letter for letter in "qkv" if hasattr(self, f"{letter}_proj")]
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
         if config.qk_norm != "none":
             whole = config.qk_norm == "full"
@@ -158,9 +145,62 @@ class OlmemAttention(nn.Module):
         if layer_idx in config.retrieval_layers:
             self.retrieval_gate = OlmemGate(config.num_attention_heads, config.retrieval_gate_init)
 
+    def step(self, hidden_states: torch.Tensor, plan: StepPlan, state: StepState) -> torch.Tensor:
+        """Attends by kernels from one token a row (B, 1, hidden_size), which is written to the state."""
+        linears = [getattr(self, f"{letter}_proj") for letter in self.letters]
+        projected = plan.operations.joined_products(linears, hidden_states)
+        output = plan.operations.attend(self.step_shape(plan), state, projected)
+        return plan.operations.products([self.o_proj], output)[0]
+
+    def step_shape(self, plan: StepPlan) -> LayerShape:
+        """Returns what the kernels of a step need of this layer."""
+        config, visibility = self.config, plan.visibility
+        query_size, key_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        sizes, offsets, width = {"q": query_size, "k": key_size, "v": key_size}, {}, 0
+        for letter in self.letters:
+            offsets[letter], width = width, width + sizes[letter]
+        key_first = offsets["k"]
+        kind, q_weight, q_bias, k_weight, k_bias, eps = 0, None, None, None, None, config.rms_norm_eps
+        if self.qk_norm != "none":
+            kind, k_weight, k_bias = norm_kind(self.k_norm)
+            _, q_weight, q_bias = norm_kind(self.q_norm if "q" in self.letters else self.k_norm)
+        rotates, is_linspace = self.position_embedding in ROTATING, self.position_embedding == "linspace"
+        span = visibility.span or config.max_position_embeddings
+        capacity = config.retrieval_capacity if self.retrieval_gate is not None else 0
+        return LayerShape(
+            visibility,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            self.head_dim,
+            self.scaling,
+            (offsets.get("q", key_first), key_first, offsets.get("v", key_first), width),
+            QK_NORMS.index(self.qk_norm),
+            (kind, q_weight, q_bias, k_weight, k_bias),
+            eps,
+            self.clip_qkv,
+            self.clip_qkv_stage == "rotary",
+            config.caches_one_tensor,
+            self.shared == "value_difference",
+            rotates,
+            plan.rotary_factor,
+            plan.trained_length,
+            1 / XPOS_BASE if self.position_embedding == "xpos" else 0.0,
+            self.linspace_scale if is_linspace else None,
+            LINSPACE_REACH / max(span - 1, 1),
+            None if self.memory_gate is None else self.memory_gate.logits,
+            None if self.retrieval_gate is None else self.retrieval_gate.logits,
+            config.retrieval_top_k,
+            capacity,
+            visibility.store_size(capacity) if capacity else 0,
+        )
+
     def forward(
-        self, hidden_states: torch.Tensor, plan: Plan, state: LayerState, earlier: Sequence[torch.Tensor] = ()
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        self,
+        hidden_states: torch.Tensor,
+        plan: Plan | StepPlan,
+        state: LayerState | StepState,
+        earlier: Sequence[torch.Tensor] = (),
+    ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, ...]]:
         """Attends from hidden states (B, C, hidden_size) to the keys and values that the plan lets them see.
 
         Args:
@@ -171,8 +211,13 @@ class OlmemAttention(nn.Module):
 
         Returns:
             The output (B, C, hidden_size), the attention weights (B, H, C, S) or None, and the new keys and values
-            (B, K, C, D) without positions. There are weights if they are wanted and the backend computes them.
+            (B, K, C, D) without positions. There are weights if they are wanted and the backend computes them. A step
+            by kernels returns neither weights nor keys and values.
         """
+        if isinstance(plan, StepPlan):
+            assert isinstance(state, StepState)
+            return self.step(hidden_states, plan, state), None, ()
+        assert not isinstance(state, StepState)
         query, key, value = self.project(hidden_states)
         parts, heads = state.write(key, value, plan, earlier), self.heads(plan)
         outputs, weights = [], None
@@ -184,7 +229,7 @@ class OlmemAttention(nn.Module):
                     output = self.retrieve(query, key, value, output, plan, state, earlier)
             outputs.append(output)
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights, key, value
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights, (key, value)
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns queries (B, H, C, D), keys and values (B, K, C, D), without positions. Some may be the same tensor.
@@ -258,8 +303,9 @@ class OlmemMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act_fn = Elephant() if config.hidden_act == "elephant" else ACT2FN[config.hidden_act]
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+    def forward(self, hidden_states: torch.Tensor, operations: Operations | StepOperations = PLAIN) -> torch.Tensor:
+        gated = operations.gated(self.act_fn, self.gate_proj, self.up_proj, hidden_states)
+        return operations.products([self.down_proj], gated)[0]
 
 
 class OlmemDecoderLayer(GradientCheckpointingLayer):
@@ -289,7 +335,7 @@ class OlmemDecoderLayer(GradientCheckpointingLayer):
         self.post_feedforward_layernorm = norm_if(placement in ("post", "peri"))
 
     def forward(
-        self, hidden_states: torch.Tensor, *earlier: torch.Tensor, plan: Plan, state: LayerState
+        self, hidden_states: torch.Tensor, *earlier: torch.Tensor, plan: Plan | StepPlan, state: LayerState | StepState
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Computes one layer.
 
@@ -307,19 +353,19 @@ class OlmemDecoderLayer(GradientCheckpointingLayer):
             The hidden states (B, C, hidden_size). If the plan asks for them, the attention weights follow, and then the
             new keys and values (B, K, C, D).
         """
+        operations, dropout = plan.operations, self.residual_dropout
         if self.parallel:
-            normed = self.input_layernorm(hidden_states)
-            attended, weights, key, value = self.self_attn(normed, plan, state, earlier)
-            attended = self.residual_dropout(attended)
-            hidden_states = hidden_states + attended + self.residual_dropout(self.mlp(normed))
+            normed = operations.norm(self.input_layernorm, hidden_states)
+            attended, weights, carried = self.self_attn(normed, plan, state, earlier)
+            hidden_states = hidden_states + dropout(attended) + dropout(self.mlp(normed, operations))
         else:
-            normed = self.pre_attention_layernorm(hidden_states)
-            attended, weights, key, value = self.self_attn(normed, plan, state, earlier)
-            hidden_states = hidden_states + self.residual_dropout(self.post_attention_layernorm(attended))
-            transformed = self.mlp(self.pre_feedforward_layernorm(hidden_states))
-            hidden_states = hidden_states + self.residual_dropout(self.post_feedforward_layernorm(transformed))
+            normed = operations.norm(self.pre_attention_layernorm, hidden_states)
+            attended, weights, carried = self.self_attn(normed, plan, state, earlier)
+            hidden_states = operations.add_norm(hidden_states, self.post_attention_layernorm, attended, dropout)
+            transformed = self.mlp(operations.norm(self.pre_feedforward_layernorm, hidden_states), operations)
+            hidden_states = operations.add_norm(hidden_states, self.post_feedforward_layernorm, transformed, dropout)
         more = (weights,) if plan.returns_weights and weights is not None else ()
-        more += (key, value) if plan.carries else ()
+        more += carried if plan.carries else ()
         return (hidden_states, *more) if more else hidden_states
 
 
@@ -373,6 +419,9 @@ class OlmemPreTrainedModel(LoadsWeights):
         return super().save_pretrained(*args, **kwargs)
 
 
+ALL_LAYERS = slice(None)
+
+
 class OlmemModel(OlmemPreTrainedModel):
     """Turns token ids (B, T) into hidden states (B, T, hidden_size) after the last norm."""
 
@@ -389,6 +438,7 @@ class OlmemModel(OlmemPreTrainedModel):
         self.register_load_state_dict_pre_hook(read_old_names)
         self.rotary_emb = OlmemRotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self.steps = DecodeSteps()
         self.post_init()
 
     @takes_cache
@@ -430,6 +480,12 @@ class OlmemModel(OlmemPreTrainedModel):
             hidden_states = self.run_layers(hidden_states, fallback.plans(), fallback.states(), captured)
             stages = [each for each in captured.hidden_states if each is not None]
         else:
+            wants_more = captured.wanted is None or bool(captured.wanted) or output_attentions
+            if not wants_more and past_key_values is not None:
+                last = self.step(hidden_states, attention_mask, past_key_values)  # pyright: ignore[reportArgumentType]
+                if last is not None:
+                    output: dict[str, Any] = {CACHE_NAME: past_key_values}
+                    return BaseModelOutputWithPast(last_hidden_state=last, **output)
             inputs = hidden_states, attention_mask, position_ids, past_key_values, captured, bool(output_attentions)
             read = self.read_on if is_compiled() and self.host_counts(past_key_values) else self.read
             last, stages = read(*inputs)  # pyright: ignore[reportArgumentType]
@@ -445,31 +501,59 @@ class OlmemModel(OlmemPreTrainedModel):
             output.attentions = tuple(captured.attentions)
         return output
 
+    def step(
+        self, embeddings: torch.Tensor, attention_mask: torch.Tensor | None, cache: OlmemCache
+    ) -> torch.Tensor | None:
+        """Returns the last hidden states (B, 1, hidden_size) of a step, after the norm, by a replay of captured layers.
+
+        It is None where a call cannot be captured, which `cache.step_path` explains.
+        """
+        cache.step_path = self.steps.why_not(self.config, cache, embeddings)
+        if cache.step_path is not None:
+            return None
+        cache.check(self.config)
+        cache.begin(len(embeddings), embeddings.device)
+        if read_mask(attention_mask, len(embeddings), 1, embeddings.device) is not None:
+            cache.step_path = "a row is padded"
+            return None
+        layers = self.layers[: self.config.num_hidden_layers]
+
+        def compute(
+            hidden_states: torch.Tensor, plans: Sequence[StepPlan], states: Sequence[StepState], part: slice
+        ) -> torch.Tensor:
+            last = self.run_layers(hidden_states, plans, states, Captured(set()), part=part)
+            return plans[0].operations.norm(self.norm, last) if part.stop is None else last
+
+        return self.steps.run(self.config, self.rotary_emb, [*layers, self.norm], cache, embeddings, compute)
+
     def run_layers(
         self,
         hidden_states: torch.Tensor,
-        plans: Sequence[Plan],
-        states: Sequence[LayerState],
+        plans: Sequence[Plan] | Sequence[StepPlan],
+        states: Sequence[LayerState] | Sequence[StepState],
         captured: Captured,
         earlier: Sequence[Sequence[torch.Tensor]] = (),
+        part: slice = ALL_LAYERS,
     ) -> torch.Tensor:
-        """Passes hidden states (B, C, hidden_size) through all layers.
+        """Passes hidden states (B, C, hidden_size) through all layers, or through some.
 
         Args:
             plans: the plan of each layer.
             states: the state of each layer.
             captured: keeps the hidden states and attention weights that the caller wants.
             earlier: for each layer, the keys and values of earlier calls of the same forward, key and value in turns.
+            part: the layers that compute.
 
         Returns:
-            The hidden states (B, C, hidden_size) after the last layer.
+            The hidden states (B, C, hidden_size) after the last of these layers.
         """
         captured.keep(hidden_states)
-        layers = self.layers[: self.config.num_hidden_layers]  # fewer where a model leaves early to assist
-        for index, (layer, plan) in enumerate(zip(layers, plans, strict=False)):
-            output = layer(hidden_states, *(earlier[index] if earlier else ()), plan=plan, state=states[index])
+        count = self.config.num_hidden_layers  # fewer where a model leaves early to assist
+        for index in range(count)[part]:
+            given = earlier[index] if earlier else ()
+            output = self.layers[index](hidden_states, *given, plan=plans[index], state=states[index])
             hidden_states, *more = output if isinstance(output, tuple) else (output,)
-            if plan.carries:
+            if plans[index].carries:
                 captured.states.append((more[-2], more[-1]))
                 more = more[:-2]
             captured.attentions += more
@@ -667,13 +751,14 @@ class OlmemForCausalLM(OlmemPreTrainedModel, OlmemGenerationMixin):
             **kwargs,
         )
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, columns, :])
+        cache = outputs.get(CACHE_NAME)
+        logits = self.model.steps.product(self.lm_head, outputs.last_hidden_state[:, columns, :], cache)
         if self.config.logits_scaling != 1.0:
             logits = logits / self.config.logits_scaling
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        returned: dict[str, Any] = {CACHE_NAME: outputs.get(CACHE_NAME)}
+        returned: dict[str, Any] = {CACHE_NAME: cache}
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions, **returned
         )

@@ -70,6 +70,18 @@ class OlmemRotaryEmbedding(nn.Module):
         theta = rope["rope_theta"] * stretch ** (size / (size - 2))
         return inverse_frequencies(theta, size)
 
+    def frequencies_at(self, position: torch.Tensor, layer_type: str) -> torch.Tensor:
+        """Returns the inverse frequencies (…, D/2) that positions (…, 1) are rotated by."""
+        inverse_frequency = getattr(self, f"{layer_type}_inv_freq").to(position.device, torch.float)
+        if self.rope_type[layer_type] != "dynamic":
+            return inverse_frequency
+        stretched = self.dynamic_frequencies(position, layer_type)
+        return torch.where(position < self.config.max_position_embeddings, inverse_frequency, stretched)
+
+    def factor(self, layer_type: str) -> float:
+        """Returns what cosines and sines are multiplied by."""
+        return getattr(self, f"{layer_type}_attention_scaling")
+
     def angles(self, position_ids: torch.Tensor, layer_type: str, below: int | None = None) -> torch.Tensor:
         """Returns the angles (R, T, D/2) of positions (R, T) in float32.
 
@@ -80,12 +92,7 @@ class OlmemRotaryEmbedding(nn.Module):
             below: a number that all positions are below, if the caller knows one.
         """
         position = position_ids[..., None]
-        inverse_frequency = getattr(self, f"{layer_type}_inv_freq").to(position.device, torch.float)
-        if self.rope_type[layer_type] == "dynamic":
-            stretched = self.dynamic_frequencies(position, layer_type)
-            inverse_frequency = torch.where(
-                position < self.config.max_position_embeddings, inverse_frequency, stretched
-            )
+        inverse_frequency = self.frequencies_at(position, layer_type)
         angles = position.float() * inverse_frequency
         if below is None or not certain(below <= self.trained_length):
             wide = "cpu" if position.device.type == "mps" else position.device  # mps has no float64
@@ -99,7 +106,7 @@ class OlmemRotaryEmbedding(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the cosines and sines (R, T, D) of positions (R, T), on the device of `hidden_states`."""
         angles = self.angles(position_ids.to(hidden_states.device), layer_type, below)
-        scaling = getattr(self, f"{layer_type}_attention_scaling")
+        scaling = self.factor(layer_type)
         cos, sin = angles.cos() * scaling, angles.sin() * scaling
         return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
 
@@ -107,7 +114,7 @@ class OlmemRotaryEmbedding(nn.Module):
     def phases(self, position_ids: torch.Tensor, layer_type: str, below: int | None = None) -> torch.Tensor:
         """Returns the phases (R, T, D/2, 2) of positions (R, T), which are pairs of cosine and sine."""
         angles = self.angles(position_ids, layer_type, below)
-        scaling = getattr(self, f"{layer_type}_attention_scaling")
+        scaling = self.factor(layer_type)
         return torch.stack((angles.cos() * scaling, angles.sin() * scaling), dim=-1)
 
     def phases_of_slots(self, slots: torch.Tensor, layer_type: str, below: int) -> torch.Tensor:
@@ -284,8 +291,10 @@ class LinspaceScheme(PositionScheme):
 ROPE, XPOS = PositionScheme(), XposScheme()
 
 __all__ = [
+    "LINSPACE_REACH",
     "ROPE",
     "XPOS",
+    "XPOS_BASE",
     "LinspaceScheme",
     "OlmemRotaryEmbedding",
     "PositionScheme",

@@ -190,6 +190,16 @@ class OlmemCacheLayer(CacheLayerMixin):
             for name in self.store_names:
                 self.buffers[name] = grown(self.buffers[name], room + 1)
 
+    def addresses(self) -> list[int]:
+        """Returns where keys and values lie, and the slots of a head, then the same of the store, for a step."""
+        found = []
+        for names in (self.names, self.store_names if self.store_limit else ()):
+            buffers = [self.buffers[name] for name in names]
+            found += (
+                [*(each.data_ptr() for each in (*buffers, *buffers)[:2]), buffers[0].shape[2]] if buffers else [0] * 3
+            )
+        return found
+
     # Writing and reading
 
     def stored_form(self, key: torch.Tensor, value: torch.Tensor, plan: Plan) -> Pair:

@@ -1,0 +1,340 @@
+# Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
+"""A decode step as a replay: one token a row on a GPU, captured once as a CUDA graph and replayed.
+
+What is captured are the layers themselves, with the kernels of `kernels_olmem` in place of their plain operations. The
+kernels find an `OlmemCache` through a table of addresses on the device, so that a new, loaded or reordered cache costs
+no capture: another table is written. Counters, room and segments stay the host's, which does not wait for the device.
+
+A call that cannot be captured runs as it is, and `OlmemCache.step_path` says why.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from .cache_olmem import OlmemCache
+from .compat_olmem import can_capture, capture, has_global_hooks, is_recorded
+from .configuration_olmem import OlmemConfig
+from .plan_olmem import layer_kinds
+from .positions_olmem import OlmemRotaryEmbedding
+from .rules_olmem import ROTATING
+from .step_olmem import StepOperations, StepPlan, StepState
+from .visibility_olmem import Visibility
+
+PACKAGE = __name__.rpartition(".")[0]
+PLAIN_MODULES = (nn.Linear, nn.LayerNorm, nn.Identity, nn.Dropout, nn.ModuleList)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FIELDS = 6  # of a layer in the table of addresses
+CAPTURED = "captured"
+
+FIRST_LAYERS = 2  # of a step, in a graph of their own: the device computes them while the others are launched
+
+# Passes hidden states (B, 1, hidden_size) through some layers by their plans and states, and after the last one through
+# the norm.
+Compute = Callable[[torch.Tensor, Sequence[StepPlan], Sequence[StepState], slice], torch.Tensor]
+
+
+class Watch:
+    """Notices that weights or modules of a model are not those that were captured.
+
+    Args:
+        modules: the modules that a step runs.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]):
+        self.modules = [each for module in modules for each in module.modules()]
+        children = [(each._modules, name, child) for each in self.modules for name, child in each.named_children()]
+        self.places = [(siblings, name) for siblings, name, _ in children]
+        self.children = [child for _, _, child in children]
+        self.hooks = [hooks for each in self.modules for hooks in (each._forward_hooks, each._forward_pre_hooks)]
+        self.attributes = [vars(each) for each in self.modules]  # a `forward` among them would be called instead
+        self.counts = list(map(len, self.attributes))
+        found = [
+            (each._parameters, name, weight)
+            for each in self.modules
+            for name, weight in each.named_parameters(recurse=False)
+        ]
+        self.weights: list[tuple[dict[str, Any], str]] = [(weights, name) for weights, name, _ in found]
+        self.addresses = [weight.data_ptr() for _, _, weight in found]
+
+    def reason(self) -> str | None:
+        """Returns why these modules cannot be captured, or None."""
+        found: set[tuple[torch.device, torch.dtype]] = set()
+        for module in self.modules:
+            kind = type(module)
+            is_known = kind in PLAIN_MODULES or kind.__module__.startswith(
+                (f"{PACKAGE}.", "torch.nn.modules.activation", "transformers.activations")
+            )
+            if not is_known:
+                return f"a layer holds a {kind.__name__}, whose own code must run"
+            if is_changed(module):
+                return f"a {kind.__name__} has a hook or another `forward`"
+            for weight in module.parameters(recurse=False):
+                if type(weight) is not nn.Parameter:
+                    return f"a weight is a {type(weight).__name__}"
+                if not weight.is_contiguous():
+                    return "a weight is not contiguous"
+                found.add((weight.device, weight.dtype))
+        if len(found) != 1:
+            return f"weights are of several devices or dtypes ({', '.join(sorted(map(str, found)))})"
+        device, dtype = found.pop()
+        if dtype not in DTYPES:
+            return f"weights are {dtype}"
+        return can_capture(device, dtype)
+
+    def holds(self) -> bool:
+        """Tells whether modules and weights are those that were captured."""
+        if has_global_hooks() or any(self.hooks) or list(map(len, self.attributes)) != self.counts:
+            return False
+        try:
+            children = [siblings[name] for siblings, name in self.places]
+            addresses = [weights[name].data_ptr() for weights, name in self.weights]
+        except (KeyError, AttributeError, RuntimeError):  # a part is gone, or is no ordinary weight any more
+            return False
+        return children == self.children and addresses == self.addresses
+
+
+def is_changed(module: nn.Module) -> bool:
+    """Tells whether a module has hooks or a `forward` of its own, as accelerate and tensor parallelism give it one."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+class CapturedStep:
+    """Holds one step of a batch size, captured as a graph, with the tensors that it reads and writes.
+
+    Args:
+        config: the model's configuration.
+        rotary: its angles.
+        operations: what the layers compute with.
+        batch_size: rows.
+        device: where the model is.
+        dtype: of its weights.
+    """
+
+    def __init__(
+        self,
+        config: OlmemConfig,
+        rotary: OlmemRotaryEmbedding,
+        operations: StepOperations,
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        self.config, self.rotary, self.operations = config, rotary, operations
+        self.kinds = layer_kinds(config)
+        with torch.inference_mode(False):
+            self.embeddings = torch.zeros(batch_size, 1, config.hidden_size, device=device, dtype=dtype)
+            self.seen = torch.zeros(batch_size, device=device, dtype=torch.long)
+            self.table = torch.zeros(len(config.layer_types), FIELDS, device=device, dtype=torch.long)
+        self.addresses: list[int] | None = None
+        self.parts = [slice(0, FIRST_LAYERS), slice(FIRST_LAYERS, None)]
+        self.graphs: list[torch.cuda.CUDAGraph] = []
+        self.failure: str | None = None  # why there is no graph; steps run kernel by kernel then
+        self.outputs: list[torch.Tensor] = []  # of each graph
+
+    def point_at(self, cache: OlmemCache) -> None:
+        """Writes the addresses of a cache into the table, if they are not there."""
+        buffers = [buffer for layer in cache.layers for buffer in layer.buffers.values()]
+        addresses = [buffer.data_ptr() for buffer in buffers] + [buffer.stride(1) for buffer in buffers]
+        if addresses != self.addresses:
+            self.table.copy_(torch.tensor([layer.addresses() for layer in cache.layers], dtype=torch.long))
+            self.addresses = addresses
+
+    def frequencies(self, layer_type: str) -> torch.Tensor:
+        """Returns the inverse frequencies (B or 1, D/2) of the new tokens' positions."""
+        place = (self.config.num_memory_tokens + self.seen)[:, None]
+        return self.rotary.frequencies_at(place, layer_type).view(-1, self.config.head_dim // 2)
+
+    def describe(self) -> tuple[list[StepPlan], list[StepState]]:
+        """Returns the plan and the state of each layer for the step that the tensors of this object describe."""
+        rotating = {kind.layer_type for kind in self.kinds if kind.position_embedding in ROTATING}
+        frequencies = {layer_type: self.frequencies(layer_type) for layer_type in sorted(rotating)}
+        plans = [
+            StepPlan(
+                Visibility.of(self.config, kind.layer_type),
+                self.operations,
+                self.rotary.factor(kind.layer_type),
+                self.rotary.trained_length,
+            )
+            for kind in self.kinds
+        ]
+        states = [
+            StepState(self.table[index], self.seen, frequencies.get(kind.layer_type))
+            for index, kind in enumerate(self.kinds)
+        ]
+        return plans, states
+
+    def compute(self, compute: Compute) -> torch.Tensor:
+        """Computes the step that the tensors of this object describe, and writes it to the cache in the table."""
+        plans, states = self.describe()
+        hidden_states = self.embeddings
+        for part in self.parts:
+            hidden_states = compute(hidden_states, plans, states, part)
+        return hidden_states
+
+    def record(self, compute: Compute, pool: Any) -> None:
+        """Records the step as graphs, the first of which also finds positions."""
+        given = None
+        hidden_states = self.embeddings
+        for part in self.parts:
+
+            def some(part: slice = part, hidden_states: torch.Tensor = hidden_states) -> torch.Tensor:
+                nonlocal given
+                given = given or self.describe()
+                return compute(hidden_states, *given, part)
+
+            graph, hidden_states = capture(some, pool)
+            self.graphs.append(graph)
+            self.outputs.append(hidden_states)
+
+    def run(self, embeddings: torch.Tensor, cache: OlmemCache, compute: Compute, pool: Any) -> torch.Tensor:
+        """Computes a step of embeddings (B, 1, hidden_size), and returns what came out.
+
+        The first time it runs as it is, which compiles the kernels, and is recorded after that.
+        """
+        self.point_at(cache)
+        self.embeddings.copy_(embeddings)
+        self.seen.copy_(cache.seen)
+        if len(self.graphs) < len(self.parts):
+            output = self.compute(compute).clone()
+            if self.failure is None:
+                try:
+                    self.record(compute, pool)
+                except RuntimeError as error:
+                    self.failure = f"its capture failed: {error}"
+            return output
+        for graph in self.graphs:
+            graph.replay()
+        return self.outputs[-1].clone()
+
+
+class DecodeSteps:
+    """Finds, captures and replays the steps of one model.
+
+    Attributes:
+        enabled (`bool`): whether steps may be captured at all.
+    """
+
+    def __init__(self) -> None:
+        self.enabled = True
+        self.lock = threading.RLock()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops all that was captured."""
+        self.watch: Watch | None = None
+        self.reason: str | None = None
+        self.operations: StepOperations | None = None
+        self.captured: dict[Any, CapturedStep] = {}
+        self.pool: Any = None
+        self.last: Any = None  # an event after the last step, for calls on other streams
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Returns an object that has captured nothing, for the copy of a model."""
+        return self.__class__()
+
+    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
+        """Pickles an object that has captured nothing."""
+        return self.__class__, ()
+
+    def why_not(self, config: OlmemConfig, cache: OlmemCache | None, embeddings: torch.Tensor) -> str | None:
+        """Returns why a call of these embeddings (B, T, hidden_size) runs as it is, as far as the call is asked."""
+        if is_recorded():
+            return "the call is traced"
+        if embeddings.device.type != "cuda":
+            return "the model is not on a GPU"
+        if not self.enabled:
+            return "steps are not captured, because `model.steps.enabled` is False"
+        if cache is None or cache.fresh:
+            return "the call reads a prompt"
+        if embeddings.shape[1] != 1:
+            return f"the call reads {embeddings.shape[1]} tokens a row"
+        if torch.is_grad_enabled():
+            return "gradients are enabled; use `torch.no_grad()`"
+        if torch.is_autocast_enabled(embeddings.device.type):
+            return "the call casts by `torch.autocast`"
+        first = cache.layers[0].buffers["keys"]
+        if first.dtype != embeddings.dtype:
+            return "the cache has another dtype than the model"
+        if cache.retrieval_device is not None or first.device != embeddings.device:
+            return "the cache is not on the model's device alone"
+        if config.num_memory_tokens:
+            segment = config.memory_segment_length or 1
+            if any(seen % segment == 0 for seen in cache.counters.read_seen()):
+                return "a row begins a segment, and its memory is written"
+        return None
+
+    def ready(self, modules: Sequence[nn.Module]) -> str | None:
+        """Returns why these modules cannot be captured, or None; forgets what was captured of others."""
+        if self.watch is None or self.reason is not None or not self.watch.holds():
+            self.forget()
+            self.watch = Watch(modules)
+            self.reason = self.watch.reason()
+        return self.reason
+
+    def run(
+        self,
+        config: OlmemConfig,
+        rotary: OlmemRotaryEmbedding,
+        modules: Sequence[nn.Module],
+        cache: OlmemCache,
+        embeddings: torch.Tensor,
+        compute: Compute,
+    ) -> torch.Tensor | None:
+        """Computes a step of embeddings (B, 1, hidden_size), or returns None where it cannot be captured.
+
+        Args:
+            modules: what `compute` runs.
+            compute: passes embeddings through the layers by these plans and states.
+        """
+        with self.lock, torch.inference_mode(False), torch.no_grad():
+            reason = self.ready(modules)
+            if reason is not None:
+                cache.step_path = reason
+                return None
+            cache.reserve_step()
+            batch, dtype = len(embeddings), embeddings.dtype
+            if self.operations is None:
+                self.operations = make_operations(embeddings.device, dtype)
+                self.pool = torch.cuda.graph_pool_handle()
+            key = batch, cache.max_length is None, tuple(layer.visibility.sizes for layer in cache.layers)
+            if key not in self.captured:
+                made = config, rotary, self.operations, batch, embeddings.device, dtype
+                self.captured[key] = CapturedStep(*made)
+            stream = torch.cuda.current_stream(embeddings.device)
+            if self.last is not None:
+                stream.wait_event(self.last)
+            output = self.captured[key].run(embeddings, cache, compute, self.pool)
+            cache.step_path = self.captured[key].failure or CAPTURED
+            self.last = stream.record_event(self.last)
+            cache.count_step()
+            return output
+
+    def product(self, linear: nn.Module, states: torch.Tensor, cache: object) -> torch.Tensor:
+        """Returns a product of states (B, T, in), by a kernel where they come from a captured step."""
+        captured = getattr(cache, "step_path", None) == CAPTURED and self.operations is not None
+        if (
+            captured
+            and type(linear) is nn.Linear
+            and type(linear.weight) is nn.Parameter
+            and not is_changed(linear)
+            and not torch.is_grad_enabled()
+            and (linear.weight.device, linear.weight.dtype) == (states.device, states.dtype)
+            and states.shape[1] == 1
+            and self.operations is not None
+        ):
+            return self.operations.products([linear], states)[0]
+        return linear(states)
+
+
+def make_operations(device: torch.device, dtype: torch.dtype) -> StepOperations:
+    """Returns the kernels for a device and a dtype."""
+    from .kernels_olmem import KernelOperations
+
+    return KernelOperations(device, dtype)
+
+
+__all__ = ["CAPTURED", "DecodeSteps"]

@@ -1,0 +1,113 @@
+# Copyright 2026 The Olmem authors. Licensed under the Apache License, Version 2.0.
+"""What a step by kernels needs to know of a layer: its sizes and choices, its weights, and where its state lies.
+
+Shapes: B rows, H query heads, K key/value heads, D head dim.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from .ops_olmem import OlmemRMSNorm
+from .visibility_olmem import Visibility
+
+KINDS = ("full_attention", "sliding_attention", "chunked_attention")
+QK_NORMS = ("none", "full", "head")
+RMS, LAYER, LAYER_PLAIN = range(3)
+
+
+def norm_kind(norm: nn.Module) -> tuple[int, torch.Tensor | None, torch.Tensor | None]:
+    """Returns the kind of a norm, its weight and its bias."""
+    if isinstance(norm, OlmemRMSNorm):
+        return RMS, norm.weight, None
+    assert isinstance(norm, nn.LayerNorm)
+    return (LAYER_PLAIN if norm.weight is None else LAYER), norm.weight, norm.bias
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Holds the sizes, choices and small weights of one layer's attention."""
+
+    visibility: Visibility
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    scaling: float
+    offsets: tuple[int, int, int, int]  # where queries, keys and values begin among the projections, and their width
+    qk_norm: int  # an index of QK_NORMS
+    norm: tuple[int, *tuple[torch.Tensor | None, ...]]  # its kind, weight and bias for queries, the same for keys
+    eps: float
+    clip: float | None
+    clips_rotated: bool
+    one_tensor: bool  # values are the keys, kept once and without positions
+    is_difference: bool  # values are queries minus keys
+    rotates: bool
+    rotary_factor: float  # of cosines and sines
+    trained_length: int  # positions below have Transformers' float32 angles
+    xpos_rate: float  # 1/512 with xpos, else 0
+    linspace_scale: torch.Tensor | None  # (D,)
+    linspace_step: float
+    memory_gate: torch.Tensor | None  # (H,) logits
+    retrieval_gate: torch.Tensor | None  # (H,) logits
+    top_k: int
+    capacity: int  # tokens that may be retrieved
+    store: int  # slots of the store's ring; 0 without retrieval
+
+    @property
+    def kind(self) -> int:
+        """Returns the layer type as an index of KINDS."""
+        return KINDS.index(self.visibility.layer_type)
+
+    @property
+    def window(self) -> int:
+        """Returns the size of a sliding window or of a chunk."""
+        return self.visibility.sliding_window or self.visibility.chunk_size
+
+
+@dataclass(frozen=True)
+class StepState:
+    """Says where one layer's state lies for a step."""
+
+    table: torch.Tensor  # (6,) addresses of keys and values and the slots of a head, then the same of the store
+    seen: torch.Tensor  # (B,) the numbers of the new tokens
+    frequencies: torch.Tensor | None  # (B or 1, D/2) inverse frequencies
+
+
+class StepOperations(Protocol):
+    """Computes a step's parts by kernels: what `Operations` computes, and attention with all that is around it."""
+
+    def products(self, linears: Sequence[nn.Module], states: torch.Tensor) -> list[torch.Tensor]: ...
+
+    def joined_products(self, linears: Sequence[nn.Module], states: torch.Tensor) -> torch.Tensor:
+        """Returns the products of states (B, 1, in) with up to three weights side by side."""
+        ...
+
+    def norm(self, norm: nn.Module, states: torch.Tensor) -> torch.Tensor: ...
+
+    def add_norm(
+        self, residual: torch.Tensor, norm: nn.Module, states: torch.Tensor, dropout: nn.Module
+    ) -> torch.Tensor: ...
+
+    def gated(self, activation: nn.Module, gate: nn.Module, up: nn.Module, states: torch.Tensor) -> torch.Tensor: ...
+
+    def attend(self, shape: LayerShape, state: StepState, projected: torch.Tensor) -> torch.Tensor:
+        """Writes a new token's keys and values to a layer's state and attends from it, (B, 1, H · D)."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Holds all that layers of one kind need to know about a step by kernels."""
+
+    visibility: Visibility
+    operations: StepOperations
+    rotary_factor: float  # of cosines and sines
+    trained_length: int  # positions below have Transformers' float32 angles
+    returns_weights: bool = False
+    carries: bool = False
+
+
+__all__ = ["KINDS", "QK_NORMS", "LayerShape", "StepOperations", "StepPlan", "StepState", "norm_kind"]

@@ -115,7 +115,7 @@ def test_a_mask_says_that_positions_pack_no_documents():
 
 def test_packed_documents_beside_padding_are_refused_where_there_is_memory():
     mask = torch.tensor([[0, 1, 1, 1, 1]])
-    with pytest.raises(ValueError, match="pass packed documents without a mask"):
+    with pytest.raises(ValueError, match="pass packed documents without padding"):
         numbered(1, 5, mask, torch.tensor([[0, 0, 1, 0, 1]]), has_memory=True)
     counted = numbered(1, 5, mask, torch.tensor([[1, 0, 1, 2, 3]]), has_memory=True)
     assert counted.numbers.tolist() == [[-1, 0, 1, 2, 3]]

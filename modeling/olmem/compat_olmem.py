@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.modules.module as _module
+from torch.distributed.fsdp import FSDPModule
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.import_utils import is_tracing
 
@@ -158,6 +160,16 @@ def capture(compute: Callable[[], torch.Tensor], pool: Any) -> tuple[torch.cuda.
     return graph, output
 
 
+def recomputes_hooks(layer: torch.nn.Module) -> bool:
+    """Returns whether reentrant checkpointing computes a layer's FSDP2 hooks again, as older Transformers lets it.
+
+    The gradients of keys and values that a later call of the layer reads are wrong then.
+    """
+    keywords = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {})
+    is_inside = "__call__" in vars(GradientCheckpointingLayer) and keywords.get("use_reentrant", False)
+    return is_inside and isinstance(layer, FSDPModule)
+
+
 def moves_inputs(module: torch.nn.Module) -> bool:
     """Returns whether a module takes inputs from any device.
 
@@ -191,6 +203,7 @@ __all__ = [
     "known_here",
     "moves_inputs",
     "pieces",
+    "recomputes_hooks",
     "refuse_longer",
     "rename_cache",
     "table_of",

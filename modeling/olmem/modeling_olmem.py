@@ -39,7 +39,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from .backends_olmem import BACKENDS
 from .cache_olmem import OlmemCache, is_olmem_cache
 from .captured_olmem import Captured, wanted_states
-from .compat_olmem import CACHE_NAME, is_compiled, moves_inputs, takes_cache, without_graph
+from .compat_olmem import CACHE_NAME, is_compiled, moves_inputs, recomputes_hooks, takes_cache, without_graph
 from .configuration_olmem import HUB_ARGUMENTS, OlmemConfig
 from .contracts_olmem import Heads, LayerState, Plan
 from .decode_olmem import DecodeSteps
@@ -146,7 +146,7 @@ class OlmemAttention(nn.Module):
             self.retrieval_gate = OlmemGate(config.num_attention_heads, config.retrieval_gate_init)
 
     def step(self, hidden_states: torch.Tensor, plan: StepPlan, state: StepState) -> torch.Tensor:
-        """Attends by kernels from one token a row (B, 1, hidden_size), which is written to the state."""
+        """Attends by kernels from one token in each row (B, 1, hidden_size), and writes it to the state."""
         linears = [getattr(self, f"{letter}_proj") for letter in self.letters]
         projected = plan.operations.joined_products(linears, hidden_states)
         output = plan.operations.attend(self.step_shape(plan), state, projected)
@@ -234,12 +234,13 @@ class OlmemAttention(nn.Module):
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns queries (B, H, C, D), keys and values (B, K, C, D), without positions. Some may be the same tensor.
 
-        The order is projection, clip (`clip_qkv_stage="projection"`), QK-norm, and view as heads. After this method
-        come positions and then the clip of rotated queries and keys (`"rotary"`), which is part of their rotation.
-        Queries get positions when they attend, and keys when they are written or read.
+        The order is projection, clip (`clip_qkv_stage="projection"`), QK-norm, and view as heads; a norm of each head
+        comes after the view. Positions come after this method: queries get them when they attend, and keys when they
+        are written or read. With `clip_qkv_stage="rotary"` values are clipped here, and queries and keys after they are
+        rotated.
 
-        With `shared_projections="key_value"` the value is the key after its norm. A cache then keeps one tensor for
-        both, without positions, and its keys are rotated whenever they are read.
+        With `shared_projections` of `"key_value"` and `"query_key_value"` the value is the key after its norm. A cache
+        then keeps one tensor for both, without positions, and its keys are rotated whenever they are read.
         """
         if self.shared in ("query_key", "query_key_value"):
             key = self.project_heads("k", hidden_states)
@@ -350,8 +351,8 @@ class OlmemDecoderLayer(GradientCheckpointingLayer):
             state: the keys and values that the layer remembers. The new ones are written to it.
 
         Returns:
-            The hidden states (B, C, hidden_size). If the plan asks for them, the attention weights follow, and then the
-            new keys and values (B, K, C, D).
+            The hidden states (B, C, hidden_size). With `plan.returns_weights` the attention weights follow, if the
+            backend computed them, and with `plan.carries` the new keys and values (B, K, C, D).
         """
         operations, dropout = plan.operations, self.residual_dropout
         if self.parallel:
@@ -504,9 +505,11 @@ class OlmemModel(OlmemPreTrainedModel):
     def step(
         self, embeddings: torch.Tensor, attention_mask: torch.Tensor | None, cache: OlmemCache
     ) -> torch.Tensor | None:
-        """Returns the last hidden states (B, 1, hidden_size) of a step, after the norm, by a replay of captured layers.
+        """Computes a one-token step by replaying captured layers.
 
-        It is None where a call cannot be captured, which `cache.step_path` explains.
+        Returns:
+            The last hidden states (B, 1, hidden_size) after the norm, or None where the call cannot be captured;
+            `cache.step_path` then says why.
         """
         cache.step_path = self.steps.why_not(self.config, cache, embeddings)
         if cache.step_path is not None:
@@ -649,6 +652,11 @@ class OlmemModel(OlmemPreTrainedModel):
         """
         if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
             return cache, use_cache
+        if self.memory is not None and recomputes_hooks(self.layers[0]):
+            raise ValueError(
+                "`use_reentrant` must be False with `fully_shard` and memory tokens in this release of Transformers "
+                '(got True); pass `gradient_checkpointing_kwargs={"use_reentrant": False}`, or take a newer release.'
+            )
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError(
                 "`past_key_values` must be empty or left out in training with gradient checkpointing, which computes a "

@@ -52,14 +52,13 @@ def same(result: Result, meant: Result) -> None:
 @every_variant
 @pytest.mark.parametrize("way", ["ddp", "fsdp1", "tp", *(f"fsdp2, checkpoints {each}" for each in CHECKPOINTING)])
 def test_two_processes_train_as_one_does(found, alone, way, variant):
-    if (
-        way.endswith("True")
-        and "num_memory_tokens" in VARIANTS[variant]
-        and "__call__" in vars(GradientCheckpointingLayer)
-    ):
-        pytest.xfail("these releases of Transformers run the hooks of FSDP2 inside a reentrant checkpoint")
+    has_memory = "num_memory_tokens" in VARIANTS[variant]
+    is_refused = way == "fsdp2, checkpoints True" and has_memory and "__call__" in vars(GradientCheckpointingLayer)
     for result in found:
-        same(result[f"{way} {variant}"], alone[variant])
+        if is_refused:  # by older releases of Transformers, which run the hooks of FSDP2 inside a checkpoint
+            assert "`use_reentrant` must be False" in result[f"{way} {variant}"]["error"]
+        else:
+            same(result[f"{way} {variant}"], alone[variant])
 
 
 @every_variant

@@ -6,7 +6,7 @@ Nothing here takes long to import, so that the command line can read its options
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -81,7 +81,7 @@ class ConvertOptions(OfNative):
     max_shard_size: int | str = "5GB"
     tokenizer: str | Path | None = None
     max_length: int | None = None
-    memory: Mapping[str, Any] = field(default_factory=dict)
+    memory: Mapping[str, Any] | None = None
     verify: bool = True
     overwrite: bool = False
     resume: bool = False
@@ -103,7 +103,7 @@ class ConvertOptions(OfNative):
             "native_config": self.native_config,
             "n_ctx": self.n_ctx,
             "act_fn": self.act_fn,
-            "memory": dict(self.memory) or None,
+            "memory": dict(self.memory or {}) or None,
         }
         given = [name for name, value in of_native.items() if value is not None]
         if self.to is not None and given:

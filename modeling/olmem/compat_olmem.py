@@ -2,6 +2,7 @@
 """Hides what differs between releases of Transformers and torch, and what may not be read while a graph is recorded."""
 
 import importlib.util
+import threading
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial, wraps
@@ -152,10 +153,15 @@ def can_capture(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def capture(compute: Callable[[], torch.Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+CAPTURING = threading.Lock()  # a process captures one graph at a time
+
+
+def capture(
+    compute: Callable[[], torch.Tensor], pool: Any, device: torch.device
+) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
     """Records what a function launches as a graph, with memory from a pool, and returns it with its output."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    with CAPTURING, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         output = compute()
     return graph, output
 

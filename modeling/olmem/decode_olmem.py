@@ -9,7 +9,9 @@ A call that cannot be captured runs as it is, and `OlmemCache.step_path` says wh
 """
 
 import threading
+import warnings
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any, Self
 
 import torch
@@ -29,6 +31,7 @@ PLAIN_MODULES = (nn.Linear, nn.LayerNorm, nn.Identity, nn.Dropout, nn.ModuleList
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FIELDS = 6  # of a layer in the table of addresses
 CAPTURED = "captured"
+MOST_CAPTURED = 16  # batch sizes of a model; the oldest is dropped for another
 
 FIRST_LAYERS = 2  # of a step, in a graph of their own: the device computes them while the others are launched
 
@@ -45,6 +48,7 @@ class Watch:
     """
 
     def __init__(self, modules: Sequence[nn.Module]):
+        self.roots = list(modules)
         self.modules = [each for module in modules for each in module.modules()]
         children = [(each._modules, name, child) for each in self.modules for name, child in each.named_children()]
         self.places = [(siblings, name) for siblings, name, _ in children]
@@ -52,16 +56,20 @@ class Watch:
         self.hooks = [hooks for each in self.modules for hooks in (each._forward_hooks, each._forward_pre_hooks)]
         self.attributes = [vars(each) for each in self.modules]  # a `forward` among them would be called instead
         self.counts = list(map(len, self.attributes))
-        found = [
-            (each._parameters, name, weight)
-            for each in self.modules
-            for name, weight in each.named_parameters(recurse=False)
-        ]
-        self.weights: list[tuple[dict[str, Any], str]] = [(weights, name) for weights, name, _ in found]
-        self.addresses = [weight.data_ptr() for _, _, weight in found]
+        holders = [holder for each in self.modules for holder in (each._parameters, each._buffers)]
+        self.holders: list[tuple[dict[str, Any], str]] = [(holder, name) for holder in holders for name in holder]
+        self.tensors = [holder[name] for holder, name in self.holders]
+        self.layout = self.read_layout()
+
+    def read_layout(self) -> list[tuple[int, int] | None]:
+        """Returns the address and the number of elements of each weight and buffer."""
+        found = [holder[name] for holder, name in self.holders]
+        return [None if each is None else (each.data_ptr(), each.numel()) for each in found]
 
     def reason(self) -> str | None:
         """Returns why these modules cannot be captured, or None."""
+        if has_global_hooks():
+            return "hooks are registered for every module"
         found: set[tuple[torch.device, torch.dtype]] = set()
         for module in self.modules:
             kind = type(module)
@@ -72,15 +80,17 @@ class Watch:
                 return f"a layer holds a {kind.__name__}, whose own code must run"
             if is_changed(module):
                 return f"a {kind.__name__} has a hook or another `forward`"
+            if has_other_form(module):
+                return f"the biases of a {kind.__name__} are not those that the kernels add"
             for weight in module.parameters(recurse=False):
                 if type(weight) is not nn.Parameter:
                     return f"a weight is a {type(weight).__name__}"
-                if not weight.is_contiguous():
-                    return "a weight is not contiguous"
+                if not is_plain(weight):
+                    return "a weight is not contiguous, or not aligned to 16 bytes"
                 found.add((weight.device, weight.dtype))
         if len(found) != 1:
             return f"weights are of several devices or dtypes ({', '.join(sorted(map(str, found)))})"
-        device, dtype = found.pop()
+        device, dtype = self.kind = found.pop()
         if dtype not in DTYPES:
             return f"weights are {dtype}"
         return can_capture(device, dtype)
@@ -91,15 +101,31 @@ class Watch:
             return False
         try:
             children = [siblings[name] for siblings, name in self.places]
-            addresses = [weights[name].data_ptr() for weights, name in self.weights]
-        except (KeyError, AttributeError, RuntimeError):  # a part is gone, or is no ordinary weight any more
+            tensors = [holder[name] for holder, name in self.holders]
+            is_same = children == self.children and all(map(is_, tensors, self.tensors))
+            return is_same and self.read_layout() == self.layout
+        except (KeyError, RuntimeError):  # a part is gone, or has no address any more
             return False
-        return children == self.children and addresses == self.addresses
+
+
+def has_other_form(module: nn.Module) -> bool:
+    """Tells whether a module has biases in a way that the kernels do not know."""
+    if type(module) is nn.LayerNorm:
+        return (module.weight is None) != (module.bias is None)
+    biased = {name: child.bias is not None for name, child in module.named_children() if type(child) is nn.Linear}
+    attention = {biased[name] for name in ("q_proj", "k_proj", "v_proj") if name in biased}
+    return len(attention) > 1 or biased.get("gate_proj", False) or biased.get("up_proj", False)
 
 
 def is_changed(module: nn.Module) -> bool:
     """Tells whether a module has hooks or a `forward` of its own, as accelerate and tensor parallelism give it one."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks or "forward" in module.__dict__ or module._compiled_call_impl is not None)
+
+
+def is_plain(weight: torch.Tensor) -> bool:
+    """Tells whether a weight lies in memory as kernels read it."""
+    return weight.is_contiguous() and weight.data_ptr() % 16 == 0
 
 
 class CapturedStep:
@@ -132,7 +158,7 @@ class CapturedStep:
         self.addresses: list[int] | None = None
         self.parts = [slice(0, FIRST_LAYERS), slice(FIRST_LAYERS, None)]
         self.graphs: list[torch.cuda.CUDAGraph] = []
-        self.failure: str | None = None  # why there is no graph; steps run kernel by kernel then
+        self.failure: str | None = None  # why there is no graph; steps run as they are then
         self.outputs: list[torch.Tensor] = []  # of each graph
 
     def point_at(self, cache: OlmemCache) -> None:
@@ -178,7 +204,7 @@ class CapturedStep:
     def record(self, compute: Compute, pool: Any) -> None:
         """Records the step as graphs, the first of which also finds positions."""
         given = None
-        hidden_states = self.embeddings
+        hidden_states, graphs, outputs = self.embeddings, [], []
         for part in self.parts:
 
             def some(part: slice = part, hidden_states: torch.Tensor = hidden_states) -> torch.Tensor:
@@ -186,25 +212,28 @@ class CapturedStep:
                 given = given or self.describe()
                 return compute(hidden_states, *given, part)
 
-            graph, hidden_states = capture(some, pool)
-            self.graphs.append(graph)
-            self.outputs.append(hidden_states)
+            graph, hidden_states = capture(some, pool, self.embeddings.device)
+            graphs.append(graph)
+            outputs.append(hidden_states)
+        self.graphs, self.outputs = graphs, outputs
 
-    def run(self, embeddings: torch.Tensor, cache: OlmemCache, compute: Compute, pool: Any) -> torch.Tensor:
+    def run(self, embeddings: torch.Tensor, cache: OlmemCache, compute: Compute, pool: Any) -> torch.Tensor | None:
         """Computes a step of embeddings (B, 1, hidden_size), and returns what came out.
 
-        The first time it runs as it is, which compiles the kernels, and is recorded after that.
+        The first time it runs kernel by kernel, which compiles them, and is recorded after that. It returns None where
+        kernels or capture fail, and remembers why: what was written to the cache is written again by the step as it is.
         """
         self.point_at(cache)
         self.embeddings.copy_(embeddings)
         self.seen.copy_(cache.seen)
-        if len(self.graphs) < len(self.parts):
-            output = self.compute(compute).clone()
-            if self.failure is None:
-                try:
-                    self.record(compute, pool)
-                except RuntimeError as error:
-                    self.failure = f"its capture failed: {error}"
+        if not self.graphs:
+            try:
+                output = self.compute(compute).clone()
+                self.record(compute, pool)
+            except Exception as error:  # of a compiler, of a driver, of memory that is short
+                self.failure = f"its capture failed ({error})"
+                warnings.warn(f"A step runs as it is: {self.failure}.", stacklevel=2)
+                return None
             return output
         for graph in self.graphs:
             graph.replay()
@@ -221,16 +250,19 @@ class DecodeSteps:
     def __init__(self) -> None:
         self.enabled = True
         self.lock = threading.RLock()
+        self.last: torch.cuda.Event | None = None  # after the last step, for calls on other streams
         self.forget()
 
     def forget(self) -> None:
-        """Drops all that was captured."""
+        """Drops all that was captured, once the device has done with it."""
+        if self.last is not None:
+            self.last.synchronize()
         self.watch: Watch | None = None
         self.reason: str | None = None
         self.operations: StepOperations | None = None
         self.captured: dict[Any, CapturedStep] = {}
         self.pool: Any = None
-        self.last: Any = None  # an event after the last step, for calls on other streams
+        self.last = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Returns an object that has captured nothing, for the copy of a model."""
@@ -240,39 +272,47 @@ class DecodeSteps:
         """Pickles an object that has captured nothing."""
         return self.__class__, ()
 
-    def why_not(self, config: OlmemConfig, cache: OlmemCache | None, embeddings: torch.Tensor) -> str | None:
-        """Returns why a call of these embeddings (B, T, hidden_size) runs as it is, as far as the call is asked."""
+    def why_not(self, config: OlmemConfig, cache: OlmemCache, embeddings: torch.Tensor, training: bool) -> str | None:
+        """Returns why a call of these embeddings (B, T, hidden_size) runs as it is, or None if nothing speaks for it.
+
+        Whether the model's modules can be captured is not asked here.
+        """
         if is_recorded():
             return "the call is traced"
         if embeddings.device.type != "cuda":
             return "the model is not on a GPU"
         if not self.enabled:
             return "steps are not captured, because `model.steps.enabled` is False"
-        if cache is None or cache.fresh:
+        if cache.fresh:
             return "the call reads a prompt"
         if embeddings.shape[1] != 1:
             return f"the call reads {embeddings.shape[1]} tokens a row"
         if torch.is_grad_enabled():
             return "gradients are enabled; use `torch.no_grad()`"
+        if training and (config.attention_dropout or config.residual_dropout):
+            return "dropout is active; call `model.eval()`"
         if torch.is_autocast_enabled(embeddings.device.type):
             return "the call casts by `torch.autocast`"
-        first = cache.layers[0].buffers["keys"]
-        if first.dtype != embeddings.dtype:
-            return "the cache has another dtype than the model"
-        if cache.retrieval_device is not None or first.device != embeddings.device:
-            return "the cache is not on the model's device alone"
+        if not all(layer.is_initialized for layer in cache.layers):
+            return "the cache has more layers than were run"
+        buffers = [buffer for layer in cache.layers for buffer in layer.buffers.values()]
+        if any(buffer.dtype != embeddings.dtype or buffer.device != embeddings.device for buffer in buffers):
+            return "the cache is of another dtype than the model, or not on its device alone"
         if config.num_memory_tokens:
             segment = config.memory_segment_length or 1
             if any(seen % segment == 0 for seen in cache.counters.read_seen()):
                 return "a row begins a segment, and its memory is written"
         return None
 
-    def ready(self, modules: Sequence[nn.Module]) -> str | None:
+    def ready(self, modules: Sequence[nn.Module], embeddings: torch.Tensor) -> str | None:
         """Returns why these modules cannot be captured, or None; forgets what was captured of others."""
-        if self.watch is None or self.reason is not None or not self.watch.holds():
+        watch = self.watch
+        if watch is None or self.reason is not None or watch.roots != list(modules) or not watch.holds():
             self.forget()
-            self.watch = Watch(modules)
-            self.reason = self.watch.reason()
+            self.watch = watch = Watch(modules)
+            self.reason = watch.reason()
+        if self.reason is None and watch.kind != (embeddings.device, embeddings.dtype):
+            return "embeddings and layers are of several devices or dtypes"
         return self.reason
 
     def run(
@@ -290,43 +330,53 @@ class DecodeSteps:
             modules: what `compute` runs.
             compute: passes embeddings through the layers by these plans and states.
         """
-        with self.lock, torch.inference_mode(False), torch.no_grad():
-            reason = self.ready(modules)
+        device = embeddings.device
+        with self.lock, torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
+            reason = self.ready([*modules, rotary], embeddings)
+            if config.caches_one_tensor and "dynamic" in rotary.rope_type.values():
+                reason = "keys that are values too cannot be turned by frequencies of their own"
+            batch, dtype = len(embeddings), embeddings.dtype
+            key = batch, config.retrieval_top_k, tuple(layer.visibility.sizes for layer in cache.layers)
+            if reason is None and key in self.captured:
+                reason = self.captured[key].failure
             if reason is not None:
                 cache.step_path = reason
                 return None
             cache.reserve_step()
-            batch, dtype = len(embeddings), embeddings.dtype
             if self.operations is None:
-                self.operations = make_operations(embeddings.device, dtype)
+                self.operations = make_operations(device, dtype)
                 self.pool = torch.cuda.graph_pool_handle()
-            key = batch, cache.max_length is None, tuple(layer.visibility.sizes for layer in cache.layers)
-            if key not in self.captured:
-                made = config, rotary, self.operations, batch, embeddings.device, dtype
-                self.captured[key] = CapturedStep(*made)
-            stream = torch.cuda.current_stream(embeddings.device)
+            stream = torch.cuda.current_stream(device)
             if self.last is not None:
                 stream.wait_event(self.last)
+            if key not in self.captured:
+                if len(self.captured) == MOST_CAPTURED:
+                    torch.cuda.synchronize(device)
+                    del self.captured[next(iter(self.captured))]
+                self.captured[key] = CapturedStep(config, rotary, self.operations, batch, device, dtype)
             output = self.captured[key].run(embeddings, cache, compute, self.pool)
+            self.last = self.last or torch.cuda.Event()
+            self.last.record(stream)
             cache.step_path = self.captured[key].failure or CAPTURED
-            self.last = stream.record_event(self.last)
-            cache.count_step()
+            if output is not None:
+                cache.count_step()
             return output
 
     def product(self, linear: nn.Module, states: torch.Tensor, cache: object) -> torch.Tensor:
         """Returns a product of states (B, T, in), by a kernel where they come from a captured step."""
-        captured = getattr(cache, "step_path", None) == CAPTURED and self.operations is not None
         if (
-            captured
+            getattr(cache, "step_path", None) == CAPTURED
             and type(linear) is nn.Linear
             and type(linear.weight) is nn.Parameter
             and not is_changed(linear)
             and not torch.is_grad_enabled()
             and (linear.weight.device, linear.weight.dtype) == (states.device, states.dtype)
+            and is_plain(linear.weight)
             and states.shape[1] == 1
             and self.operations is not None
         ):
-            return self.operations.products([linear], states)[0]
+            with torch.cuda.device(states.device):
+                return self.operations.products([linear], states)[0]
         return linear(states)
 
 

@@ -15,12 +15,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 from torch import nn
 
 from .ops_olmem import Operations
 from .step_olmem import LayerShape, StepState, norm_kind
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("A step by kernels needs triton (got none installed); `pip install triton`.") from error
 
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 ACTIVATIONS = {"SiLU": 0, "SiLUActivation": 0, "Elephant": 1}  # by the names of their classes, as `activate` counts
@@ -183,6 +187,12 @@ def add_norm_kernel(
 
 
 @triton.jit
+def clipped(states, clip):
+    """Returns states between −clip and clip; what is NaN stays NaN."""
+    return tl.where(states > clip, clip, tl.where(states < -clip, -clip, states))
+
+
+@triton.jit
 def head_of(
     row, mask, d, head, heads, first, eps, weight, bias, clip,
     QK_NORM: tl.constexpr, KIND: tl.constexpr, CLIP: tl.constexpr, D: tl.constexpr,
@@ -195,7 +205,7 @@ def head_of(
     """
     own = tl.load(row + first + head * D + d, mask=mask, other=0.0).to(tl.float32)
     if CLIP:
-        own = tl.minimum(tl.maximum(own, -clip), clip)
+        own = clipped(own, clip)
     if QK_NORM == 0:
         return own
     if QK_NORM == 2:
@@ -204,7 +214,7 @@ def head_of(
     width = heads * D
     whole = tl.load(row + first + n, mask=n < width, other=0.0).to(tl.float32)
     if CLIP:
-        whole = tl.minimum(tl.maximum(whole, -clip), clip)
+        whole = clipped(whole, clip)
     if KIND == 0:
         result = own * tl.rsqrt(tl.sum(whole * whole, 0) / width + eps)
     else:
@@ -245,7 +255,7 @@ def slot_offset(slot, D: tl.constexpr):
 @triton.jit
 def place_kernel(
     projected, seen, table, window_query, prefix_query, raw_query, frequencies, frequency_stride,
-    q_weight, q_bias, k_weight, k_bias, eps, clip, factor, trained,
+    q_weight, q_bias, k_weight, k_bias, q_eps, k_eps, clip, factor, trained,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     Q_FIRST: tl.constexpr, K_FIRST: tl.constexpr, V_FIRST: tl.constexpr, WIDTH: tl.constexpr,
     Q_WIDE: tl.constexpr, K_WIDE: tl.constexpr,
@@ -271,20 +281,20 @@ def place_kernel(
     sign = tl.where(d < D // 2, -1.0, 1.0)
     if head < H:
         own = head_of(
-            row, mask, d, head, H, Q_FIRST, eps, q_weight, q_bias, clip, QK_NORM, NORM, CLIP, D, Q_WIDE, DTYPE
+            row, mask, d, head, H, Q_FIRST, q_eps, q_weight, q_bias, clip, QK_NORM, NORM, CLIP, D, Q_WIDE, DTYPE
         )
         out = (b * H + head) * D + d
         if STORE > 0:
             tl.store(raw_query + out, own, mask=mask)
         if ROTATES and not ONE_TENSOR:
             turned = head_of(
-                row, mask, other, head, H, Q_FIRST, eps, q_weight, q_bias, clip, QK_NORM, NORM, CLIP, D, Q_WIDE, DTYPE
+                row, mask, other, head, H, Q_FIRST, q_eps, q_weight, q_bias, clip, QK_NORM, NORM, CLIP, D, Q_WIDE, DTYPE
             )
             frequency = tl.load(frequencies + b * frequency_stride + d % (D // 2), mask=mask, other=0.0)
             angle = angle_of(place, frequency, trained)
             result = own * (tl.cos(angle) * factor) + sign * turned * (tl.sin(angle) * factor)
             if CLIP_ROTATED:
-                result = tl.minimum(tl.maximum(result, -clip), clip)
+                result = clipped(result, clip)
             tl.store(window_query + out, result, mask=mask)
             if MEMORY + SINKS > 0:
                 angle = angle_of(slot, frequency, trained)
@@ -292,7 +302,7 @@ def place_kernel(
                 tl.store(prefix_query + out, result, mask=mask)
         else:
             if CLIP_ROTATED:
-                own = tl.minimum(tl.maximum(own, -clip), clip)
+                own = clipped(own, clip)
             tl.store(window_query + out, own, mask=mask)
     else:
         is_value = head >= H + K
@@ -300,31 +310,46 @@ def place_kernel(
         if is_value and not DIFFERENCE:
             own = tl.load(row + V_FIRST + kv * D + d, mask=mask, other=0.0).to(tl.float32)
             if CLIP or CLIP_ROTATED:
-                own = tl.minimum(tl.maximum(own, -clip), clip)
+                own = clipped(own, clip)
         else:
             own = head_of(
-                row, mask, d, kv, K, K_FIRST, eps, k_weight, k_bias, clip, QK_NORM, NORM, CLIP, D, K_WIDE, DTYPE
+                row, mask, d, kv, K, K_FIRST, k_eps, k_weight, k_bias, clip, QK_NORM, NORM, CLIP, D, K_WIDE, DTYPE
             )
         result = own
         if is_value:
             if DIFFERENCE:
                 query = head_of(
-                    row, mask, d, kv, H, Q_FIRST, eps, q_weight, q_bias, clip, QK_NORM, NORM, CLIP, D, Q_WIDE, DTYPE
+                    row, mask, d, kv, H, Q_FIRST, q_eps, q_weight, q_bias, clip, QK_NORM, NORM, CLIP, D, Q_WIDE, DTYPE
                 )
                 result = (query - own).to(DTYPE).to(tl.float32)
                 if CLIP_ROTATED:
-                    result = tl.minimum(tl.maximum(result, -clip), clip)
+                    result = clipped(result, clip)
                 own = result
         elif not ONE_TENSOR:
             if ROTATES:
                 turned = head_of(
-                    row, mask, other, kv, K, K_FIRST, eps, k_weight, k_bias, clip, QK_NORM, NORM, CLIP, D, K_WIDE, DTYPE
+                    row,
+                    mask,
+                    other,
+                    kv,
+                    K,
+                    K_FIRST,
+                    k_eps,
+                    k_weight,
+                    k_bias,
+                    clip,
+                    QK_NORM,
+                    NORM,
+                    CLIP,
+                    D,
+                    K_WIDE,
+                    DTYPE,
                 )
                 frequency = tl.load(frequencies + b * frequency_stride + d % (D // 2), mask=mask, other=0.0)
                 angle = angle_of(place, frequency, trained)
                 result = own * (tl.cos(angle) * factor) + sign * turned * (tl.sin(angle) * factor)
             if CLIP_ROTATED:
-                result = tl.minimum(tl.maximum(result, -clip), clip)
+                result = clipped(result, clip)
         which = is_value.to(tl.int32)
         target = tl.load(table + which).to(tl.pointer_type(DTYPE))
         slots = tl.load(table + 2)
@@ -766,13 +791,13 @@ class KernelOperations(Operations):
         """Returns the norm of states (…, width), added to a residual if there is one."""
         if isinstance(norm, nn.Identity):
             return states if residual is None else residual + states
-        kind, weight, bias = norm_kind(norm)
+        kind, weight, bias, eps = norm_kind(norm)
         width, states = states.shape[-1], states.contiguous()
         out = torch.empty_like(states)
         block = triton.next_power_of_2(width)
         add_norm_kernel[(states.numel() // width,)](
             states if residual is None else residual, states, states if weight is None else weight,
-            states if bias is None else bias, out, width, norm.eps,
+            states if bias is None else bias, out, width, eps,
             residual is not None, kind, self.type, block, num_warps=min(max(block // 256, 1), 16),
         )  # fmt: skip
         return out
@@ -815,7 +840,7 @@ class KernelOperations(Operations):
         place_kernel[(batch, programs)](
             projected, state.seen, state.table, window_query, prefix_query, raw_query, frequencies, stride,
             *(none if each is None else each for each in (q_weight, q_bias, k_weight, k_bias)),
-            shape.eps, shape.clip or 0.0, shape.rotary_factor, shape.trained_length,
+            *shape.eps, float(shape.clip or 0.0), shape.rotary_factor, shape.trained_length,
             heads, kv_heads, size, padded, q_first, k_first, v_first, width,
             triton.next_power_of_2(heads * size), triton.next_power_of_2(kv_heads * size),
             shape.qk_norm, norm, shape.clip is not None and not shape.clips_rotated,

@@ -160,10 +160,11 @@ class OlmemAttention(nn.Module):
         for letter in self.letters:
             offsets[letter], width = width, width + sizes[letter]
         key_first = offsets["k"]
-        kind, q_weight, q_bias, k_weight, k_bias, eps = 0, None, None, None, None, config.rms_norm_eps
+        kind, q_weight, q_bias, k_weight, k_bias, eps = 0, None, None, None, None, (0.0, 0.0)
         if self.qk_norm != "none":
-            kind, k_weight, k_bias = norm_kind(self.k_norm)
-            _, q_weight, q_bias = norm_kind(self.q_norm if "q" in self.letters else self.k_norm)
+            kind, k_weight, k_bias, k_eps = norm_kind(self.k_norm)
+            _, q_weight, q_bias, q_eps = norm_kind(self.q_norm if "q" in self.letters else self.k_norm)
+            eps = q_eps, k_eps
         rotates, is_linspace = self.position_embedding in ROTATING, self.position_embedding == "linspace"
         span = visibility.span or config.max_position_embeddings
         capacity = config.retrieval_capacity if self.retrieval_gate is not None else 0
@@ -482,7 +483,10 @@ class OlmemModel(OlmemPreTrainedModel):
             stages = [each for each in captured.hidden_states if each is not None]
         else:
             wants_more = captured.wanted is None or bool(captured.wanted) or output_attentions
-            if not wants_more and past_key_values is not None:
+            if wants_more and past_key_values is not None:
+                reason = "hidden states or attentions are asked for"
+                past_key_values.step_path = reason  # pyright: ignore[reportAttributeAccessIssue]
+            elif past_key_values is not None:
                 last = self.step(hidden_states, attention_mask, past_key_values)  # pyright: ignore[reportArgumentType]
                 if last is not None:
                     output: dict[str, Any] = {CACHE_NAME: past_key_values}
@@ -511,11 +515,12 @@ class OlmemModel(OlmemPreTrainedModel):
             The last hidden states (B, 1, hidden_size) after the norm, or None where the call cannot be captured;
             `cache.step_path` then says why.
         """
-        cache.step_path = self.steps.why_not(self.config, cache, embeddings)
+        cache.step_path = self.steps.why_not(self.config, cache, embeddings, self.training)
         if cache.step_path is not None:
             return None
         cache.check(self.config)
         cache.begin(len(embeddings), embeddings.device)
+        cache.columns_before(1)
         if read_mask(attention_mask, len(embeddings), 1, embeddings.device) is not None:
             cache.step_path = "a row is padded"
             return None

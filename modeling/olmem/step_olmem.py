@@ -19,12 +19,12 @@ QK_NORMS = ("none", "full", "head")
 RMS, LAYER, LAYER_PLAIN = range(3)
 
 
-def norm_kind(norm: nn.Module) -> tuple[int, torch.Tensor | None, torch.Tensor | None]:
-    """Returns the kind of a norm, its weight and its bias."""
+def norm_kind(norm: nn.Module) -> tuple[int, torch.Tensor | None, torch.Tensor | None, float]:
+    """Returns the kind of a norm, its weight, its bias, and what is added to the mean of squares."""
     if isinstance(norm, OlmemRMSNorm):
-        return RMS, norm.weight, None
+        return RMS, norm.weight, None, norm.eps
     assert isinstance(norm, nn.LayerNorm)
-    return (LAYER_PLAIN if norm.weight is None else LAYER), norm.weight, norm.bias
+    return (LAYER_PLAIN if norm.weight is None else LAYER), norm.weight, norm.bias, norm.eps
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class LayerShape:
     offsets: tuple[int, int, int, int]  # where queries, keys and values begin among the projections, and their width
     qk_norm: int  # an index of QK_NORMS
     norm: tuple[int, *tuple[torch.Tensor | None, ...]]  # its kind, weight and bias for queries, the same for keys
-    eps: float
+    eps: tuple[float, float]  # of the norms of queries and of keys
     clip: float | None
     clips_rotated: bool
     one_tensor: bool  # values are the keys, kept once and without positions

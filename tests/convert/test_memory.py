@@ -627,7 +627,7 @@ def test_set_has_no_meaning_on_the_way_back(converted, tmp_path):
         "num_memory_tokens=1",
     ]
     result = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
-    assert result.exit_code == 2 and "--set has no meaning with --to" in result.stderr
+    assert result.exit_code == 1 and "`memory` must be left out with `to`" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -194,6 +194,9 @@ CHANGES = {
     "a weight replaced": lambda layer: setattr(layer.mlp.up_proj, "weight", nn.Parameter(torch.ones(44, 36))),
     "a weight's values replaced": lambda layer: setattr(layer.mlp.up_proj.weight, "data", torch.ones(44, 36)),
     "a module replaced": lambda layer: setattr(layer.mlp, "up_proj", copy.deepcopy(layer.mlp.up_proj)),
+    "a bias added": lambda layer: setattr(layer.mlp.up_proj, "bias", nn.Parameter(torch.ones(44))),
+    "a weight cut": lambda layer: setattr(layer.mlp.up_proj.weight, "data", layer.mlp.up_proj.weight.data[:, :30]),
+    "a compiled module": lambda layer: layer.mlp.compile(),
     "a hook": lambda layer: layer.mlp.register_forward_hook(lambda *_: None),
     "another forward": lambda layer: setattr(layer.mlp, "forward", layer.mlp.forward),
     "a hook before": lambda layer: layer.self_attn.q_proj.register_forward_pre_hook(lambda *_: None),
@@ -223,6 +226,9 @@ class Adapter(nn.Module):
 
 REASONS = {
     "Adapter": lambda layer: setattr(layer.mlp, "up_proj", Adapter(layer.mlp.up_proj)),
+    "biases of a OlmemMLP": CHANGES["a bias added"],
+    "biases of a OlmemAttention": lambda layer: setattr(layer.self_attn.k_proj, "bias", nn.Parameter(torch.ones(48))),
+    "biases of a LayerNorm": lambda layer: layer.mlp.register_module("norm", nn.LayerNorm(36, bias=False)),
     "hook": CHANGES["a hook"],
     "another `forward`": CHANGES["another forward"],
     "several devices or dtypes": lambda layer: layer.mlp.half(),

@@ -226,11 +226,12 @@ def test_an_error_in_a_capture_leaves_a_right_cache(monkeypatch):
     model = make_model()
     twin = Twin(model)
 
-    def capture(compute, pool):
+    def capture(compute, pool, device):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr("olmem.decode_olmem.capture", capture)
-    assert "out of memory" in twin.read(3)
+    with pytest.warns(UserWarning, match="out of memory"):
+        assert "out of memory" in twin.read(3)
 
 
 @torch.no_grad()
@@ -250,6 +251,27 @@ def test_a_new_cache_costs_neither_a_capture_nor_memory():
     gc.collect()
     assert next(iter(model.model.steps.captured.values())).graphs is graphs
     assert torch.cuda.memory_allocated() <= before
+
+
+@torch.no_grad()
+def test_room_that_is_used_up_is_an_error():
+    model = make_model(layer_types="full_attention")
+    cache = OlmemCache(model.config, max_length=33)
+    model(**prompt(), past_key_values=cache)
+    ids = torch.ones(2, 1, dtype=torch.long, device="cuda")
+    for _ in range(3):
+        model(ids, past_key_values=cache)
+    assert cache.step_path == "captured"
+    with pytest.raises(ValueError, match="`max_length` must be at least 34"):
+        model(ids, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_dropout_is_not_captured():
+    model = make_model(residual_dropout=0.5).train()
+    cache = begun(model)
+    model(torch.ones(2, 1, dtype=torch.long, device="cuda"), past_key_values=cache)
+    assert "dropout" in cache.step_path
 
 
 def test_gradients_are_not_captured():

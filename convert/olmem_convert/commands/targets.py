@@ -107,11 +107,11 @@ class ToOlmem:
 
     @classmethod
     def of(cls, source: Path, options: ConvertOptions) -> "ToOlmem":
-        checkpoint = open_checkpoint(source, options.max_length, options.given)
+        checkpoint, memory = open_checkpoint(source, options.max_length, options.given), options.memory or {}
         stored = choose_dtype(checkpoint.tensors, options.dtype)
         make_config(checkpoint, stored)  # whose errors are the checkpoint's, and not those of a memory beside it
-        planned = with_memory(checkpoint, options.memory)
-        refuse_without_effect(planned, options.memory)
+        planned = with_memory(checkpoint, memory)
+        refuse_without_effect(planned, memory)
         config = make_config(planned, stored)
         added = new_parameters(planned, checkpoint)
         tensors = make_tensors(planned, config)

@@ -406,13 +406,14 @@ def weigh(
     """
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None], -torch.inf)
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32)
+    weights = scores.softmax(-1, dtype=torch.float32)
     if gate is not None:
         gate = gate[..., None]
-        without = nn.functional.softmax(scores[..., num_memory:], dim=-1, dtype=torch.float32)
+        without = scores[..., num_memory:].softmax(-1, dtype=torch.float32)
         without = nn.functional.pad(without, (num_memory, 0)).nan_to_num()  # padding may see memory alone
         weights = gate * weights + (1 - gate) * without
-    return nn.functional.dropout(weights.to(scores.dtype), p=heads.dropout, training=heads.dropout > 0)
+    weights = weights.to(scores.dtype)
+    return nn.functional.dropout(weights, heads.dropout) if heads.dropout else weights
 
 
 def in_order(weights: torch.Tensor, view: View) -> torch.Tensor:

@@ -200,10 +200,8 @@ class OlmemCache(Cache):
         if config is not self.config:
             refuse_other_model(architecture(self.config), architecture(config))
             self.config = config
-        layer_types = config.layer_types
-        visibilities = {layer_type: Visibility.of(config, layer_type) for layer_type in set(layer_types)}
-        for layer, layer_type in zip(self.layers, layer_types, strict=True):
-            visibility = visibilities[layer_type]
+        for layer_type, layer in dict(zip(config.layer_types, self.layers, strict=True)).items():  # one of each type
+            visibility = Visibility.of(config, layer_type)
             if layer.visibility.sizes != visibility.sizes:
                 raise ValueError(
                     f"`past_key_values` was made for {layer.visibility} before the configuration was changed (got "

@@ -49,11 +49,15 @@ class Part:
 
 def by_key_head(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """Returns queries (B, H, T, D) as (B, K, H/K · T, D): the query heads of a key head stand as more queries."""
+    if query.shape[1] == key.shape[1]:
+        return query
     return query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
 
 
 def by_query_head(states: torch.Tensor, groups: int) -> torch.Tensor:
     """Returns what `by_key_head` has joined (B, K, H/K · T, …) as (B, H, T, …) again."""
+    if groups == 1:
+        return states
     return states.unflatten(2, (groups, states.shape[2] // groups)).flatten(1, 2)
 
 
@@ -184,10 +188,15 @@ class Section:
     rotations: Rotations  # those of these columns
     needs: Needs
     backend: Backend
+    is_alone: bool = False  # whether the call has no other section, so that its columns are all columns
+
+    def part(self, states: torch.Tensor) -> torch.Tensor:
+        """Returns the section's columns of states (B, heads, C, D)."""
+        return states if self.is_alone else states[:, :, self.columns]
 
     def attend(self, heads: Heads, query: torch.Tensor, parts: Sequence[Part]) -> Output:
         """Attends from the section's columns of the queries (B, H, C, D), as `Backend.attend` does."""
-        return self.backend.attend(heads, query[:, :, self.columns], parts, self)
+        return self.backend.attend(heads, self.part(query), parts, self)
 
     def to(self, device: torch.device) -> "Section":
         """Returns a copy on another device."""
@@ -224,17 +233,23 @@ class Plan:
         self.retrieves = retrieves
         self.returns_weights = returns_weights
         self.carries = carries  # whether layers also return their new keys and values
+        self.by_role = {section.view.role: section for section in sections}
         self.copies: dict[torch.device, Plan] = {}  # the plan on each device, this one included
         if sections:
             self.copies[sections[0].view.numbers.device] = self
 
+    def section(self, role: str) -> Section | None:
+        """Returns the section with that role, or None if the call has no such section."""
+        return self.by_role.get(role)
+
     def columns(self, role: str) -> slice | None:
         """Returns the columns of the section with that role, or None if the call has no such section."""
-        return next((section.columns for section in self.sections if section.view.role == role), None)
+        section = self.by_role.get(role)
+        return None if section is None else section.columns
 
     def view(self, role: str = "token") -> View:
         """Returns the view of the section with that role, which the call must have."""
-        return next(section.view for section in self.sections if section.view.role == role)
+        return self.by_role[role].view
 
     def to(self, device: torch.device, **_) -> "Plan":
         """Returns a copy on another device, which is made once."""

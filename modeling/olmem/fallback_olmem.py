@@ -78,26 +78,13 @@ def falls_back(
     Raises:
         ValueError: if it must be, but the model has a feature that needs an `OlmemCache`, or the cache is one.
     """
-    implementation, own_cache = Implementation.of(config), is_olmem_cache(cache)
+    own_cache = is_olmem_cache(cache)
     if cache is not None and (isinstance(cache, type) or not hasattr(cache, "update")):
         raise ValueError(
             f"`past_key_values` must be a cache (got {cache if isinstance(cache, type) else type(cache)}); pass an "
             "`OlmemCache(model.config)`, or leave it out."
         )
-    reasons = {
-        f"`attn_implementation` {implementation.name!r}; set 'sdpa' or 'eager'": not implementation.is_own,
-        "an `attention_mask` that is not (B, T); pass one, zeros for padding": (
-            isinstance(attention_mask, torch.Tensor) and attention_mask.dim() != 2
-        ),
-        f"a {type(cache).__name__}; leave `past_key_values` and `cache_implementation` out": (
-            cache is not None and not own_cache
-        ),
-        "masks made ahead; pass an `attention_mask` (B, T)": isinstance(attention_mask, dict),
-        "`position_ids` while tracing without a cache; leave them out": (
-            cache is None and position_ids is not None and is_recorded(position_ids)
-        ),
-    }
-    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    reason = reason_to_fall_back(config, cache, attention_mask, position_ids)
     if reason is None:
         return False
     if own_cache:
@@ -109,6 +96,24 @@ def falls_back(
             "holds nothing of the past; leave `past_key_values` and `cache_implementation` out."
         )
     return True
+
+
+def reason_to_fall_back(
+    config: OlmemConfig, cache: ForeignCache | None, attention_mask: object, position_ids: torch.Tensor | None
+) -> str | None:
+    """Returns which argument makes a call plain Olmo2 or Olmo3, with the way out, or None if no argument does."""
+    implementation = Implementation.of(config)
+    if not implementation.is_own:
+        return f"`attn_implementation` {implementation.name!r}; set 'sdpa' or 'eager'"
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() != 2:
+        return "an `attention_mask` that is not (B, T); pass one, zeros for padding"
+    if cache is not None and not is_olmem_cache(cache):
+        return f"a {type(cache).__name__}; leave `past_key_values` and `cache_implementation` out"
+    if isinstance(attention_mask, dict):
+        return "masks made ahead; pass an `attention_mask` (B, T)"
+    if cache is None and position_ids is not None and is_recorded(position_ids):
+        return "`position_ids` while tracing without a cache; leave them out"
+    return None
 
 
 def refuse_own_features(config: OlmemConfig, context: str) -> None:

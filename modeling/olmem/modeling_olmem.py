@@ -287,8 +287,8 @@ class OlmemAttention(nn.Module):
     def retrieve(self, query, key, value, seen: torch.Tensor, plan: Plan, state: LayerState, earlier) -> torch.Tensor:
         """Returns the attention output of the tokens (B, T, H, D), mixed with what their heads retrieve."""
         assert self.retrieval_gate is not None
-        tokens = plan.columns("token")
-        query, key, value = (states[:, :, tokens] for states in (query, key, value))
+        tokens = plan.by_role["token"]
+        query, key, value = (tokens.part(states) for states in (query, key, value))
         candidates = state.candidates(key, value, plan, earlier)
         top_k, capacity = self.config.retrieval_top_k, self.config.retrieval_capacity
         retrieval = Retrieval(plan.visibility, top_k, capacity, self.scaling)

@@ -49,13 +49,14 @@ class Operations:
 
     def norm(self, norm: nn.Module, states: torch.Tensor) -> torch.Tensor:
         """Returns the norm of states (R, width)."""
-        return norm(states)
+        return states if type(norm) is nn.Identity else norm(states)
 
     def add_norm(
         self, residual: torch.Tensor, norm: nn.Module, states: torch.Tensor, dropout: nn.Module
     ) -> torch.Tensor:
         """Returns a residual stream (R, width) with the norm of a sublayer's output (R, width) added to it."""
-        return residual + dropout(norm(states))
+        normed = self.norm(norm, states)
+        return residual + (dropout(normed) if dropout.training else normed)
 
     def gated(self, activation: nn.Module, gate: nn.Module, up: nn.Module, states: torch.Tensor) -> torch.Tensor:
         """Returns activation(gate(x)) · up(x) of states x (R, in), which is (R, out)."""

@@ -8,7 +8,7 @@ slots; P slots of the prefix.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -144,8 +144,9 @@ class Planner:
     ) -> Plan:
         """Makes the plan of one kind of layer from a frame and its rotations."""
         needs = Needs(self.plain, self.weights, kind.position_embedding in BY_SLOT, call.one_tensor)
+        is_alone = len(frame.sections) == 1
         sections = [
-            Section(columns, view, own_rotations, needs, choose(self.backends, view, needs))
+            Section(columns, view, own_rotations, needs, choose(self.backends, view, needs), is_alone)
             for (columns, view), own_rotations in zip(frame.sections, of_sections, strict=True)
         ]
         has_tokens = call.numbers.shape[1] > 0
@@ -182,14 +183,19 @@ class Planner:
         places = [view.places for view in views]
         if call.tokens.position_ids is not None and not visibility.num_prefix:  # slots of a prefix begin at 0
             places, below = [call.tokens.position_ids], None
+        if in_pairs and views[0].is_step:  # keys and their query have slots alone
+            phases = self.step_phases(views[0], layer_type, slots_below)
+            slot = at(views[0].query_slots, slots_below)
+            whole = replace(Rotations.of(Rotation(clip=self.clip)), slot=slot, step=Rotation(phases=phases))
+            return whole, [whole]
         whole = Rotations.of(at(side_by_side(places).clamp(min=0), below))
-        if any(view.prefix for view in views) or (in_pairs and views[-1].is_step):
+        if any(view.prefix for view in views):
             whole.slot = at(side_by_side([view.query_slots for view in views]), slots_below)
-        if call.one_tensor:
+        if call.one_tensor and visibility.num_prefix:
             whole.prefix = at(views[0].prefix_slots, visibility.num_prefix)
         if frame.bare_numbers is not None and frame.bare_numbers.shape[1]:
             whole.key = at((visibility.num_memory + frame.bare_numbers).clamp(min=0), below)
-        sections = [whole.part(columns) for columns, _ in frame.sections]
+        sections = [replace(whole)] if len(views) == 1 else [whole.part(columns) for columns, _ in frame.sections]
         for view, rotations in zip(views, sections, strict=True):
             if in_pairs and view.is_step:
                 phases = self.step_phases(view, layer_type, slots_below)

@@ -82,6 +82,11 @@ class OlmemRotaryEmbedding(nn.Module):
         """Returns what cosines and sines are multiplied by."""
         return getattr(self, f"{layer_type}_attention_scaling")
 
+    def scaled(self, states: torch.Tensor, layer_type: str) -> torch.Tensor:
+        """Returns cosines or sines multiplied by their factor."""
+        factor = self.factor(layer_type)
+        return states if factor == 1.0 else states * factor
+
     def angles(self, position_ids: torch.Tensor, layer_type: str, below: int | None = None) -> torch.Tensor:
         """Returns the angles (R, T, D/2) of positions (R, T) in float32.
 
@@ -106,16 +111,15 @@ class OlmemRotaryEmbedding(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the cosines and sines (R, T, D) of positions (R, T), on the device of `hidden_states`."""
         angles = self.angles(position_ids.to(hidden_states.device), layer_type, below)
-        scaling = self.factor(layer_type)
-        cos, sin = angles.cos() * scaling, angles.sin() * scaling
+        cos, sin = self.scaled(angles.cos(), layer_type), self.scaled(angles.sin(), layer_type)
         return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
 
     @torch.no_grad()
     def phases(self, position_ids: torch.Tensor, layer_type: str, below: int | None = None) -> torch.Tensor:
         """Returns the phases (R, T, D/2, 2) of positions (R, T), which are pairs of cosine and sine."""
         angles = self.angles(position_ids, layer_type, below)
-        scaling = self.factor(layer_type)
-        return torch.stack((angles.cos() * scaling, angles.sin() * scaling), dim=-1)
+        cos, sin = self.scaled(angles.cos(), layer_type), self.scaled(angles.sin(), layer_type)
+        return torch.stack((cos, sin), dim=-1)
 
     def phases_of_slots(self, slots: torch.Tensor, layer_type: str, below: int) -> torch.Tensor:
         """Returns the phases (R, T, D/2, 2) of slots (R, T), which are below `below`, from a table that is kept."""

@@ -12,7 +12,7 @@ Shapes: B batch, H query heads, K key/value heads, T queries, S candidates, D he
 if all rows are equal.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,11 +73,7 @@ class Retrieval:
                 self.search(query[:, :, part], found.key, found.numbers, found.queries[:, part])
                 for part in pieces(query.shape[2], BLOCK, query)
             ]
-        most = max(index.shape[-1] for index, _ in chosen)
-        index, is_candidate = (
-            torch.cat([nn.functional.pad(each, (0, most - each.shape[-1])) for each in parts], dim=2)
-            for parts in zip(*chosen, strict=True)
-        )
+        index, is_candidate = chosen[0] if len(chosen) == 1 else join_chosen(chosen)
         exists = is_candidate.any(1).any(-1)
         if torch.is_grad_enabled() and not is_recorded(query):
             output = ReadChosen.apply(
@@ -131,6 +127,16 @@ class Retrieval:
         start = self.visibility.start(query_numbers.clamp(min=0))
         oldest, newest = start.amin(-1, keepdim=True) - self.capacity, start.amax(-1, keepdim=True)
         return columns_of((numbers >= oldest) & (numbers < newest))
+
+
+def join_chosen(chosen: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Joins the indices (B, H, T, k) that blocks of queries have chosen, and whether they are candidates, in one k."""
+    most = max(index.shape[-1] for index, _ in chosen)
+    index, is_candidate = (
+        torch.cat([nn.functional.pad(each, (0, most - each.shape[-1])) for each in parts], dim=2)
+        for parts in zip(*chosen, strict=True)
+    )
+    return index, is_candidate
 
 
 def rows_of(index: torch.Tensor, states: torch.Tensor) -> torch.Tensor:

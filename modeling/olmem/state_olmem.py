@@ -216,10 +216,13 @@ class OlmemCacheLayer(CacheLayerMixin):
         copies = [self.buffers[name][writes.rows, :, writes.past_slots].transpose(1, 2) for name in self.names]
         return copies[0], copies[-1]
 
-    def prefix(self, writes: Writes) -> Pair:
+    def prefix(self, writes: Writes) -> Pair | None:
         """Returns the keys and values (B, K, P, D) of memory and sinks, for the rows that take part in a call."""
-        rows = ALL if writes.chosen is None else writes.chosen
-        states = [self.buffers[name][:, :, : self.visibility.num_prefix][rows] for name in self.names]
+        if not self.visibility.num_prefix:
+            return None
+        states = [self.buffers[name][:, :, : self.visibility.num_prefix] for name in self.names]
+        if writes.chosen is not None:
+            states = [each[writes.chosen] for each in states]
         return states[0], states[-1]
 
     def open(self, key: torch.Tensor, value: torch.Tensor, plan: Plan) -> tuple[Pair, Pair | None]:
@@ -230,24 +233,24 @@ class OlmemCacheLayer(CacheLayerMixin):
         writes = require(plan.writes)
         new = self.stored_form(key, value, plan)
         self.prepare(*new)
-        if plan.columns("token") is not None:
+        if plan.section("token") is not None:
             self.reserve(writes.length)
         return new, self.past(writes)
 
     def keep(self, new: Pair, plan: Plan) -> None:
         """Writes new keys and values (B, K, C, D) in their stored form to their slots."""
-        writes, read, tokens = require(plan.writes), plan.columns("read"), plan.columns("token")
+        writes, read, tokens = require(plan.writes), plan.section("read"), plan.section("token")
         for name, states in zip(self.names, new, strict=False):
             buffer = self.buffers[name]
             if read is not None:
                 memory = buffer[:, :, : self.visibility.num_memory]
-                new_memory = states[:, :, read]
+                new_memory = read.part(states)
                 if plan.begins is not None:
                     new_memory = torch.where(plan.begins[:, None, None, None], new_memory, memory)
                 memory.copy_(new_memory)
             if tokens is not None:
-                of_tokens = states[:, :, tokens]
-                last = of_tokens[:, :, of_tokens.shape[2] - writes.slots.shape[1] :]
+                of_tokens = tokens.part(states)
+                last = last_columns(of_tokens, writes.slots.shape[1])
                 buffer[writes.rows, :, writes.slots] = last.transpose(1, 2)
                 if writes.sink_slots is not None:
                     first = of_tokens[:, :, : writes.sink_slots.shape[1]]
@@ -369,10 +372,9 @@ class OlmemTape:
     ) -> tuple[Pair | None, Pair | None]:
         """Returns copies of a layer's past and prefix in halves, and writes the new keys and values to the layer."""
         new, past = layer.open(key.detach(), value.detach(), plan)
-        prefix = None
-        if layer.visibility.num_prefix:
-            states = layer.prefix(require(plan.writes))
-            prefix = states[0].clone(), states[1].clone()
+        prefix = layer.prefix(require(plan.writes))
+        if prefix is not None:
+            prefix = prefix[0].clone(), prefix[1].clone()
         layer.keep(new, plan)
         if layer.in_pairs:
             past, prefix = (pair and (to_halves(pair[0]), to_halves(pair[1])) for pair in (past, prefix))
@@ -387,19 +389,19 @@ class OlmemTape:
             stored: the prefix in the cache.
         """
         visibility, tape = plan.visibility, require(plan.tape)
-        count, read, tokens = visibility.num_memory, plan.columns("read"), plan.columns("token")
+        count, read, tokens = visibility.num_memory, plan.section("read"), plan.section("token")
         found = []
         for index in range(2):
             memory = None if stored is None else stored[index][:, :, :count]
             sinks = None if stored is None else stored[index][:, :, count:]
             if read is not None:
-                new_memory = new[index][:, :, read]
+                new_memory = read.part(new[index])
                 if memory is None or plan.begins is None:
                     memory = new_memory
                 else:
                     memory = torch.where(plan.begins[:, None, None, None], new_memory, memory)
             if tape.sinks is not None and tokens is not None:
-                own = new[index][:, :, tokens]
+                own = tokens.part(new[index])
                 own = own if joined is None else torch.cat((joined[index], own), dim=2)
                 has_sink, column = tape.sinks
                 gathered = own.gather(2, column[:, None, :, None].expand(*own.shape[:2], -1, own.shape[3]))
@@ -453,7 +455,7 @@ def parts_of_sections(
         if section.view.in_place:
             seen = require(window)
         else:
-            seen = new[0][:, :, section.columns], new[1][:, :, section.columns]
+            seen = section.part(new[0]), section.part(new[1])
             if section.view.role != "read":
                 seen = window = require(join([seen] if window is None else [window, seen]))
         parts = [Part(seen[0], seen[1], False, is_bare, in_pairs)]
@@ -467,6 +469,11 @@ def require(value: Held | None) -> Held:
     """Returns a value that is not None in the plan of such a call."""
     assert value is not None
     return value
+
+
+def last_columns(states: torch.Tensor, count: int) -> torch.Tensor:
+    """Returns the last columns of states (B, K, C, D)."""
+    return states if states.shape[2] == count else states[:, :, states.shape[2] - count :]
 
 
 def states_of(earlier: Sequence[torch.Tensor]) -> Pair:

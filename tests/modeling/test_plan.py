@@ -624,7 +624,7 @@ def test_the_rotations_of_a_call_are_those_of_its_places_and_slots(data):
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_keys_without_positions_are_given_those_of_their_slots_when_read(data):
-    """What a cache of one tensor keeps is rotated by phases: the prefix, past and new keys, or all keys of a step."""
+    """What a cache of one tensor keeps is rotated by phases: the prefix, past and new keys, or a step's keys alone."""
     layer_type = data.draw(st.sampled_from([SLIDING, CHUNKED, FULL]))
     planner = planner_of(
         layer_types=layer_type,
@@ -641,14 +641,15 @@ def test_keys_without_positions_are_given_those_of_their_slots_when_read(data):
         assert rotation.cos is None
         assert_close(rotation.phases, planner.rotary.phases(positions, layer_type), rtol=0, atol=1e-6)
 
-    view = section.view
-    expect(section.rotations.place, view.places)
-    expect(section.rotations.prefix, view.prefix_slots)
+    view, rotations = section.view, section.rotations
     if length == 1:
-        expect(section.rotations.step, view.step_slots)
-        expect(section.rotations.slot, view.query_slots)
-        assert section.rotations.key.length == 0
+        expect(rotations.step, view.step_slots)
+        expect(rotations.slot, view.query_slots)
+        assert [each.length for each in (rotations.place, rotations.prefix, rotations.key)] == [0, 0, 0]
     else:
+        expect(section.rotations.place, view.places)
+        if view.visibility.num_prefix:
+            expect(section.rotations.prefix, view.prefix_slots)
         expect(section.rotations.key, view.key_places.clamp(min=0))
         assert section.rotations.step.length == 0
 

@@ -11,8 +11,9 @@ quantiles. `K = V` has no value projection and caches one tensor; its ratio is t
 the largest difference from Olmo3's logits at any step of the last turn.
 
 prefill: tokens a second for a whole prompt, logits of its last token only, and the most memory beyond what the process
-held before it: weights and a first short call. Each row is a process of its own. Olmo3 attends with a mask of
-length × length: it is measured at the largest length with `--full` only, which takes minutes and several GiB.
+held before it: weights and a first short call. Segments of memory have 512 tokens. Each row is a process of its own.
+Olmo3 attends with a mask of length × length: it is measured at the largest length with `--full` only, which takes
+minutes and several GiB.
 """
 
 import argparse
@@ -45,6 +46,8 @@ PEERS = {
     "Olmem, 4 sinks": {"num_sink_tokens": 4},
     "Olmem, K = V": {"shared_projections": "key_value"},
 }
+MEMORY = {"num_memory_tokens": 16, "memory_segment_length": 512}
+VARIANTS = PEERS | {"Olmem, memory": MEMORY}  # of Olmem, all of which read prompts
 BESIDE = {"Olmem, K = V": "Olmem"}  # what a peer is measured beside, if not Olmo3
 CHUNK = 2048  # tokens of a call in chunked prefill
 
@@ -74,7 +77,7 @@ def load(peer: str, folder: Path, window: int) -> tuple[Any, Callable[[], Any]]:
     if peer == "Olmo3":
         model = Olmo3ForCausalLM.from_pretrained(folder, **options)
         return model.eval(), lambda: DynamicCache(config=model.config)
-    model = OlmemForCausalLM.from_olmo(folder, **options, **PEERS[peer])
+    model = OlmemForCausalLM.from_olmo(folder, **options, **VARIANTS[peer])
     return model.eval(), lambda: OlmemCache(model.config)
 
 
@@ -187,7 +190,7 @@ def prefills(folder: Path, window: int, lengths: list[int], full: bool) -> Itera
             return pool.submit(prefill, *arguments).result()
 
     for length in lengths:
-        ways: list[tuple[str, int | None]] = [("Olmem", CHUNK), ("Olmem", None)]
+        ways: list[tuple[str, int | None]] = [("Olmem", CHUNK), *((peer, None) for peer in VARIANTS if peer != "Olmo3")]
         if full or length < max(lengths):
             ways.insert(0, ("Olmo3", None))
         for peer, chunk in ways:
@@ -196,7 +199,7 @@ def prefills(folder: Path, window: int, lengths: list[int], full: bool) -> Itera
 
 def prefill_line(row: dict) -> str:
     calls = "one call" if row["chunk"] is None else f"calls of {row['chunk']}"
-    return f"{row['length']:>6}  {row['peer']:<8}{calls:<15}{row['tokens_per_second']:>9.0f}{row['peak_mib']:>10.0f}"
+    return f"{row['length']:>6}  {row['peer']:<16}{calls:<15}{row['tokens_per_second']:>9.0f}{row['peak_mib']:>10.0f}"
 
 
 def quiet(threads: int | None) -> None:
@@ -254,7 +257,7 @@ def main() -> None:
                     results["decode"].append(row)
                     show(decode_line(row))
         if "prefill" in sections:
-            show(f"length  prefill, W = {arguments.prefill_window:<8} tokens/s  peak MiB")
+            show(f"length  prefill, W = {arguments.prefill_window:<16} tokens/s  peak MiB")
             for row in prefills(folder, arguments.prefill_window, arguments.lengths, arguments.full):
                 results["prefill"].append(row)
                 show(prefill_line(row))

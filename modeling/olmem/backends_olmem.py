@@ -406,10 +406,10 @@ def weigh(
     """
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None], -torch.inf)
-    weights = scores.softmax(-1, dtype=torch.float32)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32)
     if gate is not None:
         gate = gate[..., None]
-        without = scores[..., num_memory:].softmax(-1, dtype=torch.float32)
+        without = nn.functional.softmax(scores[..., num_memory:], dim=-1, dtype=torch.float32)
         without = nn.functional.pad(without, (num_memory, 0)).nan_to_num()  # padding may see memory alone
         weights = gate * weights + (1 - gate) * without
     weights = weights.to(scores.dtype)

@@ -19,7 +19,7 @@ from .cache_file_olmem import MOST_ROOM, read_state, write_state
 from .compat_olmem import allocate, assert_on_device, known_here, unless_recorded
 from .configuration_olmem import OlmemConfig
 from .counters_olmem import Counters
-from .finite_olmem import refuse_nonfinite_memory
+from .finite_olmem import refuse_nonfinite
 from .rules_olmem import ROTATING
 from .state_olmem import OlmemCacheLayer
 from .view_olmem import View
@@ -449,12 +449,15 @@ class OlmemCache(Cache):
         self.refuse_half_read()
         tensors = dict(self.counters.tensors)
         if self.memory is not None:
-            remedy = "`reset_memory` that row, or save an earlier copy."
-            refuse_nonfinite_memory(self.memory, "to be saved", remedy)
             tensors["memory"] = self.memory
         for index, layer in enumerate(self.layers):
             for name, tensor in layer.used(self.get_seq_length()).items():
                 tensors[f"layers.{index}.{name}"] = tensor
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point():
+                refuse_nonfinite(
+                    f"`{name}`", tensor, "to be saved", "`reset_memory` that row, or save an earlier copy."
+                )
         facts = {
             "architecture": architecture(self.config),
             "max_length": self.max_length,
@@ -494,7 +497,7 @@ class OlmemCache(Cache):
             cache.counters.set(**{name: tensors[name] for name in cache.counters.tensors})
             cache.began_anew = file.facts["began_anew"]
             if config.num_memory_tokens:
-                refuse_nonfinite_memory(tensors["memory"], f"to be loaded from {path}", "load an earlier file.")
+                refuse_nonfinite("`memory`", tensors["memory"], f"to be loaded from {path}", "load an earlier file.")
                 cache.remember(tensors["memory"].to(device))
             for index, layer in enumerate(cache.layers):
                 own = [tensors[f"layers.{index}.{name}"] for name in layer.names]

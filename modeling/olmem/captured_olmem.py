@@ -56,7 +56,13 @@ def wanted_states(output_hidden_states: bool | int | Sequence[int] | None, num_h
             "list of integers."
         )
     count = num_hidden_layers + 1
-    return {index % count for index in indices if -count <= index < count}
+    outside = [index for index in indices if not -count <= index < count]
+    if outside:
+        raise ValueError(
+            f"`output_hidden_states` must be indices below {count}, the embeddings and {num_hidden_layers} layers (got "
+            f"{outside[0]}); leave that one out, or pass True for all."
+        )
+    return {index % count for index in indices}
 
 
 __all__ = ["Captured", "wanted_states"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.modules.module as _module
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -176,6 +176,20 @@ def recomputes_hooks(layer: torch.nn.Module) -> bool:
     return is_inside and isinstance(layer, FSDPModule)
 
 
+def refuse_uneven(layer: torch.nn.Module, calls: int, device: torch.device) -> None:
+    """Raises an error where ranks call a sharded layer different numbers of times, which would wait for one another."""
+    if not isinstance(layer, FSDPModule | FullyShardedDataParallel):
+        return
+    numbers = torch.tensor([calls, -calls], device=device)
+    torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
+    most, least = int(numbers[0]), -int(numbers[1])
+    if most != least:
+        raise ValueError(
+            f"`input_ids` must hold as many segments of memory on each rank where layers are sharded (got {least} to "
+            f"{most}); give all ranks texts of one length, or shard the model as a whole."
+        )
+
+
 def moves_inputs(module: torch.nn.Module) -> bool:
     """Returns whether a module takes inputs from any device.
 
@@ -211,6 +225,7 @@ __all__ = [
     "pieces",
     "recomputes_hooks",
     "refuse_longer",
+    "refuse_uneven",
     "rename_cache",
     "table_of",
     "takes_cache",

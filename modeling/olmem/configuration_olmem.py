@@ -219,6 +219,8 @@ class OlmemConfig(OlmemRules, PreTrainedConfig):
         loaded: Any = super().from_dict(changed, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded  # the tuple also has unused keywords
         config.refuse_without_effect(overrides)
+        slid = "sliding_attention" in (config_dict.get("layer_types") or ["sliding_attention"])
+        config.refuse_unchosen_window(overrides, is_chosen=slid and "sliding_window" in config_dict)
         config.chooses_memory_gate = "memory_gate_init" in overrides
         return loaded
 
@@ -247,14 +249,7 @@ class OlmemConfig(OlmemRules, PreTrainedConfig):
             )
         config = cls(**(cls.fields_of_olmo(raw) | with_memory_gates({}, overrides)))
         config.refuse_without_effect(overrides)
-        slides = "layer_types" in overrides and "sliding_attention" in config.layer_types
-        trained, window = config.max_position_embeddings, config.sliding_window
-        if slides and "sliding_window" not in {*raw, *overrides} and trained < (window or 0):
-            raise ValueError(
-                f"`sliding_window` must be given with `layer_types` that slide (got the default {window}) where the "
-                f"model was trained on fewer tokens, {trained}; give a window of at most {trained}, or {window} if you "
-                "mean it."
-            )
+        config.refuse_unchosen_window(overrides, is_chosen="sliding_window" in raw)
         config.chooses_memory_gate = "memory_gate_init" in overrides
         return config
 

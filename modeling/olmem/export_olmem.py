@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .cache_olmem import OlmemCache
+from .cache_olmem import OlmemCache, is_olmem_cache
 
 
 class OlmemStep(nn.Module):
@@ -26,6 +26,11 @@ class OlmemStep(nn.Module):
 
     def __init__(self, model: PreTrainedModel, cache: OlmemCache):
         super().__init__()
+        if not is_olmem_cache(cache):
+            raise ValueError(
+                f"`cache` must be an OlmemCache (got a {type(cache).__name__}); make an `OlmemCache(model.config)`, "
+                "and pass it to the model with a prompt first."
+            )
         cache.refuse_half_read()
         if cache.fresh:
             raise ValueError(

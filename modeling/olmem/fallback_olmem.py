@@ -111,7 +111,7 @@ def reason_to_fall_back(
         return f"a {type(cache).__name__}; leave `past_key_values` and `cache_implementation` out"
     if isinstance(attention_mask, dict):
         return "masks made ahead; pass an `attention_mask` (B, T)"
-    if cache is None and position_ids is not None and is_recorded(position_ids):
+    if cache is None and position_ids is not None and is_recorded(position_ids) and not position_ids.is_meta:
         return "`position_ids` while tracing without a cache; leave them out"
     return None
 

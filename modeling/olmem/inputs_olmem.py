@@ -75,6 +75,9 @@ def refuse_malformed_ids(input_ids: object, device: torch.device, any_device: bo
 
 def refuse_malformed_embeddings(inputs_embeds: torch.Tensor, hidden_size: int) -> None:
     """Raises an error for embeddings that are no tensor of floats (B, T, hidden_size)."""
+    if not isinstance(inputs_embeds, torch.Tensor):
+        kind = type(inputs_embeds).__name__
+        raise ValueError(f"`inputs_embeds` must be a tensor of floats (got a {kind}); pass `torch.tensor(...)`.")
     if inputs_embeds.shape[-1] != hidden_size or not inputs_embeds.is_floating_point():
         raise ValueError(
             f"`inputs_embeds` must be floats (B, T, `hidden_size` = {hidden_size}) (got {inputs_embeds.dtype} "

@@ -39,7 +39,15 @@ from transformers.utils.generic import merge_with_config_defaults
 from .backends_olmem import BACKENDS
 from .cache_olmem import OlmemCache, is_olmem_cache
 from .captured_olmem import Captured, wanted_states
-from .compat_olmem import CACHE_NAME, is_compiled, moves_inputs, recomputes_hooks, takes_cache, without_graph
+from .compat_olmem import (
+    CACHE_NAME,
+    is_compiled,
+    moves_inputs,
+    recomputes_hooks,
+    refuse_uneven,
+    takes_cache,
+    without_graph,
+)
 from .configuration_olmem import HUB_ARGUMENTS, OlmemConfig
 from .contracts_olmem import Heads, LayerState, Plan
 from .decode_olmem import DecodeSteps
@@ -66,10 +74,10 @@ from .positions_olmem import (
     PositionScheme,
 )
 from .retrieval_olmem import Retrieval
-from .rules_olmem import NOT_YET, ROTATING
+from .rules_olmem import MEMORY_GATE, NOT_YET, ROTATING
 from .segments_olmem import OlmemMemory, Schedule, pack_documents, unpack_documents
 from .step_olmem import QK_NORMS, LayerShape, StepOperations, StepPlan, StepState, norm_kind
-from .weights_olmem import LoadsWeights, read_old_names
+from .weights_olmem import LoadsWeights, lacks_gates, read_old_names, warn_of_new_gates
 
 
 def make_norm(config: OlmemConfig, size: int) -> nn.Module:
@@ -144,6 +152,11 @@ class OlmemAttention(nn.Module):
         self.retrieval_gate: OlmemGate | None = None
         if layer_idx in config.retrieval_layers:
             self.retrieval_gate = OlmemGate(config.num_attention_heads, config.retrieval_gate_init)
+
+    def add_memory_gate(self, init_logit: float) -> None:
+        """Adds a gate to the memory of a layer that has none, on the device and in the dtype of its weights."""
+        gate = OlmemGate(self.config.num_attention_heads, init_logit)
+        self.memory_gate = gate.to(self.k_proj.weight.device, self.k_proj.weight.dtype)
 
     def step(self, hidden_states: torch.Tensor, plan: StepPlan, state: StepState) -> torch.Tensor:
         """Attends by kernels from one token in each row (B, 1, hidden_size), and writes it to the state."""
@@ -438,6 +451,7 @@ class OlmemModel(OlmemPreTrainedModel):
         if config.num_memory_tokens:
             self.memory = OlmemMemory(config, make_norm(config, config.hidden_size))
         self.register_load_state_dict_pre_hook(read_old_names)
+        self.register_load_state_dict_pre_hook(gate_new_memory)
         self.rotary_emb = OlmemRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.steps = DecodeSteps()
@@ -630,6 +644,8 @@ class OlmemModel(OlmemPreTrainedModel):
 
         Returns the last hidden states (B, T, hidden_size), and the list of those that `captured` wants.
         """
+        if self.memory is not None:
+            refuse_uneven(self.layers[0], len(schedule.pieces), schedule.device)
         for call in schedule.calls():
             plans, of_call = planner.plans(call), Captured(captured.wanted)
             of_layers = [plans[kind] for kind in planner.kinds]
@@ -638,7 +654,7 @@ class OlmemModel(OlmemPreTrainedModel):
             schedule.leave(call, of_layers[0], [*of_call.hidden_states, last], of_call.states)
             captured.attentions += of_call.attentions
         *stages, last = schedule.result()
-        return last, stages
+        return schedule.tie_norm(last), stages
 
     def embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Returns the embeddings (B, T, hidden_size) of ids (B, T), or `inputs_embeds` if they are given."""
@@ -685,6 +701,24 @@ class OlmemModel(OlmemPreTrainedModel):
         if not is_olmem_cache(cache):
             raise ValueError(f"`cache` must be an OlmemCache (got a {type(cache).__name__}); make a new cache instead.")
         cache.forget(rows)
+
+
+def gate_new_memory(module: OlmemModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Adds gates to the memory of `module` before it loads weights that have no memory, but all else.
+
+    This is a hook for `register_load_state_dict_pre_hook`. By default `load_state_dict` then raises an error for the
+    memory that is missing; with `strict=False` it keeps the new one.
+    """
+    if module.memory is None:
+        return
+    missing = [name for name in module.state_dict() if prefix + name not in state_dict]
+    is_memory_alone = all(name.startswith("memory.") or name.endswith("_gate.logits") for name in missing)
+    if is_memory_alone and lacks_gates(module.config, missing):
+        module.config.memory_gate_init = MEMORY_GATE
+        for layer in module.layers:
+            assert isinstance(layer, OlmemDecoderLayer)
+            layer.self_attn.add_memory_gate(MEMORY_GATE)
+        warn_of_new_gates(stacklevel=5)
 
 
 class OlmemForCausalLM(OlmemPreTrainedModel, OlmemGenerationMixin):

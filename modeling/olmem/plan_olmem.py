@@ -215,7 +215,7 @@ def side_by_side(numbers: Sequence[torch.Tensor]) -> torch.Tensor:
     """Returns the concatenation of numbers (R, T), after those with one row are expanded to as many as the others."""
     if len(numbers) == 1:
         return numbers[0]
-    rows = max(len(each) for each in numbers)
+    rows = max(each.shape[0] for each in numbers)
     return torch.cat([each.expand(rows, -1) for each in numbers], dim=1)
 
 
@@ -273,7 +273,7 @@ class Frame:
             first = numbers if padded else numbers[:, :num_sinks]
             is_sink = (first >= 0) & (first < num_sinks)
             sinks = torch.where(is_sink, self.visibility.num_memory + first, -1)
-        rows = torch.arange(len(past.seen), device=numbers.device) if call.chosen is None else call.chosen
+        rows = torch.arange(past.seen.shape[0], device=numbers.device) if call.chosen is None else call.chosen
         return Writes(
             rows[:, None],
             slots,
@@ -324,7 +324,7 @@ class Frame:
         """Returns the view of tokens of a call with gradients or without a cache, and sets tape and writes."""
         visibility, numbers, past, earlier = self.visibility, call.numbers, call.past, call.earlier or Earlier()
         span, own = visibility.span, numbers
-        past_numbers = numbers.new_empty(len(numbers), 0)
+        past_numbers = numbers.new_empty(numbers.shape[0], 0)
         store = None
         if past is not None and earlier.seen is not None:
             past_numbers = last_numbers(earlier.seen, earlier.before, None if span is None else span - 1)

@@ -60,7 +60,7 @@ class Retrieval:
             part = query[found.rows, :, found.columns].to(found.key.device)
             output, any_found = self.retrieve(part, found)
             outputs.append(output.to(seen).transpose(1, 2))
-            exist.append(any_found.to(seen.device).expand(len(part), -1))
+            exist.append(any_found.to(seen.device).expand(part.shape[0], -1))
         # The outputs are those of blocks of columns in all rows, or those of documents in the order of rows.
         output, any_found = torch.cat(outputs, dim=1).view(seen.shape), torch.cat(exist, dim=1).view(seen.shape[:2])
         gate = gate[:, None].to(seen.dtype)
@@ -140,7 +140,7 @@ def join_chosen(chosen: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[to
 
 
 def rows_of(index: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """Returns the rows of states (B · K · S, D) that indices (B, H, T, k) of slots of states (B, K, S, D) stand for."""
+    """Returns, for indices (B, H, T, k) of slots, the rows of states (B · K · S, D) that they name."""
     batch, heads = index.shape[:2]
     kv_heads, slots = states.shape[1:3]
     head = torch.arange(batch * kv_heads, device=index.device).repeat_interleave(heads // kv_heads)

@@ -39,8 +39,8 @@ ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 # Fields that this version does not support, each with the only value that may be given, which changes nothing.
 NOT_YET = {"partial_rotary_factor": 1.0}
-# Fields that have no effect without chunked layers, without memory tokens, and without layers that retrieve.
-CHUNK_FIELDS = ("attention_chunk_lookback",)
+# Fields that have no effect without chunked layers, without memory tokens, or without layers that retrieve.
+CHUNK_FIELDS = ("attention_chunk_size", "attention_chunk_lookback")
 TOKEN_FIELDS = ("memory_segment_length", "memory_bptt_segments", "memory_gate_init")
 RETRIEVAL_FIELDS = ("retrieval_top_k", "retrieval_capacity", "retrieval_gate_init", "retrieval_device")
 # Fields that add a memory to a model that was trained without one.
@@ -235,7 +235,9 @@ class OlmemRules(PreTrainedConfig if TYPE_CHECKING else object):
         """
         defaults = {field.name: field.default for field in fields(self)}
         for used, switch, off, names in (
+            ("sliding_attention" in self.layer_types, "layer_types", "has no 'sliding_attention'", ("sliding_window",)),
             ("chunked_attention" in self.layer_types, "layer_types", "has no 'chunked_attention'", CHUNK_FIELDS),
+            (self.clip_qkv is not None, "clip_qkv", "is None", ("clip_qkv_stage",)),
             (self.num_memory_tokens > 0, "num_memory_tokens", "is 0", TOKEN_FIELDS),
             (bool(self.retrieval_layers), "retrieval_layers", "is empty", RETRIEVAL_FIELDS),
         ):
@@ -243,9 +245,25 @@ class OlmemRules(PreTrainedConfig if TYPE_CHECKING else object):
                 self._require(
                     used or getattr(self, name) == defaults[name],
                     name,
-                    f"must be left out where `{switch}` {off}, for it has no effect there",
+                    f"must be left out where `{switch}` {off}, because it has no effect there",
                     f"leave it out, or give `{switch}` too",
                 )
+
+    def refuse_unchosen_window(self, given: Iterable[str], is_chosen: bool) -> None:
+        """Raises an error where a caller lets layers slide, and the default window is longer than what was trained.
+
+        Args:
+            given: the fields that the caller overrides.
+            is_chosen: whether the configuration that is overridden says how long the window is.
+        """
+        slides = "layer_types" in given and "sliding_attention" in self.layer_types
+        trained, window = self.max_position_embeddings, self.sliding_window
+        if slides and not is_chosen and "sliding_window" not in given and trained < (window or 0):
+            raise ValueError(
+                f"`sliding_window` must be given with `layer_types` that slide (got the default {window}) where the "
+                f"model was trained on fewer tokens, {trained}; give a window of at most {trained}, or {window} if you "
+                "mean it."
+            )
 
     def validate_choices(self) -> None:
         """Requires that each field with a fixed set of values has one of them."""

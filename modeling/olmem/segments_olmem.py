@@ -25,7 +25,7 @@ from .cache_olmem import OlmemCache
 from .compat_olmem import assert_on_device, is_any, known, unless_recorded
 from .configuration_olmem import OlmemConfig
 from .contracts_olmem import LayerKind, LayerState, Plan
-from .finite_olmem import refuse_nonfinite_memory
+from .finite_olmem import refuse_nonfinite
 from .inputs_olmem import Tokens
 from .plan_olmem import Call, Earlier, Past
 from .state_olmem import OlmemTape
@@ -260,7 +260,7 @@ class Schedule:
         host_seen = self.host_seen()
         if index == 0 and self.cache is not None and host_seen is None:
             inside = first % segment != 0
-            assert_on_device(inside.all(), "A segment begins, which a recorded step cannot: read this token without.")
+            assert_on_device(inside.all(), "A recorded step cannot begin a segment; read this token without a graph.")
             return False, None
         if index == 0 and not piece.padded and host_seen is not None:
             flags = [seen % segment == 0 for seen in host_seen]
@@ -330,9 +330,18 @@ class Schedule:
             memory = torch.where(goes_on[:, None, None], written, self.memory)
         else:
             memory = written
-        if not known(memory.isfinite().all(), True):
-            refuse_nonfinite_memory(memory, "at the end of a segment", REMEDY)
+        refuse_nonfinite("`memory`", memory, "at the end of a segment", REMEDY)
         self.memory = memory
+
+    def tie_norm(self, last: torch.Tensor) -> torch.Tensor:
+        """Returns hidden states (B, T, hidden_size) with a gradient of zero for memory's norm, if none was written.
+
+        Wrappers that average gradients over ranks wait for one of each parameter, also where no segment ends.
+        """
+        module, wrote = self.memory_module, len(self.pieces) > 1 or self.before_first > 0
+        if module is None or self.memory is None or wrote or not (self.differentiable and module.training):
+            return last
+        return last + 0 * module(self.memory).to(last).sum()
 
     def keeps_gradients(self, index: int) -> torch.Tensor | None:
         """Returns for which rows (R,) gradients go back from a piece through the memory that it reads, or None for all.

@@ -285,7 +285,7 @@ class OlmemCacheLayer(CacheLayerMixin):
         length = None if length is None else length - view.numbers.shape[1] + block.stop
         self.reserve_store(length)
         slots = torch.where(numbers >= 0, ring_slot(numbers, self.store_limit), -1)
-        rows = torch.arange(len(numbers), device=device)[:, None]
+        rows = torch.arange(numbers.shape[0], device=device)[:, None]
         for name, states in zip(self.store_names, (key, value), strict=False):
             self.buffers[name][rows, :, slots] = states[:, :, block].transpose(1, 2).to(device)
         filled = self.store_limit if length is None else min(length, self.store_limit)
@@ -307,7 +307,7 @@ class OlmemCacheLayer(CacheLayerMixin):
         """Returns copies of the keys and values (B, K, S, D) of the tokens with these numbers (B, S) in the store."""
         buffers = [self.buffers[name] for name in self.store_names]
         slots = ring_slot(numbers.clamp(min=0), self.store_limit).to(buffers[0].device)
-        rows = torch.arange(len(slots), device=slots.device)[:, None]
+        rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
         copies = [buffer[rows, :, slots].transpose(1, 2).to(numbers.device) for buffer in buffers]
         return copies[0], copies[-1]
 
@@ -431,7 +431,7 @@ class OlmemTape:
             with torch.no_grad():
                 if tape.store_numbers is not None and tape.store_numbers.shape[1]:
                     pairs.insert(0, self.layer.stored(tape.store_numbers))
-                    numbers = torch.cat((tape.store_numbers, numbers.expand(len(tape.store_numbers), -1)), dim=1)
+                    numbers = torch.cat((tape.store_numbers, numbers.expand(tape.store_numbers.shape[0], -1)), dim=1)
                 for block in blocks(key.shape[2]):
                     self.layer.store(key.detach(), value.detach(), plan, block)
         keys, values = require(join(pairs))

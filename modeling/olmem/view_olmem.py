@@ -83,7 +83,7 @@ class View:
         """Returns the slots (R, P + S) of a step's keys in prefix and window. A key that is not seen has slot 0."""
         seen = self.visibility.sees(self.queries, self.key_numbers)
         keys = torch.where(seen, self.visibility.key_slot(self.queries, self.key_numbers), 0)
-        return torch.cat((self.prefix_slots.expand(len(keys), -1), keys), dim=-1)
+        return torch.cat((self.prefix_slots.expand(keys.shape[0], -1), keys), dim=-1)
 
     def step_offsets(self) -> torch.Tensor:
         """Returns the slots (R, P + S) of a step's keys minus that of its query, which are never above 0.
@@ -151,7 +151,7 @@ class View:
 
 
 def last_real(numbers: torch.Tensor) -> torch.Tensor:
-    """Returns the number (R, T) of the last token up to each column, -1 before the first; tokens count one by one."""
+    """Returns the number (R, T) of the last token up to each column, or −1 before the first token."""
     count = (numbers >= 0).cumsum(-1)
     first = numbers.where(numbers >= 0, torch.iinfo(numbers.dtype).max).amin(-1, keepdim=True)
     return torch.where(count > 0, first + count - 1, -1)

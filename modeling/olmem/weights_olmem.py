@@ -43,6 +43,15 @@ def warn_of_old_memory(stacklevel: int) -> None:
     )
 
 
+def warn_of_new_gates(stacklevel: int) -> None:
+    """Warns that a model got gates which its optimizer may not know."""
+    warnings.warn(
+        f"These weights hold no memory, so `memory_gate_init` became {MEMORY_GATE}, and each layer got a gate that is "
+        "nearly shut. Make the optimizer after loading, or set `memory_gate_init` before the model is made.",
+        stacklevel=stacklevel + 1,
+    )
+
+
 def read_old_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Renames the parameters of version 0.1 in a state dict before `module`, an `OlmemModel`, loads it.
 
@@ -127,4 +136,4 @@ class LoadsWeights(PreTrainedModel):
         return (model, loading_info) if output_loading_info else model
 
 
-__all__ = ["OLD_NAMES", "LoadsWeights", "new_name", "read_old_names"]
+__all__ = ["OLD_NAMES", "LoadsWeights", "lacks_gates", "new_name", "read_old_names", "warn_of_new_gates"]

@@ -37,17 +37,20 @@ CHECKPOINTING = (None, False, True)
 Result = dict[str, Any]
 
 
-def batch(step: int) -> torch.Tensor:
+LENGTH, SHORT = 13, 4  # tokens of a row: some segments of memory, or a part of one
+
+
+def batch(step: int, length: int = LENGTH) -> torch.Tensor:
     """Ids of a step, of which each process takes its share of rows."""
-    return tokens(2 * WORLD, 13, seed=step)
+    return tokens(2 * WORLD, length, seed=step)
 
 
-def train(model: nn.Module, rank: int = 0, world: int = 1) -> list[torch.Tensor]:
+def train(model: nn.Module, rank: int = 0, world: int = 1, length: int = LENGTH) -> list[torch.Tensor]:
     """Returns the losses of this process's share of a few steps of gradient descent."""
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     losses = []
     for step in range(STEPS):
-        ids = batch(step).chunk(world)[rank]
+        ids = batch(step, length).chunk(world)[rank]
         loss = model(ids, labels=ids, use_cache=False).loss
         loss.backward()
         optimizer.step()
@@ -116,9 +119,17 @@ def result(model: nn.Module, losses: list[torch.Tensor]) -> Result:
     return {"losses": joined / WORLD, "weights": {name: weight.clone() for name, weight in weights.items()}}
 
 
-def data_parallel(variant: str, wrap: Callable[..., nn.Module], use_reentrant: bool | None = None) -> Result:
+def data_parallel(
+    variant: str, wrap: Callable[..., nn.Module], use_reentrant: bool | None = None, length: int = LENGTH
+) -> Result:
     model = wrap(made(variant, use_reentrant))
-    return result(model, train(model, dist.get_rank(), WORLD))
+    return result(model, train(model, dist.get_rank(), WORLD, length))
+
+
+def uneven(variant: str, wrap: Callable[..., nn.Module]) -> Result:
+    """Each process reads rows of another length."""
+    model = wrap(made(variant))
+    return result(model, train(model, dist.get_rank(), WORLD, LENGTH if dist.get_rank() else SHORT))
 
 
 def mixed_precision(variant: str) -> Result:
@@ -138,12 +149,16 @@ def checks(folder: Path) -> Iterator[tuple[str, Callable[[], Result]]]:
     """Names all that is to be done, in the order in which both processes do it."""
     for variant in VARIANTS:
         yield f"ddp {variant}", partial(data_parallel, variant, DistributedDataParallel)
+        yield f"ddp, short {variant}", partial(data_parallel, variant, DistributedDataParallel, length=SHORT)
+        yield f"ddp, uneven {variant}", partial(uneven, variant, DistributedDataParallel)
         yield f"fsdp1 {variant}", partial(data_parallel, variant, wrapped)
         yield f"tp {variant}", partial(tensor_parallel, variant, folder)
         for use_reentrant in CHECKPOINTING:
             name = f"fsdp2, checkpoints {use_reentrant} {variant}"
             yield name, partial(data_parallel, variant, sharded, use_reentrant)
         yield f"mixed {variant}", partial(mixed_precision, variant)
+    for name, wrap in {"fsdp1": wrapped, "fsdp2": sharded}.items():
+        yield f"{name}, uneven", partial(uneven, "memory", wrap)
 
 
 def run(rank: int, folder: Path) -> None:

@@ -1007,6 +1007,8 @@ def test_nothing_of_before_comes_through_a_reset():
     model = tiny(**SINKS)
     cache = OlmemCache(model.config)
     model(inputs_embeds=torch.full((2, 9, 24), torch.nan), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"`layers\.0\.keys` of row 0 must be finite to be saved"):
+        cache.save("nowhere.safetensors")
     cache.reset()
     rows = left_padded(tokens(5), tokens(2, seed=1))
     assert read(model, rows["input_ids"], cache, rows["attention_mask"])[rows["attention_mask"].bool()].isfinite().all()

@@ -294,7 +294,9 @@ def test_overrides_are_expanded_and_validated_like_fields(load, tmp_path):
 
 # Fields of what is off, with a value and what is off.
 WITHOUT_EFFECT: list[tuple[str, Any, str]] = [
+    ("attention_chunk_size", 4, "`layer_types` has no 'chunked_attention'"),
     ("attention_chunk_lookback", 2, "`layer_types` has no 'chunked_attention'"),
+    ("clip_qkv_stage", "rotary", "`clip_qkv` is None"),
     ("memory_segment_length", 5, "`num_memory_tokens` is 0"),
     ("memory_bptt_segments", 2, "`num_memory_tokens` is 0"),
     ("memory_gate_init", -2.0, "`num_memory_tokens` is 0"),
@@ -317,7 +319,10 @@ def test_overrides_without_an_effect_are_refused(name, value, off, tmp_path):
         (OlmemForCausalLM.from_olmo, "olmo"),
     ):
         message = refusal(load, tmp_path / folder, **{name: value})
-        assert f"`{name}` must be left out where {off}, for it has no effect there (got {value!r}); leave it" in message
+        assert (
+            f"`{name}` must be left out where {off}, because it has no effect there (got {value!r}); leave it"
+            in message
+        )
     default = getattr(OlmemConfig(**TINY), name)
     assert getattr(OlmemConfig.from_pretrained(tmp_path / "olmem", **{name: default}), name) == default
     OlmemConfig(**(TINY | {name: value})).save_pretrained(tmp_path / "saved")
@@ -702,6 +707,20 @@ def test_a_default_window_beyond_what_an_olmo_was_trained_on_is_refused(original
     assert OlmemConfig.from_olmo(tmp_path).sliding_window == 4096, "no layer slides"
     original(max_position_embeddings=4096).save_pretrained(tmp_path)
     assert OlmemConfig.from_olmo(tmp_path, layer_types=SLIDING).sliding_window == 4096
+
+
+def test_a_default_window_of_a_model_of_full_layers_is_nobodys_choice(tmp_path):
+    """Its folder holds the default, which no layer uses; a folder whose layers slide holds a choice."""
+    OlmemConfig(layer_types=FULL, max_position_embeddings=128).save_pretrained(tmp_path)
+    for load in (OlmemConfig.from_pretrained, AutoConfig.from_pretrained):
+        message = refusal(load, tmp_path, layer_types=SLIDING)
+        assert "`sliding_window` must be given with `layer_types` that slide (got the default 4096)" in message
+        assert load(tmp_path, layer_types=SLIDING, sliding_window=4096).sliding_window == 4096
+        assert "`sliding_window` must be left out where `layer_types` has no" in refusal(
+            load, tmp_path, sliding_window=9
+        )
+    OlmemConfig(max_position_embeddings=128).save_pretrained(tmp_path)
+    assert OlmemConfig.from_pretrained(tmp_path, layer_types=SLIDING).sliding_window == 4096
 
 
 def test_a_window_that_an_olmo3_has_is_its_own(tmp_path):

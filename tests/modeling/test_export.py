@@ -75,6 +75,27 @@ def test_inference_without_a_mask_is_exported_for_any_length():
 
 
 @torch.no_grad()
+def test_inference_is_exported_for_any_batch():
+    logits = Logits(tiny(**ONE | SINKS | {"retrieval_layers": [0], "retrieval_top_k": 2}))
+    shapes = {0: torch.export.Dim("batch", max=64), 1: LENGTH}
+    run = torch.export.export(logits, padded(7), dynamic_shapes=(shapes, shapes)).module()
+    ids, mask = (each.repeat(3, 1) for each in padded(40))
+    close(run(ids, mask)[mask.bool()], logits(ids, mask)[mask.bool()])
+
+
+@torch.no_grad()
+def test_a_program_refuses_memory_that_is_not_finite():
+    """A graph checks it when it runs."""
+    model = tiny(**ONE | MEMORY)
+    run = torch.export.export(Logits(model), (tokens(1, 8),)).module()
+    run(tokens(1, 8))
+    model.model.memory.norm.weight.fill_(torch.nan)
+    run = torch.export.export(Logits(model), (tokens(1, 8),)).module()
+    with pytest.raises(RuntimeError, match="`memory` must be finite at the end of a segment"):
+        run(tokens(1, 8))
+
+
+@torch.no_grad()
 def test_memory_is_exported_for_a_length_and_says_so_for_any():
     logits = Logits(tiny(**ONE | MEMORY | {"memory_gate_init": 0.0}))
     ids, mask = padded(8)
@@ -143,7 +164,7 @@ def test_a_step_of_memory_is_exported_within_a_segment():
     expected = model(ids, use_cache=False).logits
     for index in range(2, 5):
         close(run(ids[:, [index]])[:, 0], expected[:, index])
-    with pytest.raises(RuntimeError, match="A segment begins, which a recorded step cannot"):
+    with pytest.raises(RuntimeError, match="A recorded step cannot begin a segment"):
         run(ids[:, [5]])
 
 

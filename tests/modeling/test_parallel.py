@@ -62,6 +62,23 @@ def test_two_processes_train_as_one_does(found, alone, way, variant):
 
 
 @every_variant
+def test_texts_of_a_part_of_a_segment_train_too(found, variant):
+    """No memory is written then, or on one process alone, and its norm has a gradient of zero there."""
+    meant = made(variant)
+    losses = torch.stack(train(meant, length=parallel.SHORT))
+    for result in found:
+        same(result[f"ddp, short {variant}"], {"losses": losses, "weights": dict(meant.named_parameters())})
+        assert "error" not in result[f"ddp, uneven {variant}"], result[f"ddp, uneven {variant}"]["error"]
+
+
+@pytest.mark.parametrize("way", ["fsdp1", "fsdp2"])
+def test_sharded_layers_refuse_other_numbers_of_segments_on_another_process(found, way):
+    """The processes would wait for one another."""
+    for result in found:
+        assert "must hold as many segments of memory on each rank" in result[f"{way}, uneven"]["error"]
+
+
+@every_variant
 def test_mixed_precision_adds_nothing_to_the_noise_of_bfloat16(found, alone, variant):
     """The first loss is that of one process in bfloat16 bit for bit; then only the order of sums differs. Every state
     that is rotated is of bfloat16, and every angle of float32."""
@@ -147,3 +164,6 @@ def test_the_meta_device_gives_shapes(has_mask, variant):
             piece, attention_mask=torch.ones_like(piece) if has_mask else None, past_key_values=cache
         ).logits
         assert logits.shape == (*piece.shape, 62) and logits.is_meta
+    if variant == "plain" and not has_mask:
+        positions = torch.arange(17, device="meta")[None]
+        assert model(ids, position_ids=positions, use_cache=False).logits.is_meta

@@ -254,6 +254,19 @@ def test_a_new_memory_beside_trained_weights_is_harmless_by_every_door(door, wit
     assert 0 < apart < 2e-3
 
 
+def test_a_state_dict_without_memory_gates_it_too(without_memory):
+    """It does if it holds all else; a part of the weights, such as an adapter's, says nothing of memory."""
+    plain, ids = OlmemForCausalLM.from_pretrained(without_memory), tokens(1, 40)
+    model = OlmemForCausalLM(tiny(layer_types=SLIDING, **NEW).config)
+    state = plain.state_dict()
+    model.load_state_dict({name: state[name] for name in list(state)[1:]}, strict=False)
+    assert model.config.memory_gate_init is None and model.model.layers[0].self_attn.memory_gate is None
+    with pytest.warns(UserWarning, match="`memory_gate_init` became -10"):
+        model.load_state_dict(state, strict=False)
+    assert model.config.memory_gate_init == -10.0
+    assert 0 < (logits_of(model, ids) - logits_of(plain, ids)).abs().max() < 2e-3
+
+
 @doors
 @pytest.mark.parametrize("value", [None, -2.0])
 def test_what_the_call_says_of_gates_is_what_they_are(value, door, without_memory):

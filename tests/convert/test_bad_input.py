@@ -2,15 +2,16 @@
 
 import json
 import os
+import resource
 import shutil
-import subprocess
-import sys
+import signal
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from convert.checkpoints import DEMO, copy_source, edit_json, edit_model, snapshot, source
+from convert.processes import Command
 from convert.refusal import refuse
 from convert.writers import olmo_core_state, olmo_state, write_baka, write_olmo, write_olmo_core
 from hypothesis import given, settings
@@ -449,23 +450,15 @@ def test_disk_without_room(src, monkeypatch):
 def test_disk_that_fills_up(limit, src):
     """A file that cannot grow past a limit stands for it: the same OSError out of the same writes."""
     copy_source("olmo", src)
-    script = f"""
-import resource, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-sys.argv = ["olmem", "convert", {str(src)!r}, {str(src.parent / "out")!r}]
-from olmem_convert.cli import app
-app()
-"""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 1 and "Traceback" not in run.stderr, run.stderr
-    assert [line for line in run.stderr.splitlines() if line.startswith("error: ")] == run.stderr.splitlines()
-    assert "free space" in run.stderr
+
+    def fill_up() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    exit_code, _, errors = Command("convert", src, src.parent / "out", prepare=fill_up).end()
+    assert exit_code == 1 and "Traceback" not in errors, errors
+    assert [line for line in errors.splitlines() if line.startswith("error: ")] == errors.splitlines()
+    assert "free space" in errors
     assert os.listdir(src.parent) == ["source"]
 
 

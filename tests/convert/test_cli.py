@@ -12,8 +12,10 @@ import olmem
 import olmem_convert
 import pytest
 from convert.checkpoints import DEMO, load_weights, read_config, snapshot, source
+from convert.processes import Command
 from convert.writers import write_olmo
 from olmem_convert.cli import app
+from olmem_convert.commands import converting
 from typer.testing import CliRunner
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -204,30 +206,26 @@ def test_signal_leaves_nothing(number, code, overwrite, tmp_path):
     if overwrite:
         assert run("convert", source_folder, out).exit_code == 0
     before = snapshot(tmp_path)
-    script = f"""
-import importlib, signal, sys, time
-module = importlib.import_module("olmem_convert.commands.converting")
-written = module.write_weights
-def wait(*args):
-    written(*args)
-    print("ready", flush=True)
-    time.sleep(60)
-module.write_weights = wait
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
-sys.argv = ["olmem", "convert", {str(source_folder)!r}, {str(out)!r}] + ["--overwrite"] * {overwrite}
-from olmem_convert.cli import app
-app()
-"""
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    while (line := process.stdout.readline()) and line != "ready\n":
+
+    def wait_in_the_middle() -> None:
+        written = converting.write_weights
+
+        def wait(*arguments) -> None:
+            written(*arguments)
+            print("ready", flush=True)
+            time.sleep(60)
+
+        converting.write_weights = wait
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+
+    command = Command("convert", source_folder, out, *["--overwrite"] * overwrite, prepare=wait_in_the_middle)
+    while (line := command.stdout.readline()) and line != "ready\n":
         pass
     assert any(path.name.startswith(".out.") for path in tmp_path.iterdir()), "it is in the middle"
     time.sleep(0.1)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == code and "Traceback" not in errors, errors
+    os.kill(command.pid, number)
+    exit_code, _, errors = command.end()
+    assert exit_code == code and "Traceback" not in errors, errors
     assert snapshot(tmp_path) == before and sorted(os.listdir(tmp_path)) == sorted(
         {"source", "out"} if overwrite else {"source"}
     )

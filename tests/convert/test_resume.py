@@ -7,8 +7,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from convert.checkpoints import DEMO, copy_source, load_weights, snapshot, source
+from convert.processes import Command
 from convert.writers import olmo_core_state, olmo_state, write_olmo, write_olmo_core
 from olmem_convert import CardOptions, CheckpointError, ConvertOptions, card, convert
 from olmem_convert.cli import app
@@ -23,7 +22,6 @@ from olmem_convert.reading.tensors import Span
 from olmem_convert.writing.transaction import note
 from typer.testing import CliRunner
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 SMALL = {"max_shard_size": "100KB", "verify": False}
 
 
@@ -533,22 +531,23 @@ def test_export_resumes_too(converted, kill, monkeypatch, tmp_path):
 
 def test_killed_in_earnest(tmp_path):
     """At random moments of the whole command, verification included; `benchmarks/convert.py --kills 50` has more."""
-    arguments = ["convert", str(DEMO / "step1872"), str(tmp_path / "out"), "--max-shard-size", "500KB"]
-    command = [sys.executable, "-m", "olmem_convert", *arguments]
-    CliRunner().invoke(app, [*arguments[:2], str(tmp_path / "whole"), *arguments[3:]])
+    arguments = [DEMO / "step1872", tmp_path / "out", "--max-shard-size", "500KB"]
+    started = time.monotonic()
+    assert Command("convert", arguments[0], tmp_path / "whole", *arguments[2:]).end()[0] == 0
+    seconds = time.monotonic() - started
     moments, kills, resume = random.Random(1), 0, []
     while kills < 3:
-        process = subprocess.Popen(command + resume, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        while process.poll() is None and not any(tmp_path.glob(".out.*")):
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0, 0.5))
-        if process.poll() is not None:
+        command = Command("convert", *arguments, *resume)
+        while not command.has_ended and not any(tmp_path.glob(".out.*")):
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, seconds / 2))
+        if command.has_ended:
             break
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        os.kill(command.pid, signal.SIGKILL)
+        command.end()
         kills, resume = kills + 1, ["--resume"]
         assert not (tmp_path / "out").exists()
-    subprocess.run(command + resume, env=ENVIRONMENT, check=False, capture_output=True)
+    Command("convert", *arguments, *resume).end()
     assert kills and snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
 
 

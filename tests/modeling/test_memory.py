@@ -408,8 +408,8 @@ def in_float64():
     ids=["sliding", "chunked", "two kinds", "schemes"],
 )
 def test_gradients_are_those_of_finite_differences(changes, kind):
-    """In float64, of the embeddings that are read, the first memory, and the gates, over three ends of segments and
-    with more candidates than are looked up."""
+    """In float64, of the embeddings that are read, the first memory, and the gates, each along a random direction, over
+    three ends of segments and with more candidates than are looked up."""
     sizes = {"hidden_size": 6, "intermediate_size": 6, "head_dim": 4, "num_attention_heads": 2, "vocab_size": 7}
     sizes |= {"num_key_value_heads": 1, "norm_type": "layer", "rope_parameters": ROPE}
     memory = {"num_memory_tokens": 2, "memory_segment_length": 3}
@@ -430,9 +430,9 @@ def test_gradients_are_those_of_finite_differences(changes, kind):
         return torch.func.functional_call(model, dict(zip(names, values, strict=True)), kwargs=kwargs).logits
 
     with in_float64():
-        assert torch.autograd.gradcheck(logits, given_inputs, eps=1e-6, atol=1e-5, rtol=1e-4)
-        with blocks_of(3):
-            assert torch.autograd.gradcheck(logits, given_inputs, eps=1e-6, atol=1e-5, rtol=1e-4, fast_mode=True)
+        for block in (3, 128):
+            with blocks_of(block):
+                assert torch.autograd.gradcheck(logits, given_inputs, eps=1e-6, atol=1e-7, rtol=1e-4, fast_mode=True)
 
 
 @pytest.mark.parametrize("length", [20, 18], ids=["whole segments", "a part at the end"])
@@ -915,11 +915,12 @@ def memories_of(model: OlmemForCausalLM, length: int, batch: int = 1) -> list[to
 @pytest.mark.parametrize("gate", [None, -2.0], ids=["not gated", "gated"])
 @pytest.mark.parametrize("placement", NORM_PLACEMENTS)
 def test_memory_stays_of_one_size_however_many_segments_wrote_it(placement, gate):
-    """Its root mean square, over 2,000 tokens of new weights: 1, as the norm has it; without a norm it was 255."""
+    """Its root mean square, over 100 segments of new weights: 1, as the norm has it; without a norm it was 255 after
+    400 segments."""
     changes = {"norm_placement": placement, "memory_gate_init": gate, "initializer_range": 0.2}
     model = OlmemForCausalLM(make(MEMORIES["memory"] | changes).config).eval()
-    written = memories_of(model, 2_001)
-    assert len(written) == 400
+    written = memories_of(model, 501)
+    assert len(written) == 100
     sizes = torch.stack(written).square().mean(-1).sqrt()
     assert_close(sizes, torch.ones_like(sizes), rtol=0, atol=1e-3)
 
@@ -927,10 +928,11 @@ def test_memory_stays_of_one_size_however_many_segments_wrote_it(placement, gate
 @pytest.mark.parametrize("kind", ["memory", "both with sinks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("placement", NORM_PLACEMENTS)
-def test_a_thousand_segments_are_finite_in_every_dtype(placement, dtype, kind):
+def test_hundreds_of_segments_are_finite_in_every_dtype(placement, dtype, kind):
+    """A thousand where, without a norm of memory's own, 70 were too many."""
     model = make(MEMORIES[kind] | {"norm_placement": placement, "memory_segment_length": 2}).to(dtype)
-    cache = OlmemCache(model.config)
-    logits = read(model, tokens(1, 2_002).split(500, dim=1), cache=cache)
+    segments = 1_000 if (placement, dtype, kind) == ("post", torch.float16, "memory") else 150
+    logits = read(model, tokens(1, 2 * segments + 2).split(500, dim=1))
     assert logits.dtype == dtype and logits.isfinite().all()
     assert logits.float().abs().amax(-1).max() < 4 * logits.float().abs().amax(-1).median()
 

@@ -1,7 +1,10 @@
+import gc
 import os
 
-import pytest
-import torch
+gc.set_threshold(50_000, 20, 20)  # imports and compilers make millions of objects, which are walked over and stay
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, whose kernels run on a CPU that way

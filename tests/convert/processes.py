@@ -1,4 +1,4 @@
-"""The command in a process of its own, forked from this one: what it imports, which takes seconds, is there already."""
+"""Processes that are forked from this one: what they import, which takes seconds, is there already."""
 
 import multiprocessing
 import os
@@ -8,20 +8,19 @@ from collections.abc import Callable
 from olmem_convert.cli import app
 
 
-class Command:
-    """A running `olmem`. What `prepare` does to the process beforehand, the tests do not see."""
+class Forked:
+    """A process that runs a function, and what it says."""
 
-    def __init__(self, *arguments: object, prepare: Callable[[], object] = lambda: None):
+    def __init__(self, run: Callable[[], object]):
         (output, to_output), (errors, to_errors) = os.pipe(), os.pipe()
 
-        def run() -> None:
+        def speak_and_run() -> None:
             sys.stdout, sys.stderr = os.fdopen(to_output, "w"), os.fdopen(to_errors, "w")
             for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
                 os.dup2(stream.fileno(), number)
-            prepare()
-            app(list(map(str, arguments)), prog_name="olmem")
+            run()
 
-        self.process = multiprocessing.get_context("fork").Process(target=run)
+        self.process = multiprocessing.get_context("fork").Process(target=speak_and_run)
         self.process.start()
         self.pid = self.process.pid
         os.close(to_output)
@@ -35,8 +34,18 @@ class Command:
     def end(self) -> tuple[int, str, str]:
         """Waits, and returns its exit code, and what it has said since on standard output and error: little, which
         fits into a pipe."""
-        self.process.join(60)
+        self.process.join(100)
         code = self.process.exitcode
         assert code is not None, "it does not end"
         with self.stdout, self.stderr:
             return code, self.stdout.read(), self.stderr.read()
+
+
+def command(*arguments: object, prepare: Callable[[], object] = lambda: None) -> Forked:
+    """Runs `olmem` with these arguments in a process that is prepared for it."""
+
+    def run() -> None:
+        prepare()
+        app(list(map(str, arguments)), prog_name="olmem")
+
+    return Forked(run)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from convert.checkpoints import DEMO, copy_source, edit_json, edit_model, snapshot, source
-from convert.processes import Command
+from convert.processes import command
 from convert.refusal import refuse
 from convert.writers import olmo_core_state, olmo_state, write_baka, write_olmo, write_olmo_core
 from hypothesis import given, settings
@@ -455,7 +455,7 @@ def test_disk_that_fills_up(limit, src):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    exit_code, _, errors = Command("convert", src, src.parent / "out", prepare=fill_up).end()
+    exit_code, _, errors = command("convert", src, src.parent / "out", prepare=fill_up).end()
     assert exit_code == 1 and "Traceback" not in errors, errors
     assert [line for line in errors.splitlines() if line.startswith("error: ")] == errors.splitlines()
     assert "free space" in errors

@@ -12,7 +12,7 @@ import olmem
 import olmem_convert
 import pytest
 from convert.checkpoints import DEMO, load_weights, read_config, snapshot, source
-from convert.processes import Command
+from convert.processes import command
 from convert.writers import write_olmo
 from olmem_convert.cli import app
 from olmem_convert.commands import converting
@@ -218,13 +218,13 @@ def test_signal_leaves_nothing(number, code, overwrite, tmp_path):
         converting.write_weights = wait
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 
-    command = Command("convert", source_folder, out, *["--overwrite"] * overwrite, prepare=wait_in_the_middle)
-    while (line := command.stdout.readline()) and line != "ready\n":
+    process = command("convert", source_folder, out, *["--overwrite"] * overwrite, prepare=wait_in_the_middle)
+    while (line := process.stdout.readline()) and line != "ready\n":
         pass
     assert any(path.name.startswith(".out.") for path in tmp_path.iterdir()), "it is in the middle"
     time.sleep(0.1)
-    os.kill(command.pid, number)
-    exit_code, _, errors = command.end()
+    os.kill(process.pid, number)
+    exit_code, _, errors = process.end()
     assert exit_code == code and "Traceback" not in errors, errors
     assert snapshot(tmp_path) == before and sorted(os.listdir(tmp_path)) == sorted(
         {"source", "out"} if overwrite else {"source"}

@@ -4,9 +4,9 @@ import base64
 import json
 import os
 import pickle
+import runpy
 import shutil
 import struct
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -23,6 +23,7 @@ from convert.fuzzing.pickles import CALLS, CANARY, called
 from convert.fuzzing.seeds import OTHERS, READERS, Files, saved, seeds
 from convert.fuzzing.states import model_of
 from convert.fuzzing.target import Escape, Place, standing_in
+from convert.processes import Forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from olmem import OlmemCache
@@ -86,14 +87,13 @@ def test_bytes_steer_the_mutations():
 
 
 def test_the_benchmark_tells_what_it_found():
-    run = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "fuzz.py"), "--cases", "20", "--processes", "1", "--json"],
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    rows = json.loads(run.stdout)["readers"].values()
+    def run() -> None:
+        sys.argv = ["fuzz.py", "--cases", "20", "--processes", "1", "--json"]
+        runpy.run_path(str(ROOT / "benchmarks" / "fuzz.py"), run_name="__main__")
+
+    exit_code, output, errors = Forked(run).end()
+    assert exit_code == 0, errors[-3000:]
+    rows = json.loads(output)["readers"].values()
     assert sum(row["cases"] for row in rows) == sum(row["accepted"] + row["refused"] for row in rows) == 20
 
 

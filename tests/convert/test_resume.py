@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from convert.checkpoints import DEMO, copy_source, load_weights, snapshot, source
-from convert.processes import Command
+from convert.processes import command
 from convert.writers import olmo_core_state, olmo_state, write_olmo, write_olmo_core
 from olmem_convert import CardOptions, CheckpointError, ConvertOptions, card, convert
 from olmem_convert.cli import app
@@ -533,21 +533,21 @@ def test_killed_in_earnest(tmp_path):
     """At random moments of the whole command, verification included; `benchmarks/convert.py --kills 50` has more."""
     arguments = [DEMO / "step1872", tmp_path / "out", "--max-shard-size", "500KB"]
     started = time.monotonic()
-    assert Command("convert", arguments[0], tmp_path / "whole", *arguments[2:]).end()[0] == 0
+    assert command("convert", arguments[0], tmp_path / "whole", *arguments[2:]).end()[0] == 0
     seconds = time.monotonic() - started
     moments, kills, resume = random.Random(1), 0, []
     while kills < 3:
-        command = Command("convert", *arguments, *resume)
-        while not command.has_ended and not any(tmp_path.glob(".out.*")):
+        process = command("convert", *arguments, *resume)
+        while not process.has_ended and not any(tmp_path.glob(".out.*")):
             time.sleep(0.001)
         time.sleep(moments.uniform(0, seconds / 2))
-        if command.has_ended:
+        if process.has_ended:
             break
-        os.kill(command.pid, signal.SIGKILL)
-        command.end()
+        os.kill(process.pid, signal.SIGKILL)
+        process.end()
         kills, resume = kills + 1, ["--resume"]
         assert not (tmp_path / "out").exists()
-    Command("convert", *arguments, *resume).end()
+    command("convert", *arguments, *resume).end()
     assert kills and snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
 
 

@@ -25,7 +25,7 @@ from olmem_convert.cli import app
 from olmem_convert.errors import DifferenceError
 from olmem_convert.proof import verification
 from olmem_convert.publish.release import check_release
-from olmem_convert.reading import plain
+from olmem_convert.reading import plain, tokenizer_trial
 from olmem_convert.reading.archives import STATE_DICT_NAMES, read_pickle
 from olmem_convert.reading.distributed import METADATA_NAMES
 from olmem_convert.reading.olmem_folder import UNSEALED
@@ -401,9 +401,18 @@ TOKENIZERS: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.fixture
+def impatient(monkeypatch, tmp_path):
+    """A tokenizer is tried for one second of the processor; `write_tokenizer` is tested with all eight."""
+    text, seconds = Path(tokenizer_trial.__file__).read_text(), f"SECONDS, MEMORY = {tokenizer_trial.SECONDS},"
+    assert seconds in text
+    (tmp_path / "trial.py").write_text(text.replace(seconds, "SECONDS, MEMORY = 1,"))
+    monkeypatch.setattr(tokenizer_trial, "__file__", str(tmp_path / "trial.py"))
+
+
 @pytest.mark.parametrize("command", ["evaluate", "push"])
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-def test_tokenizers_that_convert_refuses_are_refused_by_every_command(tokenizer, command, out, demo, capfd):
+def test_tokenizers_that_convert_refuses_are_refused_by_every_command(tokenizer, command, out, demo, capfd, impatient):
     """They ended the process by SIGABRT, or in a panic of 247 lines."""
     TOKENIZERS[tokenizer](out)
     reseal_files(out)

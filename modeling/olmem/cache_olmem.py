@@ -135,6 +135,7 @@ class OlmemCache(Cache):
             )
         super().__init__(layers=layers)
         self.counters = counters
+        self.sizes = tuple(layer.visibility.sizes for layer in layers)  # of what each layer sees
         self.memory: torch.Tensor | None = None
         self.unfinished = False  # whether a forward call has read some of its segments, but not all
         self.began_anew = False  # whether some rows have begun anew, so that columns are no longer those of one text
@@ -253,6 +254,14 @@ class OlmemCache(Cache):
         for layer in self.layers:
             layer.half_written = False
         self.counters.advance(view, columns)
+
+    def expect(self, length: int) -> None:
+        """Says how many tokens may be read in all, so that layers make room for the next of them at once.
+
+        Unlike `max_length`, this is no limit.
+        """
+        for layer in self.layers:
+            layer.expected = length
 
     def reserve_step(self) -> None:
         """Makes room for one more token in every layer."""

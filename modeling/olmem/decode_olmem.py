@@ -5,6 +5,8 @@ What is captured are the layers themselves, with the kernels of `kernels_olmem` 
 kernels find an `OlmemCache` through a table of addresses on the device, so that a new, loaded or reordered cache costs
 no capture: another table is written. Counters, room and segments stay the host's, which does not wait for the device.
 
+Where a row begins a segment, its memory is written and read by graphs of their own, a row at a time, before the step.
+
 A call that cannot be captured runs as it is, and `OlmemCache.step_path` says why.
 """
 
@@ -20,10 +22,12 @@ from torch import nn
 from .cache_olmem import OlmemCache
 from .compat_olmem import can_capture, capture, has_global_hooks, is_recorded
 from .configuration_olmem import OlmemConfig
+from .finite_olmem import refuse_nonfinite_memory
 from .plan_olmem import layer_kinds
 from .positions_olmem import OlmemRotaryEmbedding
 from .rules_olmem import ROTATING
-from .step_olmem import StepOperations, StepPlan, StepState
+from .segments_olmem import REMEDY, OlmemMemory
+from .step_olmem import READS, TOKENS, WRITES, StepOperations, StepPlan, StepState
 from .visibility_olmem import Visibility
 
 PACKAGE = __name__.rpartition(".")[0]
@@ -32,8 +36,10 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FIELDS = 6  # of a layer in the table of addresses
 CAPTURED = "captured"
 MOST_CAPTURED = 16  # batch sizes of a model; the oldest is dropped for another
+MOST_BEGINNING = 8  # rows that begin segments at a step; more of them are faster side by side, as the network is
 
-FIRST_LAYERS = 2  # of a step, in a graph of their own: the device computes them while the others are launched
+FIRST_LAYERS = 4  # of a step, in a graph of their own: the device computes them while the others are made ready
+PARTS = slice(0, FIRST_LAYERS), slice(FIRST_LAYERS, None)
 
 # Passes hidden states (B, 1, hidden_size) through some layers by their plans and states, and after the last one through
 # the norm.
@@ -60,6 +66,7 @@ class Watch:
         self.holders: list[tuple[dict[str, Any], str]] = [(holder, name) for holder in holders for name in holder]
         self.tensors = [holder[name] for holder, name in self.holders]
         self.layout = self.read_layout()
+        self.kind: tuple[torch.device, torch.dtype] | None = None  # of the weights, as `reason` finds it
 
     def read_layout(self) -> list[tuple[int, int] | None]:
         """Returns the address and the number of elements of each weight and buffer."""
@@ -88,8 +95,10 @@ class Watch:
                 if not is_plain(weight):
                     return "a weight is not contiguous, or not aligned to 16 bytes"
                 found.add((weight.device, weight.dtype))
-        if len(found) != 1:
+        if len(found) > 1:
             return f"weights are of several devices or dtypes ({', '.join(sorted(map(str, found)))})"
+        if not found:
+            return None
         device, dtype = self.kind = found.pop()
         if dtype not in DTYPES:
             return f"weights are {dtype}"
@@ -128,8 +137,82 @@ def is_plain(weight: torch.Tensor) -> bool:
     return weight.is_contiguous() and weight.data_ptr() % 16 == 0
 
 
-class CapturedStep:
-    """Holds one step of a batch size, captured as a graph, with the tensors that it reads and writes.
+class Table:
+    """Holds the addresses of a cache's buffers on the device, where captured kernels find them.
+
+    Args:
+        num_layers: the number of layers.
+        device: where the kernels run.
+    """
+
+    def __init__(self, num_layers: int, device: torch.device):
+        with torch.inference_mode(False):
+            self.tensor = torch.zeros(num_layers, FIELDS, device=device, dtype=torch.long)
+        self.addresses: dict[int | None, list[int]] = {}  # by the first layer of a part
+
+    def point_at(self, cache: OlmemCache, part: slice) -> None:
+        """Writes the addresses of some layers of a cache, if they are not there."""
+        layers = cache.layers[part]
+        buffers = [buffer for layer in layers for buffer in layer.buffers.values()]
+        addresses = [buffer.data_ptr() for buffer in buffers] + [buffer.stride(1) for buffer in buffers]
+        if addresses != self.addresses.get(part.start):
+            if layers:
+                self.tensor[part].copy_(torch.tensor([layer.addresses() for layer in layers], dtype=torch.long))
+            self.addresses[part.start] = addresses
+
+
+class Planned:
+    """Makes the plans and states of a model's layers for what is captured.
+
+    Args:
+        config: the model's configuration.
+        rotary: its angles.
+        operations: what the layers compute with.
+        device: where the model is.
+    """
+
+    def __init__(
+        self, config: OlmemConfig, rotary: OlmemRotaryEmbedding, operations: StepOperations, device: torch.device
+    ):
+        self.config, self.rotary, self.operations = config, rotary, operations
+        self.kinds = layer_kinds(config)
+        self.table = Table(len(config.layer_types), device)
+        self.failure: str | None = None  # why there is no graph
+
+    def plans(self) -> list[StepPlan]:
+        """Returns the plan of each layer."""
+        return [
+            StepPlan(
+                Visibility.of(self.config, kind.layer_type),
+                self.operations,
+                self.rotary.factor(kind.layer_type),
+                self.rotary.trained_length,
+            )
+            for kind in self.kinds
+        ]
+
+    def states(
+        self,
+        seen: torch.Tensor,
+        place: torch.Tensor,
+        role: int = TOKENS,
+        rows: torch.Tensor | None = None,
+        fresh: torch.Tensor | None = None,
+    ) -> list[StepState]:
+        """Returns the state of each layer for tokens at places (B,); the others are those of `StepState`."""
+        rotating = {kind.layer_type for kind in self.kinds if kind.position_embedding in ROTATING}
+        frequencies = {
+            layer_type: self.rotary.frequencies_at(place[:, None], layer_type).view(-1, self.config.head_dim // 2)
+            for layer_type in sorted(rotating)
+        }
+        return [
+            StepState(self.table.tensor[index], seen, frequencies.get(kind.layer_type), role, rows, fresh)
+            for index, kind in enumerate(self.kinds)
+        ]
+
+
+class CapturedStep(Planned):
+    """Holds one step of a batch size, captured as graphs, with the tensors that it reads and writes.
 
     Args:
         config: the model's configuration.
@@ -149,55 +232,22 @@ class CapturedStep:
         device: torch.device,
         dtype: torch.dtype,
     ):
-        self.config, self.rotary, self.operations = config, rotary, operations
-        self.kinds = layer_kinds(config)
+        super().__init__(config, rotary, operations, device)
         with torch.inference_mode(False):
             self.embeddings = torch.zeros(batch_size, 1, config.hidden_size, device=device, dtype=dtype)
             self.seen = torch.zeros(batch_size, device=device, dtype=torch.long)
-            self.table = torch.zeros(len(config.layer_types), FIELDS, device=device, dtype=torch.long)
-        self.addresses: list[int] | None = None
-        self.parts = [slice(0, FIRST_LAYERS), slice(FIRST_LAYERS, None)]
-        self.graphs: list[torch.cuda.CUDAGraph] = []
-        self.failure: str | None = None  # why there is no graph; steps run as they are then
+        self.graphs: list[torch.cuda.CUDAGraph] = []  # of each of PARTS
         self.outputs: list[torch.Tensor] = []  # of each graph
-
-    def point_at(self, cache: OlmemCache) -> None:
-        """Writes the addresses of a cache into the table, if they are not there."""
-        buffers = [buffer for layer in cache.layers for buffer in layer.buffers.values()]
-        addresses = [buffer.data_ptr() for buffer in buffers] + [buffer.stride(1) for buffer in buffers]
-        if addresses != self.addresses:
-            self.table.copy_(torch.tensor([layer.addresses() for layer in cache.layers], dtype=torch.long))
-            self.addresses = addresses
-
-    def frequencies(self, layer_type: str) -> torch.Tensor:
-        """Returns the inverse frequencies (B or 1, D/2) of the new tokens' positions."""
-        place = (self.config.num_memory_tokens + self.seen)[:, None]
-        return self.rotary.frequencies_at(place, layer_type).view(-1, self.config.head_dim // 2)
 
     def describe(self) -> tuple[list[StepPlan], list[StepState]]:
         """Returns the plan and the state of each layer for the step that the tensors of this object describe."""
-        rotating = {kind.layer_type for kind in self.kinds if kind.position_embedding in ROTATING}
-        frequencies = {layer_type: self.frequencies(layer_type) for layer_type in sorted(rotating)}
-        plans = [
-            StepPlan(
-                Visibility.of(self.config, kind.layer_type),
-                self.operations,
-                self.rotary.factor(kind.layer_type),
-                self.rotary.trained_length,
-            )
-            for kind in self.kinds
-        ]
-        states = [
-            StepState(self.table[index], self.seen, frequencies.get(kind.layer_type))
-            for index, kind in enumerate(self.kinds)
-        ]
-        return plans, states
+        return self.plans(), self.states(self.seen, self.config.num_memory_tokens + self.seen)
 
     def compute(self, compute: Compute) -> torch.Tensor:
         """Computes the step that the tensors of this object describe, and writes it to the cache in the table."""
         plans, states = self.describe()
         hidden_states = self.embeddings
-        for part in self.parts:
+        for part in PARTS:
             hidden_states = compute(hidden_states, plans, states, part)
         return hidden_states
 
@@ -205,7 +255,7 @@ class CapturedStep:
         """Records the step as graphs, the first of which also finds positions."""
         given = None
         hidden_states, graphs, outputs = self.embeddings, [], []
-        for part in self.parts:
+        for part in PARTS:
 
             def some(part: slice = part, hidden_states: torch.Tensor = hidden_states) -> torch.Tensor:
                 nonlocal given
@@ -217,27 +267,136 @@ class CapturedStep:
             outputs.append(hidden_states)
         self.graphs, self.outputs = graphs, outputs
 
-    def run(self, embeddings: torch.Tensor, cache: OlmemCache, compute: Compute, pool: Any) -> torch.Tensor | None:
-        """Computes a step of embeddings (B, 1, hidden_size), and returns what came out.
+    def first(self, embeddings: torch.Tensor, cache: OlmemCache, compute: Compute, pool: Any) -> torch.Tensor | None:
+        """Computes a step of embeddings (B, 1, hidden_size) kernel by kernel, which compiles them, and records it.
 
-        The first time it runs kernel by kernel, which compiles them, and is recorded after that. It returns None where
-        kernels or capture fail, and remembers why: what was written to the cache is written again by the step as it is.
+        Returns None where kernels or capture fail, and remembers why. What was written to the cache is written again by
+        the step as it is.
         """
-        self.point_at(cache)
+        self.enter(embeddings, cache)
+        for part in PARTS:
+            self.table.point_at(cache, part)
+        try:
+            output = self.compute(compute).clone()
+            self.record(compute, pool)
+        except Exception as error:  # of a compiler, of a driver, of memory that is short
+            self.failure = f"its capture failed ({error})"
+            warnings.warn(f"A step runs as it is: {self.failure}.", stacklevel=2)
+            return None
+        return output
+
+    def enter(self, embeddings: torch.Tensor, cache: OlmemCache) -> None:
+        """Takes over embeddings (B, 1, hidden_size) and the numbers of the new tokens."""
         self.embeddings.copy_(embeddings)
         self.seen.copy_(cache.seen)
-        if not self.graphs:
-            try:
-                output = self.compute(compute).clone()
-                self.record(compute, pool)
-            except Exception as error:  # of a compiler, of a driver, of memory that is short
-                self.failure = f"its capture failed ({error})"
-                warnings.warn(f"A step runs as it is: {self.failure}.", stacklevel=2)
+
+    def replay(
+        self, embeddings: torch.Tensor, cache: OlmemCache, holds: Sequence[Callable[[], bool]]
+    ) -> torch.Tensor | None:
+        """Replays a step of embeddings (B, 1, hidden_size), each graph once its layers are seen to be those captured.
+
+        Returns None if they are not. Layers that were replayed before have then written to the cache what any step of
+        the same token writes again.
+        """
+        for part, graph, is_same in zip(PARTS, self.graphs, holds, strict=True):
+            if not is_same():
                 return None
-            return output
-        for graph in self.graphs:
+            self.table.point_at(cache, part)
+            if not part.start:
+                self.enter(embeddings, cache)
             graph.replay()
         return self.outputs[-1].clone()
+
+
+class CapturedMemory(Planned):
+    """Holds what ends a segment of one row, captured as a graph: its memory is written, and read for the next segment.
+
+    Args:
+        config: the model's configuration.
+        rotary: its angles.
+        operations: what the layers compute with.
+        norm: the norm of written memory.
+        device: where the model is.
+        dtype: of its weights.
+    """
+
+    def __init__(
+        self,
+        config: OlmemConfig,
+        rotary: OlmemRotaryEmbedding,
+        operations: StepOperations,
+        norm: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        super().__init__(config, rotary, operations, device)
+        self.norm = norm
+        count, heads = config.num_memory_tokens, config.num_key_value_heads
+        with torch.inference_mode(False):
+            self.memory = torch.zeros(count, 1, config.hidden_size, device=device, dtype=dtype)
+            self.seen = torch.zeros(1, device=device, dtype=torch.long)
+            self.row = torch.zeros(1, device=device, dtype=torch.long)
+            self.numbers = torch.arange(count, device=device)
+            self.scratch = torch.zeros(2, heads, count, config.head_dim, device=device, dtype=dtype)
+            fields = [*(each.data_ptr() for each in self.scratch), count, 0, 0, 0]
+            self.fresh = torch.tensor(fields, device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.written = self.memory
+
+    def compute(self, compute: Compute) -> torch.Tensor:
+        """Writes the memory (M, 1, hidden_size) that the tensors of this object describe, and lets layers read it."""
+        plans, layers = self.plans(), slice(0, len(self.kinds))
+        place = self.config.num_memory_tokens + self.seen + self.numbers
+        states = self.states(self.seen, place, WRITES, self.row, self.fresh)
+        written = self.operations.norm(self.norm, compute(self.memory, plans, states, layers))
+        compute(written, plans, self.states(self.seen, self.numbers, READS, self.row), layers)
+        return written
+
+    def run(self, row: int, cache: OlmemCache, compute: Compute, pool: Any) -> torch.Tensor | None:
+        """Writes and reads the memory of a row of a cache, and returns it, (1, M, hidden_size).
+
+        The first time it runs kernel by kernel and is recorded, as `CapturedStep.first` is. Where that fails it returns
+        None, remembers why, and leaves the cache as it was.
+        """
+        assert cache.memory is not None
+        self.table.point_at(cache, slice(0, None))
+        self.memory.copy_(cache.memory[row, :, None])
+        self.seen.copy_(cache.seen[row : row + 1])
+        self.row.fill_(row)
+        if self.graph is None:
+            read = [
+                buffer[row, :, : self.config.num_memory_tokens]
+                for layer in cache.layers
+                for name, buffer in layer.buffers.items()
+                if name in layer.names
+            ]
+            kept = [each.clone() for each in read]
+            try:
+                written = self.compute(compute).clone()
+                self.graph, self.written = capture(lambda: self.compute(compute), pool, self.memory.device)
+            except Exception as error:  # of a compiler, of a driver, of memory that is short
+                for each, before in zip(read, kept, strict=True):
+                    each.copy_(before)
+                self.failure = f"its capture failed ({error})"
+                warnings.warn(f"Memory is written as it is: {self.failure}.", stacklevel=2)
+                return None
+            return written.transpose(0, 1)
+        self.graph.replay()
+        return self.written.transpose(0, 1)
+
+    def begin_segments(self, rows: Sequence[int], cache: OlmemCache, compute: Compute, pool: Any) -> str | None:
+        """Lets rows of a cache begin a segment with their next token, or returns why they cannot in this way."""
+        memory = cache.memory
+        for row in rows:
+            written = None if self.failure else self.run(row, cache, compute, pool)
+            if written is None or memory is None:
+                return self.failure
+            cache.unfinished = True  # until the step is done
+            memory = memory.index_copy(0, self.row, written.to(memory.dtype))
+        if memory is not None:
+            refuse_nonfinite_memory(memory, "at the end of a segment", REMEDY)
+            cache.remember(memory)
+        return None
 
 
 class DecodeSteps:
@@ -257,10 +416,11 @@ class DecodeSteps:
         """Drops all that was captured, once the device has done with it."""
         if self.last is not None:
             self.last.synchronize()
-        self.watch: Watch | None = None
+        self.watches: list[Watch] = []  # of the modules of each of PARTS
         self.reason: str | None = None
         self.operations: StepOperations | None = None
         self.captured: dict[Any, CapturedStep] = {}
+        self.memories: dict[Any, CapturedMemory] = {}
         self.pool: Any = None
         self.last = None
 
@@ -298,20 +458,30 @@ class DecodeSteps:
         buffers = [buffer for layer in cache.layers for buffer in layer.buffers.values()]
         if any(buffer.dtype != embeddings.dtype or buffer.device != embeddings.device for buffer in buffers):
             return "the cache is of another dtype than the model, or not on its device alone"
-        if config.num_memory_tokens:
-            segment = config.memory_segment_length or 1
-            if any(seen % segment == 0 for seen in cache.counters.read_seen()):
-                return "a row begins a segment, and its memory is written"
+        rows = rows_that_begin(config, cache)
+        if any(cache.counters.read_seen()[row] == 0 for row in rows):
+            return "a row begins a stream"
+        if len(rows) > MOST_BEGINNING:
+            return f"{len(rows)} rows begin segments, and their memory is written"
         return None
 
-    def ready(self, modules: Sequence[nn.Module], embeddings: torch.Tensor) -> str | None:
-        """Returns why these modules cannot be captured, or None; forgets what was captured of others."""
-        watch = self.watch
-        if watch is None or self.reason is not None or watch.roots != list(modules) or not watch.holds():
+    def ready(self, parts: Sequence[Sequence[nn.Module]], embeddings: torch.Tensor, wholly: bool) -> str | None:
+        """Returns why these modules cannot be captured, or None; forgets what was captured of others.
+
+        Args:
+            parts: the modules of each of PARTS.
+            wholly: whether all of them are looked at, or those of the first part alone.
+        """
+        watches = self.watches
+        is_same = [watch.roots for watch in watches] == [list(part) for part in parts]
+        looked_at = watches if wholly else watches[:1]
+        if not is_same or self.reason is not None or not all(watch.holds() for watch in looked_at):
             self.forget()
-            self.watch = watch = Watch(modules)
-            self.reason = watch.reason()
-        if self.reason is None and watch.kind != (embeddings.device, embeddings.dtype):
+            self.watches = watches = [Watch(part) for part in parts]
+            found = [reason for watch in watches if (reason := watch.reason()) is not None]
+            self.reason = found[0] if found else None
+        kinds = {watch.kind for watch in watches} - {None}
+        if self.reason is None and kinds != {(embeddings.device, embeddings.dtype)}:
             return "embeddings and layers are of several devices or dtypes"
         return self.reason
 
@@ -319,7 +489,7 @@ class DecodeSteps:
         self,
         config: OlmemConfig,
         rotary: OlmemRotaryEmbedding,
-        modules: Sequence[nn.Module],
+        modules: tuple[Sequence[nn.Module], nn.Module, OlmemMemory | None],
         cache: OlmemCache,
         embeddings: torch.Tensor,
         compute: Compute,
@@ -327,18 +497,23 @@ class DecodeSteps:
         """Computes a step of embeddings (B, 1, hidden_size), or returns None where it cannot be captured.
 
         Args:
-            modules: what `compute` runs.
+            modules: what `compute` runs, which are the layers and the norm after them, and the model's memory.
             compute: passes embeddings through the layers by these plans and states.
         """
-        device = embeddings.device
+        layers, norm, memory = modules
+        device, dtype, batch = embeddings.device, embeddings.dtype, len(embeddings)
+        parts = [rotary, norm, *([] if memory is None else [memory]), *layers[PARTS[0]]], layers[PARTS[1]]
         with self.lock, torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
-            reason = self.ready([*modules, rotary], embeddings)
+            rows = rows_that_begin(config, cache)
+            key = batch, config.retrieval_top_k, cache.sizes
+            reason = self.ready(parts, embeddings, wholly=bool(rows) or key not in self.captured)
+            step = self.captured.get(key)
             if config.caches_one_tensor and "dynamic" in rotary.rope_type.values():
                 reason = "keys that are values too cannot be turned by frequencies of their own"
-            batch, dtype = len(embeddings), embeddings.dtype
-            key = batch, config.retrieval_top_k, tuple(layer.visibility.sizes for layer in cache.layers)
-            if reason is None and key in self.captured:
-                reason = self.captured[key].failure
+            if reason is None and step is not None:
+                reason = step.failure
+            if reason is None and rows and step is None:
+                reason = "a row begins a segment with the first step"
             if reason is not None:
                 cache.step_path = reason
                 return None
@@ -349,16 +524,29 @@ class DecodeSteps:
             stream = torch.cuda.current_stream(device)
             if self.last is not None:
                 stream.wait_event(self.last)
-            if key not in self.captured:
+            if rows and memory is not None:
+                if cache.sizes not in self.memories:
+                    made_of = config, rotary, self.operations, memory.norm, device, dtype
+                    self.memories[cache.sizes] = CapturedMemory(*made_of)
+                cache.step_path = self.memories[cache.sizes].begin_segments(rows, cache, compute, self.pool)
+                if cache.step_path is not None:
+                    return None
+            if step is None:
                 if len(self.captured) == MOST_CAPTURED:
                     torch.cuda.synchronize(device)
                     del self.captured[next(iter(self.captured))]
-                self.captured[key] = CapturedStep(config, rotary, self.operations, batch, device, dtype)
-            output = self.captured[key].run(embeddings, cache, compute, self.pool)
+                step = self.captured[key] = CapturedStep(config, rotary, self.operations, batch, device, dtype)
+                output = step.first(embeddings, cache, compute, self.pool)
+            else:
+                output = step.replay(embeddings, cache, [lambda: True, *(watch.holds for watch in self.watches[1:])])
             self.last = self.last or torch.cuda.Event()
             self.last.record(stream)
-            cache.step_path = self.captured[key].failure or CAPTURED
+            if output is None and step.failure is None:  # layers of the second part have changed
+                self.forget()
+                return self.run(config, rotary, modules, cache, embeddings, compute)
+            cache.step_path = step.failure or CAPTURED
             if output is not None:
+                cache.unfinished = False
                 cache.count_step()
             return output
 
@@ -378,6 +566,14 @@ class DecodeSteps:
             with torch.cuda.device(states.device):
                 return self.operations.products([linear], states)[0]
         return linear(states)
+
+
+def rows_that_begin(config: OlmemConfig, cache: OlmemCache) -> list[int]:
+    """Returns the rows of a cache that begin a segment with their next token."""
+    if not config.num_memory_tokens:
+        return []
+    segment = config.memory_segment_length or 1
+    return [row for row, seen in enumerate(cache.counters.read_seen()) if seen % segment == 0]
 
 
 def make_operations(device: torch.device, dtype: torch.dtype) -> StepOperations:

@@ -15,6 +15,10 @@ from .compat_olmem import CACHE_NAME, rename_cache, takes_cache
 from .configuration_olmem import OlmemConfig
 from .fallback_olmem import refuse_own_features
 
+NOT_AT_A_STEP = {"next_sequence_length", "attention_mask", "position_ids"}
+# What `generate()` usually gives to a step.
+STEP_ARGUMENTS = NOT_AT_A_STEP | {"cache", "past_key_values", "use_cache", "logits_to_keep"}
+
 
 class OlmemGenerationMixin(GenerationMixin):
     """Overrides the steps of Transformers' `generate()` that work differently with an OlmemCache."""
@@ -40,7 +44,9 @@ class OlmemGenerationMixin(GenerationMixin):
         wants_own = generation_config.use_cache and generation_config.cache_implementation is None
         if model_kwargs.get(CACHE_NAME) is None and wants_own:
             if not rolls_back:
-                model_kwargs[CACHE_NAME] = self.make_cache()
+                model_kwargs[CACHE_NAME] = cache = self.make_cache()
+                if is_olmem_cache(cache):
+                    cache.expect(max_cache_length)  # pyright: ignore[reportAttributeAccessIssue]
                 return None
             refuse_own_features(
                 self.config,
@@ -58,6 +64,11 @@ class OlmemGenerationMixin(GenerationMixin):
         Tokens that `generate()` has written are never padding, and the host need not wait for a mask that is not there.
         """
         is_prompt = kwargs.pop("reads_prompt", False)  # columns of a prompt may be padding
+        if kwargs.get("next_sequence_length") == 1 and not is_prompt and not args and STEP_ARGUMENTS.issuperset(kwargs):
+            cache = kwargs.get("cache", kwargs.get("past_key_values"))
+            if cache is not None and is_olmem_cache(cache) and not cache.fresh:  # as below, but faster
+                given = {name: value for name, value in kwargs.items() if name not in NOT_AT_A_STEP}
+                return {"input_ids": input_ids[:, -1:].clone(), **given}
         inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids, *args, **kwargs
         )

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .ops_olmem import Operations
-from .step_olmem import LayerShape, StepState, norm_kind
+from .step_olmem import READS, TOKENS, WRITES, LayerShape, StepState, norm_kind
 
 try:
     import triton
@@ -28,6 +28,8 @@ except ImportError as error:
 
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 ACTIVATIONS = {"SiLU": 0, "SiLUActivation": 0, "Elephant": 1}  # by the names of their classes, as `activate` counts
+TOKEN, READ, WRITE = tl.constexpr(TOKENS), tl.constexpr(READS), tl.constexpr(WRITES)
+MOST_QUERIES = 64  # that one program attends for
 FEW = 64  # rows up to which products are bound by their weights' bytes
 
 
@@ -247,34 +249,61 @@ def window_start(number, KIND: tl.constexpr, WINDOW: tl.constexpr, LOOKBACK: tl.
 
 
 @triton.jit
+def ring_slot_of(t, start, RING: tl.constexpr):
+    """Returns the slot of the t-th token after one that lies in slot `start`, all of which lie within one round."""
+    slot = t + start
+    if RING > 0:
+        slot = tl.where(slot >= RING, slot - RING, slot)
+    return slot
+
+
+@triton.jit
 def slot_offset(slot, D: tl.constexpr):
     """Returns where a slot's head begins among those of a head."""
     return slot.to(tl.int64) * D
 
 
 @triton.jit
+def zeta_of(d, xpos_rate, D: tl.constexpr):
+    """Returns the logarithm to base 2 of xpos' scale of one position for the numbers d of a head in halves."""
+    return tl.log2(((d % (D // 2)).to(tl.float32) * 2 / D + 0.4) / 1.4) * xpos_rate
+
+
+@triton.jit
 def place_kernel(
-    projected, seen, table, window_query, prefix_query, raw_query, frequencies, frequency_stride,
-    q_weight, q_bias, k_weight, k_bias, q_eps, k_eps, clip, factor, trained,
+    projected, seen, rows, table, window_query, prefix_query, raw_query, frequencies, frequency_stride,
+    q_weight, q_bias, k_weight, k_bias, q_eps, k_eps, clip, factor, trained, xpos_rate,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     Q_FIRST: tl.constexpr, K_FIRST: tl.constexpr, V_FIRST: tl.constexpr, WIDTH: tl.constexpr,
     Q_WIDE: tl.constexpr, K_WIDE: tl.constexpr,
     QK_NORM: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr, CLIP_ROTATED: tl.constexpr,
-    ROTATES: tl.constexpr, ONE_TENSOR: tl.constexpr, DIFFERENCE: tl.constexpr,
+    ROTATES: tl.constexpr, ONE_TENSOR: tl.constexpr, DIFFERENCE: tl.constexpr, XPOS: tl.constexpr,
     KIND: tl.constexpr, WINDOW: tl.constexpr, LOOKBACK: tl.constexpr, RING: tl.constexpr,
-    MEMORY: tl.constexpr, SINKS: tl.constexpr, STORE: tl.constexpr, DTYPE: tl.constexpr,
+    MEMORY: tl.constexpr, SINKS: tl.constexpr, STORE: tl.constexpr, ROLE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Norms a new token's heads, gives them positions, and writes keys and values to their slots.
 
     Programs are (B, H queries, then K keys, then K values unless they are the keys). The table of a layer holds the
-    addresses of keys and values and the slots of a head, then the same of its store.
+    addresses of keys and values and the slots of a head, then the same of its store. Of M memory tokens a row, which
+    stand one after the other, the m-th goes to slot m of its row. Queries that are turned when keys are read are turned
+    here by m, and there by what is the same for all of them.
     """
     b, head = tl.program_id(0), tl.program_id(1)
     row = projected + b.to(tl.int64) * WIDTH
-    number = tl.load(seen + b)
+    m, index = b * 0, b
+    if ROLE != TOKEN:
+        m, index = b % MEMORY, b // MEMORY
+    number = tl.load(seen + index)
+    if ROLE == WRITE:
+        number -= 1  # memory is written by what the last token sees
     start = window_start(number, KIND, WINDOW, LOOKBACK)
     place = MEMORY + number
     slot = MEMORY + tl.minimum(start, SINKS) + number - start
+    if ROLE == WRITE:
+        place += 1 + m
+        slot += 1 + m
+    if ROLE == READ:
+        place = m.to(tl.int64)
     d = tl.arange(0, DP)
     mask = d < D
     other = tl.where(d < D // 2, d + D // 2, d - D // 2)
@@ -286,20 +315,27 @@ def place_kernel(
         out = (b * H + head) * D + d
         if STORE > 0:
             tl.store(raw_query + out, own, mask=mask)
-        if ROTATES and not ONE_TENSOR:
+        grown = 1.0
+        if XPOS and ROLE != TOKEN:
+            grown = tl.exp2(m.to(tl.float32) * zeta_of(d, xpos_rate, D))
+        if ROTATES and (ROLE != TOKEN or not ONE_TENSOR):
             turned = head_of(
                 row, mask, other, head, H, Q_FIRST, q_eps, q_weight, q_bias, clip, QK_NORM, NORM, CLIP, D, Q_WIDE, DTYPE
             )
             frequency = tl.load(frequencies + b * frequency_stride + d % (D // 2), mask=mask, other=0.0)
-            angle = angle_of(place, frequency, trained)
-            result = own * (tl.cos(angle) * factor) + sign * turned * (tl.sin(angle) * factor)
+            if ONE_TENSOR:
+                angle = m.to(tl.float32) * frequency
+                result = own * tl.cos(angle) + sign * turned * tl.sin(angle)
+            else:
+                angle = angle_of(place, frequency, trained)
+                result = own * (tl.cos(angle) * factor) + sign * turned * (tl.sin(angle) * factor)
             if CLIP_ROTATED:
                 result = clipped(result, clip)
-            tl.store(window_query + out, result, mask=mask)
-            if MEMORY + SINKS > 0:
+            tl.store(window_query + out, result * grown, mask=mask)
+            if MEMORY + SINKS > 0 and ROLE != READ and not ONE_TENSOR:
                 angle = angle_of(slot, frequency, trained)
                 result = own * (tl.cos(angle) * factor) + sign * turned * (tl.sin(angle) * factor)
-                tl.store(prefix_query + out, result, mask=mask)
+                tl.store(prefix_query + out, result * grown, mask=mask)
         else:
             if CLIP_ROTATED:
                 own = clipped(own, clip)
@@ -328,23 +364,9 @@ def place_kernel(
         elif not ONE_TENSOR:
             if ROTATES:
                 turned = head_of(
-                    row,
-                    mask,
-                    other,
-                    kv,
-                    K,
-                    K_FIRST,
-                    k_eps,
-                    k_weight,
-                    k_bias,
-                    clip,
-                    QK_NORM,
-                    NORM,
-                    CLIP,
-                    D,
-                    K_WIDE,
+                    row, mask, other, kv, K, K_FIRST, k_eps, k_weight, k_bias, clip, QK_NORM, NORM, CLIP, D, K_WIDE,
                     DTYPE,
-                )
+                )  # fmt: skip
                 frequency = tl.load(frequencies + b * frequency_stride + d % (D // 2), mask=mask, other=0.0)
                 angle = angle_of(place, frequency, trained)
                 result = own * (tl.cos(angle) * factor) + sign * turned * (tl.sin(angle) * factor)
@@ -353,17 +375,22 @@ def place_kernel(
         which = is_value.to(tl.int32)
         target = tl.load(table + which).to(tl.pointer_type(DTYPE))
         slots = tl.load(table + 2)
-        target += (b.to(tl.int64) * K + kv) * slots * D
+        if ROLE == READ:
+            index = tl.load(rows + index).to(tl.int32)
+        target += (index.to(tl.int64) * K + kv) * slots * D
         column = d
         if ONE_TENSOR and ROTATES:  # in pairs
             column = tl.where(d < D // 2, 2 * d, 2 * d - D + 1)
-        ring_slot = number
-        if RING > 0:
-            ring_slot = number % RING
-        tl.store(target + slot_offset(MEMORY + SINKS + ring_slot, D) + column, result, mask=mask)
-        if SINKS > 0:  # noqa: SIM102  a constant of the kernel, and a value
-            if number < SINKS:
-                tl.store(target + slot_offset(MEMORY + number, D) + column, result, mask=mask)
+        if ROLE != TOKEN:
+            tl.store(target + slot_offset(m, D) + column, result, mask=mask)
+        else:
+            ring_slot = number
+            if RING > 0:
+                ring_slot = number % RING
+            tl.store(target + slot_offset(MEMORY + SINKS + ring_slot, D) + column, result, mask=mask)
+            if SINKS > 0:  # noqa: SIM102  a constant of the kernel, and a value
+                if number < SINKS:
+                    tl.store(target + slot_offset(MEMORY + number, D) + column, result, mask=mask)
         if STORE > 0:
             stored = tl.load(table + 3 + which).to(tl.pointer_type(DTYPE))
             stored += (b.to(tl.int64) * K + kv) * tl.load(table + 5) * D
@@ -374,43 +401,84 @@ def place_kernel(
 
 
 @triton.jit
-def attend_kernel(
-    window_query, prefix_query, seen, table, partial, maxima, frequencies, frequency_stride, scale_vector,
-    scaling, linspace_step, xpos_rate,
-    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr,
-    IN_PAIRS: tl.constexpr, ONE_TENSOR: tl.constexpr, XPOS: tl.constexpr, LINSPACE: tl.constexpr,
-    SLOT_QUERY: tl.constexpr,
+def part_of(
+    part, number,
     KIND: tl.constexpr, WINDOW: tl.constexpr, LOOKBACK: tl.constexpr, RING: tl.constexpr,
-    MEMORY: tl.constexpr, SINKS: tl.constexpr, EXTRA: tl.constexpr, PARTS: tl.constexpr,
-    DTYPE: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    MEMORY: tl.constexpr, SINKS: tl.constexpr, SPLIT: tl.constexpr, ROLE: tl.constexpr,
+    EXTRA: tl.constexpr, PARTS: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Attends for the queries of one key head to one part of what a row sees, with a softmax of its own.
+    """Returns which keys one of the parts of what a row sees holds.
 
-    Programs are (B · K, N): the first parts are memory and sinks, the others are equal shares of the window. Partial
-    outputs (B · H, N, D) and maximum and sum of each softmax (B · H, N, 2) are joined afterwards. Keys that are values
-    too are kept in pairs without positions, and are rotated here by their distance to the query.
+    The parts are the prefix (memory and sinks apart with SPLIT), the M tokens that are written together, and equal
+    shares of the window; where memory is read there is the prefix' memory alone. Returned are the first key and the one
+    after the last, the distance of key 0 from the query, whether keys are those of the prefix, whether they are those
+    that are written together, and the slot in the ring of the window's first token, from which its keys count. Other
+    keys count by slots.
     """
-    b, kv, part = tl.program_id(0) // K, tl.program_id(0) % K, tl.program_id(1)
-    number = tl.load(seen + b)
     start = window_start(number, KIND, WINDOW, LOOKBACK)
     count = (number - start + 1).to(tl.int32)
     sinks = tl.minimum(start, SINKS).to(tl.int32)
-    is_memory = part < (1 if MEMORY > 0 else 0)
-    is_prefix = part < EXTRA
-    share = tl.cdiv(tl.cdiv(count, PARTS - EXTRA), BK) * BK
-    first = tl.where(is_prefix, 0, (part - EXTRA) * share)
-    stop = tl.where(is_memory, MEMORY, tl.where(is_prefix, sinks, tl.minimum(first + share, count)))
-    base = tl.where(is_memory | (not is_prefix), 0, MEMORY)  # the slot of a part of the prefix
-    reach = tl.where(is_prefix, MEMORY + sinks + count - 1 - base, count - 1)  # the distance of the part's first key
+    is_fresh = part == (EXTRA - 1 if ROLE == WRITE else -1)
+    is_prefix = part < (EXTRA - 1 if ROLE == WRITE else EXTRA)
+    first, stop, reach = part * 0, part * 0 + MEMORY, part * 0
+    if ROLE != READ:
+        share = tl.cdiv(tl.cdiv(count, PARTS - EXTRA), BK) * BK
+        first = tl.where(is_prefix | is_fresh, 0, (part - EXTRA) * share)
+        stop = tl.where(is_fresh, MEMORY, tl.where(is_prefix, MEMORY + sinks, tl.minimum(first + share, count)))
+        if SPLIT:
+            first = tl.where(part == 1, MEMORY, first)
+            stop = tl.where(part == 0, MEMORY, stop)
+        ahead = 1 if ROLE == WRITE else 0  # of the last token that is seen
+        reach = tl.where(is_fresh, 0, tl.where(is_prefix, MEMORY + sinks, 0) + count - 1 + ahead)
+    if RING > 0:
+        start = start % RING
+    return first, stop, reach, is_prefix, is_fresh, start
 
+
+@triton.jit
+def attend_kernel(
+    window_query, prefix_query, seen, rows, table, fresh, partial, maxima, frequencies, scale_vector,
+    scaling, linspace_step, xpos_rate,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, GP: tl.constexpr,
+    QUERIES: tl.constexpr, QB: tl.constexpr,
+    IN_PAIRS: tl.constexpr, ONE_TENSOR: tl.constexpr, XPOS: tl.constexpr, LINSPACE: tl.constexpr,
+    SLOT_QUERY: tl.constexpr,
+    KIND: tl.constexpr, WINDOW: tl.constexpr, LOOKBACK: tl.constexpr, RING: tl.constexpr,
+    MEMORY: tl.constexpr, SINKS: tl.constexpr, SPLIT: tl.constexpr, ROLE: tl.constexpr,
+    EXTRA: tl.constexpr, PARTS: tl.constexpr, DTYPE: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Attends for the queries of one key head to one part of what a row sees, with a softmax of its own.
+
+    Programs are (B · blocks of QB of a row's queries · K, N). Partial outputs (B · QUERIES · H, N, D) and maximum and
+    sum of each softmax (B · QUERIES · H, N, 2) are joined afterwards. Keys that are values too are kept in pairs
+    without positions, and are rotated here by their distance to the query. The last programs have the short parts.
+    """
+    pid, part = tl.program_id(0), PARTS - 1 - tl.program_id(1)
+    kv, block_of_queries = pid % K, pid // K
+    b = block_of_queries // tl.cdiv(QUERIES, QB)
+    number = tl.load(seen + b)
+    if ROLE == WRITE:
+        number -= 1
+    first, stop, reach, is_prefix, is_fresh, start = part_of(
+        part, number, KIND, WINDOW, LOOKBACK, RING, MEMORY, SINKS, SPLIT, ROLE, EXTRA, PARTS, BK
+    )
     g, d, j = tl.arange(0, GP), tl.arange(0, DP), tl.arange(0, BK)
-    is_query = (g[:, None] < GROUP) & (d[None, :] < D)
-    at = ((b * H + kv * GROUP) * D + g[:, None] * D).to(tl.int64)
+    m = (block_of_queries % tl.cdiv(QUERIES, QB)) * QB + g // GROUP
+    is_own = (g < QB * GROUP) & (m < QUERIES)
+    is_query = is_own[:, None] & (d[None, :] < D)
+    index = ((b * QUERIES + m) * H + kv * GROUP + g % GROUP).to(tl.int64)
+    at = index[:, None] * D
     source = window_query
     if SLOT_QUERY:
         source = tl.where(is_prefix, prefix_query.to(tl.int64), window_query.to(tl.int64)).to(tl.pointer_type(DTYPE))
+    row = b
+    if ROLE != TOKEN:
+        row = tl.load(rows + b).to(tl.int32)
+    if ROLE == WRITE:
+        row = tl.where(is_fresh, b, row)
+        table = tl.where(is_fresh, fresh.to(tl.int64), table.to(tl.int64)).to(tl.pointer_type(tl.int64))
     slots = tl.load(table + 2)
-    head = (b.to(tl.int64) * K + kv) * slots * D
+    head = (row.to(tl.int64) * K + kv) * slots * D
     keys = tl.multiple_of(tl.load(table).to(tl.pointer_type(DTYPE)), 16) + head
     values = keys
     if not ONE_TENSOR:
@@ -420,15 +488,15 @@ def attend_kernel(
     h = tl.arange(0, HALF)
     is_half = h < D // 2
     if IN_PAIRS:
-        frequency = tl.load(frequencies + b * frequency_stride + h, mask=is_half, other=0.0)
+        frequency = tl.load(frequencies + h, mask=is_half, other=0.0)
         inner = j[:, None].to(tl.float32) * frequency[None, :]
         cos_key, sin_key = tl.cos(inner), tl.sin(inner)
         if XPOS:
-            zeta = tl.log2((h.to(tl.float32) * 2 / D + 0.4) / 1.4) * xpos_rate
+            zeta = zeta_of(h, xpos_rate, D)
             decay = tl.exp2(-j[:, None].to(tl.float32) * zeta[None, :])
             cos_key *= decay
             sin_key *= decay
-        is_half_query = (g[:, None] < GROUP) & is_half[None, :]
+        is_half_query = is_own[:, None] & is_half[None, :]
         low = tl.load(source + at + h[None, :], mask=is_half_query, other=0.0).to(tl.float32)
         high = tl.load(source + at + D // 2 + h[None, :], mask=is_half_query, other=0.0).to(tl.float32)
         # The query is turned by the distance of a block's first key, which shrinks by a block at a time.
@@ -439,7 +507,7 @@ def attend_kernel(
     else:
         query = tl.load(source + at + d[None, :], mask=is_query, other=0.0)
         if XPOS:
-            zeta = tl.log2(((d % (D // 2)).to(tl.float32) * 2 / D + 0.4) / 1.4) * xpos_rate
+            zeta = zeta_of(d, xpos_rate, D)
             decay = tl.exp2(-j[:, None].to(tl.float32) * zeta[None, :])
         if LINSPACE:
             step = tl.load(scale_vector + d, mask=d < D, other=0.0).to(tl.float32) * linspace_step
@@ -451,10 +519,8 @@ def attend_kernel(
     for block in tl.range(first, stop, BK, num_stages=STAGES):
         t = block + j
         ok = t < stop
-        slot = t.to(tl.int64) + start
-        if RING > 0:
-            slot = slot % RING
-        slot = tl.where(is_prefix, base + t, MEMORY + SINKS + slot)
+        slot = ring_slot_of(t, start, RING)
+        slot = tl.where(is_prefix | is_fresh, t, MEMORY + SINKS + slot)
         offset = slot[:, None] * D + d[None, :]
         mask = ok[:, None] & (d[None, :] < D)
         key = tl.load(keys + offset, mask=mask, other=0.0)
@@ -489,43 +555,34 @@ def attend_kernel(
         total = total * shrink + tl.sum(weights, 1)
         output = output * shrink[:, None] + tl.dot(weights.to(DTYPE), value, input_precision="ieee")
         most = new
-    index = ((b * H + kv * GROUP + g) * PARTS + part).to(tl.int64)
+    index = index * PARTS + part
     tl.store(partial + index[:, None] * D + d[None, :], output, mask=is_query)
-    tl.store(maxima + 2 * index, most, mask=g < GROUP)
-    tl.store(maxima + 2 * index + 1, total, mask=g < GROUP)
+    tl.store(maxima + 2 * index, most, mask=is_own)
+    tl.store(maxima + 2 * index + 1, total, mask=is_own)
 
 
 @triton.jit
 def attend_pairs_kernel(
-    query, seen, table, partial, maxima, frequencies, frequency_stride, scaling,
+    query, seen, table, partial, maxima, frequencies, scaling,
     H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     KIND: tl.constexpr, WINDOW: tl.constexpr, LOOKBACK: tl.constexpr, RING: tl.constexpr,
-    MEMORY: tl.constexpr, SINKS: tl.constexpr, EXTRA: tl.constexpr, PARTS: tl.constexpr,
-    DTYPE: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    MEMORY: tl.constexpr, SINKS: tl.constexpr, SPLIT: tl.constexpr,
+    EXTRA: tl.constexpr, PARTS: tl.constexpr, DTYPE: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Does what `attend_kernel` does for keys in pairs that serve one query head each, and writes halves.
 
     Each of the BK lanes has its query, turned by its key's distance, and a softmax of its own. From block to block all
     distances shrink alike, so the queries are turned on by one rotation; lanes are joined when the part is read.
     """
-    b, head, part = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1)
-    number = tl.load(seen + b)
-    start = window_start(number, KIND, WINDOW, LOOKBACK)
-    count = (number - start + 1).to(tl.int32)
-    sinks = tl.minimum(start, SINKS).to(tl.int32)
-    is_memory = part < (1 if MEMORY > 0 else 0)
-    is_prefix = part < EXTRA
-    share = tl.cdiv(tl.cdiv(count, PARTS - EXTRA), BK) * BK
-    first = tl.where(is_prefix, 0, (part - EXTRA) * share)
-    stop = tl.where(is_memory, MEMORY, tl.where(is_prefix, sinks, tl.minimum(first + share, count)))
-    base = tl.where(is_memory | (not is_prefix), 0, MEMORY)
-    reach = tl.where(is_prefix, MEMORY + sinks + count - 1 - base, count - 1)
-
+    b, head, part = tl.program_id(0) // H, tl.program_id(0) % H, PARTS - 1 - tl.program_id(1)
+    first, stop, reach, is_prefix, _, start = part_of(
+        part, tl.load(seen + b), KIND, WINDOW, LOOKBACK, RING, MEMORY, SINKS, SPLIT, TOKEN, EXTRA, PARTS, BK
+    )
     d, h, j = tl.arange(0, 2 * HALF), tl.arange(0, HALF), tl.arange(0, BK)
     is_half = h < D // 2
     at = (b * H + head).to(tl.int64)
     keys = tl.multiple_of(tl.load(table).to(tl.pointer_type(DTYPE)), 16) + at * tl.load(table + 2) * D
-    frequency = tl.load(frequencies + b * frequency_stride + h, mask=is_half, other=0.0)
+    frequency = tl.load(frequencies + h, mask=is_half, other=0.0)
     low = tl.load(query + at * D + h, mask=is_half, other=0.0).to(tl.float32)
     high = tl.load(query + at * D + D // 2 + h, mask=is_half, other=0.0).to(tl.float32)
     angle = angle_of((reach - first).to(tl.int64), frequency, 0)
@@ -543,10 +600,8 @@ def attend_pairs_kernel(
     for block in tl.range(first, stop, BK, num_stages=STAGES):
         t = block + j
         ok = t < stop
-        slot = t.to(tl.int64) + start
-        if RING > 0:
-            slot = slot % RING
-        slot = tl.where(is_prefix, base + t, MEMORY + SINKS + slot)
+        slot = ring_slot_of(t, start, RING)
+        slot = tl.where(is_prefix, t, MEMORY + SINKS + slot)
         key = tl.load(keys + slot[:, None] * D + d[None, :], mask=ok[:, None] & (d[None, :] < D), other=0.0)
         even, odd = tl.split(tl.reshape(key, (BK, HALF, 2)))
         even, odd = even.to(tl.float32), odd.to(tl.float32)
@@ -620,11 +675,11 @@ def score_kernel(
     own = tl.load(query + at * D + d[None, :], mask=(g[:, None] < GROUP) & (d[None, :] < D), other=0.0)
     keys = tl.multiple_of(tl.load(table + 3).to(tl.pointer_type(DTYPE)), 16)
     keys += (b.to(tl.int64) * K + kv) * tl.load(table + 5) * D
-    begin = tl.program_id(1) * SHARE
+    begin, first = tl.program_id(1) * SHARE, oldest % STORE
     for block in tl.range(begin, tl.minimum(begin + SHARE, CAPACITY), BK, num_stages=STAGES):
         t = block + j
         ok = t < count
-        slot = (oldest + t) % STORE
+        slot = ring_slot_of(t, first, STORE)
         key = tl.load(keys + slot[:, None] * D + d[None, :], mask=ok[:, None] & (d[None, :] < D), other=0.0)
         found = tl.dot(own, tl.trans(key), input_precision="ieee") * scaling
         found = tl.where(ok[None, :], found, float("-inf"))
@@ -702,14 +757,14 @@ class Blocks:
         columns = 256 // max(weights, padded // 16 if padded < 64 else 2)
         return padded, 32, columns, self.stages((weights * 32 + padded) * columns * itemsize, 4)
 
-    def attention(self, width: int, tensors: int, itemsize: int) -> tuple[int, int]:
-        """Returns the keys of a block and the stages of their pipeline."""
+    def attention(self, width: int, tensors: int, itemsize: int, queries: int = 16) -> tuple[int, int]:
+        """Returns the keys of a block and the stages of their pipeline, for so many queries of a program."""
         keys = 32 if width * itemsize <= 256 else 16
-        return keys, self.stages(keys * width * itemsize * tensors, 3)
+        return keys, self.stages(keys * width * itemsize * tensors, 3, (queries - 16) * width * itemsize)
 
-    def stages(self, size: int, most: int) -> int:
-        """Returns how many blocks of so many bytes fit at a time, at most `most` and at least one."""
-        return max(1, min(most, (self.shared_memory - 8192) // size))
+    def stages(self, size: int, most: int, taken: int = 0) -> int:
+        """Returns how many blocks of so many bytes fit at a time beside others, at most `most` and at least one."""
+        return max(1, min(most, (self.shared_memory - 8192 - taken) // size))
 
     def shares(self, heads: int, span: int | None, keys: int) -> int:
         """Returns into how many parts a window is cut.
@@ -825,62 +880,70 @@ class KernelOperations(Operations):
         `projected` (B, 1, …) holds its projections side by side. Returns (B, 1, H · D).
         """
         batch, size, visibility = len(projected), shape.head_dim, shape.visibility
-        heads, kv_heads = shape.num_heads, shape.num_key_value_heads
+        heads, kv_heads, role = shape.num_heads, shape.num_key_value_heads, state.role
+        memory, sinks, store = visibility.num_memory, visibility.num_sinks, 0 if role else shape.store
+        rows = state.seen if state.rows is None else state.rows
+        fresh = state.table if state.fresh is None else state.fresh
         window_query = projected.new_empty(batch, heads, size)
-        has_prefix = visibility.num_prefix > 0
-        prefix_query = torch.empty_like(window_query) if has_prefix and shape.rotates else window_query
-        raw_query = torch.empty_like(window_query) if shape.store else window_query
-        padded, kind = max(triton.next_power_of_2(size), 32), shape.kind  # halves of 16 for products
+        has_slots = visibility.num_prefix > 0 and shape.rotates and not shape.one_tensor and role != READS
+        prefix_query = torch.empty_like(window_query) if has_slots else window_query
+        raw_query = torch.empty_like(window_query) if store else window_query
+        padded = max(triton.next_power_of_2(size), 32)  # halves of 16 for products
         none, (norm, q_weight, q_bias, k_weight, k_bias) = projected, shape.norm
         q_first, k_first, v_first, width = shape.offsets
         frequencies = none if state.frequencies is None else state.frequencies
         stride = frequencies.stride(0) if state.frequencies is not None and len(frequencies) > 1 else 0
-        seen_kind = kind, shape.window, visibility.lookback, visibility.span or 0
-        programs = heads + kv_heads * (1 if shape.one_tensor else 2)
-        place_kernel[(batch, programs)](
-            projected, state.seen, state.table, window_query, prefix_query, raw_query, frequencies, stride,
+        seen_kind = shape.kind, shape.window, visibility.lookback, visibility.span or 0
+        place_kernel[(batch, heads + kv_heads * (1 if shape.one_tensor else 2))](
+            projected, state.seen, rows, fresh if role == WRITES else state.table,
+            window_query, prefix_query, raw_query, frequencies, stride,
             *(none if each is None else each for each in (q_weight, q_bias, k_weight, k_bias)),
-            *shape.eps, float(shape.clip or 0.0), shape.rotary_factor, shape.trained_length,
+            *shape.eps, float(shape.clip or 0.0), shape.rotary_factor, shape.trained_length, shape.xpos_rate,
             heads, kv_heads, size, padded, q_first, k_first, v_first, width,
             triton.next_power_of_2(heads * size), triton.next_power_of_2(kv_heads * size),
             shape.qk_norm, norm, shape.clip is not None and not shape.clips_rotated,
             shape.clip is not None and shape.clips_rotated, shape.rotates, shape.one_tensor, shape.is_difference,
-            *seen_kind, visibility.num_memory, visibility.num_sinks, shape.store, self.type, num_warps=4,
+            shape.xpos_rate > 0, *seen_kind, memory, sinks, store, role, self.type, num_warps=4,
         )  # fmt: skip
-        group = heads // kv_heads
-        extra = (visibility.num_memory > 0) + (visibility.num_sinks > 0)
-        parts = extra + self.blocks.shares(batch * kv_heads, visibility.span, 2048 if shape.one_tensor else 512)
+        group, gate = heads // kv_heads, None if role == READS else shape.memory_gate
+        queries = memory if role else 1
+        together = min(queries, max(MOST_QUERIES // group, 1))
+        splits = gate is not None and memory > 0 and sinks > 0
+        extra = (visibility.num_prefix > 0) + splits + (role == WRITES)
+        parts = extra
+        if role != READS:
+            programs = batch // queries * triton.cdiv(queries, together) * kv_heads
+            parts += self.blocks.shares(programs, visibility.span, 2048 if shape.one_tensor else 512)
         partial = projected.new_empty(batch * heads, parts, size, dtype=torch.float32)
         maxima = projected.new_empty(batch * heads, parts, 2, dtype=torch.float32)
-        sizes = self.blocks.attention(padded, 1 if shape.one_tensor else 2, self.dtype.itemsize)
+        padded_group = max(triton.next_power_of_2(together * group), 16)
+        sizes = self.blocks.attention(padded, 1 if shape.one_tensor else 2, self.dtype.itemsize, padded_group)
         in_pairs = shape.one_tensor and shape.rotates
         scaling = shape.scaling * (shape.rotary_factor**2 if in_pairs else 1.0)
-        is_alone = in_pairs and group == 1 and not shape.xpos_rate
+        is_alone = in_pairs and group == 1 and not shape.xpos_rate and not role
         if is_alone:
             attend_pairs_kernel[(batch * heads, parts)](
-                window_query, state.seen, state.table, partial, maxima, frequencies, stride, scaling,
-                heads, size, padded // 2, *seen_kind, visibility.num_memory, visibility.num_sinks, extra, parts,
+                window_query, state.seen, state.table, partial, maxima, frequencies, scaling,
+                heads, size, padded // 2, *seen_kind, memory, sinks, splits, extra, parts,
                 self.type, *sizes, num_warps=4,
             )  # fmt: skip
         else:
-            attend_kernel[(batch * kv_heads, parts)](
-                window_query, prefix_query, state.seen, state.table, partial, maxima, frequencies, stride,
-                none if shape.linspace_scale is None else shape.linspace_scale,
+            attend_kernel[(batch // queries * triton.cdiv(queries, together) * kv_heads, parts)](
+                window_query, prefix_query, state.seen, rows, state.table, fresh, partial, maxima,
+                frequencies, none if shape.linspace_scale is None else shape.linspace_scale,
                 scaling, shape.linspace_step, shape.xpos_rate,
-                heads, kv_heads, size, padded, group, max(triton.next_power_of_2(group), 16),
-                in_pairs, shape.one_tensor, shape.xpos_rate > 0, shape.linspace_scale is not None,
-                has_prefix and shape.rotates and not shape.one_tensor,
-                *seen_kind, visibility.num_memory, visibility.num_sinks, extra, parts, self.type, *sizes,
-                num_warps=2 if sizes[0] * padded <= 4096 and not in_pairs else 4,
+                heads, kv_heads, size, padded, group, padded_group, queries, together,
+                in_pairs, shape.one_tensor, shape.xpos_rate > 0, shape.linspace_scale is not None, has_slots,
+                *seen_kind, memory, sinks, splits, role, extra, parts, self.type, *sizes,
+                num_warps=2 if sizes[0] * padded <= 4096 and not in_pairs and padded_group == 16 else 4,
             )  # fmt: skip
         output = projected.new_empty(batch, 1, heads * size)
-        gate = shape.memory_gate
         join_kernel[(batch * heads,)](
             partial, maxima, none if gate is None else gate, output,
             heads, size, padded, parts, triton.next_power_of_2(parts), gate is not None,
             in_pairs and not is_alone, num_warps=1,
         )  # fmt: skip
-        if shape.store:
+        if store:
             self.retrieve(shape, state, raw_query, output)
         return output
 

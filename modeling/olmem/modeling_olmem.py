@@ -538,7 +538,7 @@ class OlmemModel(OlmemPreTrainedModel):
         if read_mask(attention_mask, len(embeddings), 1, embeddings.device) is not None:
             cache.step_path = "a row is padded"
             return None
-        layers = self.layers[: self.config.num_hidden_layers]
+        layers = [*self.layers][: self.config.num_hidden_layers]
 
         def compute(
             hidden_states: torch.Tensor, plans: Sequence[StepPlan], states: Sequence[StepState], part: slice
@@ -546,7 +546,8 @@ class OlmemModel(OlmemPreTrainedModel):
             last = self.run_layers(hidden_states, plans, states, Captured(set()), part=part)
             return plans[0].operations.norm(self.norm, last) if part.stop is None else last
 
-        return self.steps.run(self.config, self.rotary_emb, [*layers, self.norm], cache, embeddings, compute)
+        modules = layers, self.norm, self.memory
+        return self.steps.run(self.config, self.rotary_emb, modules, cache, embeddings, compute)
 
     def run_layers(
         self,

@@ -28,7 +28,7 @@ from .counters_olmem import Counters
 from .positions_olmem import to_halves, to_pairs
 from .visibility_olmem import STORE_BLOCK, Visibility, held, ring_slot
 
-GROWTH = 256  # the number of tokens for which a layer has room at first
+GROWTH = 256  # the tokens for which a layer has room at first, and the most for which it makes room before they come
 ALL = slice(None)
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # keys and values (B, K, S, D)
@@ -70,6 +70,7 @@ class OlmemCacheLayer(CacheLayerMixin):
         self.is_initialized = False
         self.buffers: dict[str, torch.Tensor] = {}  # by name: "keys", "values", "store_keys" and "store_values"
         self.capacity = 0
+        self.expected = 0  # how many tokens may be read in all, as far as somebody knows
         self.half_written = False  # whether a forward call has written here and has not ended
 
     @property
@@ -157,7 +158,7 @@ class OlmemCacheLayer(CacheLayerMixin):
                 self.buffers[name] = allocate(*buffer.shape, dtype=buffer.dtype, device=device).copy_(buffer)
 
     def reserve(self, length: int | None) -> None:
-        """Makes room for `length` tokens, at least twice the present room, and at most the layer's limit.
+        """Makes room for `length` tokens and some that are expected, at least twice the present room, up to the limit.
 
         If only the device knows the length (None), all room is made at once, so that shapes do not change.
         """
@@ -167,7 +168,7 @@ class OlmemCacheLayer(CacheLayerMixin):
             length = min(length, self.limit)
         if length <= self.capacity:
             return
-        room = max(self.room or 0, length, GROWTH, 2 * self.capacity)
+        room = max(self.room or 0, length, min(self.expected, length + GROWTH), GROWTH, 2 * self.capacity)
         room = room if self.limit is None else min(room, self.limit)
         try:
             buffers = {name: grown(self.buffers[name], self.visibility.num_prefix + room + 1) for name in self.names}

@@ -17,6 +17,7 @@ from .visibility_olmem import Visibility
 KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 QK_NORMS = ("none", "full", "head")
 RMS, LAYER, LAYER_PLAIN = range(3)
+TOKENS, READS, WRITES = range(3)  # the roles of a step's rows: new tokens, memory that is read, memory to write
 
 
 def norm_kind(norm: nn.Module) -> tuple[int, torch.Tensor | None, torch.Tensor | None, float]:
@@ -69,11 +70,14 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class StepState:
-    """Says where one layer's state lies for a step."""
+    """Says where one layer's state lies for a step, or for the memory of R rows of a cache, M tokens each."""
 
     table: torch.Tensor  # (6,) addresses of keys and values and the slots of a head, then the same of the store
-    seen: torch.Tensor  # (B,) the numbers of the new tokens
-    frequencies: torch.Tensor | None  # (B or 1, D/2) inverse frequencies
+    seen: torch.Tensor  # (B,) the numbers of the new tokens; (R,) those of the tokens that come after memory
+    frequencies: torch.Tensor | None  # (B, R · M or 1, D/2) inverse frequencies
+    role: int = TOKENS
+    rows: torch.Tensor | None = None  # (R,) the rows of the cache whose memory it is
+    fresh: torch.Tensor | None = None  # (6,) as the table, of buffers for the keys and values of memory to write
 
 
 class StepOperations(Protocol):

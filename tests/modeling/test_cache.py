@@ -137,6 +137,17 @@ def test_a_full_layer_grows_in_blocks():
     close(read(model, tokens(1, 3), cache)[0], alone(model, ids, tokens(3)))
 
 
+def test_room_for_what_is_expected_is_made_at_once_and_is_no_limit():
+    model = tiny(layer_types=FULL, num_hidden_layers=1)
+    for expected, room in ((300, 300), (10**9, 100 + state_olmem.GROWTH), (3, state_olmem.GROWTH)):
+        cache = OlmemCache(model.config)
+        cache.expect(expected)
+        read(model, tokens(1, 100), cache)
+        assert cache.layers[0].capacity == room
+    options = {"max_new_tokens": 200, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    assert model.generate(tokens(1, 100), **options).past_key_values.layers[0].capacity == 299
+
+
 @every_model
 def test_max_length_makes_room_once(changes):
     model = tiny(**changes)

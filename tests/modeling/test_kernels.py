@@ -8,7 +8,8 @@ import torch
 from olmem import OlmemCache, OlmemConfig, OlmemForCausalLM
 from olmem.captured_olmem import Captured
 from olmem.compat_olmem import can_capture
-from olmem.decode_olmem import CapturedStep, Watch
+from olmem.decode_olmem import PARTS, CapturedMemory, CapturedStep, Watch
+from olmem.modeling_olmem import OlmemGate
 from torch import nn
 
 pytest.importorskip("triton")
@@ -111,7 +112,8 @@ def step_by_kernels(model: OlmemForCausalLM, cache: OlmemCache, captured: Captur
         return plans[0].operations.norm(network.norm, last) if part.stop is None else last
 
     cache.reserve_step()
-    captured.point_at(cache)
+    for part in PARTS:
+        captured.table.point_at(cache, part)
     captured.embeddings.copy_(network.embed_tokens(ids))
     captured.seen.copy_(cache.seen)
     last = captured.compute(compute)
@@ -140,6 +142,57 @@ def test_a_step_by_kernels_is_a_step_of_the_network(name, batch, request):
         new = ids[:, column : column + 1]
         logits = step_by_kernels(model, cache, captured, new)
         torch.testing.assert_close(logits, model(new, past_key_values=expected).logits, rtol=1e-5, atol=2e-5)
+    length = cache.get_seq_length()
+    for own, other in zip(cache.layers, expected.layers, strict=True):
+        for buffer, wanted in zip(own.used(length).values(), other.used(length).values(), strict=True):
+            torch.testing.assert_close(buffer, wanted, rtol=1e-5, atol=2e-5)
+
+
+MEMORY = {"num_memory_tokens": 3, "memory_segment_length": 13}
+BOUNDARIES = {
+    "sinks, gates": MEMORY | {"num_sink_tokens": 2, "memory_gate_init": 0.3, "num_key_value_heads": 2},
+    "three types": MEMORY | VARIANTS["three types"] | {"norm_placement": "pre", "norm_type": "layer"},
+    "gates, xpos, linspace, none": MEMORY
+    | {"position_embedding": ["xpos", "linspace", "none"], "num_hidden_layers": 3, "memory_gate_init": -0.4},
+    "key_value, sinks, gates": MEMORY
+    | {"shared_projections": "key_value", "num_sink_tokens": 2, "memory_gate_init": 0.3, "norm_placement": "parallel"},
+    "query_key_value, xpos, linspace": MEMORY
+    | {"shared_projections": "query_key_value", "position_embedding": ["xpos", "linspace"], "num_sink_tokens": 1},
+    "many queries": {"num_memory_tokens": 19, "memory_segment_length": 13, "num_key_value_heads": 1},
+}
+
+
+@pytest.mark.parametrize("name", BOUNDARIES)
+@torch.no_grad()
+def test_a_segment_that_begins_by_kernels_is_one_of_the_network(name, poisoned):
+    """One row of two has its memory written and read, the other goes on in its segment."""
+    model = make_model(**BOUNDARIES[name])
+    for gate in (each for each in model.modules() if isinstance(each, OlmemGate)):
+        torch.nn.init.normal_(gate.logits)
+    ids = torch.randint(31, (2, 26), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0  # so that the second row begins a segment
+    expected = OlmemCache(model.config)
+    model(ids, attention_mask=mask, past_key_values=expected)
+    cache = copy.deepcopy(expected)
+    operations = KernelOperations(CPU, torch.float32)
+    assert model.model.memory is not None
+    norm, rotary = model.model.memory.norm, model.model.rotary_emb
+    captured = CapturedMemory(model.config, rotary, operations, norm, CPU, torch.float32)
+    captured.table.point_at(cache, slice(0, None))
+    captured.memory.copy_(cache.memory[1, :, None])
+    captured.seen.copy_(cache.seen[1:])
+    captured.row.fill_(1)
+
+    def compute(hidden_states, plans, states, part):
+        return model.model.run_layers(hidden_states, plans, states, Captured(set()), part=part)
+
+    written = captured.compute(compute)
+    cache.remember(cache.memory.index_copy(0, captured.row, written.transpose(0, 1)))
+    step = CapturedStep(model.config, rotary, operations, 2, CPU, torch.float32)
+    logits = step_by_kernels(model, cache, step, ids[:, :1])
+    torch.testing.assert_close(logits, model(ids[:, :1], past_key_values=expected).logits, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(cache.memory, expected.memory, rtol=1e-5, atol=2e-5)
     length = cache.get_seq_length()
     for own, other in zip(cache.layers, expected.layers, strict=True):
         for buffer, wanted in zip(own.used(length).values(), other.used(length).values(), strict=True):

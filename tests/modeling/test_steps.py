@@ -27,6 +27,24 @@ VARIANTS = {
         "memory_segment_length": 11,
         "num_sink_tokens": 2,
     },
+    "memory, schemes": {
+        "num_memory_tokens": 4,
+        "memory_segment_length": 11,
+        "position_embedding": ["xpos", "linspace", "rope"],
+        "norm_placement": "peri",
+        "num_key_value_heads": 2,
+    },
+    "memory, 3:1 layers, retrieval": {
+        "layer_types": None,
+        "num_hidden_layers": 6,
+        "num_memory_tokens": 3,
+        "memory_segment_length": 11,
+        "num_sink_tokens": 2,
+        "memory_gate_init": 0.3,
+        "retrieval_layers": [2],
+        "retrieval_top_k": 4,
+        "retrieval_capacity": 40,
+    },
     "key_value, grouped": {"shared_projections": "key_value", "num_key_value_heads": 2},
     "xpos, linspace, none": {"position_embedding": ["xpos", "linspace", "none"], "num_sink_tokens": 2},
     "retrieval": {"retrieval_layers": [1], "retrieval_top_k": 4, "retrieval_capacity": 40, "num_sink_tokens": 1},
@@ -100,10 +118,11 @@ class Twin:
 def test_captured_steps_are_the_network(name, batch):
     model = make_model(**VARIANTS[name])
     twin = Twin(model, begun(model, **prompt(batch)))
-    twin.read(45)
+    assert {twin.read() for _ in range(45)} == {"captured"}
     assert len(model.model.steps.captured) == 1
-    if "memory" not in name:
-        assert twin.read() == "captured"
+    assert len(model.model.steps.memories) == ("memory" in name)
+    if "memory" in name:
+        torch.testing.assert_close(twin.cache.memory, twin.plain.memory, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -137,6 +156,39 @@ def test_right_after_everything(tmp_path):
     twin.read(2)
     twin.read(300)  # rooms double, full layers too
     assert set(key[0] for key in model.model.steps.captured) == {2, 4}
+
+
+@torch.no_grad()
+def test_rows_begin_segments_when_each_of_them_ends_one(monkeypatch):
+    """Few at a time are captured, many are not, nor are rows that begin a stream; a memory of NaN is refused."""
+    model = make_model(**VARIANTS["key_value, memory"])
+    assert model.model.memory is not None
+    ids = prompt(9)["input_ids"]
+    padding = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 7], device="cuda")
+    mask = (torch.arange(30, device="cuda") >= padding[:, None]).long()
+    twin = Twin(model, begun(model, input_ids=ids, attention_mask=mask))
+    assert {twin.read() for _ in range(40)} == {"captured"}
+    twin = Twin(model, begun(model, input_ids=ids, attention_mask=torch.ones_like(mask)))
+    assert [twin.read() for _ in range(4)] == ["captured"] * 3 + ["9 rows begin segments, and their memory is written"]
+    for cache in (twin.cache, twin.plain):
+        model.reset_memory(cache, rows=[0])
+    assert twin.read() == "a row begins a stream"
+    assert {twin.read() for _ in range(9)} == {"captured"}
+    model.model.memory.norm.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="`memory` of row 1 must be finite at the end of a segment"):
+        twin.read(2)
+    model.model.memory.norm.weight.fill_(1)
+    model.model.steps.forget()
+    twin = Twin(model)
+    twin.read()
+    monkeypatch.setattr("olmem.decode_olmem.capture", fail)
+    with pytest.warns(UserWarning, match="out of memory"):
+        twin.read(22)  # of which two begin segments
+    assert twin.read() == "captured"
+
+
+def fail(compute, pool, device):
+    raise RuntimeError("out of memory")
 
 
 @torch.no_grad()
@@ -225,11 +277,7 @@ def test_generate_writes_what_the_network_writes(name):
 def test_an_error_in_a_capture_leaves_a_right_cache(monkeypatch):
     model = make_model()
     twin = Twin(model)
-
-    def capture(compute, pool, device):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr("olmem.decode_olmem.capture", capture)
+    monkeypatch.setattr("olmem.decode_olmem.capture", fail)
     with pytest.warns(UserWarning, match="out of memory"):
         assert "out of memory" in twin.read(3)
 

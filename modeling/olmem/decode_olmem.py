@@ -22,7 +22,7 @@ from torch import nn
 from .cache_olmem import OlmemCache
 from .compat_olmem import can_capture, capture, has_global_hooks, is_recorded
 from .configuration_olmem import OlmemConfig
-from .finite_olmem import refuse_nonfinite_memory
+from .finite_olmem import refuse_nonfinite
 from .plan_olmem import layer_kinds
 from .positions_olmem import OlmemRotaryEmbedding
 from .rules_olmem import ROTATING
@@ -33,6 +33,7 @@ from .visibility_olmem import Visibility
 PACKAGE = __name__.rpartition(".")[0]
 PLAIN_MODULES = (nn.Linear, nn.LayerNorm, nn.Identity, nn.Dropout, nn.ModuleList)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+CONSTANTS = ("eps", "scaling", "trained_length")  # ends of the names of what kernels take over from modules
 FIELDS = 6  # of a layer in the table of addresses
 CAPTURED = "captured"
 MOST_CAPTURED = 16  # batch sizes of a model; the oldest is dropped for another
@@ -66,6 +67,8 @@ class Watch:
         self.holders: list[tuple[dict[str, Any], str]] = [(holder, name) for holder in holders for name in holder]
         self.tensors = [holder[name] for holder, name in self.holders]
         self.layout = self.read_layout()
+        self.constants = [(own, name) for own in self.attributes for name in own if name.endswith(CONSTANTS)]
+        self.values = [own[name] for own, name in self.constants]
         self.kind: tuple[torch.device, torch.dtype] | None = None  # of the weights, as `reason` finds it
 
     def read_layout(self) -> list[tuple[int, int] | None]:
@@ -112,6 +115,7 @@ class Watch:
             children = [siblings[name] for siblings, name in self.places]
             tensors = [holder[name] for holder, name in self.holders]
             is_same = children == self.children and all(map(is_, tensors, self.tensors))
+            is_same = is_same and [own[name] for own, name in self.constants] == self.values
             return is_same and self.read_layout() == self.layout
         except (KeyError, RuntimeError):  # a part is gone, or has no address any more
             return False
@@ -210,6 +214,10 @@ class Planned:
             for index, kind in enumerate(self.kinds)
         ]
 
+    def first_layers(self) -> list[slice]:
+        """Returns the first layer of each kind, whose kernels are those of all layers of the kind."""
+        return [slice(index, index + 1) for index in sorted(map(self.kinds.index, set(self.kinds)))]
+
 
 class CapturedStep(Planned):
     """Holds one step of a batch size, captured as graphs, with the tensors that it reads and writes.
@@ -251,6 +259,11 @@ class CapturedStep(Planned):
             hidden_states = compute(hidden_states, plans, states, part)
         return hidden_states
 
+    def compile(self, compute: Compute) -> None:
+        """Compiles the kernels of a step side by side."""
+        given, parts = self.describe(), [*self.first_layers(), slice(len(self.kinds), None)]
+        self.operations.compile(lambda: [compute(self.embeddings, *given, part) for part in parts])
+
     def record(self, compute: Compute, pool: Any) -> None:
         """Records the step as graphs, the first of which also finds positions."""
         given = None
@@ -277,6 +290,7 @@ class CapturedStep(Planned):
         for part in PARTS:
             self.table.point_at(cache, part)
         try:
+            self.compile(compute)
             output = self.compute(compute).clone()
             self.record(compute, pool)
         except Exception as error:  # of a compiler, of a driver, of memory that is short
@@ -352,6 +366,17 @@ class CapturedMemory(Planned):
         compute(written, plans, self.states(self.seen, self.numbers, READS, self.row), layers)
         return written
 
+    def compile(self, compute: Compute) -> None:
+        """Compiles the kernels of `compute` side by side."""
+        plans, place = self.plans(), self.numbers
+        states = [
+            self.states(self.seen, place, WRITES, self.row, self.fresh),
+            self.states(self.seen, place, READS, self.row),
+        ]
+        self.operations.compile(
+            lambda: [compute(self.memory, plans, each, layers) for each in states for layers in self.first_layers()]
+        )
+
     def run(self, row: int, cache: OlmemCache, compute: Compute, pool: Any) -> torch.Tensor | None:
         """Writes and reads the memory of a row of a cache, and returns it, (1, M, hidden_size).
 
@@ -372,6 +397,7 @@ class CapturedMemory(Planned):
             ]
             kept = [each.clone() for each in read]
             try:
+                self.compile(compute)
                 written = self.compute(compute).clone()
                 self.graph, self.written = capture(lambda: self.compute(compute), pool, self.memory.device)
             except Exception as error:  # of a compiler, of a driver, of memory that is short
@@ -394,7 +420,7 @@ class CapturedMemory(Planned):
             cache.unfinished = True  # until the step is done
             memory = memory.index_copy(0, self.row, written.to(memory.dtype))
         if memory is not None:
-            refuse_nonfinite_memory(memory, "at the end of a segment", REMEDY)
+            refuse_nonfinite("`memory`", memory, "at the end of a segment", REMEDY)
             cache.remember(memory)
         return None
 

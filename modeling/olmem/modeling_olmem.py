@@ -65,18 +65,16 @@ from .inputs_olmem import (
 from .ops_olmem import PLAIN, Elephant, OlmemRMSNorm, Operations
 from .plan_olmem import Planner
 from .positions_olmem import (
-    LINSPACE_REACH,
     ROPE,
     XPOS,
-    XPOS_BASE,
     LinspaceScheme,
     OlmemRotaryEmbedding,
     PositionScheme,
 )
 from .retrieval_olmem import Retrieval
-from .rules_olmem import MEMORY_GATE, NOT_YET, ROTATING
+from .rules_olmem import MEMORY_GATE, NOT_YET
 from .segments_olmem import OlmemMemory, Schedule, pack_documents, unpack_documents
-from .step_olmem import QK_NORMS, LayerShape, StepOperations, StepPlan, StepState, norm_kind
+from .step_olmem import StepOperations, StepPlan, StepState, layer_shape
 from .weights_olmem import LoadsWeights, lacks_gates, read_old_names, warn_of_new_gates
 
 
@@ -162,51 +160,20 @@ class OlmemAttention(nn.Module):
         """Attends by kernels from one token in each row (B, 1, hidden_size), and writes it to the state."""
         linears = [getattr(self, f"{letter}_proj") for letter in self.letters]
         projected = plan.operations.joined_products(linears, hidden_states)
-        output = plan.operations.attend(self.step_shape(plan), state, projected)
-        return plan.operations.products([self.o_proj], output)[0]
-
-    def step_shape(self, plan: StepPlan) -> LayerShape:
-        """Returns what the kernels of a step need of this layer."""
-        config, visibility = self.config, plan.visibility
-        query_size, key_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        sizes, offsets, width = {"q": query_size, "k": key_size, "v": key_size}, {}, 0
-        for letter in self.letters:
-            offsets[letter], width = width, width + sizes[letter]
-        key_first = offsets["k"]
-        kind, q_weight, q_bias, k_weight, k_bias, eps = 0, None, None, None, None, (0.0, 0.0)
-        if self.qk_norm != "none":
-            kind, k_weight, k_bias, k_eps = norm_kind(self.k_norm)
-            _, q_weight, q_bias, q_eps = norm_kind(self.q_norm if "q" in self.letters else self.k_norm)
-            eps = q_eps, k_eps
-        rotates, is_linspace = self.position_embedding in ROTATING, self.position_embedding == "linspace"
-        span = visibility.span or config.max_position_embeddings
-        capacity = config.retrieval_capacity if self.retrieval_gate is not None else 0
-        return LayerShape(
-            visibility,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            self.head_dim,
+        shape = layer_shape(
+            self.config,
+            self.layer_idx,
+            plan,
+            self.letters,
             self.scaling,
-            (offsets.get("q", key_first), key_first, offsets.get("v", key_first), width),
-            QK_NORMS.index(self.qk_norm),
-            (kind, q_weight, q_bias, k_weight, k_bias),
-            eps,
-            self.clip_qkv,
-            self.clip_qkv_stage == "rotary",
-            config.caches_one_tensor,
-            self.shared == "value_difference",
-            rotates,
-            plan.rotary_factor,
-            plan.trained_length,
-            1 / XPOS_BASE if self.position_embedding == "xpos" else 0.0,
-            self.linspace_scale if is_linspace else None,
-            LINSPACE_REACH / max(span - 1, 1),
-            None if self.memory_gate is None else self.memory_gate.logits,
-            None if self.retrieval_gate is None else self.retrieval_gate.logits,
-            config.retrieval_top_k,
-            capacity,
-            visibility.store_size(capacity) if capacity else 0,
+            query_norm=getattr(self, "q_norm", None),
+            key_norm=getattr(self, "k_norm", None),
+            linspace_scale=getattr(self, "linspace_scale", None),
+            memory_gate=None if self.memory_gate is None else self.memory_gate.logits,
+            retrieval_gate=None if self.retrieval_gate is None else self.retrieval_gate.logits,
         )
+        output = plan.operations.attend(shape, state, projected)
+        return plan.operations.products([self.o_proj], output)[0]
 
     def forward(
         self,

@@ -188,8 +188,7 @@ class OlmemCacheLayer(CacheLayerMixin):
         wanted = self.store_limit if length is None else min(length, self.store_limit)
         if room < wanted:
             room = min(max(2 * room, wanted, GROWTH), self.store_limit)
-            for name in self.store_names:
-                self.buffers[name] = grown(self.buffers[name], room + 1)
+            self.buffers |= {name: grown(self.buffers[name], room + 1) for name in self.store_names}  # all, or none
 
     def addresses(self) -> list[int]:
         """Returns where keys and values lie, and the slots of a head, then the same of the store, for a step."""

@@ -4,14 +4,17 @@
 Shapes: B rows, H query heads, K key/value heads, D head dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
 
+from .configuration_olmem import OlmemConfig
 from .ops_olmem import OlmemRMSNorm
+from .positions_olmem import LINSPACE_REACH, XPOS_BASE
+from .rules_olmem import ROTATING
 from .visibility_olmem import Visibility
 
 KINDS = ("full_attention", "sliding_attention", "chunked_attention")
@@ -97,6 +100,10 @@ class StepOperations(Protocol):
 
     def gated(self, activation: nn.Module, gate: nn.Module, up: nn.Module, states: torch.Tensor) -> torch.Tensor: ...
 
+    def compile(self, compute: Callable[[], object]) -> None:
+        """Compiles all kernels that a function would launch, without launching them."""
+        ...
+
     def attend(self, shape: LayerShape, state: StepState, projected: torch.Tensor) -> torch.Tensor:
         """Writes a new token's keys and values to a layer's state and attends from it, (B, 1, H · D)."""
         ...
@@ -114,4 +121,79 @@ class StepPlan:
     carries: bool = False
 
 
-__all__ = ["KINDS", "QK_NORMS", "LayerShape", "StepOperations", "StepPlan", "StepState", "norm_kind"]
+def layer_shape(
+    config: OlmemConfig,
+    layer_idx: int,
+    plan: StepPlan,
+    letters: Sequence[str],
+    scaling: float,
+    *,
+    query_norm: nn.Module | None,
+    key_norm: nn.Module | None,
+    linspace_scale: torch.Tensor | None,
+    memory_gate: torch.Tensor | None,
+    retrieval_gate: torch.Tensor | None,
+) -> LayerShape:
+    """Returns what the kernels of a step need of a layer's attention.
+
+    Args:
+        letters: the projections that there are, of "q", "k" and "v", in the order in which they stand side by side.
+        scaling: what scores are multiplied by.
+        query_norm: the norm of queries, None where it is that of keys.
+        memory_gate: the logits (H,) of the gate, as `retrieval_gate`.
+    """
+    visibility, position = plan.visibility, config.layer_position_embeddings[layer_idx]
+    query_size, key_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    sizes, offsets, width = {"q": query_size, "k": key_size, "v": key_size}, {}, 0
+    for letter in letters:
+        offsets[letter], width = width, width + sizes[letter]
+    kind, q_weight, q_bias, k_weight, k_bias, eps = 0, None, None, None, None, (0.0, 0.0)
+    if key_norm is not None:
+        kind, k_weight, k_bias, k_eps = norm_kind(key_norm)
+        _, q_weight, q_bias, q_eps = norm_kind(query_norm or key_norm)
+        eps = q_eps, k_eps
+    capacity = config.retrieval_capacity if retrieval_gate is not None else 0
+    return LayerShape(
+        visibility=visibility,
+        num_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        scaling=scaling,
+        offsets=(offsets.get("q", offsets["k"]), offsets["k"], offsets.get("v", offsets["k"]), width),
+        qk_norm=QK_NORMS.index(config.qk_norm),
+        norm=(kind, q_weight, q_bias, k_weight, k_bias),
+        eps=eps,
+        clip=config.clip_qkv,
+        clips_rotated=config.clip_qkv_stage == "rotary",
+        one_tensor=config.caches_one_tensor,
+        is_difference=config.shared_projections == "value_difference",
+        rotates=position in ROTATING,
+        rotary_factor=plan.rotary_factor,
+        trained_length=plan.trained_length,
+        xpos_rate=1 / XPOS_BASE if position == "xpos" else 0.0,
+        linspace_scale=linspace_scale,
+        linspace_step=LINSPACE_REACH / max((visibility.span or config.max_position_embeddings) - 1, 1),
+        memory_gate=memory_gate,
+        retrieval_gate=retrieval_gate,
+        top_k=config.retrieval_top_k,
+        capacity=capacity,
+        store=visibility.store_size(capacity) if capacity else 0,
+    )
+
+
+__all__ = [
+    "KINDS",
+    "LAYER",
+    "LAYER_PLAIN",
+    "QK_NORMS",
+    "READS",
+    "RMS",
+    "TOKENS",
+    "WRITES",
+    "LayerShape",
+    "StepOperations",
+    "StepPlan",
+    "StepState",
+    "layer_shape",
+    "norm_kind",
+]

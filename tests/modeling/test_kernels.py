@@ -1,6 +1,7 @@
 """A step by kernels computes what the network computes: interpreted on a CPU here, on a GPU in test_steps."""
 
 import copy
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -199,6 +200,37 @@ def test_a_segment_that_begins_by_kernels_is_one_of_the_network(name, poisoned):
             torch.testing.assert_close(buffer, wanted, rtol=1e-5, atol=2e-5)
 
 
+def test_kernels_are_compiled_side_by_side_and_not_launched(monkeypatch):
+    class Kernel:
+        def __init__(self):
+            self.compiled, self.launched = [], []
+
+        def warmup(self, *arguments, grid, num_warps):
+            if "wrong" in arguments:
+                raise RuntimeError("cannot be compiled")
+            self.compiled.append((*arguments, grid, num_warps))
+
+        def __getitem__(self, grid):
+            return lambda *arguments, num_warps: self.launched.append((*arguments, grid, num_warps))
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    kernel, operations, states = Kernel(), KernelOperations(CPU, torch.float32), torch.ones(3)
+    calls = [(states, 5), (states + 1, 5), (states, 2**40), (states, 2**41), (states.half(), 5)]
+
+    def launch():
+        for arguments in calls:
+            operations.launch(kernel, (2, 3), *arguments, num_warps=4)
+
+    operations.compile(launch)
+    assert len(kernel.compiled) == 3 and not kernel.launched
+    calls.append(("wrong",))
+    with pytest.raises(RuntimeError, match="cannot be compiled"):
+        operations.compile(launch)
+    calls.pop()
+    launch()
+    assert len(kernel.launched) == len(calls) and kernel.launched[0][1:] == (5, (2, 3), 4)
+
+
 @pytest.mark.parametrize("rows", [2, 19])
 def test_few_rows_are_multiplied_in_half_precision(rows, poisoned):
     operations = KernelOperations(CPU, torch.float16)
@@ -253,6 +285,8 @@ CHANGES = {
     "a hook": lambda layer: layer.mlp.register_forward_hook(lambda *_: None),
     "another forward": lambda layer: setattr(layer.mlp, "forward", layer.mlp.forward),
     "a hook before": lambda layer: layer.self_attn.q_proj.register_forward_pre_hook(lambda *_: None),
+    "another eps": lambda layer: setattr(layer.post_attention_layernorm, "eps", 0.1),
+    "another scaling": lambda layer: setattr(layer.self_attn, "scaling", 0.1),
     "a module taken away": lambda layer: delattr(layer, "mlp"),
 }
 

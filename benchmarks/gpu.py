@@ -1,6 +1,6 @@
 """What a decode step takes on one GPU, beside what its memory allows and beside Transformers' Olmo3, all in one run.
 
-    python benchmarks/gpu.py [--rows step,generate] [--peers dynamic static] [--json benchmarks/results/gpu.json]
+    python benchmarks/gpu.py [--rows step,generate] [--json benchmarks/results/gpu.json [--resume]]
     python benchmarks/gpu.py --draw benchmarks/results/gpu.json
     python benchmarks/gpu.py --smoke
 
@@ -10,8 +10,7 @@ shape (32 layers of width 4096, 32 heads, an MLP of 11008, a vocabulary of 10027
 random bfloat16 weights. "Bytes read" are all weights but the embeddings, and all keys and values that a step sees.
 
 step       a plain one-token call in a greedy loop, the window full, at early and late positions of a stream
-generate   plain `generate()`, its prompt included, and with `--peers` that of Olmo3 (`static` compiles for a minute)
-first      the first call of a process after loading, with cold and with warm Triton caches
+generate   plain `generate()`, its prompt included
 repeated   the tenth `generate()`, a new cache each, and the device's memory after 2 calls and after many
 memory     sinks and memory tokens: a step inside a segment, with boundaries, and in a batch of random phases
 full       OLMo-3's own three sliding layers to one full, with a long context
@@ -19,8 +18,13 @@ retrieval  one layer that looks up a full store
 shared     key and value in one tensor beside separate ones; what is read of rings is timed by a full and a short window
 grouped    eight key heads, by batch size
 greedy     small models in float32: leading tokens that are those of the CPU
-errors     small models in half precision: distance of a step's logits from float64's, beside the same of a step with
-           gradients enabled, which runs module by module
+errors     small models in half precision: distance of a step's logits from float64's, beside the same of a step that
+           runs module by module
+first      the first call of a process after loading, with cold and with warm Triton caches
+peers      Olmo3's `generate()` in the same shape, as it comes, and with a static cache, which compiles for a minute
+
+Rows stand in the order in which they are measured: what is slow comes last. A run that was broken off goes on with
+`--resume` on the same machine, and only there. Rows of small models measure no time, and run in several processes.
 
 A step's time is by wall clock, the host waiting for the device at the ends of a loop only. Where a full window or store
 is needed that nobody reads the text for, it is filled with random keys and values, and the counters are set to the
@@ -38,7 +42,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from html import escape
@@ -59,6 +63,7 @@ MODES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "top-k 50, top-p 0.95": {"do_sample": True, "top_k": 50, "top_p": 0.95},
 }
+PROCESSES = 8  # for small models
 PEERS: dict[str, dict[str, Any]] = {"dynamic": {}, "static": {"cache_implementation": "static"}}
 
 
@@ -184,7 +189,7 @@ class Run:
 
     settings: Settings
     device: torch.device
-    peers: list[str]
+    variants: list[str] | None = None  # of a row of small models, where this process measures some of them
     figures: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
@@ -422,7 +427,7 @@ def generate_seconds(run: Run, model: Any, ids: torch.Tensor, new: int, **option
 def measure_generate(run: Run) -> None:
     """Measures plain `generate()`, and those of Olmo3 that were asked for."""
     settings, model = run.settings, run.model()
-    ids, own = run.ids(1, settings.prompt), {}
+    ids = run.ids(1, settings.prompt)
     middle = settings.prompt + settings.new // 2
     ceiling = run.copy_ms(weight_bytes(model) + window_bytes(model, 1, middle))
     for mode, options in MODES.items():
@@ -430,30 +435,33 @@ def measure_generate(run: Run) -> None:
         calls = [generate_seconds(run, model, ids, settings.new, **options) for _ in range(settings.repeats)]
         prompts = [generate_seconds(run, model, ids, 1, **options) for _ in range(settings.repeats)]
         took = statistics.median(calls)
-        own[mode] = 1e3 * took / settings.new
-        run.put(f"generate, {mode}", own[mode], "ms/token", COPY, ceiling, first_call_seconds=first)
+        run.put(generate_name(mode), 1e3 * took / settings.new, "ms/token", COPY, ceiling, first_call_seconds=first)
         after = 1e3 * (took - statistics.median(prompts)) / (settings.new - 1)
-        run.put(f"generate, {mode}, after its prompt", after, "ms/token", COPY, ceiling)
-    del model
-    run.free()
-    for peer in run.peers:
-        measure_peer(run, peer, ids, own)
+        run.put(f"{generate_name(mode)}, after its prompt", after, "ms/token", COPY, ceiling)
 
 
-def measure_peer(run: Run, peer: str, ids: torch.Tensor, own: dict[str, float]) -> None:
-    """Measures `generate()` of Olmo3 in the same shape, with one kind of cache."""
+def generate_name(mode: str) -> str:
+    """Returns what plain `generate()` is called."""
+    return f"generate, {mode}"
+
+
+def measure_peers(run: Run) -> None:
+    """Measures `generate()` of Olmo3 in the same shape, with both kinds of caches."""
     settings = run.settings
+    ids = run.ids(1, settings.prompt)
     model = build(Olmo3Config(**{**large_shape(settings), "pad_token_id": 0}), torch.bfloat16, run.device)
-    # A static cache is compiled for its length.
-    warm_up = settings.new if peer == "static" else settings.short_new
-    for mode, options in MODES.items():
-        first = generate_seconds(run, model, ids, warm_up, **options, **PEERS[peer])
-        took = 1e3 * generate_seconds(run, model, ids, settings.new, **options, **PEERS[peer]) / settings.new
-        name = f"Olmo3, {peer}, {mode}"
-        run.put(name, took, "ms/token", "Olmem", own[mode], first_call_seconds=first, first_call_tokens=warm_up)
+    for peer, cache in PEERS.items():
+        # A static cache is compiled for its length.
+        warm_up = settings.new if cache else settings.short_new
+        for mode, options in MODES.items():
+            if not (cache or mode == "greedy"):  # slow enough for one figure to say it
+                continue
+            first = generate_seconds(run, model, ids, warm_up, **options, **cache)
+            took = 1e3 * generate_seconds(run, model, ids, settings.new, **options, **cache) / settings.new
+            own = run.find("generate", generate_name(mode))
+            name = f"Olmo3, {peer}, {mode}"
+            run.put(name, took, "ms/token", "Olmem", own, first_call_seconds=first, first_call_tokens=warm_up)
     torch._dynamo.reset()
-    del model
-    run.free()
 
 
 def first_tokens(run: Run) -> dict[str, float]:
@@ -649,11 +657,40 @@ def small_model(
     return model
 
 
+def in_processes(run: Run, names: Sequence[str], measure: Callable[[Run, str], None]) -> None:
+    """Measures variants of small models, on a GPU in several processes, which compile their kernels side by side."""
+    if run.variants is not None or run.device.type == "cpu":
+        for name in run.variants or names:
+            try:
+                measure(run, name)
+            except Exception:
+                run.errors[f"{run.row}: {name}"] = traceback.format_exc()
+                print(f"{run.row}: {name}: {traceback.format_exc()}", file=sys.stderr, flush=True)
+        return
+    count = min(PROCESSES, os.cpu_count() or 1)
+    command = [sys.executable, __file__, "--rows", run.row, "--variants"]
+    started = [
+        subprocess.Popen([*command, *names[index::count]], stdout=subprocess.PIPE, text=True)
+        for index in range(min(count, len(names)))
+    ]
+    texts = [process.communicate()[0] for process in started]
+    if any(process.returncode for process in started):
+        raise RuntimeError("a process for small models has failed")
+    found = [json.loads(text.splitlines()[-1]) for text in texts]
+    figures = [figure for each in found for figure in each["figures"]]
+    for figure in sorted(figures, key=lambda figure: names.index(figure["variant"])):
+        run.figures.append(figure)
+        print(figure_line(figure), flush=True)
+    for each in found:
+        run.errors |= each["errors"]
+
+
 def measure_greedy(run: Run) -> None:
     """Counts the leading tokens of a greedy text in float32 that are the CPU's."""
     settings, cpu = run.settings, torch.device("cpu")
     variants = small_variants(settings.small_window)
-    for name in GREEDY:
+
+    def one(run: Run, name: str) -> None:
         config = small_config(settings, variants[name])
         weights = small_weights(config)
         ids = torch.randint(config.vocab_size, (1, settings.small_window // 2))
@@ -663,7 +700,9 @@ def measure_greedy(run: Run) -> None:
             out = model.generate(ids.to(device), max_new_tokens=settings.greedy, do_sample=False)
             made.append(out[0, ids.shape[1] :].cpu())
         equal = (made[0] == made[1]).long().cumprod(0).sum()
-        run.put(name, int(equal), "tokens", "those of the CPU", settings.greedy)
+        run.put(name, int(equal), "tokens", "those of the CPU", settings.greedy, variant=name)
+
+    in_processes(run, GREEDY, one)
 
 
 @contextmanager
@@ -693,31 +732,30 @@ def measure_errors(run: Run) -> None:
     """Measures how far half precision's logits are from float64's, of plain steps and of steps module by module."""
     settings = run.settings
     prompt = 2 * settings.small_window + settings.small_window // 3
-    for name, changes in small_variants(settings.small_window).items():
-        try:
-            config = small_config(settings, changes)
-            weights = small_weights(config)
-            ids = torch.randint(config.vocab_size, (settings.small_rows, prompt + settings.small_steps))
-            exact = small_model(config, weights, torch.float64, torch.device("cpu"))
-            truth = exact(ids, use_cache=False, logits_to_keep=settings.small_steps).logits
-            for dtype in (torch.bfloat16, torch.float16):
-                model, placed = small_model(config, weights, dtype, run.device), ids.to(run.device)
-                plain, eager = (
-                    float((step_logits(run, model, placed, prompt, as_is) - truth).norm() / truth.norm())
-                    for as_is in (False, True)
-                )
-                label = f"{name}, {str(dtype).removeprefix('torch.')}"
-                run.put(label, plain, "relative", "module by module", eager)
-        except Exception:
-            run.errors[f"errors: {name}"] = traceback.format_exc()
-            print(f"errors: {name}: {traceback.format_exc()}", file=sys.stderr, flush=True)
+    variants = small_variants(settings.small_window)
+
+    def one(run: Run, name: str) -> None:
+        config = small_config(settings, variants[name])
+        weights = small_weights(config)
+        ids = torch.randint(config.vocab_size, (settings.small_rows, prompt + settings.small_steps))
+        exact = small_model(config, weights, torch.float64, torch.device("cpu"))
+        truth = exact(ids, use_cache=False, logits_to_keep=settings.small_steps).logits
+        for dtype in (torch.bfloat16, torch.float16):
+            model, placed = small_model(config, weights, dtype, run.device), ids.to(run.device)
+            plain, eager = (
+                float((step_logits(run, model, placed, prompt, as_is) - truth).norm() / truth.norm())
+                for as_is in (False, True)
+            )
+            label = f"{name}, {str(dtype).removeprefix('torch.')}"
+            run.put(label, plain, "relative", "module by module", eager, variant=name)
+
+    in_processes(run, list(variants), one)
 
 
 ROWS: dict[str, Callable[[Run], None]] = {
     "ceilings": measure_ceilings,
     "step": measure_step,
     "generate": measure_generate,
-    "first": measure_first,
     "repeated": measure_repeated,
     "memory": measure_memory,
     "full": measure_full,
@@ -726,6 +764,8 @@ ROWS: dict[str, Callable[[Run], None]] = {
     "grouped": measure_grouped,
     "greedy": measure_greedy,
     "errors": measure_errors,
+    "first": measure_first,
+    "peers": measure_peers,
 }
 
 
@@ -752,14 +792,30 @@ def describe(run: Run) -> dict[str, Any]:
     with suppress(PackageNotFoundError):  # a CPU has none
         versions["triton"] = version("triton")
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
+    started = Path("/proc/sys/kernel/random/boot_id")
     return {
         "device": device,
         "versions": versions,
-        "settings": asdict(run.settings),
+        "machine": started.read_text().strip() if started.exists() else "",
+        "settings": json.loads(json.dumps(asdict(run.settings))),
         "figures": run.figures,
         "seconds": run.seconds,
         "errors": run.errors,
     }
+
+
+def resume(run: Run, path: Path) -> None:
+    """Takes over what a run that was broken off has found, if it was on this machine, with the same versions and sizes.
+
+    Rows that had errors are measured again.
+    """
+    found, own = json.loads(path.read_text()), describe(run)
+    for name in ("device", "versions", "machine", "settings"):
+        if found[name] != own[name]:
+            raise SystemExit(f"{path} is of another run, whose {name} was {found[name]} (got {own[name]}); begin anew.")
+    failed = {name.partition(":")[0] for name in found["errors"]}
+    run.figures = [each for each in found["figures"] if each["row"] not in failed]
+    run.seconds = {row: seconds for row, seconds in found["seconds"].items() if row not in failed}
 
 
 # The plot
@@ -767,7 +823,11 @@ def describe(run: Run) -> dict[str, Any]:
 BAR, TICK, INK, FAINT = "#1f6feb", "#d1242f", "#24292f", "#57606a"
 LEFT, WIDE, HIGH = 330, 420, 22
 PANELS: tuple[tuple[str, set[str], set[str]], ...] = (  # title, rows, units
-    ("milliseconds a step or a token", {"step", "generate", "memory", "full", "retrieval"}, {"ms", "ms/token"}),
+    (
+        "milliseconds a step or a token",
+        {"step", "generate", "memory", "full", "retrieval", "peers"},
+        {"ms", "ms/token"},
+    ),
     ("tokens a second", {"shared", "grouped"}, {"tokens/s"}),
 )
 
@@ -808,11 +868,12 @@ def draw(found: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default=",".join(ROWS), help="that are measured, beside the ceilings (all)")
-    parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=["dynamic"], help="Olmo3's caches (dynamic)")
     parser.add_argument("--smoke", action="store_true", help="the same in little, on a CPU in a minute")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write everything measured")
+    parser.add_argument("--resume", action="store_true", help="goes on with the rows that FILE has not")
     parser.add_argument("--draw", type=Path, metavar="FILE", help="draws what was written, as an SVG beside it")
     parser.add_argument("--first-token", action="store_true", help=argparse.SUPPRESS)  # a process of `first`
+    parser.add_argument("--variants", nargs="+", help=argparse.SUPPRESS)  # a process of small models
     given = parser.parse_args(arguments)
     if given.draw is not None:
         picture = given.draw.with_suffix(".svg")
@@ -826,11 +887,20 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("this needs a CUDA device; --smoke runs on a CPU")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    run = Run(SMOKE if given.smoke else Settings(), torch.device("cpu" if given.smoke else "cuda:0"), given.peers)
+    run = Run(SMOKE if given.smoke else Settings(), torch.device("cpu" if given.smoke else "cuda:0"), given.variants)
     if given.first_token:
         print(json.dumps(first_tokens(run)))
         return
+    if given.variants:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // PROCESSES))
+        measure(run, rows[0])
+        print(json.dumps({"figures": run.figures, "errors": run.errors}))
+        return
+    if given.resume and given.json is not None and given.json.exists():
+        resume(run, given.json)
     for row in dict.fromkeys(["ceilings", *(row for row in ROWS if row in rows)]):
+        if row in run.seconds:
+            continue
         measure(run, row)
         if given.json is not None:
             given.json.parent.mkdir(parents=True, exist_ok=True)

@@ -190,6 +190,7 @@ class Run:
     settings: Settings
     device: torch.device
     variants: list[str] | None = None  # of a row of small models, where this process measures some of them
+    path: Path | None = None  # of a file that holds all that is known
     figures: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
@@ -202,8 +203,19 @@ class Run:
         ratio = measured / reference if reference else None
         found = {"row": self.row, "name": name, "measured": measured, "unit": unit}
         found |= {"against": against, "reference": reference, "ratio": ratio, **more}
+        self.keep(found)
+
+    def keep(self, found: dict[str, Any]) -> None:
+        """Prints and keeps a figure."""
         self.figures.append(found)
         print(figure_line(found), flush=True)
+        self.save()
+
+    def save(self) -> None:
+        """Writes what is known to the file, if there is one."""
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(describe(self), indent=1) + "\n")
 
     def find(self, row: str, name: str) -> float | None:
         """Returns a figure that was measured before, or None."""
@@ -679,8 +691,7 @@ def in_processes(run: Run, names: Sequence[str], measure: Callable[[Run, str], N
     found = [json.loads(text.splitlines()[-1]) for text in texts]
     figures = [figure for each in found for figure in each["figures"]]
     for figure in sorted(figures, key=lambda figure: names.index(figure["variant"])):
-        run.figures.append(figure)
-        print(figure_line(figure), flush=True)
+        run.keep(figure)
     for each in found:
         run.errors |= each["errors"]
 
@@ -807,15 +818,15 @@ def describe(run: Run) -> dict[str, Any]:
 def resume(run: Run, path: Path) -> None:
     """Takes over what a run that was broken off has found, if it was on this machine, with the same versions and sizes.
 
-    Rows that had errors are measured again.
+    Rows that had errors or no end are measured again.
     """
     found, own = json.loads(path.read_text()), describe(run)
     for name in ("device", "versions", "machine", "settings"):
         if found[name] != own[name]:
             raise SystemExit(f"{path} is of another run, whose {name} was {found[name]} (got {own[name]}); begin anew.")
     failed = {name.partition(":")[0] for name in found["errors"]}
-    run.figures = [each for each in found["figures"] if each["row"] not in failed]
     run.seconds = {row: seconds for row, seconds in found["seconds"].items() if row not in failed}
+    run.figures = [each for each in found["figures"] if each["row"] in run.seconds]
 
 
 # The plot
@@ -898,13 +909,12 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if given.resume and given.json is not None and given.json.exists():
         resume(run, given.json)
+    run.path = given.json
     for row in dict.fromkeys(["ceilings", *(row for row in ROWS if row in rows)]):
         if row in run.seconds:
             continue
         measure(run, row)
-        if given.json is not None:
-            given.json.parent.mkdir(parents=True, exist_ok=True)
-            given.json.write_text(json.dumps(describe(run), indent=1) + "\n")
+        run.save()
     print(f"{sum(run.seconds.values()):.0f} s in all, {len(run.errors)} errors", flush=True)
     if run.errors:
         sys.exit(1)

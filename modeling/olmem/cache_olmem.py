@@ -214,7 +214,7 @@ class OlmemCache(Cache):
 
         For a step in a recorded graph it returns None, because only the device counts there.
         """
-        room = None if all(self.is_sliding) else self.max_length
+        room = None if self.max_length is None or all(self.is_sliding) else self.max_length
         before = 0 if self.fresh else unless_recorded(self.counters.read_columns)
         if before is None and length > 1:
             before = int(self.columns)

@@ -157,11 +157,17 @@ CAPTURING = threading.Lock()  # a process captures one graph at a time
 
 
 def capture(
-    compute: Callable[[], torch.Tensor], pool: Any, device: torch.device
+    compute: Callable[[], torch.Tensor], pool: tuple[int, int], device: torch.device
 ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
     """Records what a function launches as a graph, with memory from a pool, and returns it with its output."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-    with CAPTURING, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+    recording = torch.cuda.graph(
+        graph,
+        pool=pool,  # pyright: ignore[reportArgumentType]  whose type torch keeps to itself
+        stream=stream,
+        capture_error_mode="thread_local",
+    )
+    with CAPTURING, recording:
         output = compute()
     return graph, output
 

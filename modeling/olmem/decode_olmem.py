@@ -12,9 +12,9 @@ A call that cannot be captured runs as it is, and `OlmemCache.step_path` says wh
 
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from operator import is_
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import nn
@@ -42,6 +42,8 @@ MOST_BEGINNING = 8  # rows that begin segments at a step; more of them are faste
 FIRST_LAYERS = 4  # of a step, in a graph of their own: the device computes them while the others are made ready
 PARTS = slice(0, FIRST_LAYERS), slice(FIRST_LAYERS, None)
 
+Pool = tuple[int, int]  # names the memory that graphs share
+
 # Passes hidden states (B, 1, hidden_size) through some layers by their plans and states, and after the last one through
 # the norm.
 Compute = Callable[[torch.Tensor, Sequence[StepPlan], Sequence[StepState], slice], torch.Tensor]
@@ -64,7 +66,9 @@ class Watch:
         self.attributes = [vars(each) for each in self.modules]  # a `forward` among them would be called instead
         self.counts = list(map(len, self.attributes))
         holders = [holder for each in self.modules for holder in (each._parameters, each._buffers)]
-        self.holders: list[tuple[dict[str, Any], str]] = [(holder, name) for holder in holders for name in holder]
+        self.holders: list[tuple[Mapping[str, torch.Tensor | None], str]] = [
+            (holder, name) for holder in holders for name in holder
+        ]
         self.tensors = [holder[name] for holder, name in self.holders]
         self.layout = self.read_layout()
         self.constants = [(own, name) for own in self.attributes for name in own if name.endswith(CONSTANTS)]
@@ -264,7 +268,7 @@ class CapturedStep(Planned):
         given, parts = self.describe(), [*self.first_layers(), slice(len(self.kinds), None)]
         self.operations.compile(lambda: [compute(self.embeddings, *given, part) for part in parts])
 
-    def record(self, compute: Compute, pool: Any) -> None:
+    def record(self, compute: Compute, pool: Pool) -> None:
         """Records the step as graphs, the first of which also finds positions."""
         given = None
         hidden_states, graphs, outputs = self.embeddings, [], []
@@ -280,7 +284,7 @@ class CapturedStep(Planned):
             outputs.append(hidden_states)
         self.graphs, self.outputs = graphs, outputs
 
-    def first(self, embeddings: torch.Tensor, cache: OlmemCache, compute: Compute, pool: Any) -> torch.Tensor | None:
+    def first(self, embeddings: torch.Tensor, cache: OlmemCache, compute: Compute, pool: Pool) -> torch.Tensor | None:
         """Computes a step of embeddings (B, 1, hidden_size) kernel by kernel, which compiles them, and records it.
 
         Returns None where kernels or capture fail, and remembers why. What was written to the cache is written again by
@@ -377,7 +381,7 @@ class CapturedMemory(Planned):
             lambda: [compute(self.memory, plans, each, layers) for each in states for layers in self.first_layers()]
         )
 
-    def run(self, row: int, cache: OlmemCache, compute: Compute, pool: Any) -> torch.Tensor | None:
+    def run(self, row: int, cache: OlmemCache, compute: Compute, pool: Pool) -> torch.Tensor | None:
         """Writes and reads the memory of a row of a cache, and returns it, (1, M, hidden_size).
 
         The first time it runs kernel by kernel and is recorded, as `CapturedStep.first` is. Where that fails it returns
@@ -410,7 +414,7 @@ class CapturedMemory(Planned):
         self.graph.replay()
         return self.written.transpose(0, 1)
 
-    def begin_segments(self, rows: Sequence[int], cache: OlmemCache, compute: Compute, pool: Any) -> str | None:
+    def begin_segments(self, rows: Sequence[int], cache: OlmemCache, compute: Compute, pool: Pool) -> str | None:
         """Lets rows of a cache begin a segment with their next token, or returns why they cannot in this way."""
         memory = cache.memory
         for row in rows:
@@ -435,22 +439,22 @@ class DecodeSteps:
     def __init__(self) -> None:
         self.enabled = True
         self.lock = threading.RLock()
-        self.last: torch.cuda.Event | None = None  # after the last step, for calls on other streams
+        self.stream: torch.cuda.Stream | None = None  # of the last step
         self.forget()
 
     def forget(self) -> None:
         """Drops all that was captured, once the device has done with it."""
-        if self.last is not None:
-            self.last.synchronize()
+        if self.stream is not None:
+            self.stream.synchronize()
         self.watches: list[Watch] = []  # of the modules of each of PARTS
         self.reason: str | None = None
         self.operations: StepOperations | None = None
-        self.captured: dict[Any, CapturedStep] = {}
-        self.memories: dict[Any, CapturedMemory] = {}
-        self.pool: Any = None
-        self.last = None
+        self.captured: dict[Hashable, CapturedStep] = {}
+        self.memories: dict[Hashable, CapturedMemory] = {}
+        self.pool: Pool | None = None
+        self.stream = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
         """Returns an object that has captured nothing, for the copy of a model."""
         return self.__class__()
 
@@ -482,7 +486,8 @@ class DecodeSteps:
         if not all(layer.is_initialized for layer in cache.layers):
             return "the cache has more layers than were run"
         buffers = [buffer for layer in cache.layers for buffer in layer.buffers.values()]
-        if any(buffer.dtype != embeddings.dtype or buffer.device != embeddings.device for buffer in buffers):
+        is_same = {buffer.dtype for buffer in buffers} == {embeddings.dtype}
+        if not is_same or {buffer.get_device() for buffer in buffers} != {embeddings.get_device()}:
             return "the cache is of another dtype than the model, or not on its device alone"
         rows = rows_that_begin(config, cache)
         if any(cache.counters.read_seen()[row] == 0 for row in rows):
@@ -544,12 +549,13 @@ class DecodeSteps:
                 cache.step_path = reason
                 return None
             cache.reserve_step()
-            if self.operations is None:
+            if self.operations is None or self.pool is None:
                 self.operations = make_operations(device, dtype)
                 self.pool = torch.cuda.graph_pool_handle()
-            stream = torch.cuda.current_stream(device)
-            if self.last is not None:
-                stream.wait_event(self.last)
+            stream, before = torch.cuda.current_stream(device), self.stream
+            if before is not None and before != stream:
+                stream.wait_stream(before)
+            self.stream = stream
             if rows and memory is not None:
                 if cache.sizes not in self.memories:
                     made_of = config, rotary, self.operations, memory.norm, device, dtype
@@ -565,8 +571,6 @@ class DecodeSteps:
                 output = step.first(embeddings, cache, compute, self.pool)
             else:
                 output = step.replay(embeddings, cache, [lambda: True, *(watch.holds for watch in self.watches[1:])])
-            self.last = self.last or torch.cuda.Event()
-            self.last.record(stream)
             if output is None and step.failure is None:  # layers of the second part have changed
                 self.forget()
                 return self.run(config, rotary, modules, cache, embeddings, compute)

@@ -6,7 +6,6 @@
 Shapes: B rows, H query heads, K key/value heads, D head dim.
 """
 
-import os
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from .step_olmem import READS, WRITES, LayerShape, StepState, norm_kind
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 ACTIVATIONS = {"SiLU": 0, "SiLUActivation": 0, "Elephant": 1}  # by the names of their classes, as `activate` counts
 FEW = 64  # rows up to which products are bound by their weights' bytes
+COMPILERS = 4  # threads; more of them wait for one another where all kernels are found in Triton's cache
 MOST_QUERIES = 64  # that one program attends for
 
 Kernel = triton.runtime.KernelInterface
@@ -126,16 +126,16 @@ class KernelOperations(Operations):
                 self.compiling[key] = self.compiler.submit(self.warm, kernel, grid, arguments, num_warps)
 
     def warm(self, kernel: Kernel, grid: tuple[int, ...], arguments: tuple[Argument, ...], num_warps: int) -> None:
-        """Compiles a kernel for such arguments, if it is not."""
+        """Compiles a kernel for such arguments, if it is not, and makes its launcher, for which a compiler runs too."""
         with torch.cuda.device(self.device):
-            kernel.warmup(*arguments, grid=grid, num_warps=num_warps)
+            _ = kernel.warmup(*arguments, grid=grid, num_warps=num_warps).run
 
     def compile(self, compute: Callable[[], object]) -> None:
         """Compiles all kernels that a function would launch, side by side; what it computes is of no use.
 
         Triton compiles most of the time outside of Python, where threads do not wait for one another.
         """
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as self.compiler:
+        with ThreadPoolExecutor(COMPILERS) as self.compiler:
             try:
                 compute()
                 for each in self.compiling.values():

@@ -264,7 +264,16 @@ class OlmemAttention(nn.Module):
             return LinspaceScheme(self.linspace_scale, plan.visibility.span or self.config.max_position_embeddings)
         return XPOS if self.position_embedding == "xpos" else ROPE
 
-    def retrieve(self, query, key, value, seen: torch.Tensor, plan: Plan, state: LayerState, earlier) -> torch.Tensor:
+    def retrieve(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        seen: torch.Tensor,
+        plan: Plan,
+        state: LayerState,
+        earlier: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
         """Returns the attention output of the tokens (B, T, H, D), mixed with what their heads retrieve."""
         assert self.retrieval_gate is not None
         tokens = plan.by_role["token"]

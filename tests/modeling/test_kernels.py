@@ -209,6 +209,7 @@ def test_kernels_are_compiled_side_by_side_and_not_launched(monkeypatch):
             if "wrong" in arguments:
                 raise RuntimeError("cannot be compiled")
             self.compiled.append((*arguments, grid, num_warps))
+            return SimpleNamespace(run=None)
 
         def __getitem__(self, grid):
             return lambda *arguments, num_warps: self.launched.append((*arguments, grid, num_warps))

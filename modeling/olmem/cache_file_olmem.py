@@ -82,12 +82,17 @@ class StateFile:
             shape, stored = file.get_slice(name).get_shape(), file.get_slice(name).get_dtype()
             kind = {torch.long: "I64", torch.bool: "BOOL"}[dtype]
             self.require(len(shape) == dimensions and stored == kind, f"`{name}` is damaged")
-        seen, self.columns = file.get_tensor("seen"), int(file.get_tensor("columns"))
+        self.counters = {name: self.copied(name) for name in COUNTERS}
+        seen, self.columns = self.counters["seen"], int(self.counters["columns"])
         self.batch_size = len(seen)
         self.require(self.batch_size > 0, "`seen` is damaged")
         least, most = int(seen.min()), int(seen.max())
         fits = 0 <= least <= most <= self.columns < MOST_COLUMNS and self.columns > 0
         self.require(fits, f"`seen` counts {least} to {most} tokens in {self.columns} `columns`")
+
+    def copied(self, name: str) -> torch.Tensor:
+        """Returns a tensor of its own, as the one that safetensors gives changes whenever the file is written to."""
+        return self.file.get_tensor(name).clone()
 
     def require(self, holds: bool, problem: str) -> None:
         """Raises an error that names a problem of the file, unless a condition holds."""
@@ -113,7 +118,7 @@ class StateFile:
         self.require(len(dtypes) == 1, f"its keys and values are of several types, {', '.join(sorted(dtypes))}")
         unknown = sorted(self.names - set(shapes) - set(COUNTERS))
         self.require(not unknown, f"`{unknown[0] if unknown else ''}` is not part of such a state")
-        tensors = {name: self.file.get_tensor(name) for name in (*COUNTERS, *shapes)}
+        tensors = self.counters | {name: self.copied(name) for name in shapes}
         self.require(
             checksum(tensors, self.metadata) == self.metadata.get("checksum"), "its content does not have its checksum"
         )
@@ -142,7 +147,9 @@ def read_state(path: str | os.PathLike) -> Iterator[StateFile]:
     try:
         with safe_open(path, framework="pt") as file:
             yield StateFile(path, file)
-    except SafetensorError as error:
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (SafetensorError, OSError, MemoryError) as error:  # the last two of a file that cannot be mapped into memory
         raise ValueError(f"`path` must be a whole file of `OlmemCache.save` (got {path}: {error}).") from None
 
 

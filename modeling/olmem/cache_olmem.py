@@ -511,6 +511,7 @@ class OlmemCache(Cache):
             for index, layer in enumerate(cache.layers):
                 own = [tensors[f"layers.{index}.{name}"] for name in layer.names]
                 layer.lazy_initialization(*(each[:, :, :0].to(device) for each in (own[0], own[-1])))
+                layer.room = None  # what the file says is made as tokens need it: a small file may say gigabytes
                 layer.reserve(length)
                 if layer.store_limit:
                     layer.reserve_store(length)

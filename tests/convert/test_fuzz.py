@@ -26,7 +26,8 @@ from convert.fuzzing.target import Escape, Place, standing_in
 from convert.processes import Forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from olmem import OlmemCache
+from olmem import OlmemCache, cache_file_olmem
+from olmem.cache_file_olmem import checksum
 from olmem_convert import CheckpointError, ConvertOptions, convert
 from olmem_convert.errors import LONGEST
 from olmem_convert.formats import check_layers
@@ -38,6 +39,8 @@ from olmem_convert.reading.fields import MOST_LAYERS
 from olmem_convert.reading.tensors import LazyTensor
 from olmem_convert.reading.texts import DEEPEST, LARGEST_TEXT, LARGEST_TOKENIZER, LARGEST_YAML, read_yaml
 from olmem_convert.reading.weight_files import read_weights
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -538,3 +541,45 @@ def test_a_state_file_that_is_none_is_not_waited_for(tmp_path):
     for path in (tmp_path / "pipe", tmp_path / "device", tmp_path):
         with pytest.raises(ValueError, match="which is of another kind"):
             OlmemCache.load(path, model_of("full").config)
+
+
+def test_a_state_file_that_cannot_be_mapped(tmp_path):
+    """An OSError was raised."""
+    (tmp_path / "state").symlink_to("/proc/self/mem")
+    with pytest.raises(ValueError, match="`path` must be a whole file"):
+        OlmemCache.load(tmp_path / "state", model_of("full").config)
+
+
+def test_room_that_a_state_file_claims_is_not_made_before_it_is_needed(tmp_path):
+    """A file of 2 KB took a gigabyte."""
+    [seed] = (seed for seed in seeds("state") if "full.safetensors" in seed)
+    path = tmp_path / "full.safetensors"
+    path.write_bytes(seed["full.safetensors"])
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        facts = file.metadata() | {"max_length": str(2**23)}
+    save_file(tensors, path, facts | {"checksum": checksum(tensors, facts)})
+    cache = OlmemCache.load(path, model_of("full").config)
+    assert cache.max_length == 2**23
+    assert cache.nbytes < 2**20
+
+
+def test_a_state_file_that_is_changed_while_it_is_read(tmp_path, monkeypatch):
+    """What was used was read behind the checksum, from the file as it then was."""
+    [seed] = (seed for seed in seeds("state") if "full.safetensors" in seed)
+    path = tmp_path / "full.safetensors"
+    path.write_bytes(seed["full.safetensors"])
+    model = model_of("full")
+
+    def then_changed(*arguments):
+        found = checksum(*arguments)
+        with path.open("r+b") as file:
+            file.seek(-400, os.SEEK_END)
+            file.write(bytes(400))
+        return found
+
+    expected = model(torch.ones(2, 1, dtype=torch.long), past_key_values=OlmemCache.load(path, model.config)).logits
+    monkeypatch.setattr(cache_file_olmem, "checksum", then_changed)
+    cache = OlmemCache.load(path, model.config)
+    assert path.read_bytes() != seed["full.safetensors"]
+    assert torch.equal(model(torch.ones(2, 1, dtype=torch.long), past_key_values=cache).logits, expected)

@@ -116,7 +116,12 @@ def use_state(folder: Path, rng: Random) -> None:
     rows = int(cache.counters.tensors["seen"].shape[0])
     with torch.no_grad():
         for _ in range(3):
-            model(torch.ones(rows, 1, dtype=torch.long), past_key_values=cache)
+            try:
+                model(torch.ones(rows, 1, dtype=torch.long), past_key_values=cache)
+            except ValueError as error:
+                if str(error).startswith("`max_length`"):  # which the file says is used up
+                    break
+                raise RuntimeError(f"a state that loads does not run: {error}") from error
 
 
 SEEDS = tuple(writer(kind) for kind in KINDS)

@@ -15,9 +15,9 @@ likewise, without its validation.
 The second form kills conversions with SIGKILL at random moments, goes on with --resume, and compares what comes out in
 the end with what an uninterrupted one gives, byte by byte.
 
-The third form kills conversions that replace a folder, with SIGKILL before, between or behind their last renames. One
-of the hidden folders beside OUT is then removed, or none, and a command fails. The old folder or the new one must be
-whole, and the conversion, run again, must end with the new one and nothing beside it.
+The third form kills conversions that replace a folder, with SIGKILL before, between or behind their last renames. A
+command then fails, one of the hidden folders beside OUT is removed, if there is one, and another command fails. The old
+folder or the new one must be whole, and the conversion, run again, must end with the new one and nothing beside it.
 """
 
 import argparse
@@ -392,7 +392,7 @@ def killed_at(rename: int, source: Path, out: Path) -> None:
 
 
 def kill_at_renames(kills: int, scratch: Path, seed: int) -> dict[str, Any]:
-    from olmem_convert import CheckpointError, ConvertOptions, convert
+    from olmem_convert import ConvertOptions, convert
 
     generator, golden = random.Random(seed), Path(__file__).parents[1] / "tests" / "golden"
     place = scratch / "place"
@@ -401,29 +401,43 @@ def kill_at_renames(kills: int, scratch: Path, seed: int) -> dict[str, Any]:
         convert(native, scratch / name, ConvertOptions(verify=False))
     old, new = digests(scratch / "old"), digests(scratch / "new")
     rows = []
-    for _ in tqdm(range(kills), desc="kills", disable=None):
+    for number in tqdm(range(kills), desc="kills", disable=None):
         shutil.rmtree(place, ignore_errors=True)
         out = place / "out"
         shutil.copytree(scratch / "old", out)
-        rename = generator.randrange(3)
+        rename = number % 3
         killed_at(rename, source, out)
+        fail(generator, out, source)
         hidden = [path for path in sorted(place.glob(".out.*")) if path.is_dir()]
-        removed = generator.choice([None, *hidden])
+        removed = generator.choice(hidden) if hidden else None
         if removed:
             shutil.rmtree(removed)
-        try:
-            if generator.random() < 0.5:
-                convert(scratch / "nothing", out)
-            else:
-                convert(source, out, ConvertOptions(to="olmo2", overwrite=True))
-            raise SystemExit("a command that had to fail did not")
-        except CheckpointError:
-            held = [digests(path) for path in place.iterdir() if path.is_dir()]
+        fail(generator, out, source)
+        held = [digests(path) for path in place.iterdir() if path.is_dir()]
         convert(source, out, ConvertOptions(overwrite=True, verify=False))
         left = sorted(path.name for path in place.iterdir())
         whole = (old in held or new in held) and digests(out) == new and left == ["out"]
         rows.append({"rename": rename, "removed": removed.name if removed else None, "whole": whole})
     return {"kills": rows, "whole": sum(row["whole"] for row in rows)}
+
+
+def fail(generator: random.Random, out: Path, source: Path) -> None:
+    """A command to OUT that is refused: of no checkpoint, of one that is of another kind, or of a folder beside OUT."""
+    from olmem_convert import CheckpointError, ConvertOptions, convert
+
+    nothing, partial = out.parent / "nothing", out.with_name(f".{out.name}.partial")
+    commands = (
+        (nothing, ConvertOptions()),
+        (nothing, ConvertOptions(overwrite=True)),
+        (nothing, ConvertOptions(resume=True)),
+        (source, ConvertOptions(to="olmo2", overwrite=True)),
+        (partial, ConvertOptions(to="olmo2", overwrite=True)),
+    )
+    try:
+        convert(commands[choice := generator.randrange(len(commands))][0], out, commands[choice][1])
+    except CheckpointError:
+        return
+    raise SystemExit("a command that had to fail did not")
 
 
 def main() -> None:

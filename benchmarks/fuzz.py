@@ -1,6 +1,6 @@
 """Mutated and hostile checkpoints over every reader: what they cost, and whether anything but CheckpointError escapes.
 
-    python benchmarks/fuzz.py [--cases 100000] [--reader NAME] [--seed S] [--processes N] [--json]
+    python benchmarks/fuzz.py [--cases 100000] [--reader NAME] [--seed S] [--processes N] [--seconds S] [--json]
     python benchmarks/fuzz.py --reader NAME --seed S --case N       that one again, left on the disk, with a traceback
     python benchmarks/fuzz.py --reader NAME --engine atheris        steered by coverage (pip install atheris)
 
@@ -14,14 +14,17 @@ An escape is any of these: an exception other than CheckpointError, a crash, mor
 of the clock, more memory than --memory, a file outside OUT, an attempt to start a process (but the one that tries
 tokenizers), to open a socket, to write elsewhere or to unpickle a global.
 
-refused   cases that ended in a CheckpointError; the others read or converted
+refused   cases that ended in a CheckpointError, or of a state file in a ValueError; the others read or converted
 slowest   seconds of processor time of one case
 memory    MiB that one case added, at most
+
+With --seconds, cases that are not tried by then are left out, and the figures say how many were.
 """
 
 # pyright: reportMissingImports=false
 import argparse
 import faulthandler
+import gc
 import importlib
 import json
 import multiprocessing
@@ -49,6 +52,7 @@ sys.dont_write_bytecode = True
 import torch  # noqa: E402  after what it reads from the environment
 import transformers  # noqa: E402
 from convert.fuzzing.archives import BOMBS, bomb  # noqa: E402
+from convert.fuzzing.hub import LEAKED  # noqa: E402
 from convert.fuzzing.mutations import make  # noqa: E402
 from convert.fuzzing.seeds import FOLDERS, OTHERS, seeds  # noqa: E402
 from convert.fuzzing.seeds import READERS as CHECKPOINTS  # noqa: E402
@@ -58,6 +62,7 @@ from tqdm import tqdm  # noqa: E402
 
 READERS = CHECKPOINTS | FOLDERS | OTHERS
 SECONDS, PATIENCE = 10, 30  # of the processor, which is shared with others, and of the clock
+LOOK = 0.5  # seconds between two looks for processes that hang
 WHOLE = 20  # one case of so many is converted and verified
 ROOM = 2**31  # bytes that a worker may map beyond those at its start
 STARTS = (
@@ -228,8 +233,11 @@ class Worker:
         return sum(map(int, spent)) / os.sysconf("SC_CLK_TCK")
 
 
-def run(readers: list[str], seed: str, cases: int, processes: int, memory: int, bar: tqdm) -> Iterator[Result]:
-    """Every case; a process that hangs or dies is replaced by one that goes on behind that case."""
+def run(
+    readers: list[str], seed: str, cases: int, processes: int, memory: int, bar: tqdm, seconds: float | None
+) -> Iterator[Result]:
+    """Every case, or those of so many seconds; a process that hangs or dies is replaced by one that goes on behind that
+    case."""
     context = multiprocessing.get_context("fork")
     prepare()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as scratch:
@@ -248,35 +256,43 @@ def run(readers: list[str], seed: str, cases: int, processes: int, memory: int, 
         def open_ends() -> list[Connection]:
             return [worker.connection for worker in workers if worker.connection is not None]
 
+        def received(worker: Worker) -> Result:
+            try:
+                return worker.connection.recv()
+            except EOFError:
+                worker.process.join()
+                return lost(worker, readers, f"a crash, exit code {worker.process.exitcode}")
+
+        def hanging(worker: Worker, number: int) -> Result:
+            worker.process.kill()
+            worker.process.join()
+            trace = (Path(scratch) / f"{number}.trace").read_text().splitlines()[-20:]
+            return lost(worker, readers, f"more than {SECONDS} seconds, {' '.join(trace)}")
+
         workers = [Worker(range(number, cases, processes)) for number in range(processes)]
         for number, worker in enumerate(workers):
             start(worker, number)
-        while busy := {worker.connection: worker for worker in workers if worker.cases}:
-            ready = wait(list(busy), timeout=0.5)
-            for number, worker in enumerate(workers):
-                if not worker.cases:
-                    continue
-                result = None
-                if worker.connection in ready:
-                    try:
-                        result = worker.connection.recv()
-                    except EOFError:
-                        worker.process.join()
-                        result = lost(worker, readers, f"a crash, exit code {worker.process.exitcode}")
-                elif worker.hangs():
-                    worker.process.kill()
-                    worker.process.join()
-                    trace = (Path(scratch) / f"{number}.trace").read_text().splitlines()[-20:]
-                    result = lost(worker, readers, f"more than {SECONDS} seconds, {' '.join(trace)}")
-                if result is None:
-                    continue
+        began = looked = time.monotonic()
+        while busy := {worker.connection: number for number, worker in enumerate(workers) if worker.cases}:
+            found = [(busy[end], received(workers[busy[end]])) for end in wait(list(busy), timeout=LOOK)]
+            if time.monotonic() - looked > LOOK:
+                looked = time.monotonic()
+                told = {number for number, _ in found}
+                slow = [number for number in busy.values() if number not in told and workers[number].hangs()]
+                found += [(number, hanging(workers[number], number)) for number in slow]
+            for number, result in found:
+                worker = workers[number]
                 worker.cases = worker.cases[1:]
                 worker.begin()
                 if not worker.process.is_alive() and worker.cases and result.seconds == SECONDS:
                     start(worker, number)
                 bar.update()
                 yield result
+            if seconds is not None and time.monotonic() - began > seconds:
+                break
         for worker in workers:
+            if worker.cases:
+                worker.process.kill()
             worker.process.join()
 
 
@@ -286,6 +302,8 @@ def prepare() -> None:
         seeds(reader)
     for nbytes in BOMBS:
         bomb(nbytes)
+    gc.collect()
+    gc.freeze()  # what is there now, which no collection of a worker need look at
 
 
 def lost(worker: Worker, readers: list[str], what: str) -> Result:
@@ -319,6 +337,22 @@ class Row:
             self.found.append(f"--case {result.case}: {result.outcome}")
         if "must compute the" in result.outcome:
             self.differing.append(result.case)
+
+
+def summary(rows: dict[str, Row]) -> dict[str, Any]:
+    """What is told of all readers together."""
+    slowest = max(rows, key=lambda name: rows[name].slowest)
+    largest = max(rows, key=lambda name: rows[name].memory)
+    found = [line for row in rows.values() for line in row.found]
+    return {
+        "cases": sum(row.cases for row in rows.values()),
+        "escapes": len(found),
+        "tokens_sent_elsewhere": sum(LEAKED in line for line in found),
+        "slowest_seconds": rows[slowest].slowest,
+        "slowest_case": f"--reader {slowest} --case {rows[slowest].slowest_case}",
+        "greatest_memory_mib": rows[largest].memory >> 20,
+        "greatest_memory_case": f"--reader {largest} --case {rows[largest].memory_case}",
+    }
 
 
 def table(rows: dict[str, Row]) -> str:
@@ -396,6 +430,7 @@ def main() -> None:
     parser.add_argument("--case", type=int, help="only this one, in the process itself")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--memory", type=int, default=512, help="MiB that a case may add")
+    parser.add_argument("--seconds", type=float, help="end then, with what was tried")
     parser.add_argument("--engine", choices=("mutate", "atheris"), default="mutate")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -414,18 +449,27 @@ def main() -> None:
     tqdm.monitor_interval = 0  # no thread, whose locks a forked process would find taken
     rows = {name: Row() for name in readers}
     started = time.perf_counter()
-    with tqdm(total=arguments.cases, unit="case", mininterval=1 if sys.stderr.isatty() else 60) as bar:
-        for result in run(readers, arguments.seed, arguments.cases, arguments.processes, arguments.memory << 20, bar):
+    found = run(
+        readers,
+        arguments.seed,
+        arguments.cases,
+        arguments.processes,
+        arguments.memory << 20,
+        bar := tqdm(total=arguments.cases, unit="case", mininterval=1 if sys.stderr.isatty() else 60),
+        arguments.seconds,
+    )
+    with bar:
+        for result in found:
             rows[result.reader].add(result)
             if result.escaped:
                 bar.write(f"{result.reader} --case {result.case}: {result.outcome}", file=sys.stderr)
+    told = summary(rows)
+    told |= {"seed": arguments.seed, "processes": arguments.processes, "seconds": time.perf_counter() - started}
     if arguments.json:
-        print(
-            json.dumps({"seed": arguments.seed, "readers": {name: asdict(row) for name, row in rows.items()}}, indent=2)
-        )
+        print(json.dumps(told | {"readers": {name: asdict(row) for name, row in rows.items()}}, indent=2))
     else:
         print(table(rows))
-        print(f"{arguments.cases:,} cases in {time.perf_counter() - started:.0f} s, seed {arguments.seed}")
+        print("\n".join(f"{name}: {value}" for name, value in told.items()))
     sys.exit(any(row.escapes for row in rows.values()))
 
 

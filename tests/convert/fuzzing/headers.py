@@ -12,6 +12,7 @@ from convert.fuzzing.texts import MARK, RAW_JSON, mutate_tree, unmarked
 DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I8", "U8", "BOOL", "F8_E4M3", "F4", "C64", "x", "", "f32", None, 3)
 LENGTHS = (0, 1, 8, 2**31, 2**32, 2**60, 2**63, 2**64 - 1, 100_000_001)
 SHAPES = ([], [0], [-1], [1], [2**32, 2**32], [2**63, 2], [2**60], [0, 2**60], [1] * 1000, [1] * 65, None, "x", [0.5])
+MANY = [f"x{number}" for number in range(20_000)]
 
 
 def taken_apart(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -64,7 +65,8 @@ def mutate_safetensors(rng: Random, data: bytes) -> bytes:
             at = rng.randrange(max(len(values) // 4, 1)) * 4
             values = values[:at] + struct.pack("<f", rng.choice((float("nan"), float("inf"), 3e38))) + values[at + 4 :]
         else:
-            header |= {f"x{number}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for number in range(20_000)}
+            one = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+            header |= {name: one for name in MANY}
     return put_together(header, values, length)
 
 

@@ -93,17 +93,18 @@ class Place:
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(SECRET if name.endswith("_config.json") else data)
-        write(self.source, files)
         if reader == "hub":
-            self.hub.requests.clear()  # once it has begun to listen
+            self.hub.requests.clear()  # once it has begun to listen, and has a folder of its own
+        else:
+            write(self.source, files)
 
     def attempt(self, reader: str, rng: Random, whole: bool) -> str:
         """It is "accepted" or "refused: why". Any other exception is raised, and `Escape` for what should not be."""
         if reader == "out":
             return self.attempt_out(rng)
         if reader == "hub":
-            with pushing_to(self.hub, self.source):
-                return attempt_push(self.hub, self.source, rng)
+            with pushing_to(self.hub):
+                return attempt_push(self.hub, rng)
         if reader == "state":
             return self.attempt_state(rng)
         before = names(self.source)

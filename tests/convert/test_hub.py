@@ -211,6 +211,19 @@ def test_the_wait_is_the_one_that_the_hub_asks_for(out, server, unloaded, monkey
     assert waits == [56, 300]
 
 
+@pytest.mark.parametrize("header", [{"Retry-After": "9" * 30}, {"RateLimit": '"api";r=0;t=99999999'}], ids=str)
+def test_no_answer_is_waited_for_as_long_as_it_asks(header, out, server, unloaded, monkeypatch):
+    """huggingface_hub, which tries again on its own, was told to wait for years, and did."""
+    waits, reply = [], server.handle
+    answers = [Answer(b"", 429, header)]
+    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setattr(
+        server, "handle", lambda request: answers.pop() if "/tree/" in request.path and answers else reply(request)
+    )
+    push(out, REPO, PushOptions(execute=True))
+    assert not answers and waits and max(waits) <= 301
+
+
 @pytest.mark.parametrize("token", ["hf_a\u200b", "hf_a\x1b[2J"])
 def test_a_token_that_none_is(token, out, server, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", token)

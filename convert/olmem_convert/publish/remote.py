@@ -4,8 +4,7 @@ import hashlib
 import json
 import logging
 import re
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -25,6 +24,7 @@ from huggingface_hub.utils import (
     hf_raise_for_status,
     parse_ratelimit_headers,
 )
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
 from ..errors import CheckpointError
 from .release import LocalFile
@@ -32,7 +32,7 @@ from .release import LocalFile
 LOG = logging.getLogger(__name__)
 OF_THE_HUB = ".gitattributes"
 PASSING = (408, 429, 500, 502, 503, 504)  # statuses that another try may not meet
-WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each further try
+MOST_TRIES, GROWING = 5, wait_exponential()  # which waits for a second, and then twice as long each time
 LONGEST_WAIT = 300.0  # seconds, of those that the Hub asks for
 LARGEST_ANSWER, MOST_REQUESTS = 2**24, 20_000  # bytes, and requests of one push; a listing of 1,000 files has 2**18
 NETWORK_ERRORS = (HTTPError, OSError, ValueError, RuntimeError)  # huggingface_hub wraps those of uploads
@@ -83,7 +83,8 @@ def keeping_token(token: str, endpoint: str) -> Iterator[None]:
 
     The Hub's answers name addresses: of the next page of a listing, of what confirms an upload, of redirects.
     huggingface_hub asks some of them with the token, whatever host they are of. Every request of its client passes
-    here, so it does not matter where an address comes from. Answers without end are refused here too.
+    here, so it does not matter where an address comes from. Answers without end are refused here too, and what they ask
+    to be waited for is bounded, as huggingface_hub waits for years if it is told to.
     """
     home, before, asked = origin(endpoint), _http._GLOBAL_CLIENT_FACTORY, count()
 
@@ -108,6 +109,7 @@ def keeping_token(token: str, endpoint: str) -> Iterator[None]:
             raise UnlikeTheHubError(
                 f"{response.url.host} must not compress what it was asked to send as it is (it does); check your proxy"
             )
+        bound_waits(response.headers)
         if response.request.extensions.get("olmem") != "download":
             response.stream = Bounded(response.stream, f"{response.url.scheme}://{response.url.host}")
 
@@ -125,6 +127,15 @@ def keeping_token(token: str, endpoint: str) -> Iterator[None]:
         yield
     finally:
         set_client_factory(before)
+
+
+def bound_waits(headers: MutableMapping[str, str]) -> None:
+    """Shortens what the headers of an answer ask to be waited for, if it is longer than anybody should wait."""
+    limit, asked = parse_ratelimit_headers(headers), headers.get("Retry-After", "").strip()
+    if limit and limit.reset_in_seconds > LONGEST_WAIT:
+        headers["RateLimit"] = f'"api";r=0;t={LONGEST_WAIT:.0f}'
+    if asked.isdigit() and (len(asked) > 9 or int(asked) > LONGEST_WAIT):
+        headers["Retry-After"] = f"{LONGEST_WAIT:.0f}"
 
 
 def origin(url: str) -> tuple[str, str | None, int | None]:
@@ -150,18 +161,28 @@ def is_passing(error: BaseException) -> bool:
     return any(isinstance(cause, (HTTPError, json.JSONDecodeError)) for cause in causes(error))
 
 
-def wait_for(error: BaseException, seconds: float) -> None:
-    """As long as the Hub asks for, within bounds, else the seconds given."""
-    for cause in causes(error):
+def wait_for(state: RetryCallState) -> float:
+    """Seconds before the next try: as many as the Hub asks for, within bounds, else twice as many as before it."""
+    seconds = GROWING(state)
+    for cause in causes(error_of(state)):
         if isinstance(cause, HfHubHTTPError):
             headers = cause.response.headers
             limit, asked = parse_ratelimit_headers(headers), headers.get("Retry-After", "")
             spent = limit.reset_in_seconds + 1 if limit and cause.response.status_code == 429 else 0
             seconds = min(max(seconds, spent, float(asked) if asked.isdigit() else 0), LONGEST_WAIT)
-    status = status_of(error)
+    return seconds
+
+
+def tell_of_wait(state: RetryCallState) -> None:
+    status = status_of(error_of(state))
     what = "the connection failed" if status is None else f"the Hub answered {status}"
-    LOG.warning("%s: trying again in %.0f s", what, seconds)
-    time.sleep(seconds)
+    LOG.warning("%s: trying again in %.0f s", what, state.upcoming_sleep)
+
+
+def error_of(state: RetryCallState) -> BaseException:
+    error = state.outcome.exception() if state.outcome else None
+    assert error is not None  # as it is asked only after a failure
+    return error
 
 
 def persistently(
@@ -176,16 +197,20 @@ def persistently(
     made: is asked after each failure for the value all the same, as the call may have been carried out and only its
     answer lost.
     """
-    waits = [*WAITS]
-    while True:
+
+    def attempt() -> Any:
         try:
             return call(*args, **kwargs)
-        except NETWORK_ERRORS as error:
-            if (value := made()) is not None:
-                return value
-            if not waits or not (is_passing(error) or status_of(error) in also):
+        except NETWORK_ERRORS:
+            if (value := made()) is None:
                 raise
-            wait_for(error, waits.pop(0))
+            return value
+
+    def may_pass(error: BaseException) -> bool:
+        return isinstance(error, NETWORK_ERRORS) and (is_passing(error) or status_of(error) in also)
+
+    retry, stop = retry_if_exception(may_pass), stop_after_attempt(MOST_TRIES)
+    return Retrying(retry=retry, stop=stop, wait=wait_for, before_sleep=tell_of_wait, reraise=True)(attempt)
 
 
 def differences(files: Mapping[str, LocalFile], tree: Mapping[str, RepoFile]) -> dict[str, dict[str, int]]:

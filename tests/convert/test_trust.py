@@ -12,6 +12,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -421,6 +422,60 @@ def test_tokenizers_that_convert_refuses_are_refused_by_every_command(tokenizer,
     assert "panicked" not in capfd.readouterr().err
 
 
+def spread(out: Path, place: str) -> None:
+    """The folder's weights by an index, which says that they are in this file."""
+    weights = load_weights(out)
+    (out / "model.safetensors").rename(out / "model-00001-of-00001.safetensors")
+    total = sum(value.numel() * value.element_size() for value in weights.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict.fromkeys(weights, place)}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("command", ["verify", "evaluate", "push"])
+@pytest.mark.parametrize("place", ["../other.safetensors", "sub/other.safetensors", "link.safetensors"])
+def test_an_index_names_files_of_its_own_folder_alone(place, command, out, demo):
+    """`evaluate` measured the weights of another folder, which no seal had seen."""
+    weights = load_weights(out)
+    spread(out, place)
+    (out / "sub").mkdir()
+    for path in (out.parent / "other.safetensors", out / "sub" / "other.safetensors"):
+        save_file({name: 2 * value for name, value in weights.items()}, path, {"format": "pt"})
+    if place == "link.safetensors":
+        (out / place).symlink_to("../other.safetensors")
+    reseal_files(out)
+    with pytest.raises(CheckpointError, match=r"files of its own folder|link out of its folder|be a file that a model"):
+        commands(out, demo)[command]()
+
+
+@pytest.mark.parametrize("command", ["verify", "evaluate", "push"])
+def test_weights_that_transformers_would_not_load_are_not_checked_in_their_place(command, out, demo):
+    """All safetensors were checked, and a pickle beside an index of it was loaded."""
+    torch.save(load_weights(out), out / "pytorch_model.bin")
+    (out / "model.safetensors").unlink()
+    reseal_files(out)
+    with pytest.raises(CheckpointError, match=r"its weights in safetensors|be a file that a model on the Hub"):
+        commands(out, demo)[command]()
+
+
+@pytest.mark.parametrize("command", ["verify", "evaluate", "push"])
+def test_a_folder_that_names_another_model_to_be_loaded(command, out, demo):
+    """With PEFT installed, Transformers loads the model that an adapter's config names."""
+    (out / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "somebody/model"}))
+    reseal_files(out)
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
+        commands(out, demo)[command]()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "push"])
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "GPT2TokenizerFast", None])
+def test_tokenizers_of_another_class_are_refused(name, command, out, demo):
+    """They give a text other ids than tokenizer.json does, or read other files; `push` sent them."""
+    edit_json(out / "tokenizer_config.json", tokenizer_class=name)
+    reseal_files(out)
+    with pytest.raises(CheckpointError, match=r"`tokenizer_class` of .* must be PreTrainedTokenizerFast"):
+        commands(out, demo)[command]()
+
+
 @pytest.mark.parametrize("tokenizer", ["a regex that has no end", "a regex that takes minutes"])
 def test_a_regex_of_a_checkpoint_s_tokenizer_is_bounded(tokenizer, out, tmp_path):
     TOKENIZERS[tokenizer](out)
@@ -473,7 +528,40 @@ def test_cards_of_megabytes_are_refused(command, out, demo):
     assert seconds < 10
 
 
+@pytest.mark.parametrize("command", ["card", "push"])
+def test_figures_of_more_texts_than_anybody_measures_are_refused(command, out, demo):
+    evaluate(out, [demo / "text.txt"])
+    report = json.loads((out / "evaluation.json").read_text())
+    texts = [report["texts"][0] | {"name": f"t{number}", "positions": []} for number in range(10_000)]
+    edit_json(out / "evaluation.json", texts=texts)
+    seconds, _ = cost(commands(out, demo)[command])
+    assert seconds < 5
+
+
 # What is carried along
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_what_is_checked_is_what_is_carried_along(name, tmp_path, monkeypatch):
+    """Files were read twice: to be checked, and to be copied."""
+    write_seed(tmp_path / "source")
+    path, reads = tmp_path / "source" / name, []
+    if not path.exists():
+        path.write_text("{}")
+    read_into = SourceFile.read_into
+
+    def swapped(self, *arguments):
+        count = read_into(self, *arguments)
+        if self.path.name == name and tmp_path / "source" in self.path.parents:
+            reads.append(1)
+            path.write_text('{"trust_remote_code": true, "auto_map": {"AutoTokenizer": ["x.Y", null]}}')
+        return count
+
+    monkeypatch.setattr(SourceFile, "read_into", swapped)
+    with suppress(CheckpointError):
+        convert(tmp_path / "source", tmp_path / "out", ConvertOptions(verify=False))
+    assert reads
+    assert not (tmp_path / "out" / name).exists() or "trust_remote" not in (tmp_path / "out" / name).read_text()
 
 
 CARRIED = {

@@ -16,9 +16,8 @@ from ..formats.memory import listed
 from ..formats.planning import check_copies
 from ..options import ConvertOptions, Say, silent
 from ..reading.fields import TOKEN_IDS, tokens_of
-from ..reading.olmem_folder import check_generation_config
+from ..reading.olmem_folder import read_generation_config
 from ..reading.tensors import LazyTensor, require_same
-from ..reading.texts import read_bytes
 from ..writing.progress import Progress, Tell
 from ..writing.shards import WeightFiles
 from ..writing.tokenizer import carry_tokenizer, find_tokenizer, write_tokenizer
@@ -205,7 +204,5 @@ def copy_tokenizer(
 
 def carry_generation_config(source: Path, folder: Path) -> None:
     """The one of a Transformers folder, as it is, if it has one."""
-    path = source / "generation_config.json"
-    if path.is_file():
-        check_generation_config(source)
-        (folder / path.name).write_bytes(read_bytes(path))
+    if (data := read_generation_config(source)) is not None:
+        (folder / "generation_config.json").write_bytes(data)

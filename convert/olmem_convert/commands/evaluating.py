@@ -30,6 +30,7 @@ from ..publish.model_card import config_values, digests, is_own, kept_metadata, 
 from ..reading.olmem_folder import (
     CARD_NAME,
     EVALUATION_NAME,
+    MOST_TEXTS,
     identities,
     load_tokenizer,
     require_unchanged,
@@ -110,6 +111,10 @@ def check_texts(paths: Sequence[Path]) -> None:
         raise CheckpointError(
             f"`text` must be given, and each file have a name of its own (got {', '.join(names) or 'none'}); rename "
             "one, or add --text FILE."
+        )
+    if len(names) > MOST_TEXTS:
+        raise CheckpointError(
+            f"`text` must be given at most {MOST_TEXTS:,} times (got {len(names):,}); put several texts into one file."
         )
 
 

@@ -12,10 +12,10 @@ from olmem import OlmemForCausalLM
 from transformers import PreTrainedModel
 
 from ..errors import CheckpointError
-from ..reading.olmem_folder import check_generation_config, check_shapes, read_config
+from ..reading.olmem_folder import check_shapes, read_config, read_generation_config, refuse_adapter
 from ..reading.plain import reading
 from ..reading.tensors import LazyTensor
-from ..reading.weight_files import read_safetensors
+from ..reading.weight_files import find_weights, read_weights
 from ..writing.shards import PIECE, count_nonfinite, is_finite, refuse_nonfinite
 
 OFFLOADED = {"device_map": "auto"}
@@ -37,11 +37,12 @@ def load(
     """The folder's model, with these fields in place of its config's. placing: where its weights are to be."""
     options = dict(placing or {})
     if issubclass(model_class, OlmemForCausalLM):
+        refuse_adapter(out)
         options["config"] = read_config(out, **fields)
         passed_over = re.compile("|".join(model_class._keys_to_ignore_on_load_unexpected or ["$^"]))
         weights = {name: tensor for name, tensor in weights_of(out).items() if not passed_over.search(name)}
         check_shapes(out, options["config"], weights)
-        check_generation_config(out)
+        read_generation_config(out)
     with reading(out, "convert again"):
         # By its own class, so that no code that the folder names is ever asked for.
         loaded: Any = model_class.from_pretrained(
@@ -76,10 +77,11 @@ def logits_of(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def weights_of(out: Path) -> dict[str, LazyTensor]:
-    """Returns the tensors of all weight files of a folder, still unread."""
-    return {
-        name: tensor for path in sorted(out.glob("*.safetensors")) for name, tensor in read_safetensors(path).items()
-    }
+    """Returns the tensors that Transformers would load from a folder, still unread: of one file, or of an index."""
+    found = find_weights(out)
+    if found is None or "safetensors" not in found.name:
+        raise CheckpointError(f"`{out}` must hold its weights in safetensors (it does not); convert again.")
+    return read_weights(out)
 
 
 def nonfinite_weights(out: Path, allowed: bool) -> dict[str, int]:

@@ -20,7 +20,7 @@ from olmem.rules_olmem import MEMORY_FIELDS
 from olmem.visibility_olmem import Visibility
 
 from ..errors import CheckpointError
-from ..reading.olmem_folder import CARD_NAME, EVALUATION_NAME, REPORT_NAME, digest, read_config
+from ..reading.olmem_folder import CARD_NAME, EVALUATION_NAME, MOST_TEXTS, REPORT_NAME, digest, read_config
 from ..reading.plain import reading
 from ..reading.texts import parse_yaml, read_json, read_text
 from ..writing.shards import INDEX_NAME
@@ -242,6 +242,8 @@ def evaluation_values(folder: Path, made_of: Mapping[str, str]) -> dict[str, Any
     remedy = f"evaluate again: `olmem evaluate {folder} --text FILE`, or remove it"
     with reading(path, remedy):
         check_digests(EVALUATION_NAME, report, made_of, remedy)
+        if len(report["texts"]) > MOST_TEXTS:
+            raise ValueError(f"it is of more than {MOST_TEXTS:,} texts")
         evaluation = {
             "window": None if report["window"] is None else whole(report["window"]),
             "dtype": one_line(report["dtype"]),

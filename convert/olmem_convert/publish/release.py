@@ -25,10 +25,10 @@ from ..reading.olmem_folder import (
     REPORT_NAME,
     UNSEALED,
     WRITTEN,
-    check_generation_config,
     check_shapes,
     check_tokenizer_files,
     read_config,
+    read_generation_config,
     require_unchanged,
     stored_dtype,
 )
@@ -158,7 +158,7 @@ def check_config(folder: Path) -> OlmemConfig:
                 f"`{name}` of {folder / 'config.json'} must be {wanted!r} (got {raw.get(name)!r}); publish what "
                 "`olmem convert` writes, without --to."
             )
-    check_generation_config(folder)
+    read_generation_config(folder)
     refuse_code(raw, folder / "config.json", allowed=("auto_map",))
     for path in (folder / "config.json", folder / "generation_config.json"):
         if read_json(path).get("use_cache") is False:

@@ -1,6 +1,7 @@
 """A converted folder, which may be anybody's: every command reads it by this door, within a checkpoint's bounds."""
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,15 +12,25 @@ from huggingface_hub.errors import StrictDataclassError
 from olmem import OlmemConfig, OlmemForCausalLM
 from transformers import AutoTokenizer, GenerationConfig
 
-from ..errors import CheckpointError, reason
+from ..errors import CheckpointError, reason, shortened
 from .fields import MOST_LAYERS, check_common, require_meaning, typed
 from .plain import SourceFile, identity, reading
 from .tensors import BLOCK, LazyTensor
-from .texts import LARGEST_TOKENIZER, read_json, refuse_code, require_numbers
-from .tokenizer_file import MOST_ENTRIES, quiet_panics, read_tokenizer, read_tokenizer_config, refuse_files, refusing
+from .texts import LARGEST_TOKENIZER, load_json, read_json, refuse_code, require_numbers
+from .tokenizer_file import (
+    CLASSES,
+    TOKENIZER_CLASS,
+    quiet_panics,
+    read_companion,
+    read_tokenizer,
+    read_tokenizer_config,
+    refuse_files,
+    refusing,
+)
 from .weight_files import read_safetensors
 
 CARD_NAME, REPORT_NAME, EVALUATION_NAME = "README.md", "verification.json", "evaluation.json"
+MOST_TEXTS = 1000  # of an evaluation, which a card tells of one by one
 # What a verification does not vouch for, and may come after it.
 UNSEALED = {REPORT_NAME, CARD_NAME, EVALUATION_NAME} | {
     f"{name}{suffix}" for name in ("LICENSE", "NOTICE") for suffix in ("", ".md", ".txt")
@@ -76,15 +87,27 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return dtype
 
 
-def check_generation_config(folder: Path) -> None:
-    """Raises CheckpointError for a generation_config.json that names code, or holds what no such file does."""
+def read_generation_config(folder: Path) -> bytes | None:
+    """The bytes of generation_config.json, if there is one, once it names no code and holds what such a file does."""
     path = folder / "generation_config.json"
-    if path.is_file():
-        values = read_json(path)
-        require_numbers(values, str(path))
-        refuse_code(values, path)
-        with reading(path, "correct it"):
-            GenerationConfig.from_dict(values)
+    if not path.is_file():
+        return None
+    data, values = load_json(path)
+    require_numbers(values, str(path))
+    refuse_code(values, path)
+    with reading(path, "correct it"):
+        GenerationConfig.from_dict(values)
+    return data
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raises CheckpointError for a file by which Transformers, with PEFT installed, loads the model that it names."""
+    path = folder / "adapter_config.json"
+    if os.path.lexists(path):
+        raise CheckpointError(
+            f"`{path}` must not be there (it is), as Transformers would load the model that it names in place of this "
+            "one; move it away."
+        )
 
 
 def check_shapes(
@@ -124,15 +147,19 @@ def check_shapes(
 
 def check_tokenizer_files(folder: Path) -> None:
     """Raises CheckpointError for a file beside tokenizer.json that names code or other files, or is out of bounds."""
-    config_path = folder / "tokenizer_config.json"
-    found = {config_path: read_tokenizer_config(config_path)}
-    for path in (folder / name for name in COMPANIONS):
-        if path.suffix == ".json" and path.is_file():
-            found[path] = read_json(path, most_values=MOST_ENTRIES)
-    for path, values in found.items():
-        require_numbers(values, str(path))
-        refuse_code(values, path)
-        refuse_files(values, path)
+    path = folder / "tokenizer_config.json"
+    _, config = read_tokenizer_config(path)
+    refuse_code(config, path)
+    refuse_files(config, path)
+    has_one = config or (folder / "tokenizer.json").is_file()
+    if has_one and config.get("tokenizer_class") not in CLASSES:
+        raise CheckpointError(
+            f"`tokenizer_class` of {path} must be {TOKENIZER_CLASS} (got {shortened(config.get('tokenizer_class'))}), "
+            "as others do not take tokenizer.json as it stands; convert again with --tokenizer PATH."
+        )
+    for companion in (folder / name for name in COMPANIONS):
+        if companion.is_file():
+            read_companion(companion)
 
 
 def load_tokenizer(folder: Path, vocab_size: int) -> Any:

@@ -42,11 +42,16 @@ def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
 
 
 def read_json(path: Path, largest: int = LARGEST_TEXT, most_values: int = MOST_VALUES) -> dict[str, Any]:
-    text = read_text(path, largest)
+    return load_json(path, largest, most_values)[1]
+
+
+def load_json(path: Path, largest: int = LARGEST_TEXT, most_values: int = MOST_VALUES) -> tuple[bytes, dict[str, Any]]:
+    """The bytes of a file, and the object that they are, so that what is copied is what was checked."""
+    data = read_bytes(path, largest)
     with reading(path):
-        value = parse_json(text, path, most_values)
+        value = parse_json(data.decode("utf-8"), path, most_values)
     require_shallow(value, path)
-    return value
+    return data, value
 
 
 def parse_json(text: str, path: Path, most_values: int = MOST_VALUES) -> dict[str, Any]:

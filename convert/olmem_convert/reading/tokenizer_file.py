@@ -18,13 +18,15 @@ from tokenizers import Tokenizer
 
 from ..errors import CheckpointError
 from . import tokenizer_trial
-from .texts import LARGEST_TOKENIZER, parse_json, read_bytes, read_json, require_numbers, require_shallow
+from .texts import LARGEST_TOKENIZER, load_json, parse_json, read_bytes, refuse_code, require_numbers, require_shallow
 
 LONGEST_TEXT = 1e31  # of `model_max_length`, which Transformers sets to 1e30 where there is no limit
 # Of a tokenizer.json: characters of its rules, beside vocabulary and added tokens; times that they lengthen a text; and
 # added tokens. Those in use have 2**19, 2**4 and 6,415.
 LARGEST_RULES, LARGEST_GROWTH, MOST_ADDED = 2**21, 2**8, 10_000
 WAY_OUT = "--tokenizer chooses another tokenizer"
+TOKENIZER_CLASS = "PreTrainedTokenizerFast"  # which takes tokenizer.json as it stands
+CLASSES = ("TokenizersBackend", TOKENIZER_CLASS)  # two names of it
 
 # Ids that templates add to a text, characters that are put before it, signs of a token and of all added ones, regexes.
 MOST_TEMPLATE_IDS, LONGEST_PREPEND, LONGEST_TOKEN, LARGEST_ADDED, MOST_REGEXES = 2**10, 2**6, 2**12, 2**20, 16
@@ -50,11 +52,22 @@ def read_tokenizer(path: Path, vocab_size: int) -> tuple[bytes, Tokenizer, int]:
     return content, tokenizer, size
 
 
-def read_tokenizer_config(path: Path) -> dict[str, Any]:
-    """A tokenizer_config.json, within bounds; empty where there is none."""
-    config = read_json(path) if os.path.lexists(path) else {}
+def read_tokenizer_config(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """A tokenizer_config.json, within bounds, and its bytes; both empty where there is none."""
+    data, config = load_json(path) if os.path.lexists(path) else (b"", {})
     _check_config(config, path)
-    return config
+    return data, config
+
+
+def read_companion(path: Path) -> bytes:
+    """A file beside tokenizer.json, once it names neither code nor other files, and is within bounds."""
+    if path.suffix != ".json":
+        return read_bytes(path)
+    data, values = load_json(path, most_values=MOST_ENTRIES)
+    require_numbers(values, str(path))
+    refuse_code(values, path)
+    refuse_files(values, path)
+    return data
 
 
 def names_files(config: dict[str, Any]) -> list[str]:

@@ -17,20 +17,19 @@ from ..errors import CheckpointError
 from ..options import Say
 from ..reading.olmem_folder import COMPANIONS
 from ..reading.plain import require_own
-from ..reading.texts import read_bytes, read_json, read_text, refuse_code, require_numbers
+from ..reading.texts import read_json, read_text, refuse_code
 from ..reading.tokenizer_file import (
-    MOST_ENTRIES,
+    CLASSES,
+    TOKENIZER_CLASS,
     WAY_OUT,
     names_files,
     quiet_panics,
+    read_companion,
     read_tokenizer,
     read_tokenizer_config,
-    refuse_files,
     refusing,
 )
 from ..reading.tokenizer_trial import texts_for
-
-TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 
 
 def find_tokenizer(checkpoint: Path) -> Path | None:
@@ -111,9 +110,9 @@ def carry_tokenizer(source: Path, out: Path, vocab_size: int, say: Say) -> dict[
         return None
     content, tokenizer, size = read_tokenizer(path, vocab_size)
     (out / path.name).write_bytes(content)
-    config = read_tokenizer_config(config_path)
+    given, config = read_tokenizer_config(config_path)
     wanted = config | {"tokenizer_class": TOKENIZER_CLASS}
-    if config.get("tokenizer_class") in ("TokenizersBackend", TOKENIZER_CLASS):
+    if config.get("tokenizer_class") in CLASSES:
         wanted = dict(config)
     if wanted.pop("auto_map", None):
         say("note: tokenizer_config.json names code (`auto_map`), which is not run: what goes along is tokenizer.json")
@@ -122,19 +121,14 @@ def carry_tokenizer(source: Path, out: Path, vocab_size: int, say: Say) -> dict[
         wanted = {name: value for name, value in wanted.items() if name not in files}
     refuse_code(wanted, config_path)
     if wanted == config:
-        (out / config_path.name).write_bytes(read_bytes(config_path))
+        (out / config_path.name).write_bytes(given)
     else:
         with refusing(f"{config_path} must be text in UTF-8", "correct it"):  # \ud800 alone is none
             text = (json.dumps(wanted, indent=2, ensure_ascii=False) + "\n").encode()
         (out / config_path.name).write_bytes(text)
     for name in COMPANIONS:
         if os.path.isfile(source / name):
-            if name.endswith(".json"):
-                held = read_json(source / name, most_values=MOST_ENTRIES)
-                require_numbers(held, str(source / name))
-                refuse_code(held, source / name)
-                refuse_files(held, source / name)
-            (out / name).write_bytes(read_bytes(source / name))
+            (out / name).write_bytes(read_companion(source / name))
     if os.path.isdir(source / "additional_chat_templates"):
         say("note: additional_chat_templates does not go along: copy it by hand if the model needs it")
     expected = {

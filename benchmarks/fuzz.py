@@ -47,6 +47,7 @@ ROOT = Path(__file__).parents[1]
 # In place of this folder, whose convert.py would hide tests/convert.
 sys.path[:1] = [str(ROOT / part) for part in ("tests", "convert", "modeling")]
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "RUST_BACKTRACE": "0"}
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # which forked processes cannot use
 sys.dont_write_bytecode = True
 
 import torch  # noqa: E402  after what it reads from the environment

@@ -32,6 +32,7 @@ app = typer.Typer(
 
 
 def show_version(asked: bool) -> None:
+    """Prints the version and ends the command, if it was asked for."""
     if asked:
         typer.echo(f"olmem {version()}")
         raise typer.Exit
@@ -265,6 +266,7 @@ def finish(run: Callable[[Say], dict[str, Any]], as_json: bool) -> None:
 
 
 def quiet_libraries() -> None:
+    """Keeps Transformers' warnings and bars, which may repeat what a checkpoint says, off the terminal."""
     import transformers
 
     transformers.logging.set_verbosity_error()

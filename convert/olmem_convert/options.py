@@ -56,6 +56,7 @@ class OfNative:
 
     @property
     def given(self) -> Given:
+        """Returns what the caller says of the checkpoint."""
         return Given(as_path(self.native_config), self.n_ctx, self.act_fn)
 
 
@@ -190,6 +191,7 @@ class PushOptions:
 
 
 def as_path(path: str | Path | None) -> Path | None:
+    """Returns a path, where there is one."""
     return None if path is None else Path(path)
 
 

@@ -126,10 +126,12 @@ def announce(target: Target, say: Say) -> None:
 
 
 def name_of(dtype: torch.dtype) -> str:
+    """Returns the name that a user gives a dtype."""
     return str(dtype).removeprefix("torch.")
 
 
 def plural(number: int, word: str) -> str:
+    """Returns the number with its word, which gets an s unless there is one."""
     return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 

@@ -233,4 +233,5 @@ def figures(name: str, losses: torch.Tensor, num_bytes: int, window: int | None)
 
 
 def part(losses: torch.Tensor) -> dict[str, Any]:
+    """Returns how many losses there are, and their mean if there are any."""
     return {"tokens": len(losses), "nats_per_token": float(losses.mean()) if len(losses) else None}

@@ -65,6 +65,7 @@ def strays_of(out: Path) -> list[str]:
 
 
 def is_written(path: Path) -> bool:
+    """Returns whether it is a file of a name that a conversion writes."""
     return path.is_file() and WRITTEN.fullmatch(path.name) is not None
 
 

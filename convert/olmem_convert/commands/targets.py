@@ -107,6 +107,7 @@ class ToOlmem:
 
     @classmethod
     def of(cls, source: Path, options: ConvertOptions) -> "ToOlmem":
+        """Opens the checkpoint, and plans the Olmem model that is made of it."""
         checkpoint, memory = open_checkpoint(source, options.max_length, options.given), options.memory or {}
         stored = choose_dtype(checkpoint.tensors, options.dtype)
         make_config(checkpoint, stored)  # whose errors are the checkpoint's, and not those of a memory beside it
@@ -154,6 +155,7 @@ class ToTransformers:
 
     @classmethod
     def of(cls, source: Path, options: ConvertOptions, name: str) -> "ToTransformers":
+        """Opens the Olmem folder, and plans the model of this class of Transformers' that is made of it."""
         if name not in OLMO_BLOCKS:
             raise CheckpointError(f"`to` must be one of {', '.join(OLMO_BLOCKS)} (got {name!r}); choose one.")
         of_olmem, weights = read_olmem(source)

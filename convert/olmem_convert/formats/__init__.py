@@ -28,9 +28,11 @@ class PairsToHalves:
     head_dim: int
 
     def to_olmem(self, native: torch.Tensor) -> torch.Tensor:
+        """Puts rows that are in native order into the order of Olmem."""
         return native.unflatten(0, (-1, self.head_dim // 2, 2)).transpose(1, 2).reshape(native.shape)
 
     def to_native(self, olmem: torch.Tensor) -> torch.Tensor:
+        """Puts rows that are in the order of Olmem into native order."""
         return olmem.unflatten(0, (-1, 2, self.head_dim // 2)).transpose(1, 2).reshape(olmem.shape)
 
 
@@ -54,6 +56,8 @@ class Key:
     numbers: tuple[float, ...] = ()
 
     def at(self, layer: int) -> "Key":
+        """Returns the row with a block's number in place of `{layer}`."""
+
         def name(text: str | None) -> str | None:
             return None if text is None else text.replace("{layer}", str(layer))
 
@@ -214,6 +218,7 @@ def read_fields(values: Mapping[str, Any], table: Mapping[str, Field], where: st
 
 
 def carried(read: Mapping[str, Any], table: Mapping[str, Field]) -> dict[str, Any]:
+    """Returns the fields of OlmemConfig that fields of the native config become as they are."""
     return {field.to: read[name] for name, field in table.items() if field.to and read[name] is not None}
 
 

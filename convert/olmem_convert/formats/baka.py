@@ -59,6 +59,7 @@ LARGEST_GAP = 2.0**-7  # of a frequency from its theta's: that of bfloat16, whic
 
 
 def recognise(source: Path) -> str | None:
+    """Says that it is a state dict of BakaLLM, if it is one."""
     return "BakaLLM" if state_dicts(source) else None
 
 
@@ -69,6 +70,7 @@ def state_dicts(source: Path) -> list[Path]:
 
 
 def open_checkpoint(source: Path, max_length: int | None, given: Given) -> Checkpoint:
+    """Opens the state dict, with what its config or the caller says of it."""
     path, *others = state_dicts(source)
     if others:
         names = ", ".join(file.name for file in (path, *others))
@@ -111,6 +113,7 @@ def canonical(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
 
 
 def refuse_later_branches(tensors: Mapping[str, LazyTensor]) -> None:
+    """Raises CheckpointError for a state dict whose names only a later branch has."""
     signs = [(name, branch) for part, branch in LATER_BRANCHES.items() for name in tensors if part in name.split(".")]
     if "norm_out.weight" in tensors and "norm_out.bias" not in tensors:
         signs.append(("norm_out.weight` without `norm_out.bias", "004_pause"))
@@ -216,6 +219,7 @@ def read_frequencies(tensors: Mapping[str, LazyTensor], num_layers: int) -> tupl
 
 
 def preview(numbers: tuple[float, ...]) -> str:
+    """Returns a few names, as a message can repeat them."""
     return ", ".join(f"{number:.4g}" for number in numbers[:4]) + (", …" if len(numbers) > 4 else "")
 
 
@@ -252,6 +256,7 @@ def gives(theta: float, stored: torch.Tensor) -> bool:
 
 
 def olmem_config(native: Mapping[str, Any], frequencies: tuple[float, ...]) -> dict[str, Any]:
+    """Returns the fields of OlmemConfig for what the state dict and the config say."""
     return carried(native, CONFIG) | {
         "hidden_act": ACTIVATIONS[native["act_fn"]],
         "max_position_embeddings": native["n_ctx"],
@@ -268,6 +273,7 @@ def olmem_config(native: Mapping[str, Any], frequencies: tuple[float, ...]) -> d
 
 
 def key_table(frequencies: tuple[float, ...]) -> list[Key]:
+    """Returns the table of the state dict's names."""
     native, olmem = "model.layers.{layer}.", "model.layers.{layer}."
     order = PairsToHalves(head_dim=2 * len(frequencies))
     return [

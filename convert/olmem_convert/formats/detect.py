@@ -41,6 +41,7 @@ def open_checkpoint(source: Path, max_length: int | None = None, given: Given | 
 
 
 def open_recognised(source: Path, max_length: int | None, given: Given) -> Checkpoint:
+    """Opens the checkpoint with the one format that recognises it."""
     if not source.exists():
         raise CheckpointError(f"`SRC` must be a checkpoint ({source} does not exist); name the folder that holds it.")
     found = [(module, description) for module in FORMATS if (description := module.recognise(source))]

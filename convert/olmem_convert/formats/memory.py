@@ -92,6 +92,7 @@ def switched(checkpoint: Checkpoint, native: Checkpoint) -> dict[str, Any]:
 
 
 def listed(values: Mapping[str, Any]) -> str:
+    """Writes fields and their values out, as a line of text."""
     return ", ".join(f"{name}={json.dumps(value)}" for name, value in values.items())
 
 

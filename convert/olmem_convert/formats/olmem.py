@@ -109,6 +109,7 @@ def losses(config: OlmemConfig, target: str) -> dict[str, tuple[Any, str]]:
 
 
 def in_olmems_terms(config: PreTrainedConfig) -> OlmemConfig:
+    """Reads a config of OLMo as an OLMo folder that is converted has it read."""
     return OlmemConfig(**OlmemConfig.fields_of_olmo(config.to_dict()))
 
 

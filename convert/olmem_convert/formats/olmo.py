@@ -85,6 +85,7 @@ CONFIG: dict[str, Field] = {
 
 
 def recognise(folder: Path) -> str | None:
+    """Says which layout of OLMo the folder has, if it has one."""
     if not (folder / "config.yaml").is_file():
         return None
     for name, (description, _) in LAYOUTS.items():
@@ -97,6 +98,7 @@ def recognise(folder: Path) -> str | None:
 
 
 def open_checkpoint(folder: Path, max_length: int | None, given: Given) -> Checkpoint:
+    """Opens the checkpoint of the folder: its config, and the tensors of the layout that it has."""
     native = read_yaml(folder / "config.yaml").get("model")
     if not isinstance(native, dict):
         raise CheckpointError(
@@ -157,6 +159,7 @@ def canonical(tensors: dict[str, LazyTensor], group_size: int) -> dict[str, Lazy
 
 
 def num_key_value_heads(read: Mapping[str, Any]) -> int:
+    """Returns how many heads of keys and values native code makes by the config."""
     heads, multi_query = read["n_kv_heads"], read["multi_query_attention"]
     implied = 1 if multi_query else read["n_heads"]
     if heads is not None and multi_query is not None and heads != implied:
@@ -181,6 +184,7 @@ def norm_weights(read: Mapping[str, Any]) -> tuple[bool, bool, bool]:
 
 
 def olmem_config(read: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of OlmemConfig for what the native config says."""
     blocks, queries_and_keys, biases = norm_weights(read)
     rms = read["layer_norm_type"] == "rms"
     if rms and biases:

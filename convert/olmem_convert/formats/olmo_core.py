@@ -26,14 +26,17 @@ LENGTHS = ("train_module.max_sequence_length", "dataset.sequence_length", "data_
 
 
 def weights_folder(folder: Path) -> Path | None:
+    """Returns the folder that has the `.metadata` of the weights, if there is one."""
     return next((path for path in (folder / "model_and_optim", folder) if (path / ".metadata").is_file()), None)
 
 
 def recognise(folder: Path) -> str | None:
+    """Says that it is a checkpoint of OLMo-core, if it is one."""
     return "OLMo-core" if (folder / "config.json").is_file() and weights_folder(folder) else None
 
 
 def open_checkpoint(folder: Path, max_length: int | None, given: Given) -> Checkpoint:
+    """Opens the checkpoint of the folder: its config in either schema, and its sharded tensors."""
     experiment = read_json(folder / "config.json")
     native = experiment.get("model")
     if not isinstance(native, dict):
@@ -103,6 +106,7 @@ def flatten(value: Mapping[str, Any], table: Mapping[str, Field], prefix: str = 
 
 
 def read_block(block: Any, where: str) -> dict[str, Any]:
+    """Reads the config of a block, in either schema."""
     if not isinstance(block, Mapping):
         raise CheckpointError(f"`{where}` of config.json must be an object (got {block!r}); correct it.")
     block = dict(block)
@@ -307,6 +311,7 @@ def read_scaling(scaling: Any, theta: float, head_dim: int) -> dict[str, Any]:
 
 
 def key_table(config: Mapping[str, Any], model: Mapping[str, Any], block: Mapping[str, Any]) -> list[Key]:
+    """Returns the table of the names of weights, which the norms and their places decide."""
     native, olmem = "blocks.{layer}.", "model.layers.{layer}."
     attention, feed_forward = f"{native}attention.", f"{native}feed_forward."
     projections = {"w_q": "q_proj", "w_k": "k_proj", "w_v": "v_proj", "w_out": "o_proj"}

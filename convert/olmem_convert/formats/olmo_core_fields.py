@@ -11,6 +11,7 @@ ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
 def norm_fields(path: str) -> dict[str, Field]:
+    """Returns the rows of the config table for the norm of this name."""
     return {
         f"{path}.name": Field("default", only=tuple(NORM_TYPES)),
         f"{path}.eps": Field(1e-5),

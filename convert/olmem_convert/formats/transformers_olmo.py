@@ -30,6 +30,7 @@ OLD_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq
 
 
 def recognise(folder: Path) -> str | None:
+    """Says which class of OLMo wrote the folder, if one did."""
     weights = find_weights(folder)
     if weights is None or not (folder / "config.json").is_file():
         return None
@@ -40,6 +41,7 @@ def recognise(folder: Path) -> str | None:
 
 
 def open_checkpoint(folder: Path, max_length: int | None, given: Given) -> Checkpoint:
+    """Opens the folder: its config, read as Transformers' class reads it, and its weights."""
     raw = read_raw_config(folder)
     tensors = {name: tensor for name, tensor in read_weights(folder).items() if not OLD_BUFFER.fullmatch(name)}
     num_layers = typed(raw.get("num_hidden_layers", 1), int, "num_hidden_layers", "config.json")

@@ -73,6 +73,7 @@ def free_memory() -> int:
 
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """Returns the model's logits for a prompt that it reads without a cache."""
     return model(input_ids, use_cache=False, return_dict=True).logits
 
 

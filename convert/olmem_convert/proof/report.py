@@ -30,6 +30,7 @@ def tell_nonfinite(report: dict[str, Any], say: Say) -> None:
 def make_report(
     out: Path, checkpoint: Checkpoint, input_ids: torch.Tensor, stored: torch.dtype, stages: list[dict[str, Any]]
 ) -> dict[str, Any]:
+    """Returns what verification.json says of every verification."""
     logits = stages[-1]
     return {
         "passed": all(stage["equal"] for stage in stages) and logits["compared"] > 0,

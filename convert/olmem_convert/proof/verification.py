@@ -165,6 +165,7 @@ def read_segments(model: PreTrainedModel, cache: OlmemCache, input_ids: torch.Te
 
 
 def refuse_segments(found: str, segments: int, dtype: str) -> NoReturn:
+    """Raises the CheckpointError that says after how many segments a memory was no longer finite."""
     way_out = "convert with --dtype bfloat16 or float32" if dtype == "float16" else "convert again, or leave it off"
     raise CheckpointError(
         f"`num_memory_tokens` must give a memory that stays finite in {dtype} with all logits, over {SEGMENTS:,} "

@@ -56,6 +56,7 @@ def checked(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_license(metadata: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for a license, its name or its link of a form that the Hub does not take."""
     license, name, link = (metadata.get(field) for field in ("license", "license_name", "license_link"))
     if license is not None and (not isinstance(license, str) or not LICENSE.fullmatch(license)):
         raise CheckpointError(
@@ -82,6 +83,7 @@ def check_license(metadata: Mapping[str, Any]) -> None:
 
 
 def check_repo_id(field: str, value: Any) -> None:
+    """Raises CheckpointError for what the Hub does not take for the id of a repository."""
     try:
         if not isinstance(value, str):
             raise HFValidationError("no text")

@@ -106,6 +106,7 @@ def check_metadata(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def is_own(path: Path) -> bool:
+    """Returns whether the file is a card that Olmem wrote, and may write anew."""
     with suppress(CheckpointError):
         return path.is_file() and MARK in read_text(path, LARGEST_CARD)
     return False
@@ -123,6 +124,7 @@ def said(path: Path) -> dict[str, Any]:
 
 
 def read_front_matter(path: Path) -> dict[str, Any]:
+    """Returns the metadata at the top of a card, within bounds."""
     text = read_text(path, LARGEST_CARD)
     with reading(path, "correct the lines between --- and --- at its top, or remove the file"):
         found = REGEX_YAML_BLOCK.search(text)
@@ -158,6 +160,7 @@ def digests(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, s
 
 
 def check_digests(name: str, report: Mapping[str, Any], made_of: Mapping[str, str], remedy: str) -> None:
+    """Raises CheckpointError for a report of files that are no longer the ones of the folder."""
     if changed := [file for file, digest in made_of.items() if report["sha256"].get(file) != digest]:
         raise CheckpointError(
             f"`{name}` must be of the folder's own files ({', '.join(changed)} changed since); {remedy}."
@@ -165,6 +168,7 @@ def check_digests(name: str, report: Mapping[str, Any], made_of: Mapping[str, st
 
 
 def config_values(folder: Path, made_of: Mapping[str, str]) -> dict[str, Any]:
+    """Returns what the card says of the config: layers, dtype, memory."""
     config = read_config(folder)
     if not isinstance(config.dtype, torch.dtype):
         raise CheckpointError(f"`dtype` of {folder / 'config.json'} must name the weights' dtype; convert again.")
@@ -184,6 +188,7 @@ def config_values(folder: Path, made_of: Mapping[str, str]) -> dict[str, Any]:
 
 
 def describe_layers(config: OlmemConfig) -> str:
+    """Says how many layers there are of each kind."""
     lookback = config.attention_chunk_lookback
     kinds = {
         "full_attention": "full attention",
@@ -279,6 +284,7 @@ def make_card(metadata: Mapping[str, Any], values: Mapping[str, Any]) -> str:
 
 
 def variables(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the template's variables, those without a value as None."""
     none = dict.fromkeys(("config", "verification", "evaluation", "memory"))
     return none | {"mark": MARK, "not_verified": NOT_VERIFIED, "metrics": METRICS, "cell": cell} | dict(values)
 
@@ -308,6 +314,7 @@ def results_of(values: Mapping[str, Any]) -> list[EvalResult]:
 
 
 def shown(value: Any, digits: int = 3) -> str:
+    """Returns a number in so many digits, as a card shows it."""
     return "" if value is None else f"{figure(value, digits):.{digits}g}"
 
 
@@ -319,6 +326,7 @@ def figure(value: Any, digits: int = 5) -> float:
 
 
 def whole(value: Any) -> int:
+    """Returns a whole number of a report, or raises ValueError."""
     if type(value) is not int:
         raise ValueError(f"{value!r} is no whole number")
     return value

@@ -36,6 +36,7 @@ class Plan:
 
     @property
     def touched(self) -> list[str]:
+        """Returns the names of all files that the commit would change."""
         return sorted([*self.new, *self.changed, *self.deleted])
 
     @property
@@ -138,4 +139,5 @@ def table(plan: Plan, private: bool) -> Iterator[str]:
 
 
 def shown(size: int) -> str:
+    """Returns a size in the unit that fits it."""
     return f"{size} B" if size < 1000 else tqdm.format_sizeof(size) + "B"

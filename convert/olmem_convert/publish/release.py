@@ -118,6 +118,7 @@ def is_pickle(path: Path) -> bool:
 
 
 def is_text(path: Path) -> bool:
+    """Returns whether the file is text in UTF-8 without zero bytes."""
     try:
         return "\0" not in read_text(path, LARGEST_TOKENIZER)
     except CheckpointError as error:
@@ -151,6 +152,7 @@ def check_report(folder: Path) -> dict[str, Any]:
 
 
 def check_config(folder: Path) -> OlmemConfig:
+    """Returns the config, once it is of an Olmem model that loads by its own code and generates with a cache."""
     raw = read_json(folder / "config.json")
     for name, wanted in (("model_type", "olmem"), ("auto_map", OlmemForCausalLM.auto_map())):
         if raw.get(name) != wanted:
@@ -309,6 +311,7 @@ def check_tokens(folder: Path, config: OlmemConfig) -> None:
 
 
 def ids(path: Path, name: str) -> set[int]:
+    """Returns the ids that a file gives for a token."""
     value = read_json(path).get(name)
     numbers = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(number) is int for number in numbers):

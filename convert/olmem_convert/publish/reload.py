@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 
 def main() -> None:
+    """Loads the model that the task names, and prints what came of it."""
     task = json.load(sys.stdin)
     if task["installed"]:
         import olmem  # noqa: F401  registers the classes that load it

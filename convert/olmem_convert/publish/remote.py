@@ -145,16 +145,19 @@ def origin(url: str) -> tuple[str, str | None, int | None]:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields the error, and all that it came from."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def status_of(error: BaseException) -> int | None:
+    """Returns the status that a server answered, if one did."""
     return next((cause.response.status_code for cause in causes(error) if isinstance(cause, HfHubHTTPError)), None)
 
 
 def is_passing(error: BaseException) -> bool:
+    """Returns whether another try may succeed, as a server or a connection has failed."""
     status = status_of(error)
     if status is not None:
         return status in PASSING
@@ -174,12 +177,14 @@ def wait_for(state: RetryCallState) -> float:
 
 
 def tell_of_wait(state: RetryCallState) -> None:
+    """Says why, and how long, it is waited for the next try."""
     status = status_of(error_of(state))
     what = "the connection failed" if status is None else f"the Hub answered {status}"
     LOG.warning("%s: trying again in %.0f s", what, state.upcoming_sleep)
 
 
 def error_of(state: RetryCallState) -> BaseException:
+    """Returns the error of the last try."""
     error = state.outcome.exception() if state.outcome else None
     assert error is not None  # as it is asked only after a failure
     return error
@@ -270,13 +275,17 @@ class Remote:
             )
 
     def head(self, branch: str) -> str | None:
+        """Returns the commit that the branch names, if there is such a branch."""
         refs = self.refs()
         return refs.branches.get(branch) if refs else None
 
     def is_private(self) -> bool:
+        """Returns whether only some can see the repository."""
         return bool(persistently(self.api.model_info, self.repo_id).private)
 
     def tree(self, revision: str, also: tuple[int, ...] = ()) -> dict[str, RepoFile]:
+        """Returns the files of a commit by their names."""
+
         def listed() -> list[Any]:
             return list(self.api.list_repo_tree(self.repo_id, recursive=True, revision=revision))
 
@@ -377,6 +386,7 @@ class Remote:
             ) from error
 
     def explain(self, error: BaseException) -> str:
+        """Says in one line what went wrong on the way to the Hub, and the way out."""
         unlike = next((cause for cause in causes(error) if isinstance(cause, UnlikeTheHubError)), None)
         if unlike is not None:  # which huggingface_hub wraps where it uploads
             return str(unlike)

@@ -49,6 +49,7 @@ class Push:
     created: list[str] = field(default_factory=list)
 
     def run(self) -> dict[str, Any]:
+        """Carries the plan out, from the logits of OUT to the tag. Returns what came of it."""
         pull_request = None
         with self.remote.telling(self.state):
             self.say(
@@ -158,6 +159,7 @@ class Push:
             raise CheckpointError(f"the Hub's checksums are not those of OUT ({text})")
 
     def tag(self, commit: str, tag: str) -> None:
+        """Tags the commit. An answer that was lost on the way is no error if the tag is there."""
         try:
             persistently(self.remote.api.create_tag, self.plan.repo_id, tag=tag, revision=commit)
         except NETWORK_ERRORS:
@@ -229,6 +231,7 @@ class Push:
         raise CheckpointError(f"the model must load and run (a new process ended with {why!r}){remedy}.")
 
     def check_room(self, scratch: str, needed: int) -> None:
+        """Raises CheckpointError if the model that is to be downloaded does not fit on the disk."""
         free = shutil.disk_usage(scratch).free
         if free < needed:
             raise CheckpointError(

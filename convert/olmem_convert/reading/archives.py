@@ -46,6 +46,7 @@ class StoredTensor:
 
 
 def load_storage(pid: Any) -> Storage:
+    """Makes of a persistent id the storage that it names."""
     kind, dtype, key, _, _ = pid
     if kind != "storage" or not isinstance(dtype, torch.dtype | None) or not isinstance(key, str):
         raise pickle.UnpicklingError("a storage is of another kind")
@@ -55,12 +56,14 @@ def load_storage(pid: Any) -> Storage:
 def rebuild_tensor(
     storage: Any, first: Any, shape: Any, stride: Any, requires_grad: Any = False, hooks: Any = None, flags: Any = None
 ) -> StoredTensor:
+    """Stands for the function of torch that puts a tensor of a typed storage together."""
     return rebuild_typed(storage, first, shape, stride, requires_grad, hooks, storage.dtype, flags)
 
 
 def rebuild_typed(
     storage: Any, first: Any, shape: Any, stride: Any, requires_grad: Any, hooks: Any, dtype: Any, flags: Any = None
 ) -> StoredTensor:
+    """Stands for the function of torch that is given the dtype too. It checks what it is given."""
     if len(shape) != len(stride) or len(shape) > MOST_DIMENSIONS:
         raise pickle.UnpicklingError(f"a tensor has more than {MOST_DIMENSIONS} dimensions, or not as many strides")
     numbers = (first, *shape, *stride)
@@ -72,14 +75,17 @@ def rebuild_typed(
 
 
 def rebuild_nothing(dtype: Any, shape: Any, stride: Any, requires_grad: Any) -> StoredTensor:
+    """Stands for the function of torch that makes a tensor without numbers."""
     return rebuild_tensor(Storage("of the device meta, which holds nothing", dtype), 0, shape, stride)
 
 
 def rebuild_parameter(data: Any, *_: Any) -> Any:
+    """Stands for the function of torch that makes a parameter of a tensor, which it leaves as it is."""
     return data
 
 
 def rebuild_subclass(rebuild: Any, kind: Any, arguments: Any, state: Any) -> Any:
+    """Stands for the function of torch that makes a tensor of a subclass, whose state does not matter."""
     if rebuild not in (rebuild_tensor, rebuild_typed):
         raise pickle.UnpicklingError("a tensor is of a class of its own")
     return rebuild(*arguments)
@@ -151,6 +157,7 @@ class Archive:
             self.value = unpickle(self.pickled(), STATE_DICT_NAMES, load_storage)
 
     def index(self, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+        """Returns the records by name, once none is compressed or there twice."""
         records: dict[str, zipfile.ZipInfo] = {}
         for record in archive.infolist():
             if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
@@ -176,6 +183,7 @@ class Archive:
         return {record.filename: end for record, end in zip(ordered, starts[1:], strict=True)}
 
     def pickled(self) -> bytes:
+        """Returns the bytes of the one pickle that the archive has."""
         names = [name for name in self.records if name.endswith("/data.pkl")]
         if len(names) != 1 or self.records[names[0]].file_size > LARGEST_PICKLE:
             raise CheckpointError(

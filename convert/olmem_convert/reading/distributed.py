@@ -20,6 +20,7 @@ from .texts import read_bytes
 
 
 def first_argument(*arguments: Any) -> Any:
+    """Stands for a class or a function of which its first argument is all that matters."""
     return arguments[0] if arguments else None
 
 
@@ -145,6 +146,7 @@ def integers(values: Any) -> tuple[int, ...]:
 
 
 def metadata_dtype(properties: Any) -> torch.dtype:
+    """Returns the dtype of a tensor's properties, in the form of any release."""
     dtype = properties.state[0] if isinstance(properties.state, tuple) else properties.dtype
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"a dtype is a {type(dtype).__name__}")

@@ -96,6 +96,7 @@ class Machine:
         }
 
     def run(self) -> Any:
+        """Runs the instructions up to STOP, and returns what is on the stack then."""
         stack, instructions = self.stack, self.instructions
         for opcode, argument, _ in genops(self.data):
             name = opcode.name
@@ -118,6 +119,7 @@ class Machine:
         self.push(tuple(self.taken(number)))
 
     def charge(self, nbytes: int) -> None:
+        """Takes bytes from those that the pickle may make, and raises UnpicklingError when none are left."""
         self.left -= nbytes
         if self.left < 0:
             raise pickle.UnpicklingError("it makes far more than such a file holds")
@@ -146,6 +148,7 @@ class Machine:
         return values
 
     def peek(self) -> Any:
+        """Returns what is last on the stack, and above the last mark."""
         if len(self.stack) <= (self.marks[-1] if self.marks else 0):
             raise pickle.UnpicklingError("it uses what is not on the stack")
         return self.stack[-1]
@@ -227,6 +230,7 @@ class Machine:
         self.set_items(self.since_mark())
 
     def set_items(self, items: list[Any]) -> None:
+        """Puts keys and values into the dictionary that is last on the stack."""
         held = self.top(dict, Names)
         self.charge(ENTRY * (len(items) // 2))
         for key, value in zip(items[::2], items[1::2], strict=True):
@@ -240,6 +244,7 @@ class Machine:
         self.do_name(*self.taken(2))
 
     def do_name(self, module: Any, name: Any) -> None:
+        """Puts what a name stands for on the stack, if it is one of those that the caller lists."""
         if f"{module}.{name}" not in self.names:
             raise pickle.UnpicklingError(
                 f"it names {module}.{name}, which no tensor needs: do not load it with other code either"

@@ -110,6 +110,7 @@ class SourceFile:
         self.note()
 
     def opened(self) -> io.FileIO:
+        """Opens the file without following links."""
         return io.FileIO(os.open(self.real, FLAGS), closefd=True)
 
     def note(self) -> None:
@@ -123,6 +124,7 @@ class SourceFile:
                     file.file = None  # whoever reads it now still holds it
 
     def handle(self) -> io.FileIO:
+        """Returns the open file, which is opened again if it had to be closed and is still the same."""
         file = self.file
         if file is None:
             file = self.opened()
@@ -157,6 +159,7 @@ class SourceFile:
             raise self.changed()
 
     def changed(self) -> CheckpointError:
+        """Returns the error that says that the file is no longer the one that was checked."""
         return CheckpointError(
             f"`{self.path}` must stay as it is while it is read (it was changed or replaced); wait for what writes it, "
             "and convert again."

@@ -43,9 +43,11 @@ class LazyTensor:
 
     @property
     def nbytes(self) -> int:
+        """Returns the bytes of the values in the dtype of the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def load(self) -> torch.Tensor:
+        """Reads all of it."""
         return self.read(0, self.shape[0] if self.shape else 1)
 
     def pieces(self, nbytes: int) -> Iterator[torch.Tensor]:

@@ -32,16 +32,19 @@ DIGITS = re.compile(rf"[-+.:_\d]{{{LONGEST_NUMBER + 1},}}|[-+]?[\d_]{{20,}}")  #
 
 
 def read_bytes(path: Path, largest: int = LARGEST_TEXT) -> bytes:
+    """Returns the bytes of a plain file of at most so many."""
     return SourceFile(path, largest).read(0, largest)
 
 
 def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
+    """Returns the text of a plain file in UTF-8."""
     data = read_bytes(path, largest)
     with reading(path):
         return data.decode("utf-8")
 
 
 def read_json(path: Path, largest: int = LARGEST_TEXT, most_values: int = MOST_VALUES) -> dict[str, Any]:
+    """Returns the object that a file of JSON holds."""
     return load_json(path, largest, most_values)[1]
 
 
@@ -83,6 +86,7 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def shortened(name: str) -> str:
+    """Returns a name as it may be repeated in a message."""
     return repr(name if len(name) <= 80 else f"{name[:79]}…")
 
 
@@ -114,6 +118,7 @@ class PlainLoader(SafeLoader):
     """Of mappings whose keys are different words."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Makes a mapping, once its keys are words, each there once."""
         keys = [key.value for key, _ in node.value]
         strange = next((key for key, _ in node.value if not is_word(key)), None)
         if strange is not None or len(set(keys)) < len(keys):
@@ -123,6 +128,7 @@ class PlainLoader(SafeLoader):
 
 
 def is_word(node: Any) -> bool:
+    """Returns whether a node of YAML is a plain string."""
     return isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:str"
 
 
@@ -147,10 +153,12 @@ def require_plain_yaml(text: str, path: Path) -> None:
 
 
 def too_deep(path: Path) -> CheckpointError:
+    """Returns the error of objects in objects in objects."""
     return CheckpointError(f"`{path}` must not be nested deeper than {DEEPEST} (it is), as none is; correct it.")
 
 
 def require_shallow(value: Any, path: Path) -> None:
+    """Raises CheckpointError for objects that are nested deeper than any config is."""
     level, depth = [value], 0
     while level := [part for node in level for part in parts_of(node)]:
         depth += 1
@@ -159,6 +167,7 @@ def require_shallow(value: Any, path: Path) -> None:
 
 
 def parts_of(node: Any) -> list[Any]:
+    """Returns the objects and lists that a value holds."""
     parts = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
     return [part for part in parts if isinstance(part, dict | list)]
 

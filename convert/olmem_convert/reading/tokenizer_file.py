@@ -141,6 +141,7 @@ def quiet_panics() -> Iterator[None]:
 
 
 def _check_config(config: dict[str, Any], path: Path) -> None:
+    """Raises CheckpointError for a chat template or a length of a form that no tokenizer has."""
     require_numbers(config, str(path))
     template, length = config.get("chat_template"), config.get("model_max_length")
     entries = template if isinstance(template, list) else []
@@ -202,6 +203,7 @@ def _count(node: Any, of: Callable[[dict[str, Any]], int]) -> int:
 
 
 def _template_ids(node: dict[str, Any]) -> int:
+    """Returns how many ids a template adds to a text."""
     if node.get("type") != "TemplateProcessing" or not isinstance(tokens := node.get("special_tokens"), dict):
         return 0
     ids = {name: len(token["ids"]) for name, token in tokens.items() if isinstance(token, dict) and "ids" in token}
@@ -210,6 +212,7 @@ def _template_ids(node: dict[str, Any]) -> int:
 
 
 def _prepended(node: dict[str, Any]) -> int:
+    """Returns how many characters a normalizer puts before a text."""
     return len(str(node.get("prepend", ""))) if node.get("type") == "Prepend" else 0
 
 

@@ -67,6 +67,7 @@ def limit() -> None:
 
 
 def main() -> None:
+    """Makes the tokenizer, and has it encode and decode the probes."""
     limit()
     from tokenizers import Tokenizer
 

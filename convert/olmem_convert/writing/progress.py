@@ -22,6 +22,7 @@ class Progress(tqdm):
         super().__init__(total=total, desc=desc, unit=unit, unit_scale=True, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Tells the script, or else draws the bar."""
         if self.tell is None:
             super().display(msg, pos)
             return

@@ -49,6 +49,7 @@ class WeightFiles:
         object.__setattr__(self, "names", plan.filename_to_tensors)
 
     def nbytes(self, tensor: LazyTensor) -> int:
+        """Returns the bytes of a tensor in the dtype that is written."""
         return math.prod(tensor.shape) * self.dtype.itemsize
 
     def total(self, files: Iterable[str] | None = None) -> int:
@@ -82,6 +83,7 @@ class WeightFiles:
         return {name: count for bad in counts.values() for name, count in bad.items()}
 
     def index(self) -> dict[str, Any]:
+        """Returns what the index says: which tensor is in which file, and how much all of them take."""
         places = {name: file for file, names in self.names.items() for name in names}
         parameters = sum(math.prod(tensor.shape) for tensor in self.tensors.values())
         metadata = {"total_size": self.total(), "total_parameters": parameters}
@@ -111,6 +113,7 @@ def write_file(
 
 
 def header(tensors: Mapping[str, LazyTensor], dtype: torch.dtype) -> bytes:
+    """Returns the length and the header of a safetensors file with these tensors."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
@@ -132,6 +135,7 @@ def ahead(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
 
 
 def pieces(tensors: Mapping[str, LazyTensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields all pieces of the tensors in order, each with the name of its tensor."""
     return ((name, piece) for name, tensor in tensors.items() for piece in tensor.pieces(PIECE))
 
 
@@ -141,6 +145,7 @@ def rounded(
     dtype: torch.dtype,
     bad: dict[str, int] | None,
 ) -> Iterator[torch.Tensor]:
+    """Yields the pieces in the dtype that is written, and sees to it that they are finite."""
     for name, piece in pieces:
         made = piece.to(dtype)
         if not is_finite(made):
@@ -168,6 +173,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def count_nonfinite(tensor: torch.Tensor) -> int:
+    """Returns how many numbers are NaN or infinite."""
     return tensor.numel() - int(torch.isfinite(tensor).sum())
 
 
@@ -186,9 +192,11 @@ def refuse_nonfinite(name: str, tensor: LazyTensor, dtype: torch.dtype | None = 
 
 
 def count_rounded(tensor: LazyTensor, dtype: torch.dtype) -> int:
+    """Returns how many numbers of a tensor are NaN or infinite once they are rounded to a dtype."""
     return sum(count_nonfinite(piece.to(dtype)) for piece in tensor.pieces(PIECE))
 
 
 def sha256(path: Path) -> str:
+    """Returns the checksum of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

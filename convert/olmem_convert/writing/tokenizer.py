@@ -153,6 +153,7 @@ def _given_template(source: Path, config: dict[str, Any]) -> Any:
 
 
 def _special(tokenizer: Tokenizer) -> dict[int, str]:
+    """Returns the special tokens by their ids."""
     return {number: token.content for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
 
 

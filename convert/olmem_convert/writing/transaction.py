@@ -50,6 +50,7 @@ class Partial:
 
 
 def note(journal: BinaryIO, entry: Mapping[str, Any]) -> None:
+    """Adds an entry to the journal, and waits until it is on the disk."""
     journal.write(json.dumps(entry).encode() + b"\n")
     journal.flush()
     os.fsync(journal.fileno())
@@ -72,6 +73,7 @@ def listing(folder: Path) -> list[Path]:
 
 
 def hashed(value: Any) -> str:
+    """Returns the checksum of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
@@ -236,6 +238,7 @@ def written_whole(
 
 
 def is_of_out(error: OSError, out: Path) -> bool:
+    """Returns whether an error is of the disk that OUT is on."""
     return error.errno in FULL or str(error.filename or "").startswith(str(out.parent))
 
 
@@ -259,6 +262,7 @@ def owned(out: Path) -> Iterator[None]:
 
 
 def without_links(path: str, flags: int) -> int:
+    """Opens a file, but follows no link."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
@@ -307,6 +311,7 @@ def check_places(
     overwrite: bool,
     resume: bool,
 ) -> None:
+    """Raises CheckpointError if something lies beside OUT that this conversion must not go on with or remove."""
     strange = [folder] if not entries and folder.exists() and any(folder.iterdir()) else []
     strange += [replaced] if overwrite and os.path.lexists(replaced) else []
     if strange:
@@ -331,6 +336,7 @@ def sound_files(folder: Path, entries: list[dict[str, Any]], names: Collection[s
 
 
 def is_sound(path: Path, entry: Mapping[str, Any]) -> bool:
+    """Returns whether a file has the checksum that the journal tells of."""
     counts = entry.get("nonfinite")
     known = isinstance(counts, dict) and all(type(count) is int for count in counts.values())
     return known and path.is_file() and not path.is_symlink() and sha256(path) == entry.get("sha256")
@@ -372,6 +378,7 @@ def sync(folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
+    """Waits until a file or a folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -119,7 +119,7 @@ def use_state(folder: Path, rng: Random) -> None:
             try:
                 model(torch.ones(rows, 1, dtype=torch.long), past_key_values=cache)
             except ValueError as error:
-                if str(error).startswith("`max_length`"):  # which the file says is used up
+                if str(error).startswith(("`max_length`", "`memory`")):  # it is used up, or too large to go on with
                     break
                 raise RuntimeError(f"a state that loads does not run: {error}") from error
 

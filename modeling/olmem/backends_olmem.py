@@ -18,7 +18,18 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .compat_olmem import pieces
-from .contracts_olmem import Backend, Heads, Needs, Output, Part, Rotations, Section, by_key_head, by_query_head, choose
+from .contracts_olmem import (
+    Backend,
+    Heads,
+    Needs,
+    Output,
+    Part,
+    Section,
+    by_key_head,
+    by_query_head,
+    choose,
+    rotate_on_read,
+)
 from .positions_olmem import XposScheme, as_complex, rotate_pairs, to_halves, to_pairs
 from .view_olmem import View, find_sinks
 
@@ -237,15 +248,6 @@ class Prefix(NamedTuple):
     def some(self, queries: slice) -> "Prefix":
         """Returns the prefix with some of the queries."""
         return self._replace(query=self.query[:, :, queries])
-
-
-def rotate_on_read(query: torch.Tensor, part: Part, rotations: Rotations) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns queries (B, H, T, D) and the keys (B, K, S, D) of a part, both rotated."""
-    query = to_pairs(query) if part.in_pairs else query
-    query = (rotations.slot if part.is_prefix else rotations.place)(query)
-    if not part.is_bare:
-        return query, part.key
-    return query, (rotations.prefix if part.is_prefix else rotations.key)(part.key)
 
 
 def apply_scheme(

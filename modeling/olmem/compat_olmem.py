@@ -153,6 +153,21 @@ def can_capture(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def has_triton() -> bool:
+    """Tells whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def can_fuse_operations(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tells whether Triton's kernels may compute for embeddings of a dtype what modules compute, without their hooks.
+
+    Autocast decides for each operation of a module, so it leaves the modules as they are.
+    """
+    if not has_triton() or torch.is_autocast_enabled(device.type):
+        return False
+    return dtype in (torch.bfloat16, torch.float16) and not has_global_hooks()
+
+
 CAPTURING = threading.Lock()  # a process captures one graph at a time
 
 
@@ -182,9 +197,14 @@ def recomputes_hooks(layer: torch.nn.Module) -> bool:
     return is_inside and isinstance(layer, FSDPModule)
 
 
+def is_sharded(layer: torch.nn.Module) -> bool:
+    """Tells whether ranks gather a layer's weights from one another whenever they call it."""
+    return isinstance(layer, FSDPModule | FullyShardedDataParallel)
+
+
 def refuse_uneven(layer: torch.nn.Module, calls: int, device: torch.device) -> None:
     """Raises an error where ranks call a sharded layer different numbers of times, which would wait for one another."""
-    if not isinstance(layer, FSDPModule | FullyShardedDataParallel):
+    if not is_sharded(layer):
         return
     numbers = torch.tensor([calls, -calls], device=device)
     torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
@@ -194,6 +214,101 @@ def refuse_uneven(layer: torch.nn.Module, calls: int, device: torch.device) -> N
             f"`input_ids` must hold as many segments of memory on each rank where layers are sharded (got {least} to "
             f"{most}); give all ranks texts of one length, or shard the model as a whole."
         )
+
+
+def can_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Tells whether torch's flash operations for sequences run on a device, for embeddings of a dtype and a head dim.
+
+    Autocast changes the dtype of what is projected.
+    """
+    if device.type != "cuda" or head_dim % 8 or head_dim > 256:
+        return False
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    is_there = torch.version.hip is None and torch.backends.cuda.is_flash_attention_available()
+    return is_there and torch.cuda.get_device_capability(device) >= (8, 0) and not is_recorded()
+
+
+def flash_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_starts: torch.Tensor,
+    key_starts: torch.Tensor,
+    most_queries: int,
+    most_keys: int,
+    is_causal: bool,
+    before: int,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attends over sequences on a GPU (see varlen_olmem); the log-sum-exp (H, N) of a query without keys is +∞.
+
+    This is the operation under `torch.nn.attention.varlen`, whose signature differs between releases, and which lets no
+    backward pass take another output and log-sum-exp than its own.
+    """
+    limits = {"window_size_left": before, "window_size_right": 0 if is_causal else -1}
+    found = torch.ops.aten._flash_attention_forward(
+        query,
+        key,
+        value,
+        query_starts,
+        key_starts,
+        most_queries,
+        most_keys,
+        0.0,
+        is_causal and before < 0,
+        False,
+        scale=scaling,
+        **limits,
+    )
+    return found[0], found[1]
+
+
+def flash_backward(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    total: torch.Tensor,
+    query_starts: torch.Tensor,
+    key_starts: torch.Tensor,
+    most_queries: int,
+    most_keys: int,
+    is_causal: bool,
+    before: int,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the gradients of queries, keys and values of `flash_forward`, for any output and log-sum-exp."""
+    limits = {"window_size_left": before, "window_size_right": 0 if is_causal else -1}
+    random_state = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of a dropout that there is not
+    return torch.ops.aten._flash_attention_backward(
+        gradient.contiguous(),
+        query,
+        key,
+        value,
+        output.contiguous(),
+        total.contiguous(),
+        query_starts,
+        key_starts,
+        most_queries,
+        most_keys,
+        0.0,
+        is_causal and before < 0,
+        random_state,
+        torch.empty(0, device=query.device),
+        scale=scaling,
+        **limits,
+    )
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Returns a copy of a tensor on a device, to which the host sends it without waiting."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def moves_inputs(module: torch.nn.Module) -> bool:
@@ -217,14 +332,20 @@ __all__ = [
     "allocate",
     "assert_on_device",
     "can_capture",
+    "can_flash",
+    "can_fuse_operations",
     "capture",
     "certain",
     "columns_of",
+    "flash_backward",
+    "flash_forward",
     "has_complex",
     "has_global_hooks",
+    "has_triton",
     "is_any",
     "is_compiled",
     "is_recorded",
+    "is_sharded",
     "known",
     "known_here",
     "moves_inputs",
@@ -233,6 +354,7 @@ __all__ = [
     "refuse_longer",
     "refuse_uneven",
     "rename_cache",
+    "sent",
     "table_of",
     "takes_cache",
     "unless_recorded",

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from .ops_olmem import PLAIN
-from .positions_olmem import PositionScheme, Rotation
+from .ops_olmem import PLAIN, Operations
+from .positions_olmem import PositionScheme, Rotation, to_pairs
+from .rules_olmem import BY_SLOT
 from .view_olmem import View
 from .visibility_olmem import Visibility
 
@@ -30,6 +31,11 @@ class LayerKind(NamedTuple):
     layer_type: str
     position_embedding: str
     retrieves: bool
+
+    @property
+    def can_be_listed(self) -> bool:
+        """Returns whether layers can read the tokens of several rows of a cache, listed as one row."""
+        return self.position_embedding not in BY_SLOT and not self.retrieves
 
 
 @dataclass
@@ -100,6 +106,7 @@ class Writes:
     filled: int  # the number of slots of the ring or row that hold tokens, if keys are read in place
     length: int | None  # an upper bound of a row's tokens after this call; None if only the device knows it
     chosen: torch.Tensor | None = None  # (R,) the rows of the batch that take part; None for all
+    past_rows: torch.Tensor | None = None  # (1, P) the rows of earlier keys, where rows are listed as one
 
     def to(self, device: torch.device) -> "Writes":
         """Returns a copy on another device."""
@@ -146,6 +153,15 @@ class Rotations:
         return Rotations(**{name: rotation.to(device) for name, rotation in vars(self).items()})
 
 
+def rotate_on_read(query: torch.Tensor, part: Part, rotations: Rotations) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns queries (B, H, T, D) and the keys (B, K, S, D) of a part, both rotated."""
+    query = to_pairs(query) if part.in_pairs else query
+    query = (rotations.slot if part.is_prefix else rotations.place)(query)
+    if not part.is_bare:
+        return query, part.key
+    return query, (rotations.prefix if part.is_prefix else rotations.key)(part.key)
+
+
 class Needs(NamedTuple):
     """Lists what a backend must support for a section, beside its view."""
 
@@ -153,6 +169,7 @@ class Needs(NamedTuple):
     weights: bool = False  # attention weights as a second output
     by_slot: bool = False  # keys that depend on their distance from the query
     is_bare: bool = False  # keys that get their positions when they are read
+    flash: bool = False  # nothing that torch's flash operations lack, on a device that has them
 
 
 class Backend(Protocol):
@@ -210,8 +227,6 @@ class Plan:
     dictionaries among a layer's arguments, and cast the float tensors in them. Angles would lose their precision.
     """
 
-    operations = PLAIN  # what layers compute with around attention
-
     def __init__(
         self,
         visibility: Visibility,
@@ -223,6 +238,7 @@ class Plan:
         retrieves: bool = False,
         returns_weights: bool = False,
         carries: bool = False,
+        operations: Operations = PLAIN,
     ):
         self.visibility = visibility
         self.sections = sections
@@ -234,6 +250,7 @@ class Plan:
         self.returns_weights = returns_weights
         self.carries = carries  # whether layers also return their new keys and values
         self.by_role = {section.view.role: section for section in sections}
+        self.operations = operations  # what layers compute with around attention
         self.copies: dict[torch.device, Plan] = {}  # the plan on each device, this one included
         if sections:
             self.copies[sections[0].view.numbers.device] = self
@@ -257,7 +274,7 @@ class Plan:
             sections = [section.to(device) for section in self.sections]
             writes, tape = self.writes and self.writes.to(device), self.tape and self.tape.to(device)
             begins = None if self.begins is None else self.begins.to(device)
-            rest = begins, self.retrieves, self.returns_weights, self.carries
+            rest = begins, self.retrieves, self.returns_weights, self.carries, self.operations
             moved = Plan(self.visibility, sections, self.rotations.to(device), writes, tape, *rest)
             self.copies[device], moved.copies = moved, self.copies
         return self.copies[device]
@@ -300,4 +317,5 @@ __all__ = [
     "by_key_head",
     "by_query_head",
     "choose",
+    "rotate_on_read",
 ]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .compat_olmem import allocate, known, unless_recorded
+from .compat_olmem import allocate, known, sent, unless_recorded
 from .view_olmem import View
 
 
@@ -72,7 +72,13 @@ class Counters:
 
     def advance(self, view: View, columns: int) -> None:
         """Adds the tokens of a call, which all layers have read, and this number of columns."""
-        added = (view.numbers >= 0).sum(-1) if view.padded else view.numbers.shape[1]
+        added: torch.Tensor | int = (view.numbers >= 0).sum(-1) if view.padded else view.numbers.shape[1]
+        of_rows = None
+        if view.spans is not None:
+            of_rows = [0] * len(self.seen)
+            for row, _, count in view.spans:
+                of_rows[row] += count
+            added = sent(torch.tensor(of_rows), self.seen.device)
         host_seen = unless_recorded(self.read_seen)
         host_columns = unless_recorded(self.read_columns)
         self.fresh = False
@@ -80,11 +86,16 @@ class Counters:
         self.columns.add_(columns)
         self.host_seen = self.host_columns = None
         if host_seen is not None and host_columns is not None:
-            of_rows = added.tolist() if isinstance(added, torch.Tensor) else [added] * len(host_seen)
+            if of_rows is None:
+                of_rows = added.tolist() if isinstance(added, torch.Tensor) else [added] * len(host_seen)
             self.host_seen = [seen + count for seen, count in zip(host_seen, of_rows, strict=True)]
             self.host_columns = host_columns + columns
         if view.padded:
             self.gaps.logical_or_(((view.numbers < 0) & (view.queries >= 0)).any())
+
+    def note_gaps(self, gaps: torch.Tensor) -> None:
+        """Remembers whether a call had padding after a row's first token, which is () on the device."""
+        self.gaps.logical_or_(gaps)
 
     def count_step(self) -> None:
         """Counts one real token of each row, which the host knows without waiting."""

@@ -4,13 +4,16 @@
 Shapes: B batch, T tokens; R is B, or 1 where one row stands for all.
 """
 
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 import torch
+from torch import nn
 
 from .compat_olmem import known
 from .counters_olmem import Counters
+from .sequences_olmem import Span
 
 Document = tuple[int, int]  # first column, and the one after the last
 
@@ -26,17 +29,120 @@ class Tokens:
     padded: bool = False  # whether some numbers may be −1
     documents: list[list[Document]] | None = None  # the documents of each row, where documents are packed
     position_ids: torch.Tensor | None = None  # (R, T) the caller's positions, in a call without a cache
+    spans: list[Span] | None = None  # where the tokens of several rows are listed as one row, without padding
 
 
-def refuse_malformed(hidden_states: torch.Tensor, attention_mask: object, position_ids: object) -> None:
+@dataclass(frozen=True)
+class Embeddings:
+    """Gives the embeddings (B, T, hidden_size) of the tokens of a forward call, some columns at a time.
+
+    Attributes:
+        given: the embeddings, or ids (B, T) that are embedded when they are asked for.
+        table: embeds ids; None where the embeddings are given.
+    """
+
+    given: torch.Tensor
+    table: nn.Embedding | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Returns the dtype of the embeddings."""
+        return self.given.dtype if self.table is None else self.table.weight.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Returns the numbers of rows and of columns."""
+        return tuple(self.given.shape[: self.given.dim() - (self.table is None)])
+
+    @property
+    def device(self) -> torch.device:
+        """Returns where the embeddings are."""
+        return self.given.device
+
+    def some(self, columns: slice | torch.Tensor) -> torch.Tensor:
+        """Returns the embeddings of some columns, which are other ones in each row if they are a tensor (B, T)."""
+        found = self.given
+        if isinstance(columns, torch.Tensor):
+            shape = *columns.shape, *found.shape[2:]
+            found = found.gather(1, columns.view(*columns.shape, *[1] * (found.dim() - 2)).expand(shape))
+        elif columns not in (slice(None), slice(0, found.shape[1])):
+            found = found[:, columns]
+        return found if self.table is None else self.table(found)
+
+    def packed(self, packing: "Packing") -> "Embeddings":
+        """Returns what gives the embeddings of tokens that are listed as one row."""
+        return replace(self, given=packing.pack(self.given))
+
+
+class Packing:
+    """Lists the tokens of a batch as one row without padding, and gives what was computed of them back to their rows.
+
+    Args:
+        tokens: the tokens of the batch.
+        shape: the numbers B of rows and T of columns.
+        seen: the real tokens that each row has read before, if the call goes on from a cache.
+        keep: the number of last columns whose hidden states are wanted; 0 for all.
+    """
+
+    def __init__(self, tokens: Tokens, shape: tuple[int, ...], seen: Sequence[int] | None, keep: int):
+        batch, length = shape
+        numbers = tokens.numbers.expand(batch, -1)
+        self.indices: torch.Tensor | None = None  # (N,) of the tokens among B · T, or None for all
+        self.gaps = torch.zeros((), dtype=torch.bool, device=numbers.device)  # () whether padding follows a token
+        counts = [length] * batch
+        if tokens.padded:
+            real = numbers >= 0
+            self.indices, counts = real.flatten().nonzero()[:, 0], real.sum(-1).tolist()
+            after = torch.tensor([bool(each) for each in seen or [0] * batch], device=real.device)[:, None]
+            self.gaps = (~real & ((real.cumsum(-1) > 0) | after)).any()
+        self.length = sum(counts)
+        self.shape, self.first_kept = (batch, length), max(length - keep, 0) if keep else 0
+        positions = tokens.position_ids
+        if positions is not None:
+            positions = self.pack(positions.expand(batch, -1))
+        spans, documents = None, None
+        if seen is None:
+            stops = [*accumulate(counts, initial=0)]
+            documents = [[document for document in pairwise(stops) if document[0] < document[1]]]
+        else:
+            spans = [Span(row, first, count) for row, (first, count) in enumerate(zip(seen, counts, strict=True))]
+        self.tokens = Tokens(self.pack(numbers), False, documents, positions, spans)
+
+    def pack(self, states: torch.Tensor) -> torch.Tensor:
+        """Returns states (B, T, …) of tokens as one row (1, N, …)."""
+        listed = states.flatten(0, 1)
+        return (listed if self.indices is None else listed[self.indices])[None]
+
+    def kept(self) -> list[int] | None:
+        """Returns the columns of N whose hidden states are wanted, or None for all."""
+        if not self.first_kept:
+            return None
+        (batch, length), first = self.shape, self.first_kept
+        if self.indices is None:
+            return [row * length + column for row in range(batch) for column in range(first, length)]
+        return (self.indices % length >= first).nonzero()[:, 0].tolist()
+
+    def unpack(self, states: torch.Tensor) -> torch.Tensor:
+        """Returns hidden states (1, N, hidden_size) of those columns in their rows; padding has zeros."""
+        (batch, length), first = self.shape, self.first_kept
+        if self.indices is None:
+            return states.view(batch, length - first, states.shape[-1])
+        row, column = self.indices // length, self.indices % length
+        if first:
+            is_kept = column >= first
+            row, column = row[is_kept], column[is_kept]
+        whole = states.new_zeros(batch * (length - first), states.shape[-1])
+        return whole.index_copy(0, row * (length - first) + column - first, states[0]).view(batch, length - first, -1)
+
+
+def refuse_malformed(shape: tuple[int, ...], attention_mask: object, position_ids: object) -> None:
     """Raises an error for inputs whose types or shapes are not those of rows of tokens.
 
     Args:
-        hidden_states: (B, T, hidden_size), the embeddings.
+        shape: that of the input ids.
         attention_mask: None, a tensor of two or four dimensions, or another object for an attention function.
         position_ids: None or integers (B or 1, T).
     """
-    shape = tuple(hidden_states.shape[:-1])
     if len(shape) != 2 or not shape[0]:
         raise ValueError(
             f"`input_ids` must be (B, T) with at least one row (got {shape}); pass one row as `ids[None]`."
@@ -86,14 +192,14 @@ def refuse_malformed_embeddings(inputs_embeds: torch.Tensor, hidden_size: int) -
 
 
 def number_tokens(
-    hidden_states: torch.Tensor,
+    embeddings: Embeddings | torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     counters: Counters | None,
     has_memory: bool,
     has_prefix: bool,
 ) -> Tokens:
-    """Numbers the tokens of hidden states (B, T, hidden_size).
+    """Numbers the tokens of embeddings (B, T, hidden_size).
 
     Args:
         attention_mask: (B, S) with S at least T. Zeros are padding, which may stand anywhere.
@@ -106,10 +212,10 @@ def number_tokens(
     Raises:
         ValueError: if mask and positions do not say which tokens there are.
     """
-    batch, length = hidden_states.shape[:2]
+    batch, length = embeddings.shape[:2]
     if not length:
         raise ValueError("`input_ids` must hold at least one token (got none); do not call the model without tokens.")
-    device = hidden_states.device
+    device = embeddings.device
     column = torch.arange(length, device=device)[None]
     mask = read_mask(attention_mask, batch, length, device)
     position_ids = None if position_ids is None else position_ids.to(device)
@@ -197,6 +303,8 @@ def find_documents(position_ids: torch.Tensor) -> list[list[Document]] | None:
 
 
 __all__ = [
+    "Embeddings",
+    "Packing",
     "Tokens",
     "find_documents",
     "number_tokens",

@@ -41,7 +41,12 @@ from .cache_olmem import OlmemCache, is_olmem_cache
 from .captured_olmem import Captured, wanted_states
 from .compat_olmem import (
     CACHE_NAME,
+    can_flash,
+    can_fuse_operations,
+    certain,
     is_compiled,
+    is_recorded,
+    is_sharded,
     moves_inputs,
     recomputes_hooks,
     refuse_uneven,
@@ -55,6 +60,8 @@ from .export_olmem import OlmemStep
 from .fallback_olmem import Fallback, Implementation, falls_back, is_padding_mask
 from .generation_olmem import OlmemGenerationMixin
 from .inputs_olmem import (
+    Embeddings,
+    Packing,
     Tokens,
     number_tokens,
     read_mask,
@@ -75,6 +82,7 @@ from .retrieval_olmem import Retrieval
 from .rules_olmem import MEMORY_GATE, NOT_YET
 from .segments_olmem import OlmemMemory, Schedule, pack_documents, unpack_documents
 from .step_olmem import StepOperations, StepPlan, StepState, layer_shape
+from .varlen_olmem import Varlen
 from .weights_olmem import LoadsWeights, lacks_gates, read_old_names, warn_of_new_gates
 
 
@@ -199,7 +207,7 @@ class OlmemAttention(nn.Module):
             assert isinstance(state, StepState)
             return self.step(hidden_states, plan, state), None, ()
         assert not isinstance(state, StepState)
-        query, key, value = self.project(hidden_states)
+        query, key, value = self.project(hidden_states, plan.operations)
         parts, heads = state.write(key, value, plan, earlier), self.heads(plan)
         outputs, weights = [], None
         for section, seen in zip(plan.sections, parts, strict=True):
@@ -212,7 +220,9 @@ class OlmemAttention(nn.Module):
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights, (key, value)
 
-    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(
+        self, hidden_states: torch.Tensor, operations: Operations = PLAIN
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns queries (B, H, C, D), keys and values (B, K, C, D), without positions. Some may be the same tensor.
 
         The order is projection, clip (`clip_qkv_stage="projection"`), QK-norm, and view as heads; a norm of each head
@@ -223,26 +233,27 @@ class OlmemAttention(nn.Module):
         With `shared_projections` of `"key_value"` and `"query_key_value"` the value is the key after its norm. A cache
         then keeps one tensor for both, without positions, and its keys are rotated whenever they are read.
         """
+        given = hidden_states, operations
         if self.shared in ("query_key", "query_key_value"):
-            key = self.project_heads("k", hidden_states)
-            query, value = key, key if self.shared == "query_key_value" else self.project_heads("v", hidden_states)
+            key = self.project_heads("k", *given)
+            query, value = key, key if self.shared == "query_key_value" else self.project_heads("v", *given)
         else:
-            query, key = self.project_heads("q", hidden_states), self.project_heads("k", hidden_states)
+            query, key = self.project_heads("q", *given), self.project_heads("k", *given)
             if self.shared == "none":
-                value = self.project_heads("v", hidden_states)
+                value = self.project_heads("v", *given)
             else:
                 value = key if self.shared == "key_value" else query - key
         return query, key, self.clip("rotary", value)
 
-    def project_heads(self, letter: str, hidden_states: torch.Tensor) -> torch.Tensor:
+    def project_heads(self, letter: str, hidden_states: torch.Tensor, operations: Operations) -> torch.Tensor:
         """Returns the queries ("q"), keys ("k") or values ("v") of hidden states as heads (B, heads, C, D)."""
         states = self.clip("projection", getattr(self, f"{letter}_proj")(hidden_states))
         qk_norm = "none" if letter == "v" else self.qk_norm
         if qk_norm == "full":
-            states = getattr(self, f"{letter}_norm")(states)
+            states = operations.norm(getattr(self, f"{letter}_norm"), states)
         states = states.view(*hidden_states.shape[:-1], -1, self.head_dim)
         if qk_norm == "head":
-            states = getattr(self, f"{letter}_norm")(states)
+            states = operations.norm(getattr(self, f"{letter}_norm"), states)
         return states.transpose(1, 2)
 
     def clip(self, stage: str, states: torch.Tensor) -> torch.Tensor:
@@ -410,7 +421,16 @@ class OlmemPreTrainedModel(LoadsWeights):
         return super().save_pretrained(*args, **kwargs)
 
 
-ALL_LAYERS = slice(None)
+def fused_operations() -> Operations:
+    """Returns what computes in half precision on a GPU, whose kernels are imported where they run."""
+    from .fused_olmem import FusedOperations
+
+    return FusedOperations()
+
+
+ALL = slice(None)
+PIECE = 8192  # the most tokens of a row that the layers read at once where no gradients are wanted
+WAYS = [Varlen(), *BACKENDS]  # to attend, in the order in which they are asked
 
 
 class OlmemModel(OlmemPreTrainedModel):
@@ -446,27 +466,31 @@ class OlmemModel(OlmemPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | int | Sequence[int] | None = None,
         output_attentions: bool | None = None,
+        last_columns: int = 0,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Computes the last hidden states as Olmo3Model does, and those of other layers if they are asked for.
 
         Args:
+            last_columns: the number of last columns whose hidden states are wanted, if no more can be kept from a long
+                input without a cost. 0 stands for all.
             output_hidden_states: True for the hidden states of all layers, or an index, or several. The others are None
                 in their places.
             kwargs: further keywords for an attention function of Transformers or of a serving engine.
         """
-        hidden_states = self.embed(input_ids, inputs_embeds)
-        refuse_malformed(hidden_states, attention_mask, position_ids)
-        past_key_values, use_cache = self.cache_beside_checkpoints(past_key_values, use_cache)
-        if use_cache and past_key_values is None:
-            past_key_values = self.make_cache(attention_mask)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         captured = Captured(wanted_states(output_hidden_states, self.config.num_hidden_layers))
+        embeddings = self.embeddings(input_ids, inputs_embeds, later=captured.wanted == set())
+        refuse_malformed(embeddings.shape, attention_mask, position_ids)
+        past_key_values, use_cache = self.cache_beside_checkpoints(past_key_values, use_cache)
+        if use_cache and past_key_values is None:
+            past_key_values = self.make_cache(attention_mask)
         if falls_back(self.config, past_key_values, attention_mask, position_ids):
             arguments = kwargs | ({"output_attentions": output_attentions} if output_attentions else {})
+            hidden_states = embeddings.some(ALL)
             given = hidden_states, attention_mask, position_ids, arguments
             fallback = Fallback(self.config, self.rotary_emb, past_key_values, *given)
             hidden_states = self.run_layers(hidden_states, fallback.plans(), fallback.states(), captured)
@@ -477,16 +501,15 @@ class OlmemModel(OlmemPreTrainedModel):
                 reason = "hidden states or attentions are asked for"
                 past_key_values.step_path = reason  # pyright: ignore[reportAttributeAccessIssue]
             elif past_key_values is not None:
-                last = self.step(hidden_states, attention_mask, past_key_values)  # pyright: ignore[reportArgumentType]
+                last = self.step(embeddings.given, attention_mask, past_key_values)  # pyright: ignore[reportArgumentType]
                 if last is not None:
                     output: dict[str, Any] = {CACHE_NAME: past_key_values}
                     return BaseModelOutputWithPast(last_hidden_state=last, **output)
-            inputs = hidden_states, attention_mask, position_ids, past_key_values, captured, bool(output_attentions)
+            inputs = embeddings, attention_mask, position_ids, past_key_values, captured, bool(output_attentions)
             read = self.read_on if is_compiled() and self.host_counts(past_key_values) else self.read
-            last, stages = read(*inputs)  # pyright: ignore[reportArgumentType]
+            hidden_states, stages = read(*inputs, last_columns)  # pyright: ignore[reportArgumentType]
             if captured.wanted is None or 0 in captured.wanted:  # the embeddings, those of padding included
-                stages[0] = hidden_states
-            hidden_states = last
+                stages[0] = embeddings.given
         last = self.norm(hidden_states)
         returned: dict[str, Any] = {CACHE_NAME: past_key_values}
         output = BaseModelOutputWithPast(last_hidden_state=last, **returned)
@@ -532,7 +555,7 @@ class OlmemModel(OlmemPreTrainedModel):
         states: Sequence[LayerState] | Sequence[StepState],
         captured: Captured,
         earlier: Sequence[Sequence[torch.Tensor]] = (),
-        part: slice = ALL_LAYERS,
+        part: slice = ALL,
     ) -> torch.Tensor:
         """Passes hidden states (B, C, hidden_size) through all layers, or through some.
 
@@ -561,16 +584,18 @@ class OlmemModel(OlmemPreTrainedModel):
 
     def read(
         self,
-        embeddings: torch.Tensor,
+        embeddings: Embeddings,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         cache: OlmemCache | None,
         captured: Captured,
         output_attentions: bool,
+        last_columns: int = 0,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Reads embeddings (B, T, hidden_size) as the next tokens of a stream, whose past is in the cache.
 
-        Returns the last hidden states (B, T, hidden_size), and the list of those that `captured` wants.
+        Returns the last hidden states (B, T, hidden_size), and the list of those that `captured` wants. Both may hold
+        the last columns alone, if no more are wanted.
         """
         if output_attentions and self.memory is not None:
             raise ValueError(
@@ -579,26 +604,94 @@ class OlmemModel(OlmemPreTrainedModel):
             )
         if cache is not None:
             cache.check(self.config)
-            cache.begin(len(embeddings), embeddings.device)
+            cache.begin(embeddings.shape[0], embeddings.device)
         counters = None if cache is None else cache.counters
         has_prefix = self.memory is not None or self.config.num_sink_tokens > 0
         inputs = embeddings, attention_mask, position_ids, counters
         tokens = number_tokens(*inputs, has_memory=self.config.has_memory, has_prefix=has_prefix)
         implementation = Implementation.of(self.config)
-        planner = Planner(self.config, self.rotary_emb, BACKENDS, implementation.is_plain, output_attentions)
-
-        def run(tokens: Tokens, embeddings: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-            schedule = Schedule(self.config, planner.kinds, self.memory, cache, tokens, embeddings)
-            return self.run(schedule, planner, captured)
+        device, dtype = embeddings.device, embeddings.dtype
+        on_gpu = can_flash(device, dtype, self.config.head_dim)
+        flash = on_gpu and not (self.training and self.config.attention_dropout)
+        is_fused = on_gpu and not implementation.is_plain and can_fuse_operations(device, dtype)
+        operations = fused_operations() if is_fused else PLAIN
+        planner = Planner(
+            self.config, self.rotary_emb, WAYS, implementation.is_plain, output_attentions, flash, operations
+        )
 
         if tokens.documents is None or self.memory is None:
-            return run(tokens, embeddings)
-        packed, found = unpack_documents(tokens, embeddings), []
+            return self.read_tokens(tokens, embeddings, cache, planner, captured, last_columns)
+        packed, found = unpack_documents(tokens, embeddings.some(ALL)), []
         for each in packed:
-            last, stages = run(each.tokens, each.embeddings)
+            given = Embeddings(each.embeddings)
+            last, stages = self.run(self.schedule(each.tokens, given, None, planner), planner, captured)
             found.append([last, *stages])
-        last, *stages = pack_documents(packed, found, embeddings)
+        last, *stages = pack_documents(packed, found, embeddings.some(ALL))
         return last, stages
+
+    def read_tokens(
+        self,
+        tokens: Tokens,
+        embeddings: Embeddings,
+        cache: OlmemCache | None,
+        planner: Planner,
+        captured: Captured,
+        last_columns: int,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Reads tokens that are numbered, in pieces if they are many, and without their padding where that can be.
+
+        Where no gradients are wanted, pieces go on from one another by a cache, which is made if there is none.
+        """
+        (batch, length), piece, packing, kept = embeddings.shape, None, None, None
+        may_pack = planner.flash and not planner.plain and self.memory is None and tokens.documents is None
+        may_pack = may_pack and length > 1
+        if self.reads_in_pieces(embeddings, may_pack) and tokens.position_ids is None and not planner.weights:
+            piece = PIECE
+            kept = range(max(length - last_columns, 0), length) if last_columns else None
+            if cache is None:
+                cache = OlmemCache(self.config)
+                cache.begin(batch, embeddings.device)
+        if may_pack and (tokens.padded or (batch > 1 and piece is not None)):
+            if cache is None:
+                packing = Packing(tokens, embeddings.shape, None, last_columns)
+            elif not torch.is_grad_enabled() and all(kind.can_be_listed for kind in planner.kinds):
+                packing = Packing(tokens, embeddings.shape, cache.counters.read_seen(), last_columns)
+        if packing is None or not packing.length:
+            schedule = self.schedule(tokens, embeddings, cache, planner, piece, kept)
+            return self.run(schedule, planner, captured)
+        tokens, embeddings, kept = packing.tokens, embeddings.packed(packing), packing.kept()
+        schedule = self.schedule(tokens, embeddings, cache, planner, piece, kept, length)
+        last, stages = self.run(schedule, planner, captured)
+        if cache is not None:
+            cache.counters.note_gaps(packing.gaps)
+        return packing.unpack(last), [packing.unpack(stage) for stage in stages]
+
+    def schedule(
+        self,
+        tokens: Tokens,
+        embeddings: Embeddings,
+        cache: OlmemCache | None,
+        planner: Planner,
+        piece: int | None = None,
+        kept: Sequence[int] | None = None,
+        columns: int | None = None,
+    ) -> Schedule:
+        """Returns the schedule of a forward call."""
+        given = tokens, embeddings, piece, kept, columns
+        return Schedule(self.config, planner.kinds, self.memory, cache, *given)
+
+    def reads_in_pieces(self, embeddings: Embeddings, is_packed: bool = False) -> bool:
+        """Tells whether an input is so long that the layers read it in pieces, without gradients.
+
+        On a CPU a full layer reads a whole input faster, and with the bits of Transformers. Ranks that share sharded
+        layers must call them equally often.
+        """
+        batch, length = embeddings.shape
+        if certain((batch * length if is_packed else length) <= PIECE) or torch.is_grad_enabled() or is_recorded():
+            return False
+        if is_sharded(self.layers[0]):
+            return False
+        return is_packed or embeddings.device.type != "cpu" or "full_attention" not in self.config.layer_types
 
     def host_counts(self, cache: Cache | None) -> bool:
         """Tells whether a call that goes on from a cache needs the host to count, for memory or for more room."""
@@ -632,6 +725,15 @@ class OlmemModel(OlmemPreTrainedModel):
             captured.attentions += of_call.attentions
         *stages, last = schedule.result()
         return schedule.tie_norm(last), stages
+
+    def embeddings(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, later: bool) -> Embeddings:
+        """Returns what gives the embeddings of a call, `later` a piece at a time if the input is read in pieces."""
+        if later and inputs_embeds is None and isinstance(input_ids, torch.Tensor) and input_ids.dim() == 2:
+            given = Embeddings(input_ids, self.embed_tokens)
+            if self.reads_in_pieces(given, is_packed=True):
+                refuse_malformed_ids(input_ids, self.embed_tokens.weight.device, moves_inputs(self.embed_tokens))
+                return given
+        return Embeddings(self.embed(input_ids, inputs_embeds))
 
     def embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Returns the embeddings (B, T, hidden_size) of ids (B, T), or `inputs_embeds` if they are given."""
@@ -772,6 +874,7 @@ class OlmemForCausalLM(OlmemPreTrainedModel, OlmemGenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            last_columns=logits_to_keep if isinstance(logits_to_keep, int) else 0,
             **kwargs,
         )
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from .positions_olmem import rotate
+
 
 class OlmemRMSNorm(nn.Module):
     """Divides by the root mean square and multiplies by a weight, in float32, then returns to the input's dtype."""
@@ -61,6 +63,20 @@ class Operations:
     def gated(self, activation: nn.Module, gate: nn.Module, up: nn.Module, states: torch.Tensor) -> torch.Tensor:
         """Returns activation(gate(x)) · up(x) of states x (R, in), which is (R, out)."""
         return activation(gate(states)) * up(states)
+
+    def rotate(self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Returns states (B, H, T, D) rotated by cosines and sines (R, T, D)."""
+        return rotate(states, cos, sin)
+
+    def join_past(
+        self, buffer: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, new: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns states in slots (R, P) of rows (R, 1) of a buffer (B, K, slots, D), then new ones (R, K, C, D)."""
+        return torch.cat((buffer[rows, :, slots].transpose(1, 2), new), dim=2)
+
+    def store(self, buffer: torch.Tensor, rows: torch.Tensor, slots: torch.Tensor, states: torch.Tensor) -> None:
+        """Writes states (R, K, T, D) to slots (R, T) of rows (R, 1) of a buffer (B, K, slots, D); −1 is the last."""
+        buffer[rows, :, slots] = states.transpose(1, 2)
 
 
 PLAIN = Operations()

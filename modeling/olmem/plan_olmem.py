@@ -12,11 +12,14 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from .compat_olmem import sent
 from .configuration_olmem import OlmemConfig
 from .contracts_olmem import Backend, LayerKind, Needs, Plan, Rotations, Section, Tape, Writes, choose
 from .inputs_olmem import Tokens
+from .ops_olmem import PLAIN, Operations
 from .positions_olmem import OlmemRotaryEmbedding, Rotation, rotary_clip
 from .rules_olmem import BY_SLOT, ROTATING
+from .sequences_olmem import FAR, Listed, Span
 from .view_olmem import View, find_sinks, inner_padding
 from .visibility_olmem import Visibility, held, last_numbers, ring_slot
 
@@ -78,6 +81,8 @@ class Call:
     @property
     def length_after(self) -> int | None:
         """Returns an upper bound of a row's tokens after this call, or None if only the device knows it."""
+        if self.tokens.spans is not None:
+            return max(first + count for _, first, count in self.tokens.spans)
         return None if self.before is None else self.before + self.numbers.shape[1]
 
     def inner_padding(self) -> int:
@@ -106,6 +111,8 @@ class Planner:
         backends: the backends, of which the first that supports a section computes its attention.
         plain: whether `attn_implementation="eager"` asks for plain operations.
         weights: whether attention weights are wanted. Only plain operations return them.
+        flash: whether torch's flash operations can attend for the layers.
+        operations: what layers compute with around attention.
     """
 
     def __init__(
@@ -115,9 +122,11 @@ class Planner:
         backends: Sequence[Backend],
         plain: bool = False,
         weights: bool = False,
+        flash: bool = False,
+        operations: Operations = PLAIN,
     ):
         self.config, self.rotary, self.backends = config, rotary, backends
-        self.plain, self.weights = plain, weights and plain
+        self.plain, self.weights, self.flash, self.operations = plain, weights and plain, flash, operations
         self.kinds = layer_kinds(config)
         self.clip = rotary_clip(config)
 
@@ -143,7 +152,7 @@ class Planner:
         self, kind: LayerKind, frame: "Frame", call: Call, rotations: Rotations, of_sections: list[Rotations]
     ) -> Plan:
         """Makes the plan of one kind of layer from a frame and its rotations."""
-        needs = Needs(self.plain, self.weights, kind.position_embedding in BY_SLOT, call.one_tensor)
+        needs = Needs(self.plain, self.weights, kind.position_embedding in BY_SLOT, call.one_tensor, self.flash)
         is_alone = len(frame.sections) == 1
         sections = [
             Section(columns, view, own_rotations, needs, choose(self.backends, view, needs), is_alone)
@@ -160,6 +169,7 @@ class Planner:
             retrieves=kind.retrieves and has_tokens,
             returns_weights=self.weights,
             carries=call.carries,
+            operations=self.operations,
         )
 
     def rotate(self, layer_type: str, rotates: bool, frame: "Frame", call: Call) -> tuple[Rotations, list[Rotations]]:
@@ -173,7 +183,8 @@ class Planner:
         def at(positions: torch.Tensor, below: int | None = None) -> Rotation:
             if in_pairs:
                 return Rotation(phases=self.rotary.phases(positions, layer_type, below), clip=self.clip)
-            return Rotation(*self.rotary(positions, positions, layer_type, below), clip=self.clip)
+            cos, sin = self.rotary(positions, positions, layer_type, below)
+            return Rotation(cos, sin, clip=self.clip, turn=self.operations.rotate)
 
         length = call.length_after
         below = None if length is None else length + 2 * visibility.num_memory + 1
@@ -236,7 +247,9 @@ class Frame:
             first = count
         length = numbers.shape[1]
         if length:
-            if call.past is not None and call.earlier is None:
+            if call.past is not None and call.tokens.spans is not None:
+                view = self.in_spans(call, call.past, call.tokens.spans)
+            elif call.past is not None and call.earlier is None:
                 view = self.in_cache(call, call.past)
             else:
                 view = self.on_tape(call, earlier, visibility.store_size(capacity))
@@ -301,7 +314,10 @@ class Frame:
                 key_numbers = held(slot, after, limit)
             self.writes = self.write_slots(call, past, None, filled)
             causal = not padded and before == 0 and visibility.span is None
-            return View(visibility, numbers, key_numbers, "token", padded, prefix, causal, True, seen=past.seen)
+            solid = not padded and past.least == before
+            first = past.least if solid else None
+            kind = "token", padded, prefix, causal, True, solid, first
+            return View(visibility, numbers, key_numbers, *kind, seen=past.seen)
         past_numbers = last_numbers(past.seen, before, limit if visibility.span is None else visibility.span - 1)
         self.writes = self.write_slots(call, past, past_numbers, 0)
         return View(
@@ -311,8 +327,38 @@ class Frame:
             padded=padded,
             prefix=prefix,
             causal=self.is_causal(call, past_numbers.shape[1]),
+            solid=not padded and past.least is not None and past.least >= past_numbers.shape[1],
+            first=None if padded or past.least != before else past.least,
             slack=call.inner_padding(),
             seen=past.seen,
+        )
+
+    def in_spans(self, call: Call, past: Past, spans: Sequence[Span]) -> View:
+        """Returns the view of tokens of several rows, listed as one row, that go on from a cache; sets the writes."""
+        visibility, limit, device = self.visibility, self.limit(past), call.numbers.device
+        prefix = visibility.num_prefix
+        most = FAR if visibility.span is None else visibility.span - 1
+        before = [Span(row, first - min(first, most), min(first, most)) for row, first, _ in spans]
+        old, new, sinks = Listed.of(before), Listed.of(spans), None
+        slots = prefix + ring_slot(new.numbers, limit)
+        if limit is not None:  # of more tokens than there is room for, the last ones are written
+            stops = torch.tensor([first + count for _, first, count in spans])
+            is_last = new.numbers >= stops.repeat_interleave(torch.tensor([span.size for span in spans])) - limit
+            slots = torch.where(is_last, slots, -1)
+        if any(span.first < visibility.num_sinks for span in spans):
+            is_sink = new.numbers < visibility.num_sinks
+            sinks = sent(torch.where(is_sink, visibility.num_memory + new.numbers, -1)[None], device)
+        past_slots = prefix + ring_slot(old.numbers, limit)
+        listed = [sent(each[None], device) for each in (new.rows, slots, past_slots, old.rows, old.numbers)]
+        rows, slots, past_slots, past_rows, past_numbers = listed
+        self.writes = Writes(rows, slots, sinks, past_slots, 0, call.length_after, None, past_rows)
+        return View(
+            visibility,
+            call.numbers,
+            torch.cat((past_numbers, call.numbers), dim=1),
+            prefix=self.prefix_may_show(call),
+            spans=spans,
+            key_spans=[*before, *spans],
         )
 
     def is_causal(self, call: Call, columns_before: int) -> bool:
@@ -342,6 +388,7 @@ class Frame:
             self.bare_numbers = self.bare_numbers[:, past_numbers.shape[1] :]
         sinks = find_sinks(keys, visibility.num_sinks) if visibility.num_sinks else None
         self.tape = Tape(own, sinks, store)
+        is_first = not call.tokens.padded and call.tokens.documents is None and columns_before == 0
         has_gaps = bool(earlier_numbers) and (call.tokens.padded or earlier.padded)
         return View(
             visibility,
@@ -350,6 +397,8 @@ class Frame:
             padded=call.tokens.padded,
             prefix=self.prefix_may_show(call),
             causal=self.is_causal(call, columns_before),
+            solid=is_first,
+            first=0 if is_first else None,
             slack=call.inner_padding() + (columns_before if has_gaps else 0),
             seen=None if past is None else past.seen,
             documents=call.tokens.documents,
@@ -362,17 +411,23 @@ class Frame:
         """
         visibility, past = self.visibility, call.past
         numbers = after[:, None] + torch.arange(visibility.num_memory, device=after.device)
+        first = None
         if self.sections and self.sections[-1][1].role == "token":
-            before = self.sections[-1][1].key_numbers
+            view = self.sections[-1][1]
+            before = view.key_numbers
+            if view.first is not None:
+                first = view.first + view.numbers.shape[1]
         else:
             assert past is not None
+            first = past.least if past.least == call.before and call.chosen is None else None
             before = last_numbers(after, call.before, self.limit(past))
             self.writes = self.write_slots(call, past, before, 0)
             if call.earlier is not None:
                 self.tape = Tape(call.numbers)
                 self.bare_numbers = before if past.one_tensor else None
         keys = side_by_side([before, numbers])
-        return View(visibility, numbers, keys, role="write", prefix=True, seen=None if past is None else past.seen)
+        seen = None if past is None else past.seen
+        return View(visibility, numbers, keys, role="write", prefix=True, first=first, seen=seen)
 
 
 __all__ = ["Call", "Earlier", "Past", "Planner", "layer_kinds"]

@@ -9,7 +9,8 @@ Shapes: B batch, H heads, T tokens, D head dim; R is B, or 1 where one row stand
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -133,6 +134,8 @@ class OlmemRotaryEmbedding(nn.Module):
 
 # Rotations
 
+Turn = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # rotates as `rotate` does
+
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Applies RoPE in float32 to states (B, H, T, D) in halves, by cosines and sines (R, T, D).
@@ -189,12 +192,13 @@ class Rotation:
     sin: torch.Tensor | None = None  # (R, T, D)
     phases: torch.Tensor | None = None  # (R, T, D/2, 2)
     clip: float | None = None  # the greatest absolute value; None clips nothing
+    turn: Turn = rotate  # computes rotations of states in halves
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         if self.phases is not None:
             states = rotate_pairs(states, self.phases)
         elif self.cos is not None and self.sin is not None:
-            states = rotate(states, self.cos, self.sin)
+            states = self.turn(states, self.cos, self.sin)
         return states if self.clip is None else states.clamp(-self.clip, self.clip)
 
     @property
@@ -208,12 +212,12 @@ class Rotation:
         states = [each if each is None else each[:, columns] for each in (self.cos, self.sin, self.phases)]
         if row is not None:
             states = [each[row : row + 1] if each is not None and len(each) > 1 else each for each in states]
-        return Rotation(*states, clip=self.clip)
+        return replace(self, cos=states[0], sin=states[1], phases=states[2])
 
     def to(self, device: torch.device) -> "Rotation":
         """Returns a copy on another device."""
         states = [each if each is None else each.to(device) for each in (self.cos, self.sin, self.phases)]
-        return Rotation(*states, clip=self.clip)
+        return replace(self, cos=states[0], sin=states[1], phases=states[2])
 
 
 # Schemes, which change queries, keys and scores beside the rotation

@@ -14,6 +14,7 @@ of a batch begin their segments at different columns, so a forward call is cut i
 Shapes: B batch, T tokens of a call, K key/value heads, D head dim, M memory slots; R is B, or 1 if all rows are equal.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,12 +23,13 @@ import torch
 from torch import nn
 
 from .cache_olmem import OlmemCache
-from .compat_olmem import assert_on_device, is_any, known, unless_recorded
+from .compat_olmem import assert_on_device, is_any, known, pieces, sent, unless_recorded
 from .configuration_olmem import OlmemConfig
 from .contracts_olmem import LayerKind, LayerState, Plan
 from .finite_olmem import refuse_nonfinite
-from .inputs_olmem import Tokens
+from .inputs_olmem import Embeddings, Tokens
 from .plan_olmem import Call, Earlier, Past
+from .sequences_olmem import Span
 from .state_olmem import OlmemTape
 from .visibility_olmem import Visibility
 
@@ -63,6 +65,18 @@ class Piece:
     numbers: torch.Tensor  # (R, T) the numbers of the tokens; −1 is padding
     columns: slice | torch.Tensor  # the columns of the tokens in the forward call, as a tensor (B, T) if rows differ
     padded: bool  # whether some numbers are −1
+    spans: list[Span] | None = None  # the tokens, where those of several rows are listed as one row
+
+
+def cut_spans(spans: Sequence[Span], part: slice) -> list[Span]:
+    """Returns the spans of those tokens that are in a range of their list."""
+    found, before = [], 0
+    for row, first, count in spans:
+        start, stop = max(part.start - before, 0), min(part.stop - before, count)
+        if start < stop:
+            found.append(Span(row, first + start, stop - start))
+        before += count
+    return found
 
 
 def cut_in_segments(numbers: torch.Tensor, padded: bool, phase: int | None, length: int) -> list[Piece]:
@@ -132,7 +146,10 @@ class Schedule:
         cache: the cache to go on from, or None. Without one, a model with memory makes one for this forward call,
             unless gradients are wanted.
         tokens: the new tokens.
-        embeddings: the embeddings (B, T, hidden_size) of the new tokens.
+        embeddings: gives the embeddings (B, T, hidden_size) of the new tokens.
+        piece: the most tokens of a call without memory, or None without a limit; longer inputs are read in pieces.
+        kept: the columns whose hidden states are wanted, in order; None for all.
+        columns: the columns that the caller's input has, if its rows are listed as one.
     """
 
     def __init__(
@@ -142,17 +159,22 @@ class Schedule:
         memory: OlmemMemory | None,
         cache: OlmemCache | None,
         tokens: Tokens,
-        embeddings: torch.Tensor,
+        embeddings: Embeddings,
+        piece: int | None = None,
+        kept: Sequence[int] | None = None,
+        columns: int | None = None,
     ):
         self.config, self.kinds, self.memory_module = config, kinds, memory
-        self.batch_size, self.length = embeddings.shape[:2]
+        self.batch_size, self.length = embeddings.shape
         self.device = embeddings.device
+        self.piece, self.kept = piece, kept
+        self.columns = self.length if columns is None else columns
         self.differentiable = torch.is_grad_enabled()
         if memory is not None and cache is None and not self.differentiable:
             cache = OlmemCache(config)
             cache.begin(self.batch_size, self.device)
         self.cache, self.tokens, self.embeddings = cache, tokens, embeddings
-        self.before = 0 if cache is None else cache.columns_before(self.length)  # the columns that were read
+        self.before = 0 if cache is None else cache.columns_before(self.columns)  # the columns that were read
         self.before_first = self.before or 0
         self.seen_first = cache.seen.clone() if cache is not None and self.differentiable else None
         self.states: list[LayerState] = [
@@ -170,12 +192,15 @@ class Schedule:
         self.pieces = self.cut()
 
     def cut(self) -> list[Piece]:
-        """Cuts the tokens into pieces with one segment in each row, or into one piece in a model without memory."""
+        """Cuts the tokens into pieces with one segment in each row, or into long ones in a model without memory."""
         numbers, padded, segment = self.tokens.numbers, self.tokens.padded, self.config.memory_segment_length
         if self.cache is not None:
             numbers = numbers.expand(self.batch_size, -1)
+        spans = self.tokens.spans
         if self.memory_module is None or segment is None:
-            return [Piece(numbers, slice(0, self.length), padded)]
+            parts = pieces(self.length, self.piece or self.length, numbers)
+            parts = [slice(0, self.length)] if len(parts) == 1 else parts
+            return [Piece(numbers[:, part], part, padded, spans and cut_spans(spans, part)) for part in parts]
         if is_any(self.length):
             raise ValueError(
                 f"{self.config.memory_rule} to be exported for any length, as there is a pass for each segment; export "
@@ -204,7 +229,7 @@ class Schedule:
     def calls(self) -> Iterable[Call]:
         """Returns the calls in order. Each is made after `leave` was given the outputs of the one before."""
         if self.memory_module is None:
-            return [self.call(self.pieces[0])]
+            return (self.call(piece) for piece in self.pieces)
         return self.segment_calls()
 
     def segment_calls(self) -> Iterator[Call]:
@@ -223,7 +248,7 @@ class Schedule:
         """Describes the call of one piece."""
         position_ids = None if self.cache is not None else self.tokens.position_ids
         return Call(
-            Tokens(piece.numbers, piece.padded, self.tokens.documents, position_ids),
+            Tokens(piece.numbers, piece.padded, self.tokens.documents, position_ids, piece.spans),
             self.before,
             self.past(),
             self.earlier(),
@@ -363,13 +388,7 @@ class Schedule:
         """Returns the hidden states (R, C, hidden_size) that enter the layers for a call, [read | tokens | write]."""
         parts = []
         if call.numbers.shape[1]:
-            columns = self.pieces[len(self.outputs)].columns
-            if isinstance(columns, slice):
-                whole = columns == slice(0, self.length)
-                parts.append(self.embeddings if whole else self.embeddings[:, columns])
-            else:
-                index = columns[..., None].expand(-1, -1, self.embeddings.shape[2])
-                parts.append(self.embeddings.gather(1, index))
+            parts.append(self.embeddings.some(self.pieces[len(self.outputs)].columns))
         if call.reads or call.writes:
             assert self.memory is not None
             memory = self.memory.expand(self.batch_size, -1, -1).to(self.embeddings.dtype)
@@ -416,7 +435,9 @@ class Schedule:
         """
         tokens, write = plan.columns("token"), plan.columns("write")
         if tokens is not None:
-            self.outputs.append([each[:, tokens].to(self.device) for each in hidden_states if each is not None])
+            found = [each[:, tokens].to(self.device) for each in hidden_states if each is not None]
+            wanted = self.wanted()
+            self.outputs.append(found if wanted is None else [each[:, wanted].clone() for each in found])
         if write is not None and hidden_states[-1] is not None:
             self.commit(call, hidden_states[-1][:, write].to(self.device))
         if tokens is None:
@@ -432,10 +453,26 @@ class Schedule:
             self.before += call.numbers.shape[1]
         if self.cache is not None:
             self.cache.unfinished = not last
-            self.cache.advance(plan.view(), self.length if last else 0)
+            self.cache.advance(plan.view(), self.columns if last else 0)
+
+    def wanted(self) -> slice | torch.Tensor | None:
+        """Returns which columns of a call's tokens are kept for the result, or None for all."""
+        columns = self.pieces[len(self.outputs)].columns
+        if self.kept is None or not isinstance(columns, slice):
+            return None
+        first, stop = (bisect_left(self.kept, column) for column in (columns.start, columns.stop))
+        if first == stop:
+            return slice(0, 0)
+        start, last = self.kept[first] - columns.start, self.kept[stop - 1] - columns.start
+        if last - start == stop - first - 1:
+            return slice(start, last + 1)
+        return sent(torch.tensor(self.kept[first:stop]) - columns.start, self.device)
 
     def result(self) -> list[torch.Tensor]:
-        """Returns the hidden states (B, T, hidden_size) of all tokens: those that are wanted, then the last ones."""
+        """Returns the hidden states of all tokens, or of the last ones, which is (B, T, hidden_size) each.
+
+        They are those that are wanted, then those after the last layer.
+        """
         if len(self.outputs) == 1 and isinstance(self.pieces[0].columns, slice):
             return self.outputs[0]
         joined = [torch.cat(states, dim=1) for states in zip(*self.outputs, strict=True)]

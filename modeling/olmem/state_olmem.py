@@ -129,14 +129,18 @@ class OlmemCacheLayer(CacheLayerMixin):
         )
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Allocates buffers for keys and values of this type and shape (B, K, S, D), yet without room for tokens."""
+        """Allocates buffers for keys and values of this type and shape (B, K, S, D), yet without room for tokens.
+
+        The counters know the number of rows, which the states may list as one.
+        """
         states = dict(zip(self.names, (key_states, value_states), strict=False))
+        rows = len(self.counters.seen)
         for name, like in states.items():
-            shape = (*like.shape[:2], self.visibility.num_prefix + 1, like.shape[3])
+            shape = (rows or len(like), like.shape[1], self.visibility.num_prefix + 1, like.shape[3])
             self.buffers[name] = allocate(*shape, dtype=like.dtype, device=like.device)
         if self.store_limit:
             for name, like in zip(self.store_names, states.values(), strict=True):
-                shape = (*like.shape[:2], 1, like.shape[3])
+                shape = (rows or len(like), like.shape[1], 1, like.shape[3])
                 self.buffers[name] = allocate(*shape, dtype=like.dtype, device=self.store_device or like.device)
         self.is_initialized = True
 
@@ -213,8 +217,18 @@ class OlmemCacheLayer(CacheLayerMixin):
         """Returns copies (B, K, S, D) of the keys and values before a call, oldest first, or None if there are none."""
         if writes.past_slots is None or not writes.past_slots.shape[1]:
             return None
-        copies = [self.buffers[name][writes.rows, :, writes.past_slots].transpose(1, 2) for name in self.names]
+        rows = writes.rows if writes.past_rows is None else writes.past_rows
+        copies = [self.buffers[name][rows, :, writes.past_slots].transpose(1, 2) for name in self.names]
         return copies[0], copies[-1]
+
+    def join_past(self, new: Pair | None, writes: Writes, plan: Plan) -> Pair | None:
+        """Returns new keys and values (B, K, C, D) after those before the call, oldest first."""
+        slots = writes.past_slots
+        if new is None or slots is None or not slots.shape[1]:
+            return new
+        rows, given = writes.rows if writes.past_rows is None else writes.past_rows, zip(self.names, new, strict=False)
+        joined = [plan.operations.join_past(self.buffers[name], rows, slots, states) for name, states in given]
+        return joined[0], joined[-1]
 
     def prefix(self, writes: Writes) -> Pair | None:
         """Returns the keys and values (B, K, P, D) of memory and sinks, for the rows that take part in a call."""
@@ -225,17 +239,14 @@ class OlmemCacheLayer(CacheLayerMixin):
             states = [each[writes.chosen] for each in states]
         return states[0], states[-1]
 
-    def open(self, key: torch.Tensor, value: torch.Tensor, plan: Plan) -> tuple[Pair, Pair | None]:
-        """Makes room for new keys and values (B, K, C, D), which `keep` then writes.
-
-        Returns the new ones in their stored form, and copies of those before the call as `past` does.
-        """
+    def open(self, key: torch.Tensor, value: torch.Tensor, plan: Plan) -> Pair:
+        """Makes room for new keys and values (B, K, C, D), and returns them in their stored form for `keep`."""
         writes = require(plan.writes)
         new = self.stored_form(key, value, plan)
         self.prepare(*new)
         if plan.section("token") is not None:
             self.reserve(writes.length)
-        return new, self.past(writes)
+        return new
 
     def keep(self, new: Pair, plan: Plan) -> None:
         """Writes new keys and values (B, K, C, D) in their stored form to their slots."""
@@ -251,7 +262,7 @@ class OlmemCacheLayer(CacheLayerMixin):
             if tokens is not None:
                 of_tokens = tokens.part(states)
                 last = last_columns(of_tokens, writes.slots.shape[1])
-                buffer[writes.rows, :, writes.slots] = last.transpose(1, 2)
+                plan.operations.store(buffer, writes.rows, writes.slots, last)
                 if writes.sink_slots is not None:
                     first = of_tokens[:, :, : writes.sink_slots.shape[1]]
                     buffer[writes.rows, :, writes.sink_slots] = first.transpose(1, 2)
@@ -260,8 +271,10 @@ class OlmemCacheLayer(CacheLayerMixin):
         self, key: torch.Tensor, value: torch.Tensor, plan: Plan, earlier: Sequence[torch.Tensor] = ()
     ) -> list[list[Part]]:
         """Writes new keys and values as `LayerState.write` does, without gradients."""
-        writes = require(plan.writes)
-        new, before = self.open(key, value, plan)
+        writes, window = require(plan.writes), None
+        new = self.open(key, value, plan)
+        if writes.past_slots is not None:
+            window = self.join_past(new_window(plan, new), writes, plan)
         self.keep(new, plan)
         prefix = self.prefix(writes)
         if writes.past_slots is None:
@@ -269,8 +282,11 @@ class OlmemCacheLayer(CacheLayerMixin):
             if self.one_tensor and plan.view().is_step:  # one part, of which each key has its slot
                 first, prefix = 0, None
             states = [self.buffers[name][:, :, first:stop] for name in self.names]
-            before = states[0], states[-1]
-        return parts_of_sections(plan, before, new, prefix, self.one_tensor, self.in_pairs)
+            window = states[0], states[-1]
+            write = plan.section("write")
+            if write is not None:
+                window = require(join([window, (write.part(new[0]), write.part(new[1]))]))
+        return parts_of_sections(plan, window, new, prefix, self.one_tensor, self.in_pairs)
 
     # The store of tokens to retrieve
 
@@ -364,15 +380,17 @@ class OlmemTape:
             joined = torch.cat((joined[0][:, :, :first], rotated), dim=2), joined[1]
         if prefix is not None and self.layer is not None and self.layer.one_tensor:
             prefix = rotations.prefix(prefix[0]), prefix[1]
-        return parts_of_sections(plan, joined, new, self.prefix(plan, joined, new, prefix))
+        after_read = new_window(plan, new)
+        window = join([each for each in (joined, after_read) if each is not None])
+        return parts_of_sections(plan, window, new, self.prefix(plan, joined, new, prefix))
 
     @torch.no_grad()
     def read_layer(
         self, layer: OlmemCacheLayer, key: torch.Tensor, value: torch.Tensor, plan: Plan
     ) -> tuple[Pair | None, Pair | None]:
         """Returns copies of a layer's past and prefix in halves, and writes the new keys and values to the layer."""
-        new, past = layer.open(key.detach(), value.detach(), plan)
-        prefix = layer.prefix(require(plan.writes))
+        new = layer.open(key.detach(), value.detach(), plan)
+        past, prefix = layer.past(require(plan.writes)), layer.prefix(require(plan.writes))
         if prefix is not None:
             prefix = prefix[0].clone(), prefix[1].clone()
         layer.keep(new, plan)
@@ -439,30 +457,38 @@ class OlmemTape:
 
 
 def parts_of_sections(
-    plan: Plan, past: Pair | None, new: Pair, prefix: Pair | None, is_bare: bool = False, in_pairs: bool = False
+    plan: Plan, window: Pair | None, new: Pair, prefix: Pair | None, is_bare: bool = False, in_pairs: bool = False
 ) -> list[list[Part]]:
     """Returns the parts that each section of a plan sees, which are the window, and before it the prefix if it is seen.
 
     Args:
-        past: the keys and values (B, K, S, D) before the call, and the new ones too if they are read in place.
+        window: the keys and values (B, K, S, D) of tokens, those before the call first, and of write tokens at last.
         new: the new keys and values (B, K, C, D).
         prefix: the keys and values (B, K, P, D) of memory and sinks.
         is_bare: whether all these keys have no positions yet.
         in_pairs: whether they are laid out in pairs.
     """
-    sections, window = [], past
+    sections = []
     for section in plan.sections:
-        if section.view.in_place:
-            seen = require(window)
-        else:
+        if section.view.role == "read":
             seen = section.part(new[0]), section.part(new[1])
-            if section.view.role != "read":
-                seen = window = require(join([seen] if window is None else [window, seen]))
+        else:  # tokens do not see the write tokens after them
+            seen, count = require(window), section.view.key_numbers.shape[1]
+            if seen[0].shape[2] > count and not section.view.is_step:
+                seen = seen[0][:, :, :count], seen[1][:, :, :count]
         parts = [Part(seen[0], seen[1], False, is_bare, in_pairs)]
         if section.view.prefix and prefix is not None:
             parts.insert(0, Part(prefix[0], prefix[1], True, is_bare, in_pairs))
         sections.append(parts)
     return sections
+
+
+def new_window(plan: Plan, new: Pair) -> Pair | None:
+    """Returns those of the new keys and values (B, K, C, D) that are not of read tokens, or None if there are none."""
+    first = 0 if plan.section("read") is None else plan.visibility.num_memory
+    if first == new[0].shape[2]:
+        return None
+    return (new[0][:, :, first:], new[1][:, :, first:]) if first else new
 
 
 def require(value: Held | None) -> Held:

@@ -5,12 +5,14 @@ Shapes: R is the batch size, or 1 if all rows are equal; T queries; S keys of th
 are M of memory and then those of the sinks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Self
 
 import torch
 
 from .compat_olmem import known, known_here
+from .sequences_olmem import Listed, Sequences, Span, even
 from .visibility_olmem import Visibility
 
 
@@ -30,6 +32,10 @@ class View:
     prefix: bool = False  # whether a query may see memory, or sinks before its window
     causal: bool = False  # whether keys and queries are the same tokens, and each query sees all keys up to its own
     in_place: bool = False  # whether the window's keys are read from a cache's buffer, without a copy
+    solid: bool = False  # whether all keys are tokens, those of all rows in the same columns, as the host knows
+    first: int | None = None  # the first one of the section's numbers, where the host knows that all rows are alike
+    spans: Sequence[Span] | None = None  # the tokens, where those of several rows are listed as one row
+    key_spans: Sequence[Span] | None = None  # the keys then
     slack: int = 0  # the most columns of padding between two real tokens of a row
     seen: torch.Tensor | None = None  # (R,) the number of real tokens read before this call
     documents: list[list[tuple[int, int]]] | None = None  # (start, stop) of each packed document of each row
@@ -38,6 +44,7 @@ class View:
     step_mask: torch.Tensor | None = field(init=False)  # (R, 1, [P +] S) which keys a step sees; None for all
     masks: dict[torch.dtype | None, torch.Tensor] = field(init=False, default_factory=dict)  # made by `whole_mask`
     offsets: torch.Tensor | None = field(init=False, default=None)  # made by `step_offsets`
+    layouts: dict[int, "Layout"] = field(init=False, default_factory=dict)  # made by `layout`, one for each batch size
 
     def __post_init__(self):
         self.queries = self.numbers
@@ -131,6 +138,12 @@ class View:
             return slice(0, past + queries.stop)
         return slice(max(0, past + queries.start - self.visibility.span + 1 - self.slack), past + queries.stop)
 
+    def layout(self, batch: int) -> "Layout":
+        """Returns what the queries of `batch` rows see as sequences without padding, made once for all layers."""
+        if batch not in self.layouts:
+            self.layouts[batch] = Layout(self, batch)
+        return self.layouts[batch]
+
     def upto(self, length: int) -> Self:
         """Returns the view of a document of that length that is alone in its row."""
         numbers = torch.arange(length, device=self.numbers.device)[None]
@@ -148,6 +161,81 @@ class View:
         tensors = {each.name: getattr(self, each.name) for each in fields(self) if each.init}
         moved = {name: value.to(device) for name, value in tensors.items() if isinstance(value, torch.Tensor)}
         return replace(self, **moved)
+
+
+class Layout:
+    """Lists the queries of a view that are tokens, and says which keys they see, made once for all layers.
+
+    A row here is a row of the batch, or one of the packed documents in it. Where the host knows which tokens there are,
+    it makes the lists without waiting for the device.
+
+    Args:
+        view: the view.
+        batch: the number B of rows of the batch.
+    """
+
+    def __init__(self, view: View, batch: int):
+        self.view, self.device = view, view.numbers.device
+        self.made: dict[tuple[int, int] | None, Sequences] = {}
+        self.first_keys: torch.Tensor | None = None  # the column of B · T in which each document begins
+        length, size = view.numbers.shape[1], view.key_numbers.shape[1]
+        is_write = view.role == "write"
+        if view.documents is not None:
+            columns = [
+                (row * length + start, stop - start) for row, of in enumerate(view.documents) for start, stop in of
+            ]
+            self.first_keys = torch.tensor([start for start, _ in columns])
+            self.queries = self.keys = Listed.of([Span(row, 0, count) for row, (_, count) in enumerate(columns)])
+        elif view.spans is not None and view.key_spans is not None:
+            self.queries, self.keys = Listed.of(view.spans), Listed.of(view.key_spans)
+        elif view.first is not None:
+            stop = view.first + length
+            self.queries = Listed.of([Span(row, view.first, length) for row in range(batch)])
+            if is_write:  # which see what the last token before them sees
+                self.queries = replace(self.queries, numbers=torch.full_like(self.queries.numbers, view.first - 1))
+            self.keys = Listed.of([Span(row, stop - size, size) for row in range(batch)])
+        else:
+            row = torch.arange(batch, device=self.device)[:, None]
+            numbers, rows = view.queries.expand(batch, -1).flatten(), row.expand(-1, length).flatten()
+            indices = (view.numbers.expand(batch, -1) >= 0).flatten().nonzero()[:, 0] if view.padded else None
+            self.queries = Listed(indices, chosen(rows, indices), chosen(numbers, indices))
+            self.keys = Listed(None, row.expand(-1, size).flatten(), view.key_numbers.expand(batch, -1).flatten())
+        self.batch, self.written = batch, None
+        if is_write:
+            is_last = torch.arange(size, device=self.keys.rows.device) >= size - length
+            self.written = is_last.expand(batch, -1).flatten()
+
+    def window(self) -> Sequences:
+        """Returns the sequences of the queries and the keys in their windows."""
+        if None not in self.made:
+            view, visibility, is_token = self.view, self.view.visibility, self.view.role == "token"
+            if view.solid and is_token and not visibility.chunk_size:
+                before = visibility.sliding_window - 1 if visibility.sliding_window else -1
+                sizes = view.numbers.shape[1], view.key_numbers.shape[1]
+                self.made[None] = even(self.batch, *sizes, self.device, True, before)
+            else:
+                found = self.queries.window(visibility, self.keys, is_token, self.written)
+                self.made[None] = found.to(self.device)
+        return self.made[None]
+
+    def prefix(self, slots: tuple[int, int]) -> Sequences:
+        """Returns the sequences of the queries and the keys that they see from a slot of the prefix up to another one.
+
+        The prefix of a document are its own first tokens, which are keys of the window.
+        """
+        if slots not in self.made:
+            visibility, (start, stop), rows = self.view.visibility, slots, self.queries.rows
+            counts = (visibility.prefix_count(self.queries.numbers) - start).clamp(0, stop - start)
+            first = self.first_keys
+            if first is None:
+                first = torch.arange(int(rows[-1]) + 1, device=rows.device) * visibility.num_prefix + start
+            self.made[slots] = self.queries.leading(counts, first).to(self.device)
+        return self.made[slots]
+
+
+def chosen(states: torch.Tensor, indices: torch.Tensor | None) -> torch.Tensor:
+    """Returns the states (N, …) that indices (N,) name, or all of them."""
+    return states if indices is None else states[indices]
 
 
 def last_real(numbers: torch.Tensor) -> torch.Tensor:
@@ -176,4 +264,4 @@ def inner_padding(numbers: torch.Tensor, after_others: bool = False) -> int:
     return known((stop - first - real.sum(-1)).max().clamp(min=0), length)
 
 
-__all__ = ["View", "find_sinks", "inner_padding"]
+__all__ = ["Layout", "View", "find_sinks", "inner_padding"]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from modeling.helpers import BOTH, MEMORY, RETRIEVAL, tiny, tokens
-from olmem import OlmemForCausalLM, positions_olmem
+from olmem import OlmemForCausalLM, ops_olmem
 from olmem.modeling_olmem import OlmemDecoderLayer
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -81,15 +81,15 @@ def wrapped(model: OlmemForCausalLM) -> nn.Module:
 @contextmanager
 def rotations() -> Iterator[set[tuple[torch.dtype, ...]]]:
     """Collects the dtypes of states, cosines and sines wherever states are rotated."""
-    found, rotate = set(), positions_olmem.rotate
+    found, rotate = set(), ops_olmem.rotate
 
     def recorded(*given: torch.Tensor) -> torch.Tensor:
         found.add(tuple(each.dtype for each in given))
         return rotate(*given)
 
-    positions_olmem.rotate = recorded
+    ops_olmem.rotate = recorded
     yield found
-    positions_olmem.rotate = rotate
+    ops_olmem.rotate = rotate
 
 
 def train_in_bfloat16(variant: str) -> tuple[list[torch.Tensor], nn.Module]:

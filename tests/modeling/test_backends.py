@@ -20,6 +20,7 @@ from olmem.plan_olmem import Call, Earlier, Frame, Past
 from olmem.positions_olmem import ROPE, XPOS, LinspaceScheme
 from olmem.rules_olmem import POSITION_EMBEDDINGS
 from olmem.state_olmem import OlmemTape
+from olmem.varlen_olmem import Varlen
 from olmem.view_olmem import View
 from olmem.visibility_olmem import Visibility
 from torch import nn
@@ -94,7 +95,8 @@ def check(
     with torch.no_grad():
         outputs = [section.attend(heads, query, seen)[0]]
         if not any(part.is_bare for part in seen):  # only a step's own backend places those of a step
-            others = [backend for backend in SINGLE if backend.supports(view, section.needs)]
+            needs = section.needs._replace(flash=True)
+            others = [backend for backend in (Varlen(), *SINGLE) if backend.supports(view, needs)]
             outputs += [each.attend(heads, query[:, :, section.columns], seen, section)[0] for each in others]
     for row in range(stream.batch_size):
         numbers = view.numbers[row if len(view.numbers) > 1 else 0].tolist()
@@ -202,7 +204,7 @@ def test_backends_are_the_reference_with_its_gradients(drawn, block, data):
         [section] = plan.sections
         heads = Heads(Attention().eval(), ROPE, SCALING, 0.0)
         expected = gradients(lambda *states: attend_reference(*states, numbers, numbers, visibility, rotation, SCALING))
-        for backend in (section.backend, Blocks()):
+        for backend in (section.backend, Blocks(), Varlen()):
 
             def attend(query, key, value, backend=backend) -> torch.Tensor:
                 [parts] = OlmemTape().write(key, value, plan, ())
@@ -241,6 +243,8 @@ def test_a_packed_document_is_attended_for_as_if_it_were_alone(data, block):
         [parts] = OlmemTape().write(stream.key, stream.value, plan, ())
         query = queries_of(stream, plan)
         output, weights = section.attend(heads_of(stream), query, parts)
+        if Varlen().supports(section.view, section.needs._replace(flash=True)):
+            assert_close(Varlen().attend(heads_of(stream), query, parts, section)[0], output, rtol=1e-4, atol=2e-5)
     assert output.shape == (2, length, NUM_HEADS, SIZE)
     for row, own in enumerate(documents):
         for start, stop in own:

@@ -10,7 +10,7 @@ from modeling.helpers import CHUNKED, FULL, ROPE, SLIDING, TINY
 from modeling.numbering import listed, number, real_tokens
 from olmem import OlmemCache, OlmemConfig
 from olmem.backends_olmem import BACKENDS
-from olmem.inputs_olmem import Tokens, find_documents
+from olmem.inputs_olmem import Embeddings, Tokens, find_documents
 from olmem.plan_olmem import Call, Planner, layer_kinds
 from olmem.positions_olmem import OlmemRotaryEmbedding
 from olmem.segments_olmem import (
@@ -160,9 +160,9 @@ def memory_of(config: OlmemConfig) -> OlmemMemory:
     return memory
 
 
-def schedule_of(config: OlmemConfig, *given: Any) -> Schedule:
+def schedule_of(config: OlmemConfig, memory, cache, tokens: Tokens, embeddings: torch.Tensor, **more: Any) -> Schedule:
     """Returns the schedule of a forward call of such a model."""
-    return Schedule(config, layer_kinds(config), *given)
+    return Schedule(config, layer_kinds(config), memory, cache, tokens, Embeddings(embeddings), **more)
 
 
 def run(schedule: Schedule, config: OlmemConfig) -> tuple[torch.Tensor, list[Call], list[torch.Tensor]]:
@@ -281,7 +281,7 @@ def test_states_of_a_forward_are_tapes_where_gradients_are_wanted(has_gradients,
             memory_of(config),
             cache,
             Tokens(torch.arange(3)[None], False),
-            torch.zeros(1, 3, 4),
+            Embeddings(torch.zeros(1, 3, 4)),
         )
     for index, state in enumerate(schedule.states):
         if not has_gradients:
@@ -311,7 +311,7 @@ def test_earlier_calls_that_a_layer_needs_are_those_that_it_may_see(data):
         memory_of(config),
         None,
         Tokens(torch.arange(length)[None], False),
-        torch.zeros(1, length, 4),
+        Embeddings(torch.zeros(1, length, 4)),
     )
     _, calls, _ = run(schedule, config)
     kind = schedule.kinds[0]

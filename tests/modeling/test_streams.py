@@ -30,7 +30,7 @@ from modeling.streams import BLOCKS, alone, blocks_of, choices, cuts, dynamic, m
 from olmem import OlmemCache, OlmemForCausalLM
 from olmem.backends_olmem import BACKENDS
 from olmem.fallback_olmem import Implementation
-from olmem.inputs_olmem import Tokens, number_tokens
+from olmem.inputs_olmem import Embeddings, Tokens, number_tokens
 from olmem.plan_olmem import Call, Frame, Past, Planner
 from olmem.rules_olmem import POSITION_EMBEDDINGS
 from olmem.segments_olmem import Schedule
@@ -218,7 +218,7 @@ def attend_in(model: OlmemForCausalLM, states, cache: OlmemCache | None = None) 
     tokens = number_tokens(embeddings, None, None, None if cache is None else cache.counters, False, False)
     is_plain = Implementation.of(model.config).is_plain
     planner = Planner(model.config, model.model.rotary_emb, BACKENDS, is_plain)
-    schedule = Schedule(model.config, planner.kinds, None, cache, tokens, embeddings)
+    schedule = Schedule(model.config, planner.kinds, None, cache, tokens, Embeddings(embeddings))
     [call] = schedule.calls()
     plan = planner.plans(call)[planner.kinds[0]]
     [section], [parts] = plan.sections, schedule.states[0].write(key, value, plan, ())

@@ -18,6 +18,8 @@ retrieval  one layer that looks up a full store
 shared     key and value in one tensor beside separate ones; what is read of rings is timed by a full and a short window
 grouped    eight key heads, by batch size
 greedy     small models in float32: leading tokens that are those of the CPU
+prompt     long prompts in one call: plain, with sinks, memory, retrieval or chunks; a million tokens; padded rows
+training   a step of a 1B model over packed documents, beside Olmo3 with each attention that runs here, and its losses
 errors     small models in half precision: distance of a step's logits from float64's, beside the same of a step that
            runs module by module
 first      the first call of a process after loading, with cold and with warm Triton caches
@@ -104,6 +106,20 @@ class Settings:
     small_rows: int = 4
     small_steps: int = 32
     greedy: int = 200
+    long: int = 65536
+    longest: int = 2**20
+    piece: int = 4096  # of Olmo3's calls
+    rows: int = 16
+    row_lengths: tuple[int, int] = (2048, 8192)
+    train_layers: int = 16
+    train_width: int = 2048
+    train_heads: int = 16
+    train_intermediate: int = 8192
+    train_vocabulary: int = 100352
+    train_window: int = 1024
+    train_length: int = 16384
+    train_steps: int = 8
+    losses: int = 50
 
 
 SMOKE = Settings(
@@ -139,6 +155,20 @@ SMOKE = Settings(
     small_rows=2,
     small_steps=8,
     greedy=20,
+    long=200,
+    longest=300,
+    piece=64,
+    rows=3,
+    row_lengths=(20, 60),
+    train_layers=2,
+    train_width=64,
+    train_heads=4,
+    train_intermediate=96,
+    train_vocabulary=97,
+    train_window=16,
+    train_length=64,
+    train_steps=1,
+    losses=1,
 )
 
 
@@ -763,6 +793,189 @@ def measure_errors(run: Run) -> None:
     in_processes(run, list(variants), one)
 
 
+# Long prompts, and training
+
+
+def product_rate(run: Run, model: Any) -> float:
+    """Returns the tokens a second that the products of a model's layers allow, by the ceiling of this run."""
+    weights = sum(each.numel() for name, each in model.named_parameters() if "proj" in name)
+    return 1e12 * (run.find("ceilings", "matrix product") or 0.0) / (2 * weights)
+
+
+def peak_gib(run: Run, work: Callable[[], Any]) -> float:
+    """Returns the most GiB of tensors on the device during some work, 0 on a CPU."""
+    if run.device.type != "cuda":
+        work()
+        return 0.0
+    torch.cuda.reset_peak_memory_stats(run.device)
+    work()
+    return torch.cuda.max_memory_allocated(run.device) / 2**30
+
+
+def read_long(run: Run, name: str, model: Any, length: int, warm: bool = True) -> None:
+    """Puts the tokens a second of a prompt in one call, and its peak of memory beside the weights."""
+    ids = run.ids(1, length)
+
+    def work() -> None:
+        model(ids, past_key_values=OlmemCache(model.config), logits_to_keep=1)
+
+    if warm:
+        work()
+    seconds: list[float] = []
+    peak = peak_gib(run, lambda: seconds.append(run.time(work)))
+    run.put(f"{name}, {length} tokens", length / seconds[0], "tokens/s", "products alone", product_rate(run, model))
+    weights = sum(weight.nbytes for weight in model.parameters()) / 2**30
+    run.put(f"{name}, {length} tokens: peak", peak, "GiB", "weights", weights)
+
+
+def measure_padded(run: Run, model: OlmemForCausalLM) -> None:
+    """Puts the real tokens a second of left-padded rows beside those of rows without padding."""
+    settings = run.settings
+    least, most = settings.row_lengths
+    lengths = torch.randint(least, most + 1, (settings.rows,), generator=torch.Generator().manual_seed(0))
+    width, mean = int(lengths.max()), int(lengths.float().mean())
+    left_padded = (torch.arange(width)[None] >= width - lengths[:, None]).long().to(run.device)
+
+    def rate(mask: torch.Tensor) -> float:
+        ids = run.ids(*mask.shape)
+
+        def work() -> None:
+            model(ids, attention_mask=mask, past_key_values=OlmemCache(model.config), logits_to_keep=1)
+
+        return int(mask.sum()) / statistics.median(run.time(work) for _ in range(settings.repeats))
+
+    whole = rate(torch.ones(settings.rows, mean, dtype=torch.long, device=run.device))
+    name = f"{settings.rows} rows of {least} to {most} tokens, left-padded"
+    run.put(name, rate(left_padded), "tokens/s", "rows without padding", whole)
+
+
+def measure_prompt(run: Run) -> None:
+    settings = run.settings
+    model = run.model()
+    read_long(run, "plain", model, settings.long)
+    read_long(run, "plain", model, settings.longest, warm=False)
+    measure_padded(run, model)
+    del model
+    run.free()
+    memory = {"num_memory_tokens": settings.memory, "memory_segment_length": settings.piece}
+    retrieval = {"retrieval_layers": [settings.layers // 2], "retrieval_capacity": settings.long}
+    half = settings.window // 2
+    chunks = {"layer_types": "chunked_attention", "attention_chunk_size": half, "attention_chunk_lookback": 1}
+    variants: dict[str, dict[str, Any]] = {
+        f"{settings.sinks} sinks": {"num_sink_tokens": settings.sinks},
+        f"{settings.memory} memory tokens": memory,
+        "one retrieval layer": retrieval,
+        "chunks with look-back": chunks,
+    }
+    for name, changes in variants.items():
+        model = run.model(**changes)
+        read_long(run, name, model, settings.long)
+        del model
+        run.free()
+    peer = build(Olmo3Config(**large_shape(settings)), torch.bfloat16, run.device)
+    ids = run.ids(1, settings.long)
+
+    def in_calls() -> None:
+        cache = None
+        for part in ids.split(settings.piece, dim=1):
+            cache = peer(part, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+
+    in_calls()
+    own = run.find("prompt", f"plain, {settings.long} tokens")
+    run.put("Olmo3 in calls", settings.long / run.time(in_calls), "tokens/s", "Olmem", own)
+
+
+def train_config(settings: Settings) -> dict[str, Any]:
+    """Returns the fields of the 1B shape, which Olmo3 has too."""
+    return {
+        **large_shape(settings),
+        "vocab_size": settings.train_vocabulary,
+        "hidden_size": settings.train_width,
+        "intermediate_size": settings.train_intermediate,
+        "num_hidden_layers": settings.train_layers,
+        "num_attention_heads": settings.train_heads,
+        "num_key_value_heads": settings.train_heads,
+        "sliding_window": settings.train_window,
+        "layer_types": ["sliding_attention"] * settings.train_layers,
+        "rms_norm_eps": 1e-6,  # the two have other defaults
+        "use_cache": False,
+    }
+
+
+def train_batches(run: Run) -> list[dict[str, torch.Tensor]]:
+    """Returns rows of packed documents of random lengths and random tokens from a part of the vocabulary."""
+    settings, generator = run.settings, torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(4):
+        left, lengths = settings.train_length, []
+        while left:
+            drawn = int(
+                torch.randint(settings.train_length // 64 + 1, settings.train_length // 6, (), generator=generator)
+            )
+            lengths.append(min(drawn, left))
+            left -= lengths[-1]
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        ids = torch.randint(1, settings.train_vocabulary // 8, (1, settings.train_length), generator=generator)
+        given = {"input_ids": ids, "position_ids": positions, "labels": ids}
+        batches.append({name: each.to(run.device) for name, each in given.items()})
+    return batches
+
+
+@torch.enable_grad()
+def train(run: Run, model: Any, batches: list[dict[str, torch.Tensor]], steps: int) -> list[float]:
+    """Trains a model for some steps, and returns the losses."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=run.device.type == "cuda")
+    losses = []
+    for step in range(steps):
+        loss = model(**batches[step % len(batches)]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return [float(loss) for loss in losses]
+
+
+def measure_training(run: Run) -> None:
+    settings, batches = run.settings, train_batches(run)
+    shape = train_config(settings)
+    torch.manual_seed(0)
+    start = build(Olmo3Config(**shape), torch.bfloat16, torch.device("cpu")).state_dict()
+    own: dict[str, float] = {}
+    losses: dict[str, list[float]] = {}
+    peers = {f"Olmo3 {name}": name for name in ("sdpa", "flex_attention", "flash_attention_2")}
+    for name in ("Olmem", *peers):
+        try:
+            config = OlmemConfig(**shape) if name == "Olmem" else Olmo3Config(**shape)
+            model = build(config, torch.bfloat16, run.device).train()
+            model.load_state_dict(start)
+            if name in peers:
+                model.set_attn_implementation(peers[name])
+            losses[name] = train(run, model, batches, settings.losses)
+            for checkpoints in (False, True):
+                if checkpoints:
+                    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                train(run, model, batches, 1)
+                seconds: list[float] = []
+
+                def timed(model: Any = model, seconds: list[float] = seconds) -> None:
+                    seconds.append(run.time(lambda: train(run, model, batches, settings.train_steps)))
+
+                peak = peak_gib(run, timed)
+                label = "a step, layers computed twice" if checkpoints else "a step"
+                found = 1e3 * seconds[0] / settings.train_steps
+                reference = own.get(label) if name != "Olmem" else None
+                run.put(f"{name}: {label}", found, "ms", "Olmem", reference)
+                run.put(f"{name}: {label}, peak", peak, "GiB", "Olmem", own.get(f"{label}, peak"))
+                own.setdefault(label, found)
+                own.setdefault(f"{label}, peak", peak)
+            apart = max(abs(a - b) for a, b in zip(losses["Olmem"], losses[name], strict=True))
+            run.put(f"{name}: losses apart from Olmem's", apart, "nats", "the last loss", losses[name][-1])
+            del model
+        except (ImportError, NotImplementedError, RuntimeError) as error:
+            print(f"{'':<10}{name} does not run here: {str(error).splitlines()[0][:120]}", flush=True)
+        run.free()
+
+
 ROWS: dict[str, Callable[[Run], None]] = {
     "ceilings": measure_ceilings,
     "step": measure_step,
@@ -774,6 +987,8 @@ ROWS: dict[str, Callable[[Run], None]] = {
     "shared": measure_shared,
     "grouped": measure_grouped,
     "greedy": measure_greedy,
+    "prompt": measure_prompt,
+    "training": measure_training,
     "errors": measure_errors,
     "first": measure_first,
     "peers": measure_peers,

@@ -464,6 +464,7 @@ def main() -> None:
             rows[result.reader].add(result)
             if result.escaped:
                 bar.write(f"{result.reader} --case {result.case}: {result.outcome}", file=sys.stderr)
+    gc.unfreeze()  # lest native libraries tell of what is never freed
     told = summary(rows)
     told |= {"seed": arguments.seed, "processes": arguments.processes, "seconds": time.perf_counter() - started}
     if arguments.json:

@@ -1,10 +1,12 @@
 """`olmem convert | verify | evaluate | card | push`: parses and calls."""
 
+import gc
 import json
 import re
 import signal
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -144,7 +146,7 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Convert a checkpoint and verify that its logits are the same."""
-    from .commands.converting import convert as run
+    run = imported("convert")
 
     def convert(say: Say) -> dict[str, Any]:
         options = ConvertOptions(
@@ -179,7 +181,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Compare the logits of a converted folder with the native checkpoint's, and write verification.json."""
-    from .commands.verifying import verify as run
+    run = imported("verify")
 
     options = VerifyOptions(native_config=native_config, n_ctx=n_ctx, act_fn=act_fn, allow_nonfinite=allow_nonfinite)
     finish(lambda say: run(out, against, options, say=say), as_json)
@@ -190,7 +192,7 @@ def evaluate(
     out: Folder, text: Texts, max_tokens: MaxTokens = None, seconds: Seconds = None, as_json: AsJson = False
 ) -> None:
     """Measure the loss on plain texts, and write evaluation.json for the card to quote."""
-    from .commands.evaluating import evaluate as run
+    run = imported("evaluate")
 
     options, tell = EvaluateOptions(max_tokens=max_tokens, seconds=seconds), tell_script if as_json else None
     finish(lambda say: run(out, text, options, say=say, tell=tell), as_json)
@@ -208,7 +210,7 @@ def card(
     as_json: AsJson = False,
 ) -> None:
     """Write the model card from the folder's own files; what it was told before stays unless told anew."""
-    from .commands.carding import card as run
+    run = imported("card")
 
     options = CardOptions(
         license=license,
@@ -233,10 +235,19 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Show what of a verified folder would go to the Hub and, with --execute, publish it whole or not at all."""
-    from .commands.pushing import push as run
+    run = imported("push")
 
     options = PushOptions(revision=revision, create_pr=create_pr, private=private, tag=tag, execute=execute)
     finish(lambda say: run(out, repo_id, options, say=say), as_json)
+
+
+def imported(name: str) -> Callable[..., dict[str, Any]]:
+    """The command of this name. What is imported for it stays, so none of it is looked through for garbage."""
+    gc.disable()
+    try:
+        return getattr(import_module(str(__package__)), name)
+    finally:
+        gc.enable()
 
 
 def tell_script(figures: dict[str, float | None]) -> None:

@@ -58,7 +58,7 @@ def test_folder_of_steps(src):
 @pytest.mark.parametrize(
     ("weights", "words"),
     [
-        ("model.safetensors", "cut short or damaged"),
+        ("model.safetensors", "cut short, damaged"),
         ("pytorch_model.bin", "must be a zip archive"),
         ("model-00001-of-00002.safetensors", "no weights (model.safetensors, model.safetensors.index.json"),
     ],

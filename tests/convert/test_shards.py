@@ -137,3 +137,19 @@ def test_existing_files_are_not_written_over(tmp_path):
 def test_sha256_is_the_commands(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     assert sha256(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_pieces_are_computed_in_one_thread_each(tmp_path):
+    """Threads of torch waited for one another, and took three times the processor."""
+    seen = []
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        return torch.ones(stop - start, 8)
+
+    torch.set_num_threads(2)
+    try:
+        WeightFiles({"a": LazyTensor((4, 8), torch.float32, read)}, torch.bfloat16).write(tmp_path)
+        assert set(seen) == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)

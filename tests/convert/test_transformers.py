@@ -425,7 +425,7 @@ def test_shards_that_are_wrong(sharded):
     first.unlink()
     refuse(sharded, f"`{first}` must exist")
     first.write_bytes(kept[:100])
-    refuse(sharded, "cut short or damaged")
+    refuse(sharded, "cut short, damaged")
     first.write_bytes(kept)
     (sharded / "model-00009-of-00009.safetensors").write_bytes(kept)
     refuse(sharded, "must be listed in `model.safetensors.index.json`")
@@ -473,7 +473,7 @@ def test_code_in_a_pickle_does_not_run(tmp_path):
     original, canary = save(tmp_path / "place" / "original", "olmo2"), tmp_path / "ran"
     as_bin(original, sharded=False)
     torch.save({"model.norm.weight": Code(canary)}, original / "pytorch_model.bin")
-    refuse(original, "holds more than tensors")
+    refuse(original, "must hold tensors and nothing that acts")
     assert not canary.exists()
 
 

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from ..errors import CheckpointError, reason
 from ..formats import Checkpoint
 from ..formats.detect import open_checkpoint
-from ..formats.memory import new_parameters, refuse_without_effect, switched, with_memory
+from ..formats.memory import switch_on
 from ..formats.olmem import CONFIG_ERRORS, as_checkpoint, check_nothing_lost, config_of, read_olmem
 from ..formats.planning import make_config, make_tensors
 from ..options import ConvertOptions, Say
@@ -108,15 +108,14 @@ class ToOlmem:
     @classmethod
     def of(cls, source: Path, options: ConvertOptions) -> "ToOlmem":
         """Opens the checkpoint, and plans the Olmem model that is made of it."""
-        checkpoint, memory = open_checkpoint(source, options.max_length, options.given), options.memory or {}
+        checkpoint = open_checkpoint(source, options.max_length, options.given)
         stored = choose_dtype(checkpoint.tensors, options.dtype)
-        make_config(checkpoint, stored)  # whose errors are the checkpoint's, and not those of a memory beside it
-        planned = with_memory(checkpoint, memory)
-        refuse_without_effect(planned, memory)
+        config = make_config(checkpoint, stored)  # whose errors are the checkpoint's, and not those of a memory
+        if not options.memory:
+            return cls(options, checkpoint, config, make_tensors(checkpoint, config), (), stored, {})
+        planned, added, memory = switch_on(checkpoint, options.memory)
         config = make_config(planned, stored)
-        added = new_parameters(planned, checkpoint)
-        tensors = make_tensors(planned, config)
-        return cls(options, checkpoint, config, tensors, added, stored, switched(planned, checkpoint))
+        return cls(options, checkpoint, config, make_tensors(planned, config), added, stored, memory)
 
     @property
     def format(self) -> str:

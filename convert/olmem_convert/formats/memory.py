@@ -66,12 +66,17 @@ def with_memory(checkpoint: Checkpoint, memory: Mapping[str, Any]) -> Checkpoint
     return replace(checkpoint, olmem_config=checkpoint.olmem_config | made, keys=[*checkpoint.keys, *added])
 
 
-def refuse_without_effect(checkpoint: Checkpoint, memory: Mapping[str, Any]) -> None:
-    """An error for a field that was given of one memory where only the other is on."""
+def switch_on(checkpoint: Checkpoint, memory: Mapping[str, Any]) -> tuple[Checkpoint, list[str], dict[str, Any]]:
+    """The checkpoint with a memory, the names of the parameters that it adds, and the fields that it changes.
+
+    A field that was given of one memory where only the other is on is an error.
+    """
+    planned = with_memory(checkpoint, memory)
     try:
-        OlmemConfig(**checkpoint.olmem_config).refuse_without_effect(memory)
+        OlmemConfig(**planned.olmem_config).refuse_without_effect(memory)
     except ValueError as error:
         raise CheckpointError(reason(error)) from error
+    return planned, new_parameters(planned, checkpoint), switched(planned, checkpoint)
 
 
 def new_parameters(checkpoint: Checkpoint, native: Checkpoint) -> list[str]:

@@ -122,7 +122,9 @@ def read_distributed(folder: Path, prefix: str = "model.") -> dict[str, LazyTens
             sources=frozenset(chunk.file for chunk in chunks),
         )
     if not tensors:
-        raise CheckpointError(f"`{path}` must list the model's tensors (it lists none); copy the folder again.")
+        raise CheckpointError(
+            f"`{path}` must list the model's tensors (it lists none); name a checkpoint that has the model."
+        )
     check_apart(path, found)
     return tensors
 
@@ -164,7 +166,9 @@ def locate(
     """The bytes that hold one box (offsets, sizes) of a tensor, checked to be there. Each file is opened once."""
     offsets, sizes = box
     if (name, str(offsets)) not in storage:
-        raise CheckpointError(f"`{folder / '.metadata'}` must locate {name!r} at {offsets}; copy the folder again.")
+        raise CheckpointError(
+            f"`{folder / '.metadata'}` must say where {name!r} at {offsets} is (it does not); save the checkpoint anew."
+        )
     relative_path, start, length = storage[name, str(offsets)]
     path = member(folder, relative_path)
     if not path.is_file():
@@ -204,7 +208,7 @@ def check_apart(path: Path, chunks: list[Chunk]) -> None:
         if one.path == other.path and one.start + one.length > other.start:
             raise CheckpointError(
                 f"`{path}` must give each chunk bytes of its own (of {other.path.name} it gives those at {other.start} "
-                f"to {one.name!r} and {other.name!r}); copy the folder again."
+                f"to {one.name!r} and {other.name!r}); no run wrote it so: do not trust it."
             )
 
 

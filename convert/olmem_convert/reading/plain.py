@@ -6,6 +6,7 @@ anywhere else it could make a conversion carry along what its user never meant t
 
 import io
 import os
+import pickle
 import re
 import stat
 import threading
@@ -34,6 +35,11 @@ def reading(
         raise
     except FileNotFoundError as error:
         raise CheckpointError(f"`{path.name}` must exist ({path} does not); {remedy}.") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"`{path}` must hold tensors and nothing that acts (got: {str(error)[:500]}); it is damaged, or somebody "
+            "made it so: copy it again from a source that you trust."
+        ) from error
     except PermissionError as error:
         where = error.filename or path
         raise CheckpointError(f"`{where}` must be readable by you (it is not); change its permissions.") from error

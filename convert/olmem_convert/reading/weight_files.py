@@ -30,7 +30,7 @@ DTYPES = {
 def read_safetensors(path: Path, decode: Callable[[str], str] = str) -> dict[str, LazyTensor]:
     """A safetensors file; `decode` turns its keys into tensor names."""
     tensors: dict[str, LazyTensor] = {}
-    with reading(path, "it is cut short or damaged; copy it again"):
+    with reading(path, "it is cut short, damaged, or no file of weights: copy it again, or save it anew"):
         source = SourceFile(path)
         for key, entry in read_header(source).items():
             name, dtype, shape = decode(key), DTYPES.get(entry["dtype"]), tuple(entry["shape"])

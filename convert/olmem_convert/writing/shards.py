@@ -9,6 +9,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -100,7 +101,7 @@ def write_file(
     """One safetensors file (github.com/huggingface/safetensors, "Format"): header length, header, bytes. Returns its
     sha256 once it is on the disk."""
     digest = hashlib.sha256()
-    with path.open("xb") as file:
+    with path.open("xb") as file, one_thread():
         text = header(tensors, dtype)
         file.write(text)
         digest.update(text)
@@ -110,6 +111,18 @@ def write_file(
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Has torch compute in one thread: of a piece, several spend far longer waiting for one another than computing, and
+    take the processor from those that read, hash and write."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def header(tensors: Mapping[str, LazyTensor], dtype: torch.dtype) -> bytes:

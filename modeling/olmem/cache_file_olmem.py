@@ -16,6 +16,8 @@ FORMAT = "olmem-cache-4"
 FACTS = ("architecture", "max_length", "began_anew")
 MOST_ROOM = 2**31  # tokens, more than any buffer holds
 MOST_COLUMNS = 2**60  # columns, more than any stream has, so that sums of them stay in the range of int64
+# The types that tensors of a store may have; those that are not named here are of one floating type.
+TYPES = {"store_scores": ("F32", "F64"), "store_counts": ("I64",)}
 COUNTERS = {"seen": (1, torch.long), "columns": (0, torch.long), "gaps": (0, torch.bool)}
 HINT = "pip install safetensors"
 
@@ -112,9 +114,10 @@ class StateFile:
             self.require(name in self.names, f"`{name}` is damaged or missing")
             found = self.file.get_slice(name)
             self.require(tuple(found.get_shape()) == shape, f"`{name}` is damaged or missing")
-            self.require(found.get_dtype() in ("F64", "F32", "F16", "BF16"), f"`{name}` is damaged or missing")
-            if name != "memory":
-                dtypes.add(found.get_dtype())
+            dtype, own = found.get_dtype(), TYPES.get(name.rpartition(".")[2])
+            self.require(dtype in (own or ("F64", "F32", "F16", "BF16")), f"`{name}` is damaged or missing")
+            if name != "memory" and own is None:
+                dtypes.add(dtype)
         self.require(len(dtypes) == 1, f"its keys and values are of several types, {', '.join(sorted(dtypes))}")
         unknown = sorted(self.names - set(shapes) - set(COUNTERS))
         self.require(not unknown, f"`{unknown[0] if unknown else ''}` is not part of such a state")

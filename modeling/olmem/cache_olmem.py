@@ -15,13 +15,14 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
+from .admission_olmem import damage
 from .cache_file_olmem import MOST_ROOM, read_state, write_state
 from .compat_olmem import allocate, assert_on_device, known_here, unless_recorded
 from .configuration_olmem import OlmemConfig
 from .counters_olmem import Counters
 from .finite_olmem import refuse_nonfinite
 from .rules_olmem import ROTATING
-from .state_olmem import OlmemCacheLayer
+from .state_olmem import SELECTING, OlmemCacheLayer
 from .view_olmem import View
 from .visibility_olmem import Visibility
 
@@ -131,6 +132,7 @@ class OlmemCache(Cache):
                     rotates=config.layer_position_embeddings[index] in ROTATING,
                     store_capacity=config.retrieval_capacity if index in config.retrieval_layers else 0,
                     store_device=self.retrieval_device,
+                    store_selects=config.selects and index in config.retrieval_layers,
                 )
             )
         super().__init__(layers=layers)
@@ -496,13 +498,15 @@ class OlmemCache(Cache):
             if config.num_memory_tokens:
                 wanted["memory"] = (batch, config.num_memory_tokens, config.hidden_size)
             for index, layer in enumerate(cache.layers):
-                window = layer.visibility.num_prefix + min(length, layer.limit or length)
-                slots = dict.fromkeys(layer.names, window)
-                if layer.store_limit:
-                    slots |= dict.fromkeys(layer.store_names, min(length, layer.store_limit))
-                for name, size in slots.items():
-                    wanted[f"layers.{index}.{name}"] = (batch, config.num_key_value_heads, size, config.head_dim)
+                for name, size in layer.slots(length).items():
+                    states = () if name in SELECTING else (config.head_dim,)
+                    wanted[f"layers.{index}.{name}"] = (batch, config.num_key_value_heads, size, *states)
             tensors = file.read(wanted)
+            for index, layer in enumerate(cache.layers):
+                name = f"layers.{index}.store_counts"
+                if name in tensors:
+                    found = damage(tensors[name], tensors["seen"], layer.visibility, config.retrieval_capacity)
+                    file.require(found is None, f"`{name}` {found}")
             cache.counters.set(**{name: tensors[name] for name in cache.counters.tensors})
             cache.began_anew = file.facts["began_anew"]
             if config.num_memory_tokens:

@@ -19,13 +19,14 @@ class Captured:
         wanted: the indices of the hidden states to keep, where 0 is the embeddings. None keeps all of them.
         hidden_states: the hidden states (B, C, hidden_size) so far, None for those that are not wanted.
         attentions: the attention weights (B, H, C, S) of each layer, if its backend computes them.
-        states: the new keys and values (B, K, C, D) of each layer, where later calls need them.
+        states: the new keys and values (B, K, C, D) of each layer, and its scores (B, K, C) if it has any, where later
+            calls need them.
     """
 
     wanted: set[int] | None
     hidden_states: list[torch.Tensor | None] = field(default_factory=list)
     attentions: list[torch.Tensor] = field(default_factory=list)
-    states: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    states: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
 
     def keep(self, hidden_states: torch.Tensor) -> None:
         """Keeps hidden states (B, C, hidden_size), the next ones in order, if they are wanted."""

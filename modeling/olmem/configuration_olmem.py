@@ -89,8 +89,11 @@ class OlmemConfig(OlmemRules, PreTrainedConfig):
             whose keys score highest, regardless of their positions. A gate that each head learns mixes the result with
             the attention over the window.
         retrieval_top_k (`int`): The number of tokens that a query head retrieves.
-        retrieval_capacity (`int`): The number of tokens that can be retrieved. They are the last ones that have left
-            the window.
+        retrieval_capacity (`int`): The number of tokens that can be retrieved, of all that have left the window.
+        retrieval_admission (`str`): Which of these tokens can be retrieved. `"recent"` keeps the last ones. `"learned"`
+            keeps those of the highest scores, and of equal scores the newer one. The scores are a projection of the
+            layer's input, one for each key head (`self_attn.retrieval_score`), and join the scores of the queries, so
+            that they learn from what is looked up. They are zero at first, which keeps the last tokens.
         retrieval_gate_init (`float`): The first logit of the retrieval gates. −4 mixes in 2 %.
         retrieval_device (`str`, *optional*): The device that stores and searches the tokens to retrieve. `"cpu"` spares
             a GPU's memory. Defaults to the layer's own device.
@@ -150,6 +153,7 @@ class OlmemConfig(OlmemRules, PreTrainedConfig):
     memory_gate_init: float | int | None = None
     retrieval_top_k: int = 32
     retrieval_capacity: int = 65536
+    retrieval_admission: str = "recent"
     retrieval_gate_init: float | int = -4.0
     retrieval_device: str | None = None
     attention_bias: bool = False
@@ -268,6 +272,11 @@ class OlmemConfig(OlmemRules, PreTrainedConfig):
     def has_memory(self) -> bool:
         """Returns whether memory tokens or retrieval carry on more than windows and sinks."""
         return self.num_memory_tokens > 0 or bool(self.retrieval_layers)
+
+    @property
+    def selects(self) -> bool:
+        """Returns whether the stores of layers that retrieve keep the tokens of the highest scores."""
+        return self.retrieval_admission == "learned"
 
     @property
     def memory_rule(self) -> str:

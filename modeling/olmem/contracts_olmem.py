@@ -88,6 +88,8 @@ class Candidates:
     value: torch.Tensor  # (B, K, S, D)
     numbers: torch.Tensor  # (R, S) the numbers of the first S keys; a negative one is no token
     queries: torch.Tensor  # (R, T) the numbers of the queries
+    # (B, K, S) the scores by which keys are admitted, or None; with them each head may have its own numbers, (B, K, S)
+    scores: torch.Tensor | None = None
 
 
 def moved_tensors(holder: object, device: torch.device) -> dict[str, Any]:
@@ -120,6 +122,7 @@ class Tape:
     own_numbers: torch.Tensor  # (R, S) the numbers of the tokens of earlier calls of this forward and of the new ones
     sinks: tuple[torch.Tensor, torch.Tensor] | None = None  # (R, Z) whether the keys have each sink, and its column
     store_numbers: torch.Tensor | None = None  # (R, S) the numbers in the store before this forward, oldest first
+    seen: torch.Tensor | None = None  # (R,) the tokens that the store's cache had read before this forward
 
     def to(self, device: torch.device) -> "Tape":
         """Returns a copy on another device."""
@@ -294,9 +297,17 @@ class LayerState(Protocol):
         ...
 
     def candidates(
-        self, key: torch.Tensor, value: torch.Tensor, plan: Plan, earlier: Sequence[torch.Tensor]
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        plan: Plan,
+        earlier: Sequence[torch.Tensor],
+        scores: torch.Tensor | None = None,
     ) -> Iterator[Candidates]:
-        """Yields what the new tokens may retrieve, block by block, and stores their keys and values (B, K, T, D)."""
+        """Yields what the new tokens may retrieve, block by block, and stores their keys and values (B, K, T, D).
+
+        `scores` (B, K, S + T) are those of the keys of `earlier` and of the new ones, where the store selects by them.
+        """
         ...
 
 

@@ -485,6 +485,8 @@ class DecodeSteps:
             return "the call casts by `torch.autocast`"
         if not all(layer.is_initialized for layer in cache.layers):
             return "the cache has more layers than were run"
+        if config.selects and config.retrieval_layers:
+            return "a store that selects is not captured, because `retrieval_admission` is 'learned'"
         buffers = [buffer for layer in cache.layers for buffer in layer.buffers.values()]
         is_same = {buffer.dtype for buffer in buffers} == {embeddings.dtype}
         if not is_same or {buffer.get_device() for buffer in buffers} != {embeddings.get_device()}:

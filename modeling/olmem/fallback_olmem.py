@@ -202,7 +202,12 @@ class ForeignState:
         return [[ForeignPart(key, value, arguments=arguments)]]
 
     def candidates(
-        self, key: torch.Tensor, value: torch.Tensor, plan: Plan, earlier: Sequence[torch.Tensor] = ()
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        plan: Plan,
+        earlier: Sequence[torch.Tensor] = (),
+        scores: torch.Tensor | None = None,
     ) -> Iterator[Candidates]:
         """Yields nothing, because a model that retrieves is refused."""
         return iter(())

@@ -111,6 +111,22 @@ class OlmemGate(nn.Module):
         return self.logits.sigmoid()
 
 
+class OlmemAdmission(nn.Linear):
+    """Scores hidden states for each key head, by which a store selects the tokens that it keeps.
+
+    The scores are computed in float32 at least, so that few of them are equal. They are zero at first.
+    """
+
+    def __init__(self, config: OlmemConfig):
+        super().__init__(config.hidden_size, config.num_key_value_heads, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Returns the scores (B, C, K) of hidden states (B, C, hidden_size)."""
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+            return nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype))
+
+
 class OlmemAttention(nn.Module):
     """Computes the attention of Olmo3, or one with other projections, norms, clips and positions.
 
@@ -158,6 +174,9 @@ class OlmemAttention(nn.Module):
         self.retrieval_gate: OlmemGate | None = None
         if layer_idx in config.retrieval_layers:
             self.retrieval_gate = OlmemGate(config.num_attention_heads, config.retrieval_gate_init)
+        self.retrieval_score: OlmemAdmission | None = None
+        if layer_idx in config.retrieval_layers and config.selects:
+            self.retrieval_score = OlmemAdmission(config)
 
     def add_memory_gate(self, init_logit: float) -> None:
         """Adds a gate to the memory of a layer that has none, on the device and in the dtype of its weights."""
@@ -196,18 +215,23 @@ class OlmemAttention(nn.Module):
             plan: the plan of this call for layers of this kind.
             state: the keys and values that the layer remembers. The new ones are written to it.
             earlier: the keys and values of earlier calls of the same forward, key and value in turns, where gradients
-                are wanted.
+                are wanted. A score follows each value in a layer whose store selects.
 
         Returns:
             The output (B, C, hidden_size), the attention weights (B, H, C, S) or None, and the new keys and values
-            (B, K, C, D) without positions. There are weights if they are wanted and the backend computes them. A step
-            by kernels returns neither weights nor keys and values.
+            (B, K, C, D) without positions, with scores (B, K, C) in a layer whose store selects. There are weights if
+            they are wanted and the backend computes them. A step by kernels returns neither weights nor keys and
+            values.
         """
         if isinstance(plan, StepPlan):
             assert isinstance(state, StepState)
             return self.step(hidden_states, plan, state), None, ()
         assert not isinstance(state, StepState)
         query, key, value = self.project(hidden_states, plan.operations)
+        scores, earlier_scores = None, ()
+        if self.retrieval_score is not None:
+            scores, earlier_scores = self.retrieval_score(hidden_states).transpose(1, 2), earlier[2::3]
+            earlier = [states for index, states in enumerate(earlier) if index % 3 < 2]
         parts, heads = state.write(key, value, plan, earlier), self.heads(plan)
         outputs, weights = [], None
         for section, seen in zip(plan.sections, parts, strict=True):
@@ -215,10 +239,12 @@ class OlmemAttention(nn.Module):
             if section.view.role == "token":
                 weights = shares
                 if plan.retrieves:
-                    output = self.retrieve(query, key, value, output, plan, state, earlier)
+                    all_scores = None if scores is None else torch.cat((*earlier_scores, section.part(scores)), dim=2)
+                    output = self.retrieve(query, key, value, output, plan, state, earlier, all_scores)
             outputs.append(output)
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights, (key, value)
+        new = (key, value) if scores is None else (key, value, scores)
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights, new
 
     def project(
         self, hidden_states: torch.Tensor, operations: Operations = PLAIN
@@ -284,12 +310,13 @@ class OlmemAttention(nn.Module):
         plan: Plan,
         state: LayerState,
         earlier: Sequence[torch.Tensor],
+        scores: torch.Tensor | None,
     ) -> torch.Tensor:
         """Returns the attention output of the tokens (B, T, H, D), mixed with what their heads retrieve."""
         assert self.retrieval_gate is not None
         tokens = plan.by_role["token"]
         query, key, value = (tokens.part(states) for states in (query, key, value))
-        candidates = state.candidates(key, value, plan, earlier)
+        candidates = state.candidates(key, value, plan, earlier, scores)
         top_k, capacity = self.config.retrieval_top_k, self.config.retrieval_capacity
         retrieval = Retrieval(plan.visibility, top_k, capacity, self.scaling)
         return retrieval.mix(query, candidates, seen, self.retrieval_gate())
@@ -347,13 +374,13 @@ class OlmemDecoderLayer(GradientCheckpointingLayer):
         Args:
             hidden_states: (B, C, hidden_size).
             earlier: the keys and values (B, K, T, D) of earlier calls of the same forward, key and value in turns,
-                where gradients are wanted.
+                where gradients are wanted. A score (B, K, T) follows each value in a layer whose store selects.
             plan: the plan of this call for layers of this kind.
             state: the keys and values that the layer remembers. The new ones are written to it.
 
         Returns:
             The hidden states (B, C, hidden_size). With `plan.returns_weights` the attention weights follow, if the
-            backend computed them, and with `plan.carries` the new keys and values (B, K, C, D).
+            backend computed them, and with `plan.carries` the new keys and values (B, K, C, D), and the scores.
         """
         operations, dropout = plan.operations, self.residual_dropout
         if self.parallel:
@@ -400,6 +427,8 @@ class OlmemPreTrainedModel(LoadsWeights):
             init.ones_(module.linspace_scale)
         if isinstance(module, OlmemGate):
             init.constant_(module.logits, module.init_logit)
+        if isinstance(module, OlmemAdmission):
+            init.zeros_(module.weight)
         if isinstance(module, OlmemMemory):
             init.normal_(module.embeddings, std=self.config.initializer_range)
 
@@ -576,8 +605,9 @@ class OlmemModel(OlmemPreTrainedModel):
             output = self.layers[index](hidden_states, *given, plan=plans[index], state=states[index])
             hidden_states, *more = output if isinstance(output, tuple) else (output,)
             if plans[index].carries:
-                captured.states.append((more[-2], more[-1]))
-                more = more[:-2]
+                count = 3 if self.config.selects and index in self.config.retrieval_layers else 2
+                captured.states.append(tuple(more[-count:]))
+                more = more[:-count]
             captured.attentions += more
             captured.keep(hidden_states)
         return hidden_states

@@ -387,7 +387,7 @@ class Frame:
         if not call.one_tensor:  # the cache's keys have their positions
             self.bare_numbers = self.bare_numbers[:, past_numbers.shape[1] :]
         sinks = find_sinks(keys, visibility.num_sinks) if visibility.num_sinks else None
-        self.tape = Tape(own, sinks, store)
+        self.tape = Tape(own, sinks, store, earlier.seen)
         is_first = not call.tokens.padded and call.tokens.documents is None and columns_before == 0
         has_gaps = bool(earlier_numbers) and (call.tokens.padded or earlier.padded)
         return View(

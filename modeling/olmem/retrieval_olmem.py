@@ -5,6 +5,9 @@ Each head scores the tokens that have left a query's window by their keys, witho
 attends to their values by the softmax of their scores. A gate that each head learns mixes the result with the attention
 over the window.
 
+The candidates are the last `retrieval_capacity` tokens that have left the window, or those of the highest scores of
+their own (`admission_olmem`). These join the scores of the queries, so that they learn from what is looked up.
+
 The search is exact. It goes through the candidates part by part and keeps the best k so far. Its work is that of all
 scores, but its memory is that of one part. Gradients go back to the k tokens that were chosen.
 
@@ -12,7 +15,7 @@ Shapes: B batch, H query heads, K key/value heads, T queries, S candidates, D he
 if all rows are equal.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +23,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from .admission_olmem import Admitted, admit
 from .compat_olmem import certain, columns_of, is_recorded, pieces
 from .contracts_olmem import Candidates, by_key_head, by_query_head
 from .visibility_olmem import Visibility
@@ -35,7 +39,7 @@ class Retrieval:
     Args:
         visibility: says which tokens have left a query's window.
         top_k: the number of tokens that a query head retrieves.
-        capacity: the number of last tokens outside the window that may be retrieved.
+        capacity: the number of tokens outside the window that may be retrieved.
         scaling: the factor of scores.
     """
 
@@ -69,18 +73,26 @@ class Retrieval:
     def retrieve(self, query: torch.Tensor, found: Candidates) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns what queries (B, H, T, D) retrieve, (B, H, T, D), and which of them had a candidate, (R, T)."""
         with torch.no_grad():
-            chosen = [
-                self.search(query[:, :, part], found.key, found.numbers, found.queries[:, part])
-                for part in pieces(query.shape[2], BLOCK, query)
-            ]
+            parts = pieces(query.shape[2], BLOCK, query)
+            if found.scores is not None:
+                admitted = admit(found, self.visibility, self.capacity, parts)
+                chosen = [
+                    self.search_admitted(query[:, :, part], found.key, keys)
+                    for part, keys in zip(parts, admitted, strict=True)
+                ]
+            else:
+                chosen = [
+                    self.search(query[:, :, part], found.key, found.numbers, found.queries[:, part]) for part in parts
+                ]
         index, is_candidate = chosen[0] if len(chosen) == 1 else join_chosen(chosen)
         exists = is_candidate.any(1).any(-1)
         if torch.is_grad_enabled() and not is_recorded(query):
             output = ReadChosen.apply(
-                query, found.key.contiguous(), found.value.contiguous(), index, is_candidate, self.scaling
+                query, found.key.contiguous(), found.value.contiguous(), index, is_candidate, self.scaling, found.scores
             )
             return output, exists
-        return read_in_blocks(query, found.key, found.value, index, is_candidate, self.scaling), exists
+        output = read_in_blocks(query, found.key, found.value, index, is_candidate, self.scaling, found.scores)
+        return output, exists
 
     def search(
         self, query: torch.Tensor, key: torch.Tensor, numbers: torch.Tensor, query_numbers: torch.Tensor
@@ -96,21 +108,59 @@ class Retrieval:
         Returns:
             The indices (B, H, T, k) of the best keys, and whether each of them is a candidate.
         """
-        batch, heads, length, _ = query.shape
         first, stop = self.columns_to_search(numbers, query_numbers)
+        key, numbers = key[:, :, first:stop], numbers[:, first:stop]
+
+        def allowed(part: slice) -> torch.Tensor:
+            return self.visibility.candidates(query_numbers[:, :, None], numbers[:, None, part], self.capacity)[:, None]
+
+        index, is_candidate = self.find_best(query, key, allowed)
+        return index + first, is_candidate
+
+    def search_admitted(
+        self, query: torch.Tensor, key: torch.Tensor, admitted: Admitted
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Finds the best candidates of queries (B, H, T, D) among admitted keys, as `search` does."""
+        groups = query.shape[1] // key.shape[1]
+        if admitted.columns is not None:
+            key = key.gather(2, admitted.columns[..., None].expand(-1, -1, -1, key.shape[3]))
+
+        def allowed(part: slice) -> torch.Tensor:
+            return admitted.allows(part).repeat_interleave(groups, dim=1)
+
+        scores = admitted.scores.repeat_interleave(groups, dim=1)
+        index, is_candidate = self.find_best(query, key[:, :, : scores.shape[-1]], allowed, scores)
+        return admitted.of_keys(index) if index.shape[-1] else index, is_candidate
+
+    def find_best(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        allowed: Callable[[slice], torch.Tensor],
+        scores: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the indices (B, H, T, k) of the best of all keys (B, K, S, D), and whether each is a candidate.
+
+        Args:
+            query: (B, H, T, D).
+            allowed: returns which keys of a part are candidates, a mask that broadcasts to (B, H, T, S).
+            scores: what the keys (B, H, S) have beside their products with queries.
+        """
+        batch, heads, length, _ = query.shape
         size = max(SCORES // (batch * heads * length), 2 * self.top_k)
         grouped = by_key_head(query, key) * self.scaling
-        best, index = query.new_empty(batch, heads, length, 0), query_numbers.new_empty(batch, heads, length, 0)
-        key, numbers = key[:, :, first:stop], numbers[:, first:stop]
-        for part in pieces(stop - first, size, key):
-            scores = by_query_head(grouped @ key[:, :, part].transpose(2, 3), heads // key.shape[1])
-            allowed = self.visibility.candidates(query_numbers[:, :, None], numbers[:, None, part], self.capacity)
-            scores = scores.masked_fill(~allowed[:, None], -torch.inf)
-            if not certain(scores.shape[-1] >= self.top_k):
-                scores = nn.functional.pad(scores, (0, self.top_k), value=-torch.inf)
-            some, columns = scores.topk(self.top_k, dim=-1, sorted=False)
+        best = query.new_empty(batch, heads, length, 0)
+        index = torch.empty_like(best, dtype=torch.long)
+        for part in pieces(key.shape[2], size, key):
+            found = by_query_head(grouped @ key[:, :, part].transpose(2, 3), heads // key.shape[1])
+            if scores is not None:
+                found = found + scores[:, :, None, part]
+            found = found.masked_fill(~allowed(part), -torch.inf)
+            if not certain(found.shape[-1] >= self.top_k):
+                found = nn.functional.pad(found, (0, self.top_k), value=-torch.inf)
+            some, columns = found.topk(self.top_k, dim=-1, sorted=False)
             best = torch.cat((best, some), dim=-1)
-            index = torch.cat((index, columns + first + (part.start or 0)), dim=-1)
+            index = torch.cat((index, columns + (part.start or 0)), dim=-1)
             if best.shape[-1] > self.top_k:
                 best, order = best.topk(self.top_k, dim=-1, sorted=False)
                 index = index.gather(-1, order)
@@ -153,20 +203,27 @@ def take(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def weigh_chosen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_candidate: torch.Tensor, scaling: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    is_candidate: torch.Tensor,
+    scaling: float,
+    more: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns the attention output (B, H, T, D) of queries (B, H, T, D) over chosen keys and values (B, H, T, k, D).
 
-    Keys that are no candidates are left out, and the output is zero where there is none.
+    Keys that are no candidates are left out, and the output is zero where there is none. `more` (B, H, T, k, 1) is
+    added to the scores.
     """
     scores = (key @ query[..., None])[..., 0] * scaling
+    scores = scores if more is None else scores + more[..., 0]
     scores = scores.masked_fill(~is_candidate, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     weights = torch.where(is_candidate, weights, 0).to(value.dtype)
     return (weights[..., None, :] @ value)[..., 0, :]
 
 
-def read_in_blocks(query, key, value, index, is_candidate, scaling: float) -> torch.Tensor:
+def read_in_blocks(query, key, value, index, is_candidate, scaling: float, scores=None) -> torch.Tensor:
     """Returns the attention output (B, H, T, D) of queries over chosen keys and values, a block of queries at a time.
 
     Args:
@@ -175,11 +232,13 @@ def read_in_blocks(query, key, value, index, is_candidate, scaling: float) -> to
         value: (B, K, S, D).
         index: the indices (B, H, T, k) of the chosen keys.
         is_candidate: whether each chosen key is a candidate, (B, H, T, k).
+        scores: the scores (B, K, S) of the keys, or None.
     """
     outputs = []
     for part in pieces(query.shape[2], BLOCK, query):
         chosen, some = index[:, :, part], is_candidate[:, :, part]
-        outputs.append(weigh_chosen(query[:, :, part], take(key, chosen), take(value, chosen), some, scaling))
+        more = None if scores is None else take(scores[..., None], chosen)
+        outputs.append(weigh_chosen(query[:, :, part], take(key, chosen), take(value, chosen), some, scaling, more))
     return torch.cat(outputs, dim=2)
 
 
@@ -190,30 +249,33 @@ class ReadChosen(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query, key, value, index, is_candidate, scaling):
+    def forward(ctx: Any, query, key, value, index, is_candidate, scaling, scores):
         """Returns the attention output (B, H, T, D)."""
-        ctx.save_for_backward(query, key, value, index, is_candidate)
+        ctx.save_for_backward(query, key, value, index, is_candidate, scores)
         ctx.scaling = scaling
-        return read_in_blocks(query, key, value, index, is_candidate, scaling)
+        return read_in_blocks(query, key, value, index, is_candidate, scaling, scores)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]  by its decorator
-        """Returns the gradients of queries, keys and values."""
-        query, key, value, index, is_candidate = ctx.saved_tensors
-        totals = [torch.zeros_like(key), torch.zeros_like(value)]
+        """Returns the gradients of queries, keys, values and scores."""
+        query, key, value, index, is_candidate, scores = ctx.saved_tensors
+        states = [key, value] if scores is None else [key, value, scores[..., None]]
+        totals = [torch.zeros(each.shape, dtype=each.dtype, device=each.device) for each in states]
         of_query = []
         parts = (each.split(BLOCK, dim=2) for each in (query, index, is_candidate, gradients[0]))
         for part, chosen, some, gradient in zip(*parts, strict=True):
-            taken = [each.detach().requires_grad_() for each in (part, take(key, chosen), take(value, chosen))]
+            taken = [part, *(take(each, chosen) for each in states)]
+            taken = [each.detach().requires_grad_() for each in taken]
             with torch.enable_grad():
-                output = weigh_chosen(taken[0], taken[1], taken[2], some, ctx.scaling)
+                output = weigh_chosen(*taken[:3], some, ctx.scaling, *taken[3:])
             found = torch.autograd.grad(output, taken, gradient)
             of_query.append(found[0])
             rows = rows_of(chosen, key).flatten()
             for total, each in zip(totals, found[1:], strict=True):
                 total.view(-1, total.shape[-1]).index_add_(0, rows, each.reshape(-1, each.shape[-1]))
-        return torch.cat(of_query, dim=2), *totals, None, None, None
+        of_scores = None if scores is None else totals[2][..., 0]
+        return torch.cat(of_query, dim=2), totals[0], totals[1], None, None, None, of_scores
 
 
 __all__ = ["Retrieval"]

@@ -24,6 +24,7 @@ POSITION_EMBEDDINGS = ("rope", "xpos", "linspace", "none")
 ROTATING = ("rope", "xpos")  # the position embeddings that rotate queries and keys
 BY_SLOT = ("xpos", "linspace")  # the position embeddings that depend on the slots of what a query sees
 SHARED_PROJECTIONS = ("none", "key_value", "query_key", "query_key_value", "value_difference")
+ADMISSIONS = ("recent", "learned")
 LAYER_TYPES = ("sliding_attention", "chunked_attention", "full_attention")
 # The types of RoPE that Transformers defines. Each has the names of its required entries, then of its optional ones.
 ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -42,7 +43,13 @@ NOT_YET = {"partial_rotary_factor": 1.0}
 # Fields that have no effect without chunked layers, without memory tokens, or without layers that retrieve.
 CHUNK_FIELDS = ("attention_chunk_size", "attention_chunk_lookback")
 TOKEN_FIELDS = ("memory_segment_length", "memory_bptt_segments", "memory_gate_init")
-RETRIEVAL_FIELDS = ("retrieval_top_k", "retrieval_capacity", "retrieval_gate_init", "retrieval_device")
+RETRIEVAL_FIELDS = (
+    "retrieval_top_k",
+    "retrieval_capacity",
+    "retrieval_admission",
+    "retrieval_gate_init",
+    "retrieval_device",
+)
 # Fields that add a memory to a model that was trained without one.
 MEMORY_FIELDS = ("num_memory_tokens", *TOKEN_FIELDS, "retrieval_layers", *RETRIEVAL_FIELDS)
 
@@ -273,6 +280,7 @@ class OlmemRules(PreTrainedConfig if TYPE_CHECKING else object):
             ("qk_norm", QK_NORMS),
             ("clip_qkv_stage", CLIP_STAGES),
             ("shared_projections", SHARED_PROJECTIONS),
+            ("retrieval_admission", ADMISSIONS),
         ):
             self._require(getattr(self, name) in choices, name, f"must be one of {', '.join(choices)}", "choose one")
         self._require(

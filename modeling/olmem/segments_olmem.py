@@ -130,7 +130,7 @@ class Carried:
     numbers: torch.Tensor  # (R, T) the numbers of the call's tokens
     padded: bool  # whether some numbers are −1
     has_sink: bool  # whether some tokens are sinks
-    states: list[tuple[torch.Tensor, torch.Tensor]]  # the new keys and values (B, K, T, D) of each layer
+    states: list[tuple[torch.Tensor, ...]]  # of each layer, new keys and values (B, K, T, D), and scores if it has any
 
 
 class Schedule:
@@ -397,7 +397,7 @@ class Schedule:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def inputs(self, layer_index: int, call: Call) -> list[torch.Tensor]:
-        """Returns the keys and values of earlier calls that a layer needs, key and value in turns."""
+        """Returns the keys, values and scores of earlier calls that a layer needs, in turns."""
         found: list[torch.Tensor] = []
         if self.carried and call.numbers.shape[1]:
             for carried in self.needed(self.kinds[layer_index]):
@@ -408,6 +408,8 @@ class Schedule:
         """Returns the earlier calls that hold keys which layers of that kind may see or retrieve."""
         visibility = Visibility.of(self.config, kind.layer_type)
         if visibility.span is None:
+            return self.carried
+        if kind.retrieves and self.config.selects:  # by scores that are known in the layer alone
             return self.carried
         reach = visibility.span + (self.config.retrieval_capacity if kind.retrieves else 0)
         found, between = [], 0
@@ -423,7 +425,7 @@ class Schedule:
         call: Call,
         plan: Plan,
         hidden_states: Sequence[torch.Tensor | None],
-        states: list[tuple[torch.Tensor, torch.Tensor]],
+        states: list[tuple[torch.Tensor, ...]],
     ) -> None:
         """Takes the outputs of a call.
 
@@ -431,7 +433,7 @@ class Schedule:
             plan: the plan of the call for any kind of layer.
             hidden_states: the hidden states (R, C, hidden_size) that the caller wants, and at last those after the last
                 layer.
-            states: the new keys and values (R, K, C, D) of each layer, where later calls need them.
+            states: the new keys, values and scores of each layer, (R, K, C, …), where later calls need them.
         """
         tokens, write = plan.columns("token"), plan.columns("write")
         if tokens is not None:
@@ -444,7 +446,7 @@ class Schedule:
             return
         last = len(self.outputs) == len(self.pieces)
         if call.carries:
-            new = [(key[:, :, tokens], value[:, :, tokens]) for key, value in states]
+            new = [tuple(each[:, :, tokens] for each in of_layer) for of_layer in states]
             count = self.config.num_sink_tokens
             real = call.numbers.where(call.numbers >= 0, count)
             has_sink = count > 0 and known((real < count).any(), True)

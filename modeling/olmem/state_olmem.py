@@ -13,7 +13,9 @@ the sinks). The buffers of a cache's layer are (B, K, slots, D):
 | shared tensor | as projected, rotated on read; one buffer is key and value | the same |
 
 The place of a sink equals its slot, and so does that of a memory token, so one rotation serves window and prefix. The
-tokens to retrieve are in a ring of their own, which holds keys without positions, and values.
+tokens to retrieve are in a ring of their own, which holds keys without positions, and values. A store that selects is
+no ring: a new token takes an empty slot, or that of a token that was beaten (`admission_olmem`). It also has scores and
+counts (B, K, slots). A count is the number of the slot's token plus 1, and 0 where the slot is empty.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,14 +24,16 @@ from typing import TypeVar
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from .admission_olmem import free_slots, priorities
 from .compat_olmem import allocate, unless_recorded
-from .contracts_olmem import Candidates, Part, Plan, Writes
+from .contracts_olmem import Candidates, Part, Plan, Tape, Writes
 from .counters_olmem import Counters
 from .positions_olmem import to_halves, to_pairs
 from .visibility_olmem import STORE_BLOCK, Visibility, held, ring_slot
 
 GROWTH = 256  # the tokens for which a layer has room at first, and the most for which it makes room before they come
 ALL = slice(None)
+SELECTING = ("store_scores", "store_counts")  # the buffers of a store that selects, beside those of keys and values
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # keys and values (B, K, S, D)
 Held = TypeVar("Held")
@@ -46,6 +50,7 @@ class OlmemCacheLayer(CacheLayerMixin):
         rotates: whether the layer's keys are rotated.
         store_capacity: the number of tokens that can be retrieved after they have left the window; 0 for no store.
         store_device: the device of the store, or None for that of the layer.
+        store_selects: whether the tokens of the highest scores stay in the store, rather than the last ones.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class OlmemCacheLayer(CacheLayerMixin):
         rotates: bool = True,
         store_capacity: int = 0,
         store_device: str | None = None,
+        store_selects: bool = False,
     ):
         self.visibility, self.counters = visibility, counters
         self.one_tensor = one_tensor
@@ -66,9 +72,9 @@ class OlmemCacheLayer(CacheLayerMixin):
         self.limit = visibility.span or max_length  # the most tokens in the window's buffer; None if it grows
         self.room = min(self.limit, max_length) if self.limit and max_length else None  # allocated at once
         self.store_limit = store_capacity and visibility.store_size(store_capacity)
-        self.store_device = store_device
+        self.store_device, self.store_selects = store_device, store_selects
         self.is_initialized = False
-        self.buffers: dict[str, torch.Tensor] = {}  # by name: "keys", "values", "store_keys" and "store_values"
+        self.buffers: dict[str, torch.Tensor] = {}  # by name: "keys", "values", and those of the store, "store_…"
         self.capacity = 0
         self.expected = 0  # how many tokens may be read in all, as far as somebody knows
         self.half_written = False  # whether a forward call has written here and has not ended
@@ -82,6 +88,11 @@ class OlmemCacheLayer(CacheLayerMixin):
     def store_names(self) -> tuple[str, ...]:
         """Returns the names of the buffers of the store."""
         return tuple(f"store_{name}" for name in self.names)
+
+    @property
+    def all_store_names(self) -> tuple[str, ...]:
+        """Returns the names of the buffers of the store, of scores and counts too if it selects."""
+        return (*self.store_names, *SELECTING) if self.store_selects else self.store_names
 
     # The interface of Transformers' cache layers
 
@@ -142,6 +153,10 @@ class OlmemCacheLayer(CacheLayerMixin):
             for name, like in zip(self.store_names, states.values(), strict=True):
                 shape = (rows or len(like), like.shape[1], 1, like.shape[3])
                 self.buffers[name] = allocate(*shape, dtype=like.dtype, device=self.store_device or like.device)
+            kinds = torch.promote_types(key_states.dtype, torch.float32), torch.long
+            for name, dtype in zip(SELECTING, kinds, strict=True) if self.store_selects else ():
+                device = self.store_device or key_states.device
+                self.buffers[name] = allocate(*key_states.shape[:2], 1, dtype=dtype, device=device)
         self.is_initialized = True
 
     # Room
@@ -158,7 +173,7 @@ class OlmemCacheLayer(CacheLayerMixin):
         self.half_written = True
         if self.buffers["keys"].device != key.device:  # as with a cache from a file, or a model on several devices
             for name, buffer in self.buffers.items():
-                device = self.store_device if name in self.store_names and self.store_device else key.device
+                device = self.store_device if name in self.all_store_names and self.store_device else key.device
                 self.buffers[name] = allocate(*buffer.shape, dtype=buffer.dtype, device=device).copy_(buffer)
 
     def reserve(self, length: int | None) -> None:
@@ -192,7 +207,7 @@ class OlmemCacheLayer(CacheLayerMixin):
         wanted = self.store_limit if length is None else min(length, self.store_limit)
         if room < wanted:
             room = min(max(2 * room, wanted, GROWTH), self.store_limit)
-            self.buffers |= {name: grown(self.buffers[name], room + 1) for name in self.store_names}  # all, or none
+            self.buffers |= {name: grown(self.buffers[name], room + 1) for name in self.all_store_names}  # all, or none
 
     def addresses(self) -> list[int]:
         """Returns where keys and values lie, and the slots of a head, then the same of the store, for a step."""
@@ -290,34 +305,78 @@ class OlmemCacheLayer(CacheLayerMixin):
 
     # The store of tokens to retrieve
 
-    def store(self, key: torch.Tensor, value: torch.Tensor, plan: Plan, block: slice) -> torch.Tensor:
+    def store(
+        self, key: torch.Tensor, value: torch.Tensor, plan: Plan, block: slice, scores: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Stores a block of the new tokens' keys and values (B, K, T, D), which have no positions.
 
-        Returns the numbers (R, S) of the tokens in the first S slots of the store.
+        Args:
+            scores: the scores (B, K, T) by which a store that selects admits tokens.
+
+        Returns:
+            The numbers (R, S) of the tokens in the first S slots of the store, or (B, K, S) of one that selects.
         """
         view, length = plan.view(), require(plan.writes).length
         device = self.buffers[self.store_names[0]].device
         numbers = view.numbers[:, block].to(device)
         length = None if length is None else length - view.numbers.shape[1] + block.stop
         self.reserve_store(length)
+        filled = self.store_limit if length is None else min(length, self.store_limit)
+        if scores is not None:
+            self.admit(key[:, :, block], value[:, :, block], scores[:, :, block], numbers, view.queries[:, block.start])
+            return self.buffers["store_counts"][:, :, :filled] - 1
         slots = torch.where(numbers >= 0, ring_slot(numbers, self.store_limit), -1)
         rows = torch.arange(numbers.shape[0], device=device)[:, None]
         for name, states in zip(self.store_names, (key, value), strict=False):
             self.buffers[name][rows, :, slots] = states[:, :, block].transpose(1, 2).to(device)
-        filled = self.store_limit if length is None else min(length, self.store_limit)
         after = view.queries[:, block.stop - 1 : block.stop].to(device) + 1
         return held(torch.arange(filled, device=device), after, self.store_limit)
 
+    def admit(
+        self, key: torch.Tensor, value: torch.Tensor, scores: torch.Tensor, numbers: torch.Tensor, query: torch.Tensor
+    ) -> None:
+        """Writes tokens to a store that selects, in place of what no query from now on may retrieve.
+
+        Args:
+            key: (B, K, T, D).
+            value: (B, K, T, D).
+            scores: (B, K, T).
+            numbers: the numbers (B, T) of the tokens; −1 is padding.
+            query: the number (B,) of the first query from now on.
+        """
+        buffers = [self.buffers[name] for name in self.all_store_names]
+        device, sinks = numbers.device, self.visibility.num_sinks
+        stored = buffers[-1][:, :, :-1] - 1
+        newest, start = numbers.amax(-1).maximum(query.to(device)), self.visibility.start(query.clamp(min=0)).to(device)
+        priority = priorities(buffers[-2][:, :, :-1], stored, newest)
+        free = free_slots(priority, stored, start, numbers.shape[1])
+        is_kept = numbers >= sinks
+        place = (is_kept.cumsum(-1) - 1).clamp(min=0)[:, None].expand_as(free)
+        slots = torch.where(is_kept[:, None], free.gather(-1, place), -1)
+        rows = torch.arange(numbers.shape[0], device=device)[:, None, None]
+        heads = torch.arange(free.shape[1], device=device)[:, None]
+        counts = (numbers + 1)[:, None].expand_as(slots)
+        states = (key, counts) if self.one_tensor else (key, value)
+        states = (*states[: len(self.store_names)], scores, counts)
+        for buffer, new in zip(buffers, states, strict=True):
+            buffer[rows, heads, slots] = new.to(device)
+
     def candidates(
-        self, key: torch.Tensor, value: torch.Tensor, plan: Plan, earlier: Sequence[torch.Tensor] = ()
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        plan: Plan,
+        earlier: Sequence[torch.Tensor] = (),
+        scores: torch.Tensor | None = None,
     ) -> Iterator[Candidates]:
         """Stores the new tokens block by block, and yields what each block may retrieve."""
         view = plan.view()
         for block in blocks(view.numbers.shape[1]):
-            numbers = self.store(key, value, plan, block)
+            numbers = self.store(key, value, plan, block, scores)
             stored = [self.buffers[name] for name in self.store_names]
             queries = view.queries[:, block].to(numbers.device)
-            yield Candidates(ALL, block, stored[0], stored[-1], numbers, queries)
+            admission = None if scores is None else self.buffers["store_scores"]
+            yield Candidates(ALL, block, stored[0], stored[-1], numbers, queries, admission)
 
     def stored(self, numbers: torch.Tensor) -> Pair:
         """Returns copies of the keys and values (B, K, S, D) of the tokens with these numbers (B, S) in the store."""
@@ -327,13 +386,32 @@ class OlmemCacheLayer(CacheLayerMixin):
         copies = [buffer[rows, :, slots].transpose(1, 2).to(numbers.device) for buffer in buffers]
         return copies[0], copies[-1]
 
+    def recall(self, tape: Tape) -> tuple[Pair, torch.Tensor, torch.Tensor | None]:
+        """Returns copies of what the store held before a forward, which the tape of a call describes.
+
+        They are keys and values (B, K, S, D), their numbers (B, S), and no scores; or numbers and scores (B, K, S) if
+        the store selects. A negative number is no token.
+        """
+        before = require(tape.store_numbers)
+        if not self.store_selects:
+            return self.stored(before), before, None
+        seen = require(tape.seen)
+        *states, scores, counts = (
+            self.buffers[name][:, :, :-1].to(seen.device, copy=True) for name in self.all_store_names
+        )
+        return (states[0], states[-1]), torch.where(counts <= seen[:, None, None], counts - 1, -1), scores
+
     # The batch, and files
 
-    def used(self, length: int) -> dict[str, torch.Tensor]:
-        """Returns the used part of each buffer by name, (B, K, slots, D), after `length` columns were read."""
+    def slots(self, length: int) -> dict[str, int]:
+        """Returns the number of used slots of each buffer by name after `length` columns were read."""
         window = self.visibility.num_prefix + min(length, self.limit or length)
-        slots = dict.fromkeys(self.names, window) | dict.fromkeys(self.store_names, min(length, self.store_limit))
-        return {name: buffer[:, :, : slots[name]] for name, buffer in self.buffers.items()}
+        stored = dict.fromkeys(self.all_store_names if self.store_limit else (), min(length, self.store_limit))
+        return dict.fromkeys(self.names, window) | stored
+
+    def used(self, length: int) -> dict[str, torch.Tensor]:
+        """Returns the used part of each buffer by name, (B, K, slots, …), after `length` columns were read."""
+        return {name: self.buffers[name][:, :, :size] for name, size in self.slots(length).items()}
 
     def select(self, rows: torch.Tensor) -> None:
         """Keeps these rows of the batch in this order, in the same buffers if their number does not change."""
@@ -430,7 +508,12 @@ class OlmemTape:
         return torch.cat(found[0], dim=2), torch.cat(found[1], dim=2)
 
     def candidates(
-        self, key: torch.Tensor, value: torch.Tensor, plan: Plan, earlier: Sequence[torch.Tensor] = ()
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        plan: Plan,
+        earlier: Sequence[torch.Tensor] = (),
+        scores: torch.Tensor | None = None,
     ) -> Iterator[Candidates]:
         """Yields what the new tokens may retrieve, as one block, or as one for each packed document."""
         view, tape = plan.view(), require(plan.tape)
@@ -439,21 +522,28 @@ class OlmemTape:
                 for start, stop in documents:
                     rows, part = slice(row, row + 1), slice(start, stop)
                     numbers = view.numbers[rows, part]
-                    yield Candidates(rows, part, key[rows, :, part], value[rows, :, part], numbers, numbers)
+                    own = None if scores is None else scores[rows, :, part]
+                    yield Candidates(rows, part, key[rows, :, part], value[rows, :, part], numbers, numbers, own)
             return
         pairs = [(key, value)]
         if earlier:
             pairs.insert(0, states_of(earlier))
-        numbers = tape.own_numbers
+        numbers, all_scores = tape.own_numbers, [] if scores is None else [scores]
         if self.layer is not None and plan.writes is not None:
             with torch.no_grad():
                 if tape.store_numbers is not None and tape.store_numbers.shape[1]:
-                    pairs.insert(0, self.layer.stored(tape.store_numbers))
-                    numbers = torch.cat((tape.store_numbers, numbers.expand(tape.store_numbers.shape[0], -1)), dim=1)
+                    pair, old, old_scores = self.layer.recall(tape)
+                    pairs.insert(0, pair)
+                    own = numbers.expand(old.shape[0], -1)
+                    own = own if old.dim() == 2 else own[:, None].expand(*old.shape[:2], -1)
+                    numbers = torch.cat((old, own), dim=-1)
+                    all_scores[:0] = [] if old_scores is None else [old_scores]
+                new_scores = None if scores is None else scores[:, :, -key.shape[2] :].detach()
                 for block in blocks(key.shape[2]):
-                    self.layer.store(key.detach(), value.detach(), plan, block)
+                    self.layer.store(key.detach(), value.detach(), plan, block, new_scores)
         keys, values = require(join(pairs))
-        yield Candidates(ALL, slice(0, key.shape[2]), keys, values, numbers, view.queries)
+        scores = torch.cat(all_scores, dim=-1) if all_scores else None
+        yield Candidates(ALL, slice(0, key.shape[2]), keys, values, numbers, view.queries, scores)
 
 
 def parts_of_sections(
@@ -520,8 +610,8 @@ def blocks(length: int) -> list[slice]:
 
 
 def grown(old: torch.Tensor, slots: int) -> torch.Tensor:
-    """Returns a larger buffer (B, K, slots, D) with the content of an old one, except its slot for unwanted tokens."""
-    new = allocate(*old.shape[:2], slots, old.shape[3], dtype=old.dtype, device=old.device)
+    """Returns a larger buffer (B, K, slots, …) with the content of an old one, except its slot for unwanted tokens."""
+    new = allocate(*old.shape[:2], slots, *old.shape[3:], dtype=old.dtype, device=old.device)
     new[:, :, : old.shape[2] - 1] = old[:, :, :-1]
     return new
 

@@ -77,6 +77,11 @@ class Visibility:
         return self.sliding_window or self.chunk_size * (self.lookback + 1)
 
     @property
+    def least(self) -> int:
+        """Returns the fewest tokens in a window that has lost some."""
+        return self.sliding_window or self.chunk_size * self.lookback + 1
+
+    @property
     def num_prefix(self) -> int:
         """Returns the number of slots of memory and sinks together."""
         return self.num_memory + self.num_sinks

@@ -47,8 +47,10 @@ RETRIEVAL = {"retrieval_layers": [1], "retrieval_top_k": 4, "retrieval_capacity"
 BOTH = TOKENS | RETRIEVAL
 SLIDING = "olmo_core_swa_yarn"
 # Every format of a checkpoint; without windows, memory tokens alone.
-MEMORIES = {"olmo": TOKENS, "olmo1": TOKENS, "olmo_gqa_tied": TOKENS, SLIDING: BOTH, "baka_pristine": BOTH}
+MEMORIES = {"olmo": TOKENS, "olmo1": TOKENS, "olmo_gqa_tied": TOKENS, SLIDING: BOTH}
+MEMORIES |= {"baka_pristine": BOTH | {"retrieval_admission": "learned"}}
 GATE, EMBEDDINGS = "model.layers.1.self_attn.retrieval_gate.logits", "model.memory.embeddings"
+SCORES = "model.layers.1.self_attn.retrieval_score.weight"
 SEGMENTS = verification.SEGMENTS
 
 
@@ -73,7 +75,8 @@ def memory_norm(out: Path) -> set[str]:
 
 def parameters_of(memory: dict[str, Any], out: Path) -> set[str]:
     of_tokens = {EMBEDDINGS} | memory_norm(out) | memory_gates(out) if "num_memory_tokens" in memory else set()
-    return of_tokens | ({GATE} if "retrieval_layers" in memory else set())
+    scores = {SCORES} if memory.get("retrieval_admission") == "learned" else set()
+    return of_tokens | scores | ({GATE} if "retrieval_layers" in memory else set())
 
 
 def settings_of(memory: dict[str, Any]) -> list[str]:
@@ -122,6 +125,8 @@ def test_new_parameters_are_written_beside_the_same_weights(name, dtype, convert
         assert torch.equal(weights[gate], torch.full((config["num_attention_heads"],), -9.5).to(kind))
     if GATE in weights:
         assert torch.equal(weights[GATE], torch.full((config["num_attention_heads"],), -3.3).to(kind))
+    if SCORES in weights:
+        assert torch.equal(weights[SCORES], torch.zeros(config["num_key_value_heads"], config["hidden_size"]).to(kind))
     assert report["parameters"] == sum(weight.numel() for weight in weights.values())
     assert report["bytes"] == report["parameters"] * kind.itemsize
     assert report["memory"] == report["verification"]["memory"]["fields"] == memory

@@ -56,6 +56,7 @@ STREAMS = {
 MEMORY: dict[str, Any] = {"num_memory_tokens": 2, "memory_segment_length": 5}
 RETRIEVAL: dict[str, Any] = {"retrieval_layers": [0, 1], "retrieval_top_k": 2, "retrieval_capacity": 7}
 BOTH: dict[str, Any] = MEMORY | RETRIEVAL
+LEARNED: dict[str, Any] = {"retrieval_admission": "learned"}  # a store that selects
 MEMORIES: dict[str, dict[str, Any]] = {
     "memory": STREAMS["window"] | MEMORY,
     "memory beside full layers": MEMORY,
@@ -63,8 +64,8 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "both": STREAMS["window"] | BOTH,
     "both with sinks": SINKS | BOTH,
     "both in chunks": CHUNKS | BOTH,
-    "both mixed": MIXED | BOTH,
-    "both in one tensor": ONE_TENSOR | BOTH,
+    "both mixed": MIXED | BOTH | LEARNED,
+    "both in one tensor": ONE_TENSOR | BOTH | LEARNED,
     "both by schemes": SCHEMES | BOTH,
 }
 
@@ -140,6 +141,7 @@ class States:
     queries: list[torch.Tensor]
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
+    scores: list[torch.Tensor] = field(default_factory=list)  # by which a store selects
     placed: dict[Any, torch.Tensor] = field(default_factory=dict)  # those that have been given a position
 
 
@@ -179,7 +181,8 @@ def oracle(
     Reads the configuration and the state dict, or the `weights` that stand in for it, nothing else. `kept` and
     `attention_kept` multiply what residual and attention dropout would thin out. `attentions` is given the weights
     (H, T, T) of every layer. `gaps` is given, of every retrieval that leaves candidates out, by how much the last one
-    chosen is better than the best one that would have made a difference: below 1e-5 a float32 may choose otherwise.
+    chosen is better than the best one that would have made a difference: below 1e-5 a float32 may choose otherwise. It
+    is given the same of every store that leaves out tokens by their scores, unless these are equal.
     """
     config = model.config
     if weights is None:
@@ -263,11 +266,19 @@ def oracle(
 
     def retrieve(layer: Layer, query: torch.Tensor, shared: int, start: int) -> torch.Tensor | None:
         """What a head's query finds among the tokens that have left its window; None if none has."""
-        first = max(config.num_sink_tokens, start - config.retrieval_capacity)
-        candidates = [layer.tokens[j] for j in range(first, start)]
+        candidates = [layer.tokens[j] for j in range(config.num_sink_tokens, start)]
         if not candidates:
             return None
+        learned, capacity = config.retrieval_admission == "learned", config.retrieval_capacity
+        if learned:
+            candidates.sort(key=lambda states: (float(states.scores[shared].detach()), states.number))
+        refused, candidates = candidates[:-capacity], candidates[-capacity:]
+        if learned and refused and gaps is not None:
+            gap = float((candidates[0].scores[shared] - refused[-1].scores[shared]).detach())
+            gaps.append(gap or 1.0)
         scores = torch.stack([query @ states.keys[shared] / math.sqrt(size) for states in candidates])
+        if learned:
+            scores = scores + torch.stack([states.scores[shared] for states in candidates])
         order = sorted(range(len(candidates)), key=lambda place: -float(scores[place].detach()))
         chosen, others = order[: config.retrieval_top_k], order[config.retrieval_top_k :]
         last = candidates[chosen[-1]]
@@ -286,7 +297,10 @@ def oracle(
         new = []
         for x in group:
             query, key, value = (project(prefix, letter, x) for letter in "qkv")
-            new.append(States(number, query, key, value))
+            scores = []
+            if layer.retrieves and config.retrieval_admission == "learned":
+                scores = list(linear(f"{prefix}.retrieval_score", x))
+            new.append(States(number, query, key, value, scores))
         before, inside = [], []
         if role == "read":
             listed = layer.memory = new

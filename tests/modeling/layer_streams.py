@@ -54,6 +54,7 @@ class Stream:
             one_tensor=self.one_tensor,
             rotates=self.kind.position_embedding in ROTATING,
             store_capacity=self.config.retrieval_capacity if self.kind.retrieves else 0,
+            store_selects=self.config.selects,
         )
         self.seen, self.before = torch.zeros(self.batch_size, dtype=torch.long), 0
         self.memory = self.states(0)

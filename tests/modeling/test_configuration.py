@@ -177,6 +177,7 @@ def test_generation_parameters_are_never_refused():
         ("retrieval_layers", [0], "must be empty with `clip_qkv_stage` 'rotary'", ROTARY_CLIP),
         ("retrieval_top_k", 0, "must be at least 1", {}),
         ("retrieval_capacity", 31, "must be at least `retrieval_top_k` = 32", {}),
+        ("retrieval_admission", "surprise", "must be one of recent, learned", {}),
         ("retrieval_gate_init", float("nan"), "must be finite", {}),
         ("memory_gate_init", float("inf"), "must be finite", {}),
         ("retrieval_device", "drum", "must be a device of torch", {}),
@@ -302,6 +303,7 @@ WITHOUT_EFFECT: list[tuple[str, Any, str]] = [
     ("memory_gate_init", -2.0, "`num_memory_tokens` is 0"),
     ("retrieval_top_k", 3, "`retrieval_layers` is empty"),
     ("retrieval_capacity", 99, "`retrieval_layers` is empty"),
+    ("retrieval_admission", "learned", "`retrieval_layers` is empty"),
     ("retrieval_gate_init", 0.0, "`retrieval_layers` is empty"),
     ("retrieval_device", "cpu", "`retrieval_layers` is empty"),
 ]

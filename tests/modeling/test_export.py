@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from modeling.helpers import CHUNKS, FULL, MEMORY, ONE_TENSOR, RETRIEVAL, SCHEMES, SINKS, SLIDING, tiny, tokens
+from modeling.helpers import CHUNKS, FULL, LEARNED, MEMORY, ONE_TENSOR, RETRIEVAL, SCHEMES, SINKS, SLIDING, tiny, tokens
 from olmem import OlmemCache, OlmemStep
 from torch import nn
 from torch._dynamo.utils import counters
@@ -14,7 +14,7 @@ from torch.testing import assert_close
 # All that a layer can be: both kinds of windows and none, sinks, every scheme, shared tensors, and retrieval.
 WIDE = {
     "default": {},
-    "schemes": SCHEMES,
+    "schemes, selecting": SCHEMES | RETRIEVAL | LEARNED,
     "one tensor, retrieval": ONE_TENSOR | RETRIEVAL,
     "value_difference": {"shared_projections": "value_difference", "num_key_value_heads": 4},
 }
@@ -186,7 +186,8 @@ def test_a_step_runs_as_compiled_machine_code(tmp_path):
 def test_models_of_one_process_generate_compiled():
     """With other windows or sinks than those before; one graph reads the prompt, and one is every step."""
     torch._dynamo.reset()
-    for changes in (SINKS, SINKS | {"sliding_window": 5, "num_sink_tokens": 3}, CHUNKS, {"retrieval_layers": [0]}):
+    others = SINKS | {"sliding_window": 5, "num_sink_tokens": 3}, CHUNKS, {"retrieval_layers": [0]} | LEARNED
+    for changes in (SINKS, *others):
         model, compiled, before = tiny(**ONE | changes), tiny(**ONE | changes), graphs()
         compiled.forward = torch.compile(compiled.forward, backend="aot_eager")
         given = {"max_new_tokens": 3 * model.config.sliding_window, "do_sample": False}
@@ -212,7 +213,7 @@ def test_a_step_that_the_host_counts_is_left_to_python(changes):
 
 
 @pytest.mark.parametrize(
-    "changes", [ONE | MEMORY | {"memory_gate_init": 0.0}, ONE_TENSOR | RETRIEVAL], ids=["memory", "wide"]
+    "changes", [ONE | MEMORY | {"memory_gate_init": 0.0}, ONE_TENSOR | RETRIEVAL | LEARNED], ids=["memory", "wide"]
 )
 def test_a_forward_and_a_training_step_are_one_graph(changes):
     torch._dynamo.reset()

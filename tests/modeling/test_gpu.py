@@ -148,6 +148,7 @@ RETRIEVAL = {"retrieval_layers": [0, 2], "retrieval_top_k": 4, "retrieval_capaci
 MEMORIES = {
     "memory": MEMORY,
     "retrieval": RETRIEVAL,
+    "selecting": RETRIEVAL | {"retrieval_admission": "learned"},
     "both with sinks": MEMORY | RETRIEVAL | {"layer_types": "sliding_attention", "num_sink_tokens": 3},
     "both in one tensor": MEMORY | RETRIEVAL | {"shared_projections": "key_value", "num_sink_tokens": 2},
 }
@@ -162,6 +163,8 @@ def remembering(memory: str, dtype: torch.dtype = torch.float32, **changes):
     for name, parameter in model.named_parameters():
         if name.endswith("retrieval_gate.logits"):
             torch.nn.init.constant_(parameter, -1.0)
+        if name.endswith("retrieval_score.weight"):
+            torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(0))
     return model.to(dtype)
 
 

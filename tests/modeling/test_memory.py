@@ -14,6 +14,7 @@ from modeling.helpers import (
     BOTH,
     CHUNKED,
     FULL,
+    LEARNED,
     MEMORIES,
     MEMORY,
     MIXED,
@@ -61,6 +62,7 @@ def memories(draw) -> dict[str, Any]:
     if not layers or draw(st.booleans()):
         changes |= {"num_memory_tokens": draw(st.integers(1, 3)), "memory_segment_length": draw(st.integers(1, 7))}
     return changes | {
+        "retrieval_admission": draw(st.sampled_from(["recent", "learned"])),
         "retrieval_layers": layers,
         "retrieval_top_k": top_k,
         "retrieval_capacity": top_k + draw(st.integers(0, 6)),
@@ -335,7 +337,9 @@ def test_what_left_the_window_is_known_through_memory_only(size):
         assert (differs[heard] > 1e-5).all(), changes
 
 
-@pytest.mark.parametrize("changes", [MEMORY, RETRIEVAL, BOTH], ids=["memory", "retrieval", "both"])
+@pytest.mark.parametrize(
+    "changes", [MEMORY, RETRIEVAL, RETRIEVAL | LEARNED, BOTH], ids=["memory", "retrieval", "selecting", "both"]
+)
 def test_a_packed_document_knows_nothing_of_another(changes):
     model = make(MIXED | changes)
     ids, sizes = tokens(1, 26), [11, 4, 11]
@@ -414,19 +418,19 @@ def in_float64():
     ids=["sliding", "chunked", "two kinds", "schemes"],
 )
 def test_gradients_are_those_of_finite_differences(changes, kind):
-    """In float64, of the embeddings that are read, the first memory, and the gates, each along a random direction, over
-    three ends of segments and with more candidates than are looked up."""
+    """In float64, of the embeddings that are read, the first memory, the gates, and what scores tokens for a store
+    that selects, each along a random direction, over three ends of segments and with more candidates than are looked
+    up."""
     sizes = {"hidden_size": 6, "intermediate_size": 6, "head_dim": 4, "num_attention_heads": 2, "vocab_size": 7}
     sizes |= {"num_key_value_heads": 1, "norm_type": "layer", "rope_parameters": ROPE}
     memory = {"num_memory_tokens": 2, "memory_segment_length": 3}
     retrieval = {"retrieval_layers": [0, 1], "retrieval_top_k": 2, "retrieval_capacity": 4}
-    parts = {"memory": memory, "retrieval": retrieval, "both": memory | retrieval}[kind]
+    parts = {"memory": memory, "retrieval": retrieval, "both": memory | retrieval | LEARNED}[kind]
     changes = dict(changes)
     model = make(sizes | parts | {"attn_implementation": changes.pop("attn", "sdpa")} | changes).double()
-    names = [
-        name for name, _ in model.named_parameters() if name.endswith(("memory.embeddings", "retrieval_gate.logits"))
-    ]
-    assert len(names) == {"memory": 1, "retrieval": 2, "both": 3}[kind]
+    ends = "memory.embeddings", "retrieval_gate.logits", "retrieval_score.weight"
+    names = [name for name, _ in model.named_parameters() if name.endswith(ends)]
+    assert len(names) == {"memory": 1, "retrieval": 2, "both": 5}[kind]
     parameters = dict(model.named_parameters())
     inputs = torch.randn(1, 10, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     given_inputs = [inputs.requires_grad_(), *(parameters[name].detach().clone().requires_grad_() for name in names)]
@@ -551,7 +555,13 @@ def test_a_copy_or_a_file_goes_on_where_the_cache_stood(changes, tmp_path):
 
 @pytest.mark.parametrize(
     "name, value",
-    [("num_memory_tokens", 3), ("memory_segment_length", 6), ("retrieval_layers", [0]), ("retrieval_capacity", 8)],
+    [
+        ("num_memory_tokens", 3),
+        ("memory_segment_length", 6),
+        ("retrieval_layers", [0]),
+        ("retrieval_capacity", 8),
+        ("retrieval_admission", "learned"),
+    ],
 )
 def test_a_cache_of_another_memory_is_refused_with_the_field_that_differs(name, value, tmp_path):
     model, other = make(MEMORIES["both"]), make(MEMORIES["both"] | {name: value})

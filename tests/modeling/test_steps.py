@@ -328,3 +328,11 @@ def test_gradients_are_not_captured():
         cache = begun(model)
     logits = model(torch.ones(2, 1, dtype=torch.long, device="cuda"), past_key_values=cache).logits
     assert "gradients" in cache.step_path and logits.requires_grad
+
+
+@torch.no_grad()
+def test_a_store_that_selects_is_not_captured():
+    model = make_model(**VARIANTS["retrieval"], retrieval_admission="learned")
+    cache = begun(model)
+    model(torch.ones(2, 1, dtype=torch.long, device="cuda"), past_key_values=cache)
+    assert cache.step_path == "a store that selects is not captured, because `retrieval_admission` is 'learned'"

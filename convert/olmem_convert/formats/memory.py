@@ -55,6 +55,9 @@ def with_memory(checkpoint: Checkpoint, memory: Mapping[str, Any]) -> Checkpoint
         )
     gates = [f"model.layers.{layer}.self_attn.retrieval_gate.logits" for layer in config.retrieval_layers]
     added = [Key(None, (name,), fill=float(config.retrieval_gate_init)) for name in gates]
+    if config.selects:
+        scores = [f"model.layers.{layer}.self_attn.retrieval_score.weight" for layer in config.retrieval_layers]
+        added += [Key(None, (name,), fill=0.0) for name in scores]
     if config.num_memory_tokens:
         added.append(Key(None, ("model.memory.embeddings",), fill=0.0, spread=config.initializer_range))
         added += [Key(None, (f"model.memory.norm.{name}",), fill=value) for name, value in NORMS[config.norm_type]]

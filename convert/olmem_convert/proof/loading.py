@@ -24,7 +24,7 @@ OFFLOADED = {"device_map": "auto"}
 class WithoutMemory(OlmemForCausalLM):
     """Loads a folder that has a memory with it off, and its parameters stay where they are."""
 
-    _keys_to_ignore_on_load_unexpected = [r"model\.memory\.", r"\.(memory|retrieval)_gate\."]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"model\.memory\.", r"\.(memory_gate|retrieval_gate|retrieval_score)\."]  # noqa: RUF012
 
 
 def load(

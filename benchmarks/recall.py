@@ -1,6 +1,7 @@
 """Associative recall: a pair is told, many windows later its key is asked for.
 
     python benchmarks/recall.py [--variants memory,…] [--minutes 4] [--seeds 3] [--processes 1] [--smoke] [--json FILE]
+    python benchmarks/recall.py --variants wider,recent,random,learned --decoys 2
 
 A row is segments of as many tokens as the window has. The first half of the first tells pairs of a key and a value; the
 last half of the last asks for the keys, in another order, a value after each, which is what is scored; all between is
@@ -12,6 +13,11 @@ Three small models of the same block (norms before sublayers), sliding windows i
 windows alone, with retrieval in the middle layer, and with memory tokens. All train on distances of 0 to 7 windows, 8
 segments at most: a row's distance is drawn up to a limit that doubles whenever the longest rows are answered. The table
 has the share of right answers, mean and standard deviation over the seeds.
+
+With `--decoys` pairs of the same keys and values are strewn over the filler behind a marker, so many a window, and are
+never asked for. Then stores of 64 tokens, too small for a text, show what is worth keeping: the last tokens (`recent`),
+tokens by scores that are drawn once (`random`), or by scores that are learned (`learned`). Windows that take the same
+bytes are beside them (`wider`).
 
 A training is a process of its own with as many threads as there are cores to it; `--processes` at a time, all on one
 GPU if there is one: there 9 at a time are done in five minutes.
@@ -30,6 +36,7 @@ from typing import Any
 
 import torch
 from olmem import OlmemConfig, OlmemForCausalLM
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
@@ -38,7 +45,15 @@ KEYS, VALUES, FILLER = 32, 32, 16  # kinds of tokens, numbered in this order
 WINDOW = 32  # tokens, of a segment too
 PAIRS = 8  # told in a row's first half window, and asked for in its last
 TRAINED = 7  # windows' distance at most: 8 segments
-DISTANCES = (0, 1, 4, 7, 8, 16, 64, 256, 1535)
+DISTANCES = (0, 1, 4, 7, 8, 16, 64, 256, 511, 1535)
+MARKER = KEYS + VALUES + FILLER  # stands before a pair that is never asked for
+PLACES = 4  # of a window, where such a pair may be
+SMALL: dict[str, Any] = {
+    "retrieval_layers": [1],
+    "retrieval_top_k": 8,
+    "retrieval_capacity": 64,
+    "retrieval_gate_init": 0.0,
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "window": {},
     "retrieval": {
@@ -48,6 +63,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "retrieval_gate_init": 0.0,
     },
     "memory": {"num_memory_tokens": 8, "memory_segment_length": WINDOW},
+    "wider": {"sliding_window": 110},
+    "recent": SMALL,
+    "random": SMALL | {"retrieval_admission": "learned"},
+    "learned": SMALL | {"retrieval_admission": "learned"},
 }
 
 
@@ -63,10 +82,12 @@ class Settings:
     heads: int = 4
     processes: int = 1
     rows: int = 256
+    longest: int = DISTANCES[-1]
+    decoys: int = 0
     variants: str = "window,retrieval,memory"
 
 
-SMOKE = Settings(minutes=0.5, seeds=1, steps=3, batch=4, width=32, rows=4)
+SMOKE = Settings(minutes=0.5, seeds=1, steps=3, batch=4, width=32, rows=4, longest=64)
 HELP = {
     "minutes": "of a training, at most",
     "seeds": "trainings of each variant",
@@ -75,27 +96,31 @@ HELP = {
     "rate": "largest learning rate",
     "processes": "trainings at a time",
     "rows": "of an evaluation, with 4 answers each",
+    "longest": "distance that is tried",
+    "decoys": f"pairs of a window that are never asked for, {PLACES} at most",
     "variants": "that are trained",
 }
 
 
 def make_config(variant: str, settings: Settings) -> OlmemConfig:
-    return OlmemConfig(
-        vocab_size=KEYS + VALUES + FILLER,
-        hidden_size=settings.width,
-        intermediate_size=2 * settings.width,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        layer_types=["sliding_attention"] * settings.layers,
-        sliding_window=WINDOW,
-        norm_placement="pre",
-        rope_parameters={"rope_theta": 10000.0},
-        max_position_embeddings=WINDOW,
-        **VARIANTS[variant],
-    )
+    common = {
+        "vocab_size": MARKER + (settings.decoys > 0),
+        "hidden_size": settings.width,
+        "intermediate_size": 2 * settings.width,
+        "num_hidden_layers": settings.layers,
+        "num_attention_heads": settings.heads,
+        "layer_types": ["sliding_attention"] * settings.layers,
+        "sliding_window": WINDOW,
+        "norm_placement": "pre",
+        "rope_parameters": {"rope_theta": 10000.0},
+        "max_position_embeddings": WINDOW,
+    }
+    return OlmemConfig(**common | VARIANTS[variant])
 
 
-def make_rows(count: int, distance: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def make_rows(
+    count: int, distance: int, generator: torch.Generator, decoys: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids (count, tokens), and where the values are that answer (count, PAIRS)."""
 
     def permutations(size: int) -> torch.Tensor:
@@ -106,6 +131,13 @@ def make_rows(count: int, distance: int, generator: torch.Generator) -> tuple[to
     keys = permutations(KEYS)[:, :PAIRS]
     values = KEYS + torch.randint(VALUES, (count, PAIRS), generator=generator)
     order = permutations(PAIRS)
+    if decoys and distance:
+        between = ids[:, 2 * PAIRS : -2 * PAIRS].unflatten(1, (-1, WINDOW // PLACES))
+        size = between.shape[:2]
+        pairs = torch.randint(KEYS, size, generator=generator), torch.randint(VALUES, size, generator=generator)
+        found = torch.stack((torch.full(size, MARKER), pairs[0], KEYS + pairs[1]), dim=-1)
+        is_decoy = torch.rand(size, generator=generator) < decoys / PLACES
+        between[..., :3] = torch.where(is_decoy[..., None], found, between[..., :3])
     ids[:, : 2 * PAIRS] = torch.stack((keys, values), dim=-1).flatten(1)
     ids[:, -2 * PAIRS :] = torch.stack((keys.gather(1, order), values.gather(1, order)), dim=-1).flatten(1)
     return ids, (length - 2 * PAIRS + 1 + 2 * torch.arange(PAIRS)).expand(count, -1)
@@ -126,6 +158,10 @@ def train(variant: str, seed: int, settings: Settings, device: str) -> dict[str,
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model: Any = OlmemForCausalLM(make_config(variant, settings))
+    if variant == "random":  # scores too small to matter otherwise
+        for name, weight in model.named_parameters():
+            if name.endswith("retrieval_score.weight"):
+                nn.init.normal_(weight, std=1e-4, generator=generator).requires_grad_(False)
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, betas=(0.9, 0.95), weight_decay=0.01)
     start, limit, step = time.perf_counter(), 0, 0
@@ -136,7 +172,7 @@ def train(variant: str, seed: int, settings: Settings, device: str) -> dict[str,
         for group in optimizer.param_groups:
             group["lr"] = settings.rate * min(1.0, (step + 1) / 100, 4 * (1 - spent) + 0.01)
         distance = limit if step % 2 else int(torch.randint(limit + 1, (), generator=generator))
-        ids, asked = (each.to(device) for each in make_rows(settings.batch, distance, generator))
+        ids, asked = (each.to(device) for each in make_rows(settings.batch, distance, generator, settings.decoys))
         loss, right = answers(model, ids, asked)
         loss.backward()
         clip_grad_norm_(model.parameters(), 1.0)
@@ -159,8 +195,8 @@ def train(variant: str, seed: int, settings: Settings, device: str) -> dict[str,
     }
     model.eval()
     right = {}
-    for distance in DISTANCES:
-        rows = make_rows(settings.rows, distance, torch.Generator().manual_seed(1000 + seed))
+    for distance in (each for each in DISTANCES if each <= settings.longest):
+        rows = make_rows(settings.rows, distance, torch.Generator().manual_seed(1000 + seed), settings.decoys)
         with torch.no_grad():
             some = max(1, min(64, 2**22 // rows[0].shape[1]))  # of so many tokens that they find room
             parts = zip(*(each.to(device).split(some) for each in rows), strict=True)
@@ -178,11 +214,12 @@ def train_alone(arguments: tuple[str, int, Settings, str]) -> dict[str, Any]:
 def make_table(rows: list[dict[str, Any]]) -> tuple[list[str], dict[str, dict[int, tuple[float, float]]]]:
     """The lines to print, and mean and standard deviation of the shares in them."""
     lines, table = ["right answers, %, at a distance of so many windows"], {}
-    lines.append(f"{'':<10}{'parameters':>11}" + "".join(f"{distance:>14}" for distance in DISTANCES))
+    distances = list(rows[0]["right"])
+    lines.append(f"{'':<10}{'parameters':>11}" + "".join(f"{distance:>14}" for distance in distances))
     for variant in dict.fromkeys(row["variant"] for row in rows):
         found = [row for row in rows if row["variant"] == variant]
         line, table[variant] = f"{variant:<10}{found[0]['parameters']:>11}", {}
-        for distance in DISTANCES:
+        for distance in distances:
             shares = [row["right"][distance] for row in found]
             spread = statistics.stdev(shares) if len(shares) > 1 else 0.0
             table[variant][distance] = statistics.fmean(shares), spread

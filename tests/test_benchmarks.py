@@ -164,6 +164,22 @@ def test_recall_asks_for_what_it_has_told(load, distance):
     assert len(values.unique()) > recall.VALUES // 2
 
 
+def test_recall_strews_decoys_over_the_filler_behind_a_marker(load):
+    recall = load("recall")
+    (ids, asked), (plain, _) = (recall.make_rows(20, 9, torch.Generator().manual_seed(3), decoys=n) for n in (2, 0))
+    between = ids[:, 2 * recall.PAIRS : -2 * recall.PAIRS]
+    row, column = (between == recall.MARKER).nonzero(as_tuple=True)
+    assert abs(len(row) / (20 * 9) - 2) < 0.3
+    assert (between[row, column + 1] < recall.KEYS).all()
+    value = between[row, column + 2]
+    assert ((value >= recall.KEYS) & (value < recall.KEYS + recall.VALUES)).all()
+    assert ((between < recall.KEYS + recall.VALUES).sum() == 2 * len(row)) and (plain < recall.MARKER).all()
+    told = ids[:, : 2 * recall.PAIRS].unflatten(1, (-1, 2))
+    for index, columns in enumerate(asked.tolist()):
+        pairs = dict(told[index].tolist())
+        assert all(pairs[int(ids[index, column - 1])] == int(ids[index, column]) for column in columns)
+
+
 def test_recall_counts_right_answers(load):
     """A model that knows the row says every value; one that says the next value instead, none."""
     recall = load("recall")

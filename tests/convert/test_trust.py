@@ -538,6 +538,15 @@ def test_figures_of_more_texts_than_anybody_measures_are_refused(command, out, d
     assert seconds < 5
 
 
+def test_a_folder_in_the_place_of_what_is_written_is_told(out, demo):
+    """It was an error of the system."""
+    (out / "evaluation.json").mkdir()
+    before = sorted(os.listdir(out))
+    with pytest.raises(CheckpointError, match=r"`evaluation\.json` must be a file that can be written"):
+        evaluate(out, [demo / "text.txt"])
+    assert sorted(os.listdir(out)) == before
+
+
 # What is carried along
 
 

@@ -4,6 +4,8 @@ import os
 import uuid
 from pathlib import Path
 
+from ..errors import CheckpointError
+
 
 def replace_text(path: Path, text: str) -> None:
     """Writes the file whole, or leaves it as it was."""
@@ -11,6 +13,12 @@ def replace_text(path: Path, text: str) -> None:
     try:
         scratch.write_text(text, encoding="utf-8")
         os.replace(scratch, path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"`{path.name}` must be a file that can be written ({path}: {error.strerror or error}); move away what is "
+            "in its place, free space, or correct the permissions of its folder."
+        ) from error
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise

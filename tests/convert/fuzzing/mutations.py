@@ -172,7 +172,7 @@ def make(rng: Random, reader: str) -> Tree:
         files["chat_template.jinja"] = b"{% for message in messages %}{{ message.content }}{% endfor %}"
     if reader == "state" and rng.random() < 0.6:
         [name] = files
-        with tempfile.TemporaryDirectory() as scratch, suppress(LookupError, ValueError):  # of facts already spoilt
+        with tempfile.TemporaryDirectory() as scratch, suppress(LookupError, ValueError, RecursionError):
             files[name] = mutate_state_file(rng, held(files, name), Path(scratch))
     elif reader != "hub":  # where the server lies, and not the folder
         mutate(rng, files)

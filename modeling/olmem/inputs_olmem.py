@@ -5,7 +5,7 @@ Shapes: B batch, T tokens; R is B, or 1 where one row stands for all.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
@@ -32,32 +32,24 @@ class Tokens:
     spans: list[Span] | None = None  # where the tokens of several rows are listed as one row, without padding
 
 
-@dataclass(frozen=True)
 class Embeddings:
     """Gives the embeddings (B, T, hidden_size) of the tokens of a forward call, some columns at a time.
 
-    Attributes:
+    Args:
         given: the embeddings, or ids (B, T) that are embedded when they are asked for.
         table: embeds ids; None where the embeddings are given.
+
+    Attributes:
+        shape: the numbers of rows and of columns.
+        device: where the embeddings are.
+        dtype: of the embeddings.
     """
 
-    given: torch.Tensor
-    table: nn.Embedding | None = None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Returns the dtype of the embeddings."""
-        return self.given.dtype if self.table is None else self.table.weight.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Returns the numbers of rows and of columns."""
-        return tuple(self.given.shape[: self.given.dim() - (self.table is None)])
-
-    @property
-    def device(self) -> torch.device:
-        """Returns where the embeddings are."""
-        return self.given.device
+    def __init__(self, given: torch.Tensor, table: nn.Embedding | None = None):
+        self.given, self.table = given, table
+        self.shape = tuple(given.shape if table is not None else given.shape[:-1])
+        self.device = given.device
+        self.dtype = given.dtype if table is None else table.weight.dtype
 
     def some(self, columns: slice | torch.Tensor) -> torch.Tensor:
         """Returns the embeddings of some columns, which are other ones in each row if they are a tensor (B, T)."""
@@ -71,7 +63,7 @@ class Embeddings:
 
     def packed(self, packing: "Packing") -> "Embeddings":
         """Returns what gives the embeddings of tokens that are listed as one row."""
-        return replace(self, given=packing.pack(self.given))
+        return Embeddings(packing.pack(self.given), self.table)
 
 
 class Packing:

@@ -710,7 +710,7 @@ class OlmemModel(OlmemPreTrainedModel):
         given = tokens, embeddings, piece, kept, columns
         return Schedule(self.config, planner.kinds, self.memory, cache, *given)
 
-    def reads_in_pieces(self, embeddings: Embeddings, is_packed: bool = False) -> bool:
+    def reads_in_pieces(self, embeddings: Embeddings | torch.Tensor, is_packed: bool = False) -> bool:
         """Tells whether an input is so long that the layers read it in pieces, without gradients.
 
         On a CPU a full layer reads a whole input faster, and with the bits of Transformers. Ranks that share sharded
@@ -758,11 +758,12 @@ class OlmemModel(OlmemPreTrainedModel):
 
     def embeddings(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, later: bool) -> Embeddings:
         """Returns what gives the embeddings of a call, `later` a piece at a time if the input is read in pieces."""
-        if later and inputs_embeds is None and isinstance(input_ids, torch.Tensor) and input_ids.dim() == 2:
-            given = Embeddings(input_ids, self.embed_tokens)
-            if self.reads_in_pieces(given, is_packed=True):
-                refuse_malformed_ids(input_ids, self.embed_tokens.weight.device, moves_inputs(self.embed_tokens))
-                return given
+        later = later and inputs_embeds is None
+        if not later or not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
+            return Embeddings(self.embed(input_ids, inputs_embeds))
+        if self.reads_in_pieces(input_ids, is_packed=True):
+            refuse_malformed_ids(input_ids, self.embed_tokens.weight.device, moves_inputs(self.embed_tokens))
+            return Embeddings(input_ids, self.embed_tokens)
         return Embeddings(self.embed(input_ids, inputs_embeds))
 
     def embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:

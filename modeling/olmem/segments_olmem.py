@@ -198,8 +198,9 @@ class Schedule:
             numbers = numbers.expand(self.batch_size, -1)
         spans = self.tokens.spans
         if self.memory_module is None or segment is None:
-            parts = pieces(self.length, self.piece or self.length, numbers)
-            parts = [slice(0, self.length)] if len(parts) == 1 else parts
+            if self.piece is None or self.length <= self.piece:
+                return [Piece(numbers, slice(0, self.length), padded, spans)]
+            parts = pieces(self.length, self.piece, numbers)
             return [Piece(numbers[:, part], part, padded, spans and cut_spans(spans, part)) for part in parts]
         if is_any(self.length):
             raise ValueError(

@@ -1,6 +1,37 @@
 import pytest
 import torch
 
+try:
+    from triton import language
+    from triton.runtime import interpreter
+except ImportError:
+    interpreter = None
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter():
+    """Triton's interpreter replaces its whole language at each call inside a kernel. Once a launch is enough."""
+    if interpreter is None:
+        yield
+        return
+    launch, replace = interpreter.GridExecutor.__call__, interpreter._patch_lang
+    replaced = set()
+
+    def launch_anew(*args, **kwargs):
+        replaced.clear()
+        return launch(*args, **kwargs)
+
+    def replace_once(function):
+        names = {id(value) for value in function.__globals__.values() if value is language or value is language.core}
+        if not names <= replaced:
+            replaced.update(names)
+            return replace(function)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+        patch.setattr(interpreter, "_patch_lang", replace_once)
+        yield
+
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():

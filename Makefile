@@ -10,7 +10,7 @@ demo: $(VENV)/.installed ## convert the demo checkpoint, verify it, generate wit
 	$(BIN)/python $(DEMO)/generate.py build/demo
 
 test: $(VENV)/.installed-test ## everything that needs no network and no GPU
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -945,9 +945,9 @@ def test_memory_stays_of_one_size_however_many_segments_wrote_it(placement, gate
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("placement", NORM_PLACEMENTS)
 def test_hundreds_of_segments_are_finite_in_every_dtype(placement, dtype, kind):
-    """A thousand where, without a norm of memory's own, 70 were too many."""
+    """A thousand in each dtype where, without a norm of memory's own, 70 were too many in float16."""
     model = make(MEMORIES[kind] | {"norm_placement": placement, "memory_segment_length": 2}).to(dtype)
-    segments = 1_000 if (placement, dtype, kind) == ("post", torch.float16, "memory") else 150
+    segments = 1_000 if (placement, kind) == ("post", "memory") else 150
     logits = read(model, tokens(1, 2 * segments + 2).split(500, dim=1))
     assert logits.dtype == dtype and logits.isfinite().all()
     assert logits.float().abs().amax(-1).max() < 4 * logits.float().abs().amax(-1).median()

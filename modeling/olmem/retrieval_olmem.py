@@ -150,7 +150,7 @@ class Retrieval:
         size = max(SCORES // (batch * heads * length), 2 * self.top_k)
         grouped = by_key_head(query, key) * self.scaling
         best = query.new_empty(batch, heads, length, 0)
-        index = torch.empty_like(best, dtype=torch.long)
+        index = query.new_empty(batch, heads, length, 0, dtype=torch.long)
         for part in pieces(key.shape[2], size, key):
             found = by_query_head(grouped @ key[:, :, part].transpose(2, 3), heads // key.shape[1])
             if scores is not None:

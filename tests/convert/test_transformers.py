@@ -650,6 +650,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "retrieval_layers": ({"retrieval_layers": [0]}, "olmo3", "[]"),
     "retrieval_top_k": ({"retrieval_top_k": 5}, "olmo3", "32"),
     "retrieval_capacity": ({"retrieval_capacity": 50}, "olmo3", "65536"),
+    "retrieval_admission": ({"retrieval_admission": "learned"}, "olmo3", "'recent'"),
     "memory_gate_init": ({"memory_gate_init": -2.0}, "olmo3", "None"),
     "retrieval_gate_init": ({"retrieval_gate_init": -2.0}, "olmo3", "-4.0"),
     "retrieval_device": ({"retrieval_device": "cpu"}, "olmo3", "None"),

@@ -931,12 +931,11 @@ def memories_of(model: OlmemForCausalLM, length: int, batch: int = 1) -> list[to
 @pytest.mark.parametrize("gate", [None, -2.0], ids=["not gated", "gated"])
 @pytest.mark.parametrize("placement", NORM_PLACEMENTS)
 def test_memory_stays_of_one_size_however_many_segments_wrote_it(placement, gate):
-    """Its root mean square, over 100 segments of new weights: 1, as the norm has it; without a norm it was 255 after
-    400 segments."""
+    """Its root mean square, over 2,000 tokens of new weights: 1, as the norm has it; without a norm it was 255."""
     changes = {"norm_placement": placement, "memory_gate_init": gate, "initializer_range": 0.2}
     model = OlmemForCausalLM(make(MEMORIES["memory"] | changes).config).eval()
-    written = memories_of(model, 501)
-    assert len(written) == 100
+    written = memories_of(model, 2_001)
+    assert len(written) == 400
     sizes = torch.stack(written).square().mean(-1).sqrt()
     assert_close(sizes, torch.ones_like(sizes), rtol=0, atol=1e-3)
 
@@ -944,11 +943,10 @@ def test_memory_stays_of_one_size_however_many_segments_wrote_it(placement, gate
 @pytest.mark.parametrize("kind", ["memory", "both with sinks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("placement", NORM_PLACEMENTS)
-def test_hundreds_of_segments_are_finite_in_every_dtype(placement, dtype, kind):
-    """A thousand in each dtype where, without a norm of memory's own, 70 were too many in float16."""
+def test_a_thousand_segments_are_finite_in_every_dtype(placement, dtype, kind):
     model = make(MEMORIES[kind] | {"norm_placement": placement, "memory_segment_length": 2}).to(dtype)
-    segments = 1_000 if (placement, kind) == ("post", "memory") else 150
-    logits = read(model, tokens(1, 2 * segments + 2).split(500, dim=1))
+    cache = OlmemCache(model.config)
+    logits = read(model, tokens(1, 2_002).split(500, dim=1), cache=cache)
     assert logits.dtype == dtype and logits.isfinite().all()
     assert logits.float().abs().amax(-1).max() < 4 * logits.float().abs().amax(-1).median()
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from .ops_olmem import PLAIN, Operations
+from .ops_olmem import Operations
 from .positions_olmem import PositionScheme, Rotation, to_pairs
 from .rules_olmem import BY_SLOT
 from .view_olmem import View
@@ -235,13 +235,13 @@ class Plan:
         visibility: Visibility,
         sections: Sequence[Section],
         rotations: Rotations,
+        operations: Operations,
         writes: Writes | None = None,
         tape: Tape | None = None,
         begins: torch.Tensor | None = None,
         retrieves: bool = False,
         returns_weights: bool = False,
         carries: bool = False,
-        operations: Operations = PLAIN,
     ):
         self.visibility = visibility
         self.sections = sections
@@ -277,8 +277,9 @@ class Plan:
             sections = [section.to(device) for section in self.sections]
             writes, tape = self.writes and self.writes.to(device), self.tape and self.tape.to(device)
             begins = None if self.begins is None else self.begins.to(device)
-            rest = begins, self.retrieves, self.returns_weights, self.carries, self.operations
-            moved = Plan(self.visibility, sections, self.rotations.to(device), writes, tape, *rest)
+            rest = begins, self.retrieves, self.returns_weights, self.carries
+            given = self.visibility, sections, self.rotations.to(device), self.operations
+            moved = Plan(*given, writes, tape, *rest)
             self.copies[device], moved.copies = moved, self.copies
         return self.copies[device]
 

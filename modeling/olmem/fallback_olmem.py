@@ -21,6 +21,7 @@ from .cache_olmem import is_olmem_cache
 from .compat_olmem import CACHE_NAME, is_recorded
 from .configuration_olmem import OlmemConfig
 from .contracts_olmem import Candidates, Heads, LayerKind, Needs, Output, Part, Plan, Rotations, Section
+from .ops_olmem import PLAIN
 from .plan_olmem import layer_kinds
 from .positions_olmem import OlmemRotaryEmbedding, Rotation, rotary_clip
 from .rules_olmem import BY_SLOT, ROTATING
@@ -275,7 +276,7 @@ class Fallback:
             visibility, rotations = Visibility.of(self.config, kind.layer_type), Rotations.of(rotation)
             view = View(visibility, self.position_ids, self.position_ids)
             section = Section(slice(None), view, rotations, Needs(), backend)
-            plans[kind] = Plan(visibility, [section], rotations, returns_weights=True)
+            plans[kind] = Plan(visibility, [section], rotations, PLAIN, returns_weights=True)
         return [plans[kind] for kind in kinds]
 
     def mask(self, layer_type: str) -> Any:

@@ -228,9 +228,9 @@ def merge_two(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Merges the outputs (N, H, D) of two parts by the log-sum-exps (H, N) of their scores."""
     count, heads, size = first[0].shape
-    out, total = torch.empty_like(first[0]), torch.empty_like(first[1])
+    out, total = first[0].new_empty(count, heads, size), first[1].new_empty(heads, count)  # in the kernel's order
     with current(out):
-        outputs, totals = (each.contiguous() for each in (first[0], second[0])), (first[1], second[1])
+        outputs, totals = zip(*((out.contiguous(), total.contiguous()) for out, total in (first, second)), strict=True)
         sizes = {"D": triton.next_power_of_2(size), "HEADS": triton.next_power_of_2(heads)}
         merge_kernel[(count,)](*outputs, *totals, out, total, count, heads, size, **sizes)
     return out, total

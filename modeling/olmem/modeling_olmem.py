@@ -646,7 +646,7 @@ class OlmemModel(OlmemPreTrainedModel):
         is_fused = on_gpu and not implementation.is_plain and can_fuse_operations(device, dtype)
         operations = fused_operations() if is_fused else PLAIN
         planner = Planner(
-            self.config, self.rotary_emb, WAYS, implementation.is_plain, output_attentions, flash, operations
+            self.config, self.rotary_emb, WAYS, operations, implementation.is_plain, output_attentions, flash
         )
 
         if tokens.documents is None or self.memory is None:

@@ -16,7 +16,7 @@ from .compat_olmem import sent
 from .configuration_olmem import OlmemConfig
 from .contracts_olmem import Backend, LayerKind, Needs, Plan, Rotations, Section, Tape, Writes, choose
 from .inputs_olmem import Tokens
-from .ops_olmem import PLAIN, Operations
+from .ops_olmem import Operations
 from .positions_olmem import OlmemRotaryEmbedding, Rotation, rotary_clip
 from .rules_olmem import BY_SLOT, ROTATING
 from .sequences_olmem import FAR, Listed, Span
@@ -109,10 +109,10 @@ class Planner:
         config: the model's configuration.
         rotary: the model's rotary embedding.
         backends: the backends, of which the first that supports a section computes its attention.
+        operations: what layers compute with around attention.
         plain: whether `attn_implementation="eager"` asks for plain operations.
         weights: whether attention weights are wanted. Only plain operations return them.
         flash: whether torch's flash operations can attend for the layers.
-        operations: what layers compute with around attention.
     """
 
     def __init__(
@@ -120,10 +120,10 @@ class Planner:
         config: OlmemConfig,
         rotary: OlmemRotaryEmbedding,
         backends: Sequence[Backend],
+        operations: Operations,
         plain: bool = False,
         weights: bool = False,
         flash: bool = False,
-        operations: Operations = PLAIN,
     ):
         self.config, self.rotary, self.backends = config, rotary, backends
         self.plain, self.weights, self.flash, self.operations = plain, weights and plain, flash, operations
@@ -163,13 +163,13 @@ class Planner:
             frame.visibility,
             sections,
             rotations,
+            self.operations,
             frame.writes,
             frame.tape,
             begins=call.begins,
             retrieves=kind.retrieves and has_tokens,
             returns_weights=self.weights,
             carries=call.carries,
-            operations=self.operations,
         )
 
     def rotate(self, layer_type: str, rotates: bool, frame: "Frame", call: Call) -> tuple[Rotations, list[Rotations]]:

@@ -13,6 +13,7 @@ from olmem.backends_olmem import BACKENDS
 from olmem.contracts_olmem import Part, Plan
 from olmem.counters_olmem import Counters
 from olmem.inputs_olmem import Tokens
+from olmem.ops_olmem import PLAIN
 from olmem.plan_olmem import Call, Earlier, Past, Planner
 from olmem.positions_olmem import OlmemRotaryEmbedding, rotate, to_pairs
 from olmem.rules_olmem import POSITION_EMBEDDINGS, ROTATING
@@ -36,7 +37,7 @@ class Stream:
             many |= {"num_sink_tokens": 0}
         self.config = OlmemConfig(**TINY | many)
         self.rotary = OlmemRotaryEmbedding(self.config)
-        self.planner = Planner(self.config, self.rotary, BACKENDS)
+        self.planner = Planner(self.config, self.rotary, BACKENDS, PLAIN)
         [self.kind] = self.planner.kinds
         self.visibility = Visibility.of(self.config, self.kind.layer_type)
         self.generator = torch.Generator().manual_seed(seed)

@@ -96,14 +96,16 @@ def test_what_a_cache_joins_and_stores(listed):
 
 
 def test_merges():
-    """Also of parts without a key."""
+    """Also of parts without a key, and of outputs whose heads do not lie together, as those of queries in pairs."""
     parts = [(random(7, 3, 8, seed=each).detach(), random(3, 7, seed=each + 5).detach()) for each in range(2)]
     parts[0][1][:, 2:4] = parts[1][1][:, 3] = -torch.inf
     output, total, _ = merge(parts)
-    own, own_total = merge_two(*parts)
-    assert_close(own, output)
-    assert_close(own_total, total)
-    assert not own[3].any()
+    by_head = [(each.transpose(0, 1).contiguous().transpose(0, 1), sums) for each, sums in parts]
+    for some in (parts, by_head, [by_head[0], parts[1]]):
+        own, own_total = merge_two(*some)
+        assert_close(own, output)
+        assert_close(own_total, total)
+        assert not own[3].any()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compiled kernels run in test_varlen")

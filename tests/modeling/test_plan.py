@@ -14,6 +14,7 @@ from olmem import OlmemConfig, visibility_olmem
 from olmem.backends_olmem import BACKENDS
 from olmem.contracts_olmem import LayerKind, Plan, Section, Writes
 from olmem.inputs_olmem import Tokens
+from olmem.ops_olmem import PLAIN
 from olmem.plan_olmem import Call, Earlier, Frame, Past, Planner, layer_kinds
 from olmem.positions_olmem import OlmemRotaryEmbedding, Rotation
 from olmem.view_olmem import View, find_sinks
@@ -540,7 +541,7 @@ def test_sinks_are_found_wherever_they_stand(data):
 def planner_of(is_plain: bool = False, weights: bool = False, **changes: Any) -> Planner:
     """Returns a planner of a tiny configuration with these changes."""
     config = OlmemConfig(**TINY | {"rope_parameters": ROPE} | changes)
-    return Planner(config, OlmemRotaryEmbedding(config), BACKENDS, is_plain, weights)
+    return Planner(config, OlmemRotaryEmbedding(config), BACKENDS, PLAIN, is_plain, weights)
 
 
 MANY: dict[str, Any] = {

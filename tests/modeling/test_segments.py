@@ -11,6 +11,7 @@ from modeling.numbering import listed, number, real_tokens
 from olmem import OlmemCache, OlmemConfig
 from olmem.backends_olmem import BACKENDS
 from olmem.inputs_olmem import Embeddings, Tokens, find_documents
+from olmem.ops_olmem import PLAIN
 from olmem.plan_olmem import Call, Planner, layer_kinds
 from olmem.positions_olmem import OlmemRotaryEmbedding
 from olmem.segments_olmem import (
@@ -170,7 +171,7 @@ def run(schedule: Schedule, config: OlmemConfig) -> tuple[torch.Tensor, list[Cal
 
     Returns the last hidden states, the calls, and what entered for each.
     """
-    planner, calls, entered = Planner(config, OlmemRotaryEmbedding(config), BACKENDS), [], []
+    planner, calls, entered = Planner(config, OlmemRotaryEmbedding(config), BACKENDS, PLAIN), [], []
     for call in schedule.calls():
         states = schedule.enter(call)
         plan = next(iter(planner.plans(call).values()))
@@ -330,7 +331,7 @@ def test_gradients_go_back_through_so_many_memories(depth, expected):
     config = config_of(memory_bptt_segments=depth)
     embeddings = torch.zeros(1, 20, HIDDEN, requires_grad=True)
     schedule = schedule_of(config, memory_of(config), None, Tokens(torch.arange(20)[None], False), embeddings)
-    planner = Planner(config, OlmemRotaryEmbedding(config), BACKENDS)
+    planner = Planner(config, OlmemRotaryEmbedding(config), BACKENDS, PLAIN)
     for call in schedule.calls():
         states = schedule.enter(call)
         if call.writes:  # memory takes in what its segment's tokens are

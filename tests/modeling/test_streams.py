@@ -31,6 +31,7 @@ from olmem import OlmemCache, OlmemForCausalLM
 from olmem.backends_olmem import BACKENDS
 from olmem.fallback_olmem import Implementation
 from olmem.inputs_olmem import Embeddings, Tokens, number_tokens
+from olmem.ops_olmem import PLAIN
 from olmem.plan_olmem import Call, Frame, Past, Planner
 from olmem.rules_olmem import POSITION_EMBEDDINGS
 from olmem.segments_olmem import Schedule
@@ -217,7 +218,7 @@ def attend_in(model: OlmemForCausalLM, states, cache: OlmemCache | None = None) 
         cache.begin(len(query), query.device)
     tokens = number_tokens(embeddings, None, None, None if cache is None else cache.counters, False, False)
     is_plain = Implementation.of(model.config).is_plain
-    planner = Planner(model.config, model.model.rotary_emb, BACKENDS, is_plain)
+    planner = Planner(model.config, model.model.rotary_emb, BACKENDS, PLAIN, is_plain)
     schedule = Schedule(model.config, planner.kinds, None, cache, tokens, Embeddings(embeddings))
     [call] = schedule.calls()
     plan = planner.plans(call)[planner.kinds[0]]

@@ -28,7 +28,9 @@ from .compat_olmem import certain, columns_of, is_recorded, pieces
 from .contracts_olmem import Candidates, by_key_head, by_query_head
 from .visibility_olmem import Visibility
 
-SCORES = 2**22  # the most scores of one part of the candidates
+SCORES = 2**22  # the most scores of one part of the candidates, which stay in a CPU's caches
+SCORES_OF_A_GPU = 2**27  # … on a GPU, which waits for no cache but for launches
+SIDE_BY_SIDE = 64  # the number of scores whose greatest is looked at first
 BLOCK = 128  # the number of queries at a time
 
 
@@ -147,7 +149,8 @@ class Retrieval:
             scores: what the keys (B, H, S) have beside their products with queries.
         """
         batch, heads, length, _ = query.shape
-        size = max(SCORES // (batch * heads * length), 2 * self.top_k)
+        most = SCORES_OF_A_GPU if query.is_cuda else SCORES
+        size = max(most // (batch * heads * length), 2 * self.top_k)
         grouped = by_key_head(query, key) * self.scaling
         best = query.new_empty(batch, heads, length, 0)
         index = query.new_empty(batch, heads, length, 0, dtype=torch.long)
@@ -155,10 +158,10 @@ class Retrieval:
             found = by_query_head(grouped @ key[:, :, part].transpose(2, 3), heads // key.shape[1])
             if scores is not None:
                 found = found + scores[:, :, None, part]
-            found = found.masked_fill(~allowed(part), -torch.inf)
+            found.masked_fill_(~allowed(part), -torch.inf)
             if not certain(found.shape[-1] >= self.top_k):
                 found = nn.functional.pad(found, (0, self.top_k), value=-torch.inf)
-            some, columns = found.topk(self.top_k, dim=-1, sorted=False)
+            some, columns = find_greatest(found, self.top_k)
             best = torch.cat((best, some), dim=-1)
             index = torch.cat((index, columns + (part.start or 0)), dim=-1)
             if best.shape[-1] > self.top_k:
@@ -177,6 +180,23 @@ class Retrieval:
         start = self.visibility.start(query_numbers.clamp(min=0))
         oldest, newest = start.amin(-1, keepdim=True) - self.capacity, start.amax(-1, keepdim=True)
         return columns_of((numbers >= oldest) & (numbers < newest))
+
+
+def find_greatest(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the `count` greatest of scores (…, S), in any order, and their indices (…, count).
+
+    Scores that lie side by side are a group. The greatest are in the groups of the greatest maxima, so few are sorted.
+    """
+    length = scores.shape[-1]
+    if not certain(length >= 2 * count * SIDE_BY_SIDE):
+        return scores.topk(count, dim=-1, sorted=False)
+    index = torch.arange(length, device=scores.device)
+    groups, rest = index[: length // SIDE_BY_SIDE * SIDE_BY_SIDE], index[length // SIDE_BY_SIDE * SIDE_BY_SIDE :]
+    maxima = scores[..., : len(groups)].unflatten(-1, (-1, SIDE_BY_SIDE)).amax(-1)
+    best = groups.view(-1, SIDE_BY_SIDE)[maxima.topk(count, dim=-1, sorted=False).indices].flatten(-2)
+    columns = torch.cat((best, rest.expand(*best.shape[:-1], -1)), dim=-1)
+    greatest, places = scores.gather(-1, columns).topk(count, dim=-1, sorted=False)
+    return greatest, columns.gather(-1, places)
 
 
 def join_chosen(chosen: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:

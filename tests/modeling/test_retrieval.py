@@ -22,6 +22,7 @@ from modeling.helpers import (
 )
 from modeling.streams import alone, blocks_of, choices, close, make, read
 from olmem import OlmemCache, OlmemForCausalLM
+from olmem.retrieval_olmem import find_greatest
 from torch.testing import assert_close
 
 WINDOWS: dict[str, dict[str, Any]] = {"window": STREAMS["window"], "sinks": SINKS, "chunks": CHUNKS, "mixed": MIXED}
@@ -34,6 +35,26 @@ def without(model: OlmemForCausalLM) -> OlmemForCausalLM:
     plain = make({**model.config.to_diff_dict(), "retrieval_layers": []})
     plain.load_state_dict(model.state_dict(), strict=False)
     return plain
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    length=st.integers(1, 1000),
+    count=st.integers(1, 4),
+    kinds=st.sampled_from([2, 5, 10**6]),
+    hidden=st.floats(0, 1),
+    seed=st.integers(0, 99),
+)
+def test_the_greatest_scores_are_found_among_groups(length, count, kinds, hidden, seed):
+    """Also where many are equal, and where many are no candidates."""
+    assume(count <= length)
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(kinds, (2, 3, length), generator=generator).float()
+    scores.masked_fill_(torch.rand(2, 3, length, generator=generator) < hidden, -torch.inf)
+    found, index = find_greatest(scores, count)
+    assert torch.equal(found.sort().values, scores.topk(count).values.sort().values)
+    assert torch.equal(scores.gather(-1, index), found)
+    assert all(len(row.unique()) == count for row in index.flatten(0, 1))
 
 
 def set_gates(model: OlmemForCausalLM, value: float) -> None:

@@ -5,6 +5,7 @@ import torch
 from olmem import OlmemCache, OlmemConfig, OlmemForCausalLM
 
 pytestmark = pytest.mark.gpu
+several = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
 def make_model(**changes):
@@ -264,32 +265,33 @@ def test_memory_trains_the_same_with_layers_computed_twice(batch, memory, dtype)
             assert apart <= 10 * APART[dtype] * gradient.float().norm() + 1e-6, name
 
 
-@pytest.mark.parametrize("shared", ["none", "key_value"])
-def test_memory_of_a_model_on_two_devices(batch, shared, tmp_path):
-    """Layers that a device map splits between a CPU and a GPU, with a cache and with gradients."""
+SPLIT = STREAMS | {f"memory: {name}": changes for name, changes in MEMORIES.items()}
+
+
+@pytest.mark.parametrize("changes", SPLIT.values(), ids=SPLIT)
+@pytest.mark.parametrize("first", ["cpu", pytest.param(1, marks=several)], ids=["a CPU and a GPU", "two GPUs"])
+def test_layers_on_two_devices(batch, first, changes, tmp_path):
+    """Layers that a device map splits, with a cache in pieces and steps, in `generate()` and with gradients."""
     input_ids, attention_mask = batch
-    model = make_model(
-        num_memory_tokens=3,
-        memory_segment_length=11,
-        retrieval_layers=[0, 2],
-        retrieval_top_k=3,
-        retrieval_capacity=20,
-        num_sink_tokens=2,
-        shared_projections=shared,
-    )
+    model = make_model(**changes)
     model.save_pretrained(tmp_path)
-    names = {"model.embed_tokens": "cpu", "model.memory": "cpu", "model.norm": 0, "lm_head": 0}
-    names |= {"model.rotary_emb": "cpu"} | {f"model.layers.{index}": "cpu" if index < 2 else 0 for index in range(4)}
+    names = {"model.embed_tokens": first, "model.rotary_emb": first, "model.norm": 0, "lm_head": 0}
+    names |= {f"model.layers.{index}": first if index < 2 else 0 for index in range(4)}
+    names |= {"model.memory": first} if "num_memory_tokens" in changes else {}
     split = OlmemForCausalLM.from_pretrained(tmp_path, device_map=names).eval()
-    expected = model(input_ids, attention_mask=attention_mask, use_cache=False).logits
-    real = attention_mask.bool()
+    given, real = [each.to(first) for each in batch], attention_mask.bool()
     cache = OlmemCache(split.config)
     with torch.no_grad():
-        pieces = zip(input_ids.split([30, 1, 36], dim=1), attention_mask.split([30, 1, 36], dim=1), strict=True)
-        found = [split(ids, attention_mask=mask, past_key_values=cache).logits.cpu() for ids, mask in pieces]
+        expected = model(input_ids, attention_mask=attention_mask, use_cache=False).logits
+        found, sizes = [], [30, 1, 29, *[1] * 7]
+        for ids, mask in zip(*(each.split(sizes, dim=1) for each in given), strict=True):
+            found.append(split(ids, attention_mask=mask, past_key_values=cache).logits.cpu())
+        options = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
+        written = split.generate(given[0], attention_mask=given[1], **options)
+        assert written.tolist() == model.generate(input_ids, attention_mask=attention_mask, **options).tolist()
     torch.testing.assert_close(torch.cat(found, dim=1)[real], expected[real], rtol=1e-3, atol=1e-3)
-    for options in ({"use_cache": False}, {"past_key_values": OlmemCache(split.config)}):
-        logits = split(input_ids, attention_mask=attention_mask, **options).logits.cpu()
+    for more in ({"use_cache": False}, {"past_key_values": OlmemCache(split.config)}):
+        logits = split(given[0], attention_mask=given[1], **more).logits.cpu()
         torch.testing.assert_close(logits[real], expected[real], rtol=1e-3, atol=1e-3)
         logits[real].square().mean().backward()
     on_gpu = [weight for weight in split.parameters() if weight.device.type == "cuda"]  # accelerate offloads others

@@ -19,11 +19,11 @@ shared     key and value in one tensor beside separate ones; what is read of rin
 grouped    eight key heads, by batch size
 greedy     small models in float32: leading tokens that are those of the CPU
 prompt     long prompts in one call: plain, with sinks, memory, retrieval or chunks; a million tokens; padded rows
-training   a step of a 1B model over packed documents, beside Olmo3 with each attention that runs here, and its losses
 errors     small models in half precision: distance of a step's logits from float64's, beside the same of a step that
            runs module by module
 first      the first call of a process after loading, with cold and with warm Triton caches
 peers      Olmo3's `generate()` in the same shape, as it comes, and with a static cache, which compiles for a minute
+training   a step of a 1B model over packed documents, beside Olmo3 with each attention that runs here, and its losses
 
 Rows stand in the order in which they are measured: what is slow comes last. A run that was broken off goes on with
 `--resume` on the same machine, and only there. Rows of small models measure no time, and run in several processes.
@@ -939,7 +939,10 @@ def measure_training(run: Run) -> None:
     settings, batches = run.settings, train_batches(run)
     shape = train_config(settings)
     torch.manual_seed(0)
-    start = build(Olmo3Config(**shape), torch.bfloat16, torch.device("cpu")).state_dict()
+    first = build(Olmo3Config(**shape), torch.bfloat16, run.device).state_dict()
+    start = {name: weight.cpu() for name, weight in first.items()}
+    del first
+    run.free()
     own: dict[str, float] = {}
     losses: dict[str, list[float]] = {}
     peers = {f"Olmo3 {name}": name for name in ("sdpa", "flex_attention", "flash_attention_2")}
@@ -988,10 +991,10 @@ ROWS: dict[str, Callable[[Run], None]] = {
     "grouped": measure_grouped,
     "greedy": measure_greedy,
     "prompt": measure_prompt,
-    "training": measure_training,
     "errors": measure_errors,
     "first": measure_first,
     "peers": measure_peers,
+    "training": measure_training,
 }
 
 

@@ -8,6 +8,7 @@ from .configuration_olmem import OlmemConfig
 from .export_olmem import OlmemStep
 from .heads_olmem import OlmemForSequenceClassification, OlmemForTokenClassification
 from .modeling_olmem import OlmemForCausalLM, OlmemModel
+from .stream_olmem import OlmemStream
 
 __version__ = "0.1.0"
 
@@ -23,4 +24,5 @@ __all__ = [
     "OlmemForTokenClassification",
     "OlmemModel",
     "OlmemStep",
+    "OlmemStream",
 ]

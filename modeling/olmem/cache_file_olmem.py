@@ -14,6 +14,7 @@ import torch
 
 FORMAT = "olmem-cache-4"
 FACTS = ("architecture", "max_length", "began_anew")
+NOTES = "notes"  # what a file of a stream says beside these
 MOST_ROOM = 2**31  # tokens, more than any buffer holds
 MOST_COLUMNS = 2**60  # columns, more than any stream has, so that sums of them stay in the range of int64
 # The types that tensors of a store may have; those that are not named here are of one floating type.
@@ -24,7 +25,8 @@ HINT = "pip install safetensors"
 
 def checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
     """Returns the SHA-256 of the facts, and of the names, types, shapes and values of tensors on the CPU."""
-    digest = hashlib.sha256(json.dumps({name: metadata.get(name) for name in FACTS}).encode())
+    names = [*FACTS, NOTES] if NOTES in metadata else FACTS
+    digest = hashlib.sha256(json.dumps({name: metadata.get(name) for name in names}).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -59,7 +61,8 @@ class StateFile:
     """Reads an open state file.
 
     Attributes:
-        facts: the facts `architecture`, `max_length` and `began_anew`, whose types are checked.
+        facts: the facts `architecture`, `max_length` and `began_anew`, whose types are checked, and `notes` as they
+            are, or None.
         batch_size: the number of rows.
         columns: the number of columns that the rows have read.
     """
@@ -78,6 +81,7 @@ class StateFile:
         most = self.facts["max_length"]
         self.require(most is None or (type(most) is int and 0 < most < MOST_ROOM), "its `max_length` is damaged")
         self.require(isinstance(self.facts["began_anew"], bool), "its `began_anew` is damaged")
+        self.facts[NOTES] = parse(metadata[NOTES]) if NOTES in metadata else None
         self.names = set(file.keys())
         for name, (dimensions, dtype) in COUNTERS.items():
             self.require(name in self.names, f"`{name}` is missing")

@@ -97,6 +97,7 @@ class OlmemCache(Cache):
         memory (`torch.Tensor`): The memory (B, M, hidden_size) of each row's current segment, or None before the first
             call.
         counters (`Counters`): The counters of the tokens that were read, on the device and on the host.
+        notes (*optional*): What a stream keeps in the file of its cache, as JSON has it.
         step_path (`str`, *optional*): How the last call was computed: "captured" for a replay of a captured step, or
             else the reason why it ran as it is.
     """
@@ -141,6 +142,7 @@ class OlmemCache(Cache):
         self.memory: torch.Tensor | None = None
         self.unfinished = False  # whether a forward call has read some of its segments, but not all
         self.began_anew = False  # whether some rows have begun anew, so that columns are no longer those of one text
+        self.notes: object = None
         self.step_path: str | None = None  # "captured", or why the last call ran as it is
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -371,7 +373,7 @@ class OlmemCache(Cache):
         """Forgets everything, and keeps the buffers and the number of rows."""
         self.counters.reset()
         self.unfinished = self.began_anew = False
-        self.memory = None
+        self.memory = self.notes = None
         for layer in self.layers:
             layer.clear()
 
@@ -473,7 +475,7 @@ class OlmemCache(Cache):
             "architecture": architecture(self.config),
             "max_length": self.max_length,
             "began_anew": self.began_anew,
-        }
+        } | ({} if self.notes is None else {"notes": self.notes})
         write_state(path, tensors, facts)
 
     @classmethod
@@ -508,7 +510,7 @@ class OlmemCache(Cache):
                     found = damage(tensors[name], tensors["seen"], layer.visibility, config.retrieval_capacity)
                     file.require(found is None, f"`{name}` {found}")
             cache.counters.set(**{name: tensors[name] for name in cache.counters.tensors})
-            cache.began_anew = file.facts["began_anew"]
+            cache.began_anew, cache.notes = file.facts["began_anew"], file.facts["notes"]
             if config.num_memory_tokens:
                 refuse_nonfinite("`memory`", tensors["memory"], f"to be loaded from {path}", "load an earlier file.")
                 cache.remember(tensors["memory"].to(device))

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
+import torch
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin, GenerationMode
-from transformers.generation.stopping_criteria import MaxLengthCriteria
+from transformers.generation.stopping_criteria import MaxLengthCriteria, StopStringCriteria
 from transformers.masking_utils import create_masks_for_generate
 
 from .cache_olmem import is_olmem_cache
@@ -25,8 +27,12 @@ class OlmemGenerationMixin(GenerationMixin):
 
     if TYPE_CHECKING:
         config: OlmemConfig
+        generation_config: GenerationConfig
         make_cache: Callable[[], Cache]
         __call__: Any
+
+        @property
+        def device(self) -> torch.device: ...
 
     def generate(self, *args, **kwargs):
         """Generates as Transformers does, with a cache as `past_key_values` or `cache` in every release."""
@@ -80,6 +86,9 @@ class OlmemGenerationMixin(GenerationMixin):
 
     def _get_stopping_criteria(self, *args, **kwargs):
         """Returns Transformers' criteria, without a warning of a maximum length if all layers have windows."""
+        given, config = kwargs.get("stopping_criteria"), kwargs.get("generation_config")
+        if config is not None and any(isinstance(each, StopStringCriteria) for each in given or []):
+            config.stop_strings = None  # a stream brings their criterion, because `generate()` drops its tokenizer
         criteria = super()._get_stopping_criteria(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         if "full_attention" not in self.config.layer_types:
             for each in criteria:
@@ -90,26 +99,18 @@ class OlmemGenerationMixin(GenerationMixin):
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
         """Reads a prompt as Transformers does, also in pieces with an OlmemCache that has read tokens.
 
-        `input_ids` hold the whole text, with the tokens that the cache has read, unless the mask covers more columns
-        than they have. A single id is a new token, because a stream does not keep its whole text.
+        `input_ids` are the whole text, with the tokens that such a cache has read.
         """
         cache, embeddings = model_kwargs.get(CACHE_NAME), model_kwargs.get("inputs_embeds")
         read = cache.get_seq_length() if cache is not None and is_olmem_cache(cache) else 0
         given = (input_ids if embeddings is None else embeddings).shape[1]
         mask = model_kwargs.get("attention_mask")
-        columns = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
-        are_new = embeddings is None and (columns != given or given == 1)
-        if read and not are_new and embeddings is None and getattr(cache, "began_anew", False):
+        columns = getattr(generation_config, "_mask_length", given) if mask is None else mask.shape[1]
+        if read and (given <= read or columns > given or cache.began_anew):  # pyright: ignore
             raise ValueError(
-                f"`input_ids` must be new ones, one in each row (got {given}), if rows of `past_key_values` began "
-                "anew; read all but the last by `model(input_ids[:, :-1], past_key_values=past_key_values)`, then "
-                "generate from the last."
-            )
-        if read and not are_new and given <= read:
-            raise ValueError(
-                f"`input_ids` must be the whole text, of more than the {read} columns that `past_key_values` has read "
-                f"(got {given}); where they are new ones, read all but the last by `model(input_ids[:, :-1], "
-                "past_key_values=past_key_values)`, then generate from the last."
+                f"`input_ids` must be the whole text, of more than the {read} columns that `past_key_values` has read, "
+                f"none of whose rows began anew (got {given} columns, and a mask of {columns}); to go on with what is "
+                "new alone, read and write by `stream = model.stream(tokenizer)`."
             )
         if not read or embeddings is not None:
             model_kwargs["reads_prompt"] = True
@@ -119,7 +120,7 @@ class OlmemGenerationMixin(GenerationMixin):
                 )
             finally:
                 del model_kwargs["reads_prompt"]
-        new_ids = input_ids if are_new else input_ids[:, read:]
+        new_ids = input_ids[:, read:]
         size = generation_config.prefill_chunk_size or new_ids.shape[1]
         rest = {name: value for name, value in model_kwargs.items() if name not in ("attention_mask", "position_ids")}
         outputs = None

@@ -22,12 +22,14 @@ A forward call makes logits from ids in these steps:
 Shapes: B batch, H query heads, K key/value heads, C columns of a call, T tokens, S keys, D head dim, M memory slots.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -82,6 +84,7 @@ from .retrieval_olmem import Retrieval
 from .rules_olmem import MEMORY_GATE, NOT_YET
 from .segments_olmem import OlmemMemory, Schedule, pack_documents, unpack_documents
 from .step_olmem import StepOperations, StepPlan, StepState, layer_shape
+from .stream_olmem import OlmemStream
 from .varlen_olmem import Varlen
 from .weights_olmem import LoadsWeights, lacks_gates, read_old_names, warn_of_new_gates
 
@@ -873,6 +876,12 @@ class OlmemForCausalLM(OlmemPreTrainedModel, OlmemGenerationMixin):
     def reset_memory(self, cache: OlmemCache, rows: int | Sequence[int] | torch.Tensor | None = None) -> None:
         """Forgets all that a cache holds of these rows, as `OlmemModel.reset_memory` does."""
         self.model.reset_memory(cache, rows)
+
+    def stream(
+        self, tokenizer: PreTrainedTokenizerBase | None = None, path: str | os.PathLike | None = None
+    ) -> OlmemStream:
+        """Returns a stream to read and write with bounded memory, which goes on from a file of `OlmemStream.save`."""
+        return OlmemStream(self, tokenizer, path)
 
     def as_step(self, cache: OlmemCache) -> OlmemStep:
         """Returns a module that reads one token a row from where a cache is, its state in buffers, to be exported."""

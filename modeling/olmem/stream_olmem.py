@@ -86,7 +86,7 @@ class Row:
             return None
         row = cls(**fact)
         lists = isinstance(row.tail, list) and isinstance(row.messages, list) and isinstance(row.turn, list | None)
-        if not lists or type(row.shown) is not int or type(row.ended) is not bool:
+        if not lists or type(row.ended) is not bool or {type(row.shown), type(row.count)} != {int}:
             return None
         ids = [*row.tail, *(row.turn or [])]
         are_ids = all(type(each) is int and 0 <= each < vocab_size for each in ids)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from modeling.helpers import MEMORIES, SINKS, STREAMS, tiny, tokens
 from olmem import OlmemCache, OlmemStream, stream_olmem
+from tqdm.auto import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 
 TOKENIZER = Path(__file__).parents[2] / "model_cards" / "demo" / "native" / "tokenizer.json"
@@ -231,6 +232,7 @@ def test_text_stops_at_strings_and_at_its_end(tokenizer):
 def test_a_long_text_is_tokenized_in_parts(tokenizer, monkeypatch, capsys):
     """As one text is, where a line begins with a word; what takes long shows how far it is."""
     text = Path(__file__).read_text()
+    monkeypatch.setattr(stream_olmem.logging, "tqdm", tqdm)  # which other tests may have turned off
     read: list[torch.Tensor] = []
     for part, delay in ((10**9, 100.0), (300, 0.0)):
         monkeypatch.setattr(stream_olmem, "PART", part)

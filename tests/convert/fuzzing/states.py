@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from olmem import OlmemCache, OlmemConfig, OlmemForCausalLM
-from olmem.cache_file_olmem import checksum
+from olmem.cache_file_olmem import checksum, parse
 from safetensors import safe_open
 from safetensors.torch import save
 
@@ -51,6 +51,11 @@ def writer(kind: str) -> Any:
     def write(folder: Path) -> None:
         folder.mkdir(parents=True)
         model = model_of(kind)
+        if kind == "shared":
+            stream = model.stream()
+            stream.read(torch.arange(22).view(2, 11) % 16)
+            stream.save(folder / f"{kind}.safetensors")
+            return
         cache = OlmemCache(model.config, max_length=None if kind == "memory" else 16)
         with torch.no_grad():
             model(torch.arange(22).view(2, 11) % 16, past_key_values=cache)
@@ -74,18 +79,25 @@ def mutate_state_file(rng: Random, data: bytes, scratch: Path) -> bytes:
 
 
 def change(rng: Random, tensors: dict[str, torch.Tensor], facts: dict[str, str]) -> None:
-    way, name = rng.randrange(8), rng.choice(sorted(tensors))
+    way, name = rng.randrange(9), rng.choice(sorted(tensors))
     if way == 0:
-        facts[rng.choice(("max_length", "began_anew", "architecture"))] = json.dumps(rng.choice(NUMBERS))
+        facts[rng.choice(("max_length", "began_anew", "architecture", "notes"))] = json.dumps(rng.choice(NUMBERS))
     elif way == 1:
         facts[rng.choice(sorted(facts))] = rng.choice(("", "[" * 100_000, "{", "null", '{"model_type": "x"}', "x" * 9))
     elif way == 2:
-        architecture = json.loads(facts["architecture"])
+        architecture = parse(facts["architecture"])
         if isinstance(architecture, dict) and architecture:
             architecture[rng.choice(sorted(architecture))] = rng.choice(NUMBERS)
             facts["architecture"] = json.dumps(architecture)
     elif way == 3:
         del tensors[name]
+    elif way == 8:
+        notes = parse(facts.get("notes"))
+        if isinstance(notes, dict) and isinstance(notes.get("rows"), list) and notes["rows"]:
+            row = rng.choice(notes["rows"])
+            changed = rng.choice((notes, row if isinstance(row, dict) and row else notes))
+            changed[rng.choice(sorted(changed))] = rng.choice((*NUMBERS, [0], [16], [None], [{"role": "x"}]))
+            facts["notes"] = json.dumps(notes)
     elif way == 4:
         kinds = (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.bool)
         tensors[name] = tensors[name].to(rng.choice(kinds))
@@ -93,7 +105,7 @@ def change(rng: Random, tensors: dict[str, torch.Tensor], facts: dict[str, str])
         rows = rng.choice((0, 1, 3))
         tensors[name] = tensors[name][:rows] if tensors[name].ndim else tensors[name].repeat(rows)
     elif way == 6:
-        counter = rng.choice(("seen", "columns"))
+        counter = rng.choice([each for each in ("seen", "columns") if each in tensors] or [name])
         values = [
             rng.choice((0, 1, 2, 10, 11, 12, 2**31, 2**60, 2**63 - 1, -1)) for _ in range(tensors[counter].numel())
         ]
@@ -119,9 +131,16 @@ def use_state(folder: Path, rng: Random) -> None:
             try:
                 model(torch.ones(rows, 1, dtype=torch.long), past_key_values=cache)
             except ValueError as error:
-                if str(error).startswith(("`max_length`", "`memory`")):  # it is used up, or too large to go on with
-                    break
+                # it is used up, too large to go on with, or of a model in another dtype
+                if str(error).startswith(("`max_length`", "`memory`", "`past_key_values` holds torch.")):
+                    return
                 raise RuntimeError(f"a state that loads does not run: {error}") from error
+    if cache.notes is not None:
+        stream = model.stream(path=path)
+        if not all(row.ended or not row.tail for row in stream.rows):
+            for row in stream.rows:
+                row.tail = row.tail or [0]
+            list(stream.write(2, do_sample=False, pad_token_id=0))
 
 
 SEEDS = tuple(writer(kind) for kind in KINDS)

@@ -52,6 +52,9 @@ NO_ARGUMENTS = {
     "use_cache",
     "cache_implementation",
     "custom_generate",
+    "assistant_model",
+    "assistant_tokenizer",
+    "synced_gpus",
     "streamer",
     "tokenizer",
     "max_length",
@@ -76,8 +79,8 @@ class Row:
     turn: list[int] | None = None  # the ids of the assistant's turn, while it is open
 
     def wait(self, token: int) -> None:
-        """Takes a token that was read as the one that waits."""
-        self.tail, self.shown = [token], 1
+        """Takes a token as the one that waits, with which the text goes on."""
+        self.tail, self.shown, self.ended = [token], 1, False
 
     @classmethod
     def of(cls, fact: object, seen: int, vocab_size: int) -> Self | None:
@@ -179,7 +182,7 @@ class OlmemStream:
 
     def prepare(self, row: Row, given: Given, name: str) -> tuple[torch.Tensor, dict[str, Any]]:
         """Returns the ids (T,) that a row is to read, and what changes in the row then."""
-        changes: dict[str, Any] = {"ended": False}
+        changes: dict[str, Any] = {}
         if isinstance(given, str):
             if row.ended:
                 raise ValueError(
@@ -190,7 +193,7 @@ class OlmemStream:
         elif isinstance(given, list | tuple) and len(given) and isinstance(given[0], Mapping):
             text, messages = self.render_new(row, given, name)
             ids = self.tokenize(text, begins=False)
-            changes |= {"messages": messages, "turn": None}
+            changes = {"messages": messages, "turn": None}
         else:
             ids = as_ids(given, name, self.model.config.vocab_size)
         if not len(ids):
@@ -447,11 +450,11 @@ class OlmemStream:
             for row, token in zip(self.rows, tokens, strict=True):
                 if token is not None:
                     row.tail.append(token)
-                    row.ended = token in ends
-                    if row.turn is not None:
-                        row.turn.append(token)
                     if self.tokenizer is None:
                         row.wait(token)
+                    if row.turn is not None:
+                        row.turn.append(token)
+                    row.ended = token in ends
             going = [goes and not done for goes, done in zip(going, is_done, strict=True)]
             yield tokens
 

@@ -72,6 +72,27 @@ def test_greedy_tokens_are_those_of_the_cpu(model, batch):
     assert model.cuda().generate(batch[0].cuda(), **options).cpu().tolist() == expected.tolist()
 
 
+@torch.no_grad()
+def test_a_stream_object_writes_what_it_does_on_the_cpu(batch, tmp_path):
+    """Its steps are captured while all rows write, and it goes on from the other device's file."""
+    model, options = make_model(**STREAMS["sinks"]), {"do_sample": False, "pad_token_id": 0}
+    rows = [batch[0][0].tolist(), batch[0][1, 11:].tolist()]
+    written, paths = [], []
+    for device in ("cpu", "cuda"):
+        stream = model.to(device).stream()
+        stream.read(rows)
+        written.append(list(stream.write(30, **options)))
+        paths.append(stream.cache.step_path)
+        stream.save(tmp_path / device)
+    assert written[0] == written[1] and paths[1] == "captured"
+    end, more = written[0][5][1], []
+    for path in ("cuda", "cpu"):
+        stream = model.to("cuda").stream(path=tmp_path / path)
+        stream.read([None, [7, 8]])
+        more.append(list(stream.write(30, **options, eos_token_id=end)))
+    assert more[0] == more[1]
+
+
 def test_half_precision_trains(model, batch):
     model = model.cuda().train()
     model.gradient_checkpointing_enable()

@@ -344,6 +344,7 @@ def test_what_a_stream_cannot_do_is_an_error_with_the_way_out(tokenizer, tmp_pat
     refused(lambda: stream.reset([0, 2]), r"`rows` must be among the 2 of the stream")
     refused(lambda: next(stream.write(1, num_beams=2)), r"must be greedy or sample .* \(got beam_search")
     refused(lambda: next(stream.write(1, num_return_sequences=2, do_sample=True)), "4 texts of 2 rows")
+    refused(lambda: next(stream.write(1, prompt_lookup_num_tokens=2)), r"\(got assisted_generation")
     refused(lambda: next(stream.write(1, streamer=1)), "`streamer` must not be given to `write`")
     assert len(list(stream.write(2, **saying([40, 41], [42, 43])))) == 2
     model.set_attn_implementation("flex_attention")

@@ -36,7 +36,7 @@ Given = str | torch.Tensor | Sequence[int] | Sequence[Message]  # of one row
 PIECES = {"cpu": 1024}  # tokens that are read at once, on a device where `PIECE` would hide how far it is
 PIECE = 8192
 PART = 2**20  # characters that are tokenized at once
-LINE = re.compile(r"\n(?=[^\W\d_])")  # after it a text may be cut, because no word goes on there
+BETWEEN = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])")  # two words, where tokenizers split a text into words
 DELAY = 2.0  # seconds of reading after which a bar shows
 LONGEST = 16  # ids that may wait for a character to be complete; no character has so many bytes
 ENDLESS = 2**60  # tokens that are written if no number is given
@@ -571,10 +571,10 @@ def is_message(message: object) -> bool:
 
 
 def cut(text: str) -> list[str]:
-    """Returns a text in parts that can be tokenized one by one, each but the first with a line that begins a word."""
+    """Returns a text in parts that can be tokenized one by one, because each ends with a word before a space."""
     parts, start = [], 0
     while start < len(text):
-        found = LINE.search(text, start + PART)
+        found = BETWEEN.search(text, start + PART)
         stop = found.end() if found else len(text)
         parts.append(text[start:stop])
         start = stop

@@ -11,6 +11,10 @@ import pytest
 import torch
 from modeling.helpers import MEMORIES, SINKS, STREAMS, tiny, tokens
 from olmem import OlmemCache, OlmemStream, stream_olmem
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 from tqdm.auto import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 
@@ -202,6 +206,17 @@ def test_pieces_are_whole_characters(tokenizer, tmp_path):
     assert list(once.write(len(ids), **saying(ids))) == pieces
 
 
+def test_bytes_that_fall_back_are_whole_characters():
+    """Where all bytes of a run must make characters, none may be decoded without those before it."""
+    names = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    plain = Tokenizer(BPE(vocab=names, merges=[], byte_fallback=True))
+    plain.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])  # pyright: ignore
+    stream, text = speaker(**SINKS).stream(PreTrainedTokenizerFast(tokenizer_object=plain)), "中文🙂é中 x"
+    stream.read("x")
+    ids = list(text.encode())
+    assert list(stream.write(len(ids), **saying(ids))) == list(text)
+
+
 def test_bytes_that_are_no_character_come_out_in_the_end(tokenizer):
     lone = tokenizer("é", add_special_tokens=False).input_ids[0]
     stream = speaker(**SINKS).stream(tokenizer)
@@ -229,20 +244,25 @@ def test_text_stops_at_strings_and_at_its_end(tokenizer):
     assert list(stream.write(1, **saying(ids))) == ["one"]
 
 
-def test_a_long_text_is_tokenized_in_parts(tokenizer, monkeypatch, capsys):
-    """As one text is, where a line begins with a word; what takes long shows how far it is."""
-    text = Path(__file__).read_text()
+def test_a_long_text_is_tokenized_in_parts(monkeypatch, capsys):
+    """As one text is, by both ways to split one into words; what takes long shows how far it is."""
+    text, trained = Path(__file__).read_text(), Tokenizer.from_file(str(TOKENIZER))
+    splits = [trained.pre_tokenizer, ByteLevel(add_prefix_space=False)]
     monkeypatch.setattr(stream_olmem.logging, "tqdm", tqdm)  # which other tests may have turned off
-    read: list[torch.Tensor] = []
-    for part, delay in ((10**9, 100.0), (300, 0.0)):
-        monkeypatch.setattr(stream_olmem, "PART", part)
-        monkeypatch.setattr(stream_olmem, "DELAY", delay)
-        stream = speaker(**SINKS).stream(tokenizer)
-        read.append(stream.tokenize(text, begins=True))
-        stream.read(text)
-        shown = capsys.readouterr().err
-        assert ("Reading: 100%" in shown and "Tokenizing: 100%" in shown) == (delay == 0.0)
-    assert torch.equal(*read) and len(stream_olmem.cut(text)) > 10
+    for split in splits:
+        trained.pre_tokenizer = split  # pyright: ignore[reportAttributeAccessIssue]
+        trained.model = BPE()  # with tokens of several newlines and spaces
+        trained.train_from_iterator([text], BpeTrainer(vocab_size=500, show_progress=False))
+        read: list[torch.Tensor] = []
+        for part, delay in ((10**9, 100.0), (50, 0.0)):
+            monkeypatch.setattr(stream_olmem, "PART", part)
+            monkeypatch.setattr(stream_olmem, "DELAY", delay)
+            stream = speaker(**SINKS).stream(PreTrainedTokenizerFast(tokenizer_object=trained))
+            read.append(stream.tokenize(text, begins=True))
+            stream.read(text[:2000])
+            shown = capsys.readouterr().err
+            assert ("Reading: 100%" in shown and "Tokenizing: 100%" in shown) == (delay == 0.0)
+        assert torch.equal(*read) and len(stream_olmem.cut(text)) > 50
 
 
 # Chats
@@ -274,6 +294,7 @@ def test_a_chat_is_read_turn_by_turn(name, tokenizer):
     ids, end = tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.convert_tokens_to_ids("<|im_end|>")
     stream = Recorded(speaker(**SINKS), tokenizer)
     chat: list[Any] = []
+    said = ""
     for turn in range(3):
         new = messages if turn == 0 else [{"role": "user", "content": f"Turn {turn}"}]
         stream.read(new)
@@ -296,6 +317,7 @@ def test_a_chat_may_follow_a_text(tokenizer):
     stream.read([USER])
     chat = tokenizer.apply_chat_template([USER, {"role": "assistant", "content": "So be it"}, USER], tokenize=False)
     assert stream.text() == "A book.\n" + chat.removeprefix("<|bos|>")
+    assert [message["content"] for message in stream.rows[0].messages] == ["Two?", "So be it", "Two?"]
 
 
 def test_a_template_that_changes_earlier_turns_is_refused(tokenizer):

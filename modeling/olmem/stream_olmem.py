@@ -12,10 +12,9 @@ Shapes: B batch, T tokens.
 """
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -29,16 +28,12 @@ from transformers.utils import logging
 
 from .cache_olmem import OlmemCache
 from .generation_olmem import OlmemGenerationMixin
+from .texts_olmem import DELAY, Message, Row, Texts, as_row
 
-Message = Mapping[str, Any]
 Given = str | torch.Tensor | Sequence[int] | Sequence[Message]  # of one row
 
 PIECES = {"cpu": 1024}  # tokens that are read at once, on a device where `PIECE` would hide how far it is
 PIECE = 8192
-PART = 2**20  # characters that are tokenized at once
-BETWEEN = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])")  # two words, where tokenizers split a text into words
-DELAY = 2.0  # seconds of reading after which a bar shows
-LONGEST = 16  # ids that may wait for a character to be complete; no character has so many bytes
 ENDLESS = 2**60  # tokens that are written if no number is given
 # Arguments of `generate()` that a stream gives itself, or has no use for.
 NO_ARGUMENTS = {
@@ -67,36 +62,6 @@ NO_ARGUMENTS = {
 }
 
 
-@dataclass
-class Row:
-    """Holds what a stream knows of one of its rows beside the cache."""
-
-    tail: list[int] = field(default_factory=list)  # the last ids, of which the model has read all but the last
-    shown: int = 0  # the ids of `tail` whose text is complete; the others are part of a character
-    count: int = 0  # the tokens that the model has read
-    ended: bool = False  # whether the last token is one that ends a text, and was written
-    messages: list[Message] = field(default_factory=list)  # the chat, without a turn that is open
-    turn: list[int] | None = None  # the ids of the assistant's turn, while it is open
-
-    def wait(self, token: int) -> None:
-        """Takes a token as the one that waits, with which the text goes on."""
-        self.tail, self.shown, self.ended = [token], 1, False
-
-    @classmethod
-    def of(cls, fact: object, seen: int, vocab_size: int) -> Self | None:
-        """Returns the row that a fact of a file describes, or None if it cannot be one that has read `seen` tokens."""
-        if not isinstance(fact, dict) or fact.keys() != cls.__dataclass_fields__.keys():
-            return None
-        row = cls(**fact)
-        lists = isinstance(row.tail, list) and isinstance(row.messages, list) and isinstance(row.turn, list | None)
-        if not lists or type(row.ended) is not bool or {type(row.shown), type(row.count)} != {int}:
-            return None
-        ids = [*row.tail, *(row.turn or [])]
-        are_ids = all(type(each) is int and 0 <= each < vocab_size for each in ids)
-        is_row = 0 <= row.shown <= len(row.tail) and row.count == seen and bool(row.tail) >= bool(seen)
-        return row if are_ids and is_row and all(map(is_message, row.messages)) else None
-
-
 class OlmemStream:
     """Reads and writes one text, or a batch of texts, with a state of bounded size.
 
@@ -122,7 +87,7 @@ class OlmemStream:
                 f"`tokenizer` must be a tokenizer of Transformers, or None for a stream of ids (got a {kind}); load it "
                 "by `AutoTokenizer.from_pretrained`, and give a file as `path`."
             )
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.texts = model, Texts(tokenizer)
         self.rows: list[Row] = []
         self.is_batch = False  # whether it was given a list, and gives one
         self.calls = 0  # of methods that change the stream
@@ -189,13 +154,12 @@ class OlmemStream:
                     f"{name} must not be text behind the end that the row has written (got {given[:20]!r}); "
                     "`reset` the row to begin another, or read ids, with which anything may go on."
                 )
-            ids = self.tokenize(given, begins=not row.tail)
+            given = self.texts.tokenize(given, begins=not row.tail)
         elif isinstance(given, list | tuple) and len(given) and isinstance(given[0], Mapping):
-            text, messages = self.render_new(row, given, name)
-            ids = self.tokenize(text, begins=False)
+            text, messages = self.texts.render_new(row, given, name)
+            given = self.texts.tokenize(text, begins=False)
             changes = {"messages": messages, "turn": None}
-        else:
-            ids = as_ids(given, name, self.model.config.vocab_size)
+        ids = as_ids(given, name, self.model.config.vocab_size)
         if not len(ids):
             raise ValueError(f"{name} must have at least one token (got none); leave it out, or give None in a batch.")
         if row.turn is not None and "turn" not in changes:  # what is read within a turn is part of it
@@ -205,7 +169,7 @@ class OlmemStream:
     def feed(self, new: Sequence[torch.Tensor | None]) -> None:
         """Lets the model read ids (T,) of each row, piece by piece, up to the last of them."""
         queues = [
-            torch.tensor(row.tail[-1:], dtype=torch.long) if ids is None else torch.cat((as_tail(row), ids))
+            as_row(row.tail[-1:]) if ids is None else torch.cat((as_row(row.tail[-1:]), ids))
             for row, ids in zip(self.rows, new, strict=True)
         ]
         lengths = [max(len(queue) - 1, 0) for queue in queues]
@@ -256,91 +220,14 @@ class OlmemStream:
         self.calls += 1
         return self.calls
 
-    # Texts and chats
-
-    def tokenize(self, text: str, begins: bool) -> torch.Tensor:
-        """Returns the ids of a text, with the token before it that the tokenizer gives to a text that begins."""
-        tokenizer = self.needed_tokenizer()
-        parts = logging.tqdm(cut(text), desc="Tokenizing", unit=" parts", delay=DELAY)
-        found = [tokenizer(part, add_special_tokens=False, verbose=False).input_ids for part in parts]
-        bos = tokenizer.bos_token_id
-        if begins and found and bos is not None and tokenizer("").input_ids[:1] == [bos]:
-            found.insert(0, [bos])
-        return torch.cat([torch.tensor(ids, dtype=torch.long) for ids in found]) if found else torch.empty(0).long()
-
-    def needed_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Returns the tokenizer, or raises an error if there is none."""
-        if self.tokenizer is None:
-            raise ValueError(
-                "`tokenizer` must be given to a stream of text (got None); call `model.stream(tokenizer)`."
-            )
-        return self.tokenizer
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of ids, without tokens that are no text."""
-        given = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return str(self.needed_tokenizer().decode(list(ids), **given))
-
-    def render(self, messages: Sequence[Message], prompt: bool = False) -> str:
-        """Returns a chat as the template renders it, with the beginning of the assistant's turn as a `prompt`."""
-        tokenizer = self.needed_tokenizer()
-        if getattr(tokenizer, "chat_template", None) is None:
-            raise ValueError(
-                "`tokenizer.chat_template` must be set to read messages (got None), which a base model does not have; "
-                "read text, or set the template that the model was trained with."
-            )
-        if not messages:
-            return ""
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))  # pyright: ignore
-
-    def render_new(self, row: Row, new: Sequence[Any], name: str) -> tuple[str, list[Message]]:
-        """Returns the text that new messages add to a row, and the chat with them."""
-        if not all(map(is_message, new)):
-            raise ValueError(
-                f'{name} must have messages alone, each with a `role` (got {new!r}); write {{"role": "user", '
-                '"content": …}.'
-            )
-        before, start = row.messages, ""
-        if row.turn is not None:
-            written = row.turn[:-1] if row.ended else row.turn
-            before = [*before, {"role": "assistant", "content": self.decode(written)}]
-            start = self.end_of_turn(row, before)
-        rendered, whole = self.render(before), self.render([*before, *new])
-        if not whole.startswith(rendered):
-            raise other_rendering(rendered, whole)
-        text = start + whole[len(rendered) :]
-        if not before and row.tail:  # the chat does not begin the text
-            text = text.removeprefix(str(self.needed_tokenizer().bos_token or ""))
-        return text, [*before, *new]
-
-    def end_of_turn(self, row: Row, messages: Sequence[Message]) -> str:
-        """Returns what the template renders behind the content of the last message, and the row has not written."""
-        prompt, closed, content = (
-            self.render(messages[:-1], prompt=True),
-            self.render(messages),
-            messages[-1]["content"],
-        )
-        for each in (content, content.strip()):  # as many templates have it
-            if closed.startswith(prompt + each):
-                ended = str(self.needed_tokenizer().decode(row.tail[-1:])) if row.ended else ""
-                return closed[len(prompt + each) :].removeprefix(ended)
-        raise other_rendering(prompt + content, closed)
-
     def begin_turns(self) -> None:
         """Reads the beginning of the assistant's turn in rows whose chat goes on with it."""
-        new: list[torch.Tensor | None] = [None] * len(self.rows)
-        begun = [index for index, row in enumerate(self.rows) if row.messages and row.turn is None]
-        for index in begun:
-            messages = self.rows[index].messages
-            rendered, whole = self.render(messages), self.render(messages, prompt=True)
-            if not whole.startswith(rendered):
-                raise other_rendering(rendered, whole)
-            if whole != rendered:
-                new[index] = self.tokenize(whole[len(rendered) :], begins=False)
-        if any(ids is not None for ids in new):
-            self.feed(new)
-        for index in begun:
-            self.rows[index].turn = []
+        begun = [row for row in self.rows if row.messages and row.turn is None]
+        prompts = [self.texts.prompt(row.messages) if row in begun else "" for row in self.rows]
+        if any(prompts):
+            self.feed([self.texts.tokenize(text, begins=False) if text else None for text in prompts])
+        for row in begun:
+            row.turn = []
 
     # Writing
 
@@ -366,8 +253,8 @@ class OlmemStream:
         if not self.rows or not all(row.tail for row in self.rows):
             empty = [index for index, row in enumerate(self.rows) if not row.tail]
             raise ValueError(
-                f"each row must have read something before it writes (got nothing in rows {empty or 'at all'}); "
-                "`read` a text first."
+                "each row must have read something before it writes (got nothing in "
+                f"{f'rows {empty}' if empty else 'any'}); `read` a text first."
             )
         self.begin_turns()
         if all(row.ended for row in self.rows):
@@ -381,7 +268,7 @@ class OlmemStream:
         criteria = StoppingCriteriaList(arguments.pop("stopping_criteria", None) or [])
         strings = arguments.get("stop_strings", config.stop_strings)
         if strings is not None:
-            criteria.append(StopStringCriteria(self.needed_tokenizer(), strings))
+            criteria.append(StopStringCriteria(self.texts.needed(), strings))
         ids = torch.tensor([row.tail[-1:] for row in self.rows], device=self.model.device)
         steps: Iterator[list[int | None]] = self.model.generate(
             ids,
@@ -393,10 +280,12 @@ class OlmemStream:
             **arguments,
         )
         while (tokens := self.next_of(steps, call)) is not None:
-            if self.tokenizer is None:
+            if self.texts.tokenizer is None:
                 yield tokens if self.is_batch else tokens[0]
                 continue
-            pieces = ["" if token is None else self.show(row) for row, token in zip(self.rows, tokens, strict=True)]
+            pieces = [
+                "" if token is None else self.texts.show(row) for row, token in zip(self.rows, tokens, strict=True)
+            ]
             if any(pieces):
                 yield pieces if self.is_batch else pieces[0]
 
@@ -450,25 +339,13 @@ class OlmemStream:
             for row, token in zip(self.rows, tokens, strict=True):
                 if token is not None:
                     row.tail.append(token)
-                    if self.tokenizer is None:
+                    if self.texts.tokenizer is None:
                         row.wait(token)
                     if row.turn is not None:
                         row.turn.append(token)
                     row.ended = token in ends
             going = [goes and not done for goes, done in zip(going, is_done, strict=True)]
             yield tokens
-
-    def show(self, row: Row) -> str:
-        """Returns the text that the last token of a row has made complete, which is empty within a character.
-
-        What text a token is depends on those before it, so it is decoded behind the ids of the last complete text.
-        """
-        before, text = self.decode(row.tail[: row.shown]), self.decode(row.tail)
-        if text.endswith("\ufffd") and not row.ended and len(row.tail) - row.shown < LONGEST:
-            return ""
-        row.tail = row.tail[row.shown :]
-        row.shown = len(row.tail)
-        return text[len(before) :]
 
     # The state
 
@@ -524,11 +401,6 @@ class OlmemStream:
         self.rows, self.is_batch, self.cache.notes = found, is_batch, None
 
 
-def as_tail(row: Row) -> torch.Tensor:
-    """Returns the token that waits in a row, (1,), or none of them, (0,)."""
-    return torch.tensor(row.tail[-1:], dtype=torch.long)
-
-
 def as_rows(new: Any) -> tuple[list[Any], bool]:
     """Returns what each row is to read, and whether it was given for a batch."""
     if isinstance(new, str):
@@ -563,32 +435,6 @@ def as_ids(given: Any, name: str, vocab_size: int) -> torch.Tensor:
             "tokenizer of the model."
         )
     return ids.long()
-
-
-def is_message(message: object) -> bool:
-    """Tells whether an object is a message of a chat."""
-    return isinstance(message, Mapping) and isinstance(message.get("role"), str)
-
-
-def cut(text: str) -> list[str]:
-    """Returns a text in parts that can be tokenized one by one, because each ends with a word before a space."""
-    parts, start = [], 0
-    while start < len(text):
-        found = BETWEEN.search(text, start + PART)
-        stop = found.end() if found else len(text)
-        parts.append(text[start:stop])
-        start = stop
-    return parts
-
-
-def other_rendering(before: str, after: str) -> ValueError:
-    """Returns the error for a chat template that renders earlier turns otherwise once another one follows."""
-    place = len(os.path.commonprefix((before, after)))
-    return ValueError(
-        "`tokenizer.chat_template` must render the turns that were read as it did before others follow them (got "
-        f"{after[place : place + 40]!r} in the place of {before[place : place + 40]!r}); render the new turn yourself "
-        "and `read` it as text, or set a template that leaves earlier turns as they are."
-    )
 
 
 __all__ = ["OlmemStream"]

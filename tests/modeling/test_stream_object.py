@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from modeling.helpers import MEMORIES, SINKS, STREAMS, tiny, tokens
-from olmem import OlmemCache, OlmemStream, stream_olmem
+from olmem import OlmemCache, OlmemStream, stream_olmem, texts_olmem
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -248,21 +248,22 @@ def test_a_long_text_is_tokenized_in_parts(monkeypatch, capsys):
     """As one text is, by both ways to split one into words; what takes long shows how far it is."""
     text, trained = Path(__file__).read_text(), Tokenizer.from_file(str(TOKENIZER))
     splits = [trained.pre_tokenizer, ByteLevel(add_prefix_space=False)]
-    monkeypatch.setattr(stream_olmem.logging, "tqdm", tqdm)  # which other tests may have turned off
+    monkeypatch.setattr(texts_olmem.logging, "tqdm", tqdm)  # which other tests may have turned off
     for split in splits:
         trained.pre_tokenizer = split  # pyright: ignore[reportAttributeAccessIssue]
         trained.model = BPE()  # with tokens of several newlines and spaces
         trained.train_from_iterator([text], BpeTrainer(vocab_size=500, show_progress=False))
         read: list[torch.Tensor] = []
         for part, delay in ((10**9, 100.0), (50, 0.0)):
-            monkeypatch.setattr(stream_olmem, "PART", part)
-            monkeypatch.setattr(stream_olmem, "DELAY", delay)
+            monkeypatch.setattr(texts_olmem, "PART", part)
+            for module in (stream_olmem, texts_olmem):
+                monkeypatch.setattr(module, "DELAY", delay)
             stream = speaker(**SINKS).stream(PreTrainedTokenizerFast(tokenizer_object=trained))
-            read.append(stream.tokenize(text, begins=True))
+            read.append(stream.texts.tokenize(text, begins=True))
             stream.read(text[:2000])
             shown = capsys.readouterr().err
             assert ("Reading: 100%" in shown and "Tokenizing: 100%" in shown) == (delay == 0.0)
-        assert torch.equal(*read) and len(stream_olmem.cut(text)) > 50
+        assert torch.equal(*read) and len(texts_olmem.cut(text)) > 50
 
 
 # Chats
@@ -276,7 +277,7 @@ class Recorded(OlmemStream):
         return super().forward(ids, mask)
 
     def text(self) -> str:
-        return self.tokenizer.decode([*vars(self)["given"], self.rows[0].tail[-1]])  # pyright: ignore
+        return self.texts.tokenizer.decode([*vars(self)["given"], self.rows[0].tail[-1]])  # pyright: ignore
 
 
 USER = {"role": "user", "content": "Two?"}
@@ -356,6 +357,7 @@ def test_what_a_stream_cannot_do_is_an_error_with_the_way_out(tokenizer, tmp_pat
     refused(lambda: stream.read([USER, "text"]), "must have messages alone")
     refused(lambda: stream.read([1.5]), "must be a text, or a list of ids or messages")
     refused(lambda: stream.read([3, 2064]), r"ids from 0 to 2063 \(got 3 to 2064\)")
+    refused(lambda: tiny(**SINKS).stream(tokenizer).read("a text"), "use the tokenizer of the model")
     refused(lambda: ids.read("text"), r"`tokenizer` must be given .* \(got None\)")
     refused(lambda: model.stream("stream.safetensors"), "`tokenizer` must be a tokenizer .* give a file as `path`")
     stream.reset()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .compat_olmem import certain, columns_of, is_recorded
+from .compat_olmem import certain, columns_of, lowest
 from .contracts_olmem import Candidates
 from .visibility_olmem import Visibility
 
@@ -55,14 +55,14 @@ def beaten(
         return priority.new_full((*priority.shape[:2], starts.shape[1]), EMPTY)
     has_left = (priority > EMPTY) & (numbers < starts[:, None, -1:])
     left = torch.where(has_left, priority, HIGHEST)
-    lowest, order = left.sort() if is_recorded(left) else left.topk(most, largest=False)
+    worst, order = lowest(left, most)
     own = numbers.expand_as(left).gather(-1, order)
-    present = (lowest < HIGHEST)[..., None, :] & (own[..., None, :] < starts[:, None, :, None])
+    present = (worst < HIGHEST)[..., None, :] & (own[..., None, :] < starts[:, None, :, None])
     before = ((priority > EMPTY) & (numbers < starts[:, None, :1])).sum(-1, keepdim=True)
     leavers = starts.clamp(min=num_sinks) - starts[:, :1].clamp(min=num_sinks)
     excess = before + leavers[:, None] - capacity
     is_beaten = present & (present.cumsum(-1) <= excess[..., None])
-    return torch.where(is_beaten, lowest[..., None, :], EMPTY).amax(-1)
+    return torch.where(is_beaten, worst[..., None, :], EMPTY).amax(-1)
 
 
 def free_slots(priority: torch.Tensor, numbers: torch.Tensor, start: torch.Tensor, count: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 
 from .admission_olmem import damage
 from .cache_file_olmem import MOST_ROOM, read_state, write_state
-from .compat_olmem import allocate, assert_on_device, known_here, unless_recorded
+from .compat_olmem import allocate, assert_on_device, known_here, known_on_host
 from .configuration_olmem import OlmemConfig
 from .counters_olmem import Counters
 from .finite_olmem import refuse_nonfinite
@@ -219,7 +219,7 @@ class OlmemCache(Cache):
         For a step in a recorded graph it returns None, because only the device counts there.
         """
         room = None if self.max_length is None or all(self.is_sliding) else self.max_length
-        before = 0 if self.fresh else unless_recorded(self.counters.read_columns)
+        before = 0 if self.fresh else known_on_host(self.counters.read_columns)
         if before is None and length > 1:
             before = int(self.columns)
         if before is None:

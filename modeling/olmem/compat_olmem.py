@@ -5,7 +5,7 @@ import importlib.util
 import threading
 from collections.abc import Callable
 from dataclasses import fields
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 import torch
@@ -49,14 +49,23 @@ def is_recorded(tensor: torch.Tensor | None = None) -> bool:
     return is_tracing(tensor) or (tensor is not None and tensor.device.type == "meta")
 
 
-def is_compiled() -> bool:
-    """Tells whether a compiler records a graph, which can leave what it cannot record to Python; an export cannot."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+def without_graph(reason: str, when: Callable[..., bool]) -> Callable[[Callable], Callable]:
+    """Leaves a function to Python where a compiler meets it with arguments of which `when` is true.
 
+    The reason is what a compiler for whole graphs alone reports. An export can leave nothing to Python.
+    """
 
-def without_graph(reason: str) -> Callable[[Callable], Callable]:
-    """Leaves a function to Python where a compiler meets it; the reason is what one for whole graphs alone reports."""
-    return partial(torch.compiler.disable, reason=reason)
+    def decorate(function: Callable) -> Callable:
+        left = torch.compiler.disable(function, reason=reason)
+
+        @wraps(function)
+        def wrapped(*args):
+            is_compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+            return left(*args) if is_compiled and when(*args) else function(*args)
+
+        return wrapped
+
+    return decorate
 
 
 def certain(condition: bool) -> bool:
@@ -64,9 +73,10 @@ def certain(condition: bool) -> bool:
     return statically_known_true(condition)
 
 
-def is_any(length: int) -> bool:
-    """Tells whether a length stands for any, in a program that is being exported."""
-    return torch.compiler.is_exporting() and isinstance(length, torch.SymInt)
+def refuse_any(length: int, message: str) -> None:
+    """Raises an error for a length that stands for any, in a program that is being exported."""
+    if torch.compiler.is_exporting() and isinstance(length, torch.SymInt):
+        raise ValueError(message)
 
 
 def refuse_longer(length: int, most: int, message: str) -> None:
@@ -87,9 +97,42 @@ def known_here(tensor: torch.Tensor, otherwise: Any) -> Any:
     return known(tensor, otherwise) if tensor.device.type == "cpu" else otherwise
 
 
-def unless_recorded(read: Callable[[], Any]) -> Any:
+def known_on_host(read: Callable[[], Any]) -> Any:
     """Returns what a function reads on the host, or None in a recorded graph, which must not depend on it."""
     return None if is_recorded() else read()
+
+
+def surely(condition: torch.Tensor) -> bool:
+    """Tells whether a condition of one element is known to hold, for which the host waits.
+
+    In a recorded graph it is not known. On the meta device, where there are no values, it holds.
+    """
+    return condition.is_meta or known(condition, False)
+
+
+def hides_values(tensor: torch.Tensor) -> bool:
+    """Tells whether a tensor has values that cannot be read, as in a recorded graph. On the meta device it has none."""
+    return is_recorded(tensor) and not tensor.is_meta
+
+
+def refuse_unless(condition: torch.Tensor, message: str, explain: Callable[[], str]) -> None:
+    """Raises an error, in the words of `explain`, unless a condition of one element holds. The host waits for it.
+
+    What is recorded checks the condition where it runs, with a message that depends on no value. On the meta device,
+    where there are no values, it holds.
+    """
+    if hides_values(condition):
+        assert_on_device(condition, message)
+    elif not condition.is_meta and not bool(condition):
+        raise ValueError(explain())
+
+
+def with_gradients_of(function: type[torch.autograd.Function], plain: Callable, *inputs: Any) -> Any:
+    """Returns what a plain function computes, whose gradients an autograd function computes in less memory.
+
+    A recorded graph holds the plain function, of which whoever runs the graph makes the gradients.
+    """
+    return function.apply(*inputs) if torch.is_grad_enabled() and not is_recorded(inputs[0]) else plain(*inputs)
 
 
 def pieces(length: int, size: int, like: torch.Tensor) -> list[slice]:
@@ -97,6 +140,16 @@ def pieces(length: int, size: int, like: torch.Tensor) -> list[slice]:
     if is_recorded(like):
         return [slice(None)]
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def is_cut(length: int, size: int) -> bool:
+    """Tells whether `pieces` cuts a length into several slices of at most a size."""
+    return not certain(length <= size) and not is_recorded()
+
+
+def lowest(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the `count` lowest values (…, S) in ascending order with their indices, or all in a recorded graph."""
+    return values.sort() if is_recorded(values) else values.topk(count, largest=False)
 
 
 def columns_of(mask: torch.Tensor) -> tuple[int, int]:
@@ -139,6 +192,13 @@ def assert_on_device(condition: torch.Tensor, message: str) -> None:
 def has_global_hooks() -> bool:
     """Tells whether hooks were registered that run for every module."""
     return bool(_module._global_forward_hooks or _module._global_forward_pre_hooks)
+
+
+def why_not_replayed(device: torch.device) -> str | None:
+    """Returns why no captured graph can run in place of a call on a device, or None."""
+    if is_recorded():
+        return "the call is traced"
+    return None if device.type == "cuda" else "the model is not on a GPU"
 
 
 def can_capture(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -342,21 +402,26 @@ __all__ = [
     "has_complex",
     "has_global_hooks",
     "has_triton",
-    "is_any",
-    "is_compiled",
-    "is_recorded",
+    "hides_values",
+    "is_cut",
     "is_sharded",
     "known",
     "known_here",
+    "known_on_host",
+    "lowest",
     "moves_inputs",
     "pieces",
     "recomputes_hooks",
+    "refuse_any",
     "refuse_longer",
     "refuse_uneven",
+    "refuse_unless",
     "rename_cache",
     "sent",
+    "surely",
     "table_of",
     "takes_cache",
-    "unless_recorded",
+    "why_not_replayed",
+    "with_gradients_of",
     "without_graph",
 ]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .compat_olmem import allocate, known, sent, unless_recorded
+from .compat_olmem import allocate, known, known_on_host, sent
 from .view_olmem import View
 
 
@@ -79,8 +79,8 @@ class Counters:
             for row, _, count in view.spans:
                 of_rows[row] += count
             added = sent(torch.tensor(of_rows), self.seen.device)
-        host_seen = unless_recorded(self.read_seen)
-        host_columns = unless_recorded(self.read_columns)
+        host_seen = known_on_host(self.read_seen)
+        host_columns = known_on_host(self.read_columns)
         self.fresh = False
         self.seen.add_(added)
         self.columns.add_(columns)
@@ -110,7 +110,7 @@ class Counters:
         The host need not read the indices if all rows have read the same number of tokens.
         """
         chosen = self.seen.index_select(0, indices.to(self.seen.device))
-        host_seen = unless_recorded(lambda: self.host_seen)
+        host_seen = known_on_host(lambda: self.host_seen)
         if host_seen is not None:
             same = len(set(host_seen)) == 1
             host_seen = host_seen[:1] * len(chosen) if same else [host_seen[row] for row in indices.tolist()]

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from .cache_olmem import OlmemCache
-from .compat_olmem import can_capture, capture, has_global_hooks, is_recorded
+from .compat_olmem import can_capture, capture, has_global_hooks, why_not_replayed
 from .configuration_olmem import OlmemConfig
 from .finite_olmem import refuse_nonfinite
 from .plan_olmem import layer_kinds
@@ -467,10 +467,9 @@ class DecodeSteps:
 
         Whether the model's modules can be captured is not asked here.
         """
-        if is_recorded():
-            return "the call is traced"
-        if embeddings.device.type != "cuda":
-            return "the model is not on a GPU"
+        reason = why_not_replayed(embeddings.device)
+        if reason is not None:
+            return reason
         if not self.enabled:
             return "steps are not captured, because `model.steps.enabled` is False"
         if cache.fresh:

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .backends_olmem import eager_attention_forward
 from .cache_olmem import is_olmem_cache
-from .compat_olmem import CACHE_NAME, is_recorded
+from .compat_olmem import CACHE_NAME, hides_values
 from .configuration_olmem import OlmemConfig
 from .contracts_olmem import Candidates, Heads, LayerKind, Needs, Output, Part, Plan, Rotations, Section
 from .ops_olmem import PLAIN
@@ -112,7 +112,7 @@ def reason_to_fall_back(
         return f"a {type(cache).__name__}; leave `past_key_values` and `cache_implementation` out"
     if isinstance(attention_mask, dict):
         return "masks made ahead; pass an `attention_mask` (B, T)"
-    if cache is None and position_ids is not None and is_recorded(position_ids) and not position_ids.is_meta:
+    if cache is None and position_ids is not None and hides_values(position_ids):
         return "`position_ids` while tracing without a cache; leave them out"
     return None
 

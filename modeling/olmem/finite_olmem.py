@@ -3,7 +3,7 @@
 
 import torch
 
-from .compat_olmem import assert_on_device, is_recorded
+from .compat_olmem import refuse_unless
 
 
 def refuse_nonfinite(name: str, states: torch.Tensor, where: str, remedy: str) -> None:
@@ -18,18 +18,16 @@ def refuse_nonfinite(name: str, states: torch.Tensor, where: str, remedy: str) -
         remedy: what the caller can do, for the error.
     """
     finite = states.detach().isfinite().flatten(1).all(-1)
-    if is_recorded(states):
-        if not states.is_meta:
-            assert_on_device(finite.all(), f"{name} must be finite {where} (got non-finite values); {remedy}")
-        return
-    if bool(finite.all()):
-        return
-    row = int((~finite).nonzero()[0, 0])
-    values = states[row].detach()
-    raise ValueError(
-        f"{name} of row {row} must be finite {where} (got {int((~values.isfinite()).sum())} non-finite "
-        f"values of {values.numel()}); {remedy}"
-    )
+
+    def name_row() -> str:
+        row = int((~finite).nonzero()[0, 0])
+        values = states[row].detach()
+        count = int((~values.isfinite()).sum())
+        return (
+            f"{name} of row {row} must be finite {where} (got {count} non-finite values of {values.numel()}); {remedy}"
+        )
+
+    refuse_unless(finite.all(), f"{name} must be finite {where} (got non-finite values); {remedy}", name_row)
 
 
 __all__ = ["refuse_nonfinite"]

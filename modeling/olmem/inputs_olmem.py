@@ -11,7 +11,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import nn
 
-from .compat_olmem import known
+from .compat_olmem import known, surely
 from .counters_olmem import Counters
 from .sequences_olmem import Span
 
@@ -253,7 +253,7 @@ def read_mask(
             "it is a mask that is added to scores."
         )
     mask = mask != 0
-    return None if mask.is_meta or known(mask.all(), False) else mask  # a mask on meta has no zeros
+    return None if surely(mask.all()) else mask
 
 
 def refuse_packed_padding(position_ids: torch.Tensor, mask: torch.Tensor) -> None:

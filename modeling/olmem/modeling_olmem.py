@@ -45,9 +45,7 @@ from .compat_olmem import (
     CACHE_NAME,
     can_flash,
     can_fuse_operations,
-    certain,
-    is_compiled,
-    is_recorded,
+    is_cut,
     is_sharded,
     moves_inputs,
     recomputes_hooks,
@@ -538,8 +536,7 @@ class OlmemModel(OlmemPreTrainedModel):
                     output: dict[str, Any] = {CACHE_NAME: past_key_values}
                     return BaseModelOutputWithPast(last_hidden_state=last, **output)
             inputs = embeddings, attention_mask, position_ids, past_key_values, captured, bool(output_attentions)
-            read = self.read_on if is_compiled() and self.host_counts(past_key_values) else self.read
-            hidden_states, stages = read(*inputs, last_columns)  # pyright: ignore[reportArgumentType]
+            hidden_states, stages = self.read(*inputs, last_columns)  # pyright: ignore[reportArgumentType]
             if captured.wanted is None or 0 in captured.wanted:  # the embeddings, those of padding included
                 stages[0] = embeddings.given
         last = self.norm(hidden_states)
@@ -615,6 +612,11 @@ class OlmemModel(OlmemPreTrainedModel):
             captured.keep(hidden_states)
         return hidden_states
 
+    @without_graph(
+        "for a step to be a whole graph, `num_memory_tokens` must be 0, and `max_length` given to the OlmemCache of a "
+        "model with full attention; leave fullgraph out.",
+        when=lambda self, embeddings, mask, position_ids, cache, *_: self.host_counts(cache),
+    )
     def read(
         self,
         embeddings: Embeddings,
@@ -661,6 +663,10 @@ class OlmemModel(OlmemPreTrainedModel):
             found.append([last, *stages])
         last, *stages = pack_documents(packed, found, embeddings.some(ALL))
         return last, stages
+
+    def host_counts(self, cache: OlmemCache | None) -> bool:
+        """Tells whether a call that goes on from a cache needs the host to count, for memory or for more room."""
+        return cache is not None and not cache.fresh and (self.memory is not None or cache.grows)
 
     def read_tokens(
         self,
@@ -720,23 +726,11 @@ class OlmemModel(OlmemPreTrainedModel):
         layers must call them equally often.
         """
         batch, length = embeddings.shape
-        if certain((batch * length if is_packed else length) <= PIECE) or torch.is_grad_enabled() or is_recorded():
+        if torch.is_grad_enabled() or not is_cut(batch * length if is_packed else length, PIECE):
             return False
         if is_sharded(self.layers[0]):
             return False
         return is_packed or embeddings.device.type != "cpu" or "full_attention" not in self.config.layer_types
-
-    def host_counts(self, cache: Cache | None) -> bool:
-        """Tells whether a call that goes on from a cache needs the host to count, for memory or for more room."""
-        return is_olmem_cache(cache) and not cache.fresh and (self.memory is not None or cache.grows)  # pyright: ignore
-
-    @without_graph(
-        "for a step to be a whole graph, `num_memory_tokens` must be 0, and `max_length` given to the OlmemCache of a "
-        "model with full attention; leave fullgraph out."
-    )
-    def read_on(self, *inputs) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Reads as `read` does, where a graph would hold for some counts of tokens alone."""
-        return self.read(*inputs)
 
     def run(self, schedule: Schedule, planner: Planner, captured: Captured) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Runs all calls of a schedule.

@@ -24,7 +24,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .admission_olmem import Admitted, admit
-from .compat_olmem import certain, columns_of, is_recorded, pieces
+from .compat_olmem import certain, columns_of, pieces, with_gradients_of
 from .contracts_olmem import Candidates, by_key_head, by_query_head
 from .visibility_olmem import Visibility
 
@@ -88,13 +88,8 @@ class Retrieval:
                 ]
         index, is_candidate = chosen[0] if len(chosen) == 1 else join_chosen(chosen)
         exists = is_candidate.any(1).any(-1)
-        if torch.is_grad_enabled() and not is_recorded(query):
-            output = ReadChosen.apply(
-                query, found.key.contiguous(), found.value.contiguous(), index, is_candidate, self.scaling, found.scores
-            )
-            return output, exists
-        output = read_in_blocks(query, found.key, found.value, index, is_candidate, self.scaling, found.scores)
-        return output, exists
+        inputs = query, found.key, found.value, index, is_candidate, self.scaling, found.scores
+        return with_gradients_of(ReadChosen, read_in_blocks, *inputs), exists
 
     def search(
         self, query: torch.Tensor, key: torch.Tensor, numbers: torch.Tensor, query_numbers: torch.Tensor
@@ -175,7 +170,7 @@ class Retrieval:
         columns = numbers.shape[1]
         if not self.visibility.may_let_go(columns):
             return 0, 0
-        if is_recorded(numbers) or columns <= 2 * ((self.visibility.span or 0) + self.capacity):
+        if certain(columns <= 2 * ((self.visibility.span or 0) + self.capacity)):
             return 0, columns
         start = self.visibility.start(query_numbers.clamp(min=0))
         oldest, newest = start.amin(-1, keepdim=True) - self.capacity, start.amax(-1, keepdim=True)
@@ -271,6 +266,7 @@ class ReadChosen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query, key, value, index, is_candidate, scaling, scores):
         """Returns the attention output (B, H, T, D)."""
+        key, value = key.contiguous(), value.contiguous()
         ctx.save_for_backward(query, key, value, index, is_candidate, scores)
         ctx.scaling = scaling
         return read_in_blocks(query, key, value, index, is_candidate, scaling, scores)

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from .cache_olmem import OlmemCache
-from .compat_olmem import assert_on_device, is_any, known, pieces, sent, unless_recorded
+from .compat_olmem import assert_on_device, known, known_on_host, pieces, refuse_any, sent
 from .configuration_olmem import OlmemConfig
 from .contracts_olmem import LayerKind, LayerState, Plan
 from .finite_olmem import refuse_nonfinite
@@ -202,11 +202,11 @@ class Schedule:
                 return [Piece(numbers, slice(0, self.length), padded, spans)]
             parts = pieces(self.length, self.piece, numbers)
             return [Piece(numbers[:, part], part, padded, spans and cut_spans(spans, part)) for part in parts]
-        if is_any(self.length):
-            raise ValueError(
-                f"{self.config.memory_rule} to be exported for any length, as there is a pass for each segment; export "
-                "for a fixed length."
-            )
+        refuse_any(
+            self.length,
+            f"{self.config.memory_rule} to be exported for any length, as there is a pass for each segment; export for "
+            "a fixed length.",
+        )
         phase = None
         if self.cache is None or self.cache.fresh:
             phase = None if padded else 0
@@ -225,7 +225,7 @@ class Schedule:
         """Returns the tokens that each row of the cache has read; while a graph is recorded, only the device knows."""
         if self.cache is None:
             return None
-        return unless_recorded(self.cache.counters.read_seen)
+        return known_on_host(self.cache.counters.read_seen)
 
     def calls(self) -> Iterable[Call]:
         """Returns the calls in order. Each is made after `leave` was given the outputs of the one before."""

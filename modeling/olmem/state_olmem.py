@@ -25,7 +25,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from .admission_olmem import free_slots, priorities
-from .compat_olmem import allocate, unless_recorded
+from .compat_olmem import allocate, known_on_host
 from .contracts_olmem import Candidates, Part, Plan, Tape, Writes
 from .counters_olmem import Counters
 from .positions_olmem import to_halves, to_pairs
@@ -100,7 +100,7 @@ class OlmemCacheLayer(CacheLayerMixin):
         """Returns the window's tokens in a buffer, (B, K, S, D), or None before the first call."""
         if not self.is_initialized:
             return None
-        first, columns = self.visibility.num_prefix, unless_recorded(self.counters.read_columns)
+        first, columns = self.visibility.num_prefix, known_on_host(self.counters.read_columns)
         length = self.capacity if columns is None else min(columns, self.capacity)
         return self.buffers[name][:, :, first : first + length]
 

@@ -45,7 +45,7 @@ def check(counters: Counters, seen: list[int], columns: int) -> None:
 def recorded():
     """Lets counters believe that a graph is recorded, in which no value may be read."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(counters_olmem, "unless_recorded", lambda read: None)
+        patch.setattr(counters_olmem, "known_on_host", lambda read: None)
         patch.setattr(counters_olmem, "known", lambda tensor, otherwise: otherwise)
         yield
 

@@ -12,12 +12,15 @@ parameters have the same names, so their checkpoints load without renaming. The 
 
 The size of a window is used in one place, `Visibility` (visibility_olmem). Plans and states ask it.
 
-A forward call makes logits from ids in these steps:
+A forward call makes logits from ids in these steps, which `Reader` takes one after another (reading_olmem):
 
     tokens = number_tokens(...)                 numbers the real tokens of each row (inputs_olmem)
     for call in schedule.calls():               cuts them into calls of memory, tokens and new memory (segments_olmem)
         plans = planner.plans(call)             says who sees whom, where keys go, and which backend runs (plan_olmem)
         run_layers(hidden_states, plans, ...)   is the only place that calls a decoder layer
+
+The call that ends a segment also holds M write tokens, whose last hidden states, through the norm of memory, are the
+memory that the next segment reads.
 
 Shapes: B batch, H query heads, K key/value heads, C columns of a call, T tokens, S keys, D head dim, M memory slots.
 """
@@ -38,20 +41,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 
-from .backends_olmem import BACKENDS
 from .cache_olmem import OlmemCache, is_olmem_cache
 from .captured_olmem import Captured, wanted_states
 from .compat_olmem import (
     CACHE_NAME,
-    can_flash,
-    can_fuse_operations,
-    is_cut,
-    is_sharded,
-    moves_inputs,
-    recomputes_hooks,
-    refuse_uneven,
     takes_cache,
-    without_graph,
 )
 from .configuration_olmem import HUB_ARGUMENTS, OlmemConfig
 from .contracts_olmem import Heads, LayerState, Plan
@@ -59,18 +53,8 @@ from .decode_olmem import DecodeSteps
 from .export_olmem import OlmemStep
 from .fallback_olmem import Fallback, Implementation, falls_back, is_padding_mask
 from .generation_olmem import OlmemGenerationMixin
-from .inputs_olmem import (
-    Embeddings,
-    Packing,
-    Tokens,
-    number_tokens,
-    read_mask,
-    refuse_malformed,
-    refuse_malformed_embeddings,
-    refuse_malformed_ids,
-)
+from .inputs_olmem import read_mask, refuse_malformed
 from .ops_olmem import PLAIN, Elephant, OlmemRMSNorm, Operations
-from .plan_olmem import Planner
 from .positions_olmem import (
     ROPE,
     XPOS,
@@ -78,13 +62,13 @@ from .positions_olmem import (
     OlmemRotaryEmbedding,
     PositionScheme,
 )
+from .reading_olmem import Reader, refuse_beside_checkpoints
 from .retrieval_olmem import Retrieval
-from .rules_olmem import MEMORY_GATE, NOT_YET
-from .segments_olmem import OlmemMemory, Schedule, pack_documents, unpack_documents
+from .rules_olmem import NOT_YET
+from .segments_olmem import OlmemMemory
 from .step_olmem import StepOperations, StepPlan, StepState, layer_shape
 from .stream_olmem import OlmemStream
-from .varlen_olmem import Varlen
-from .weights_olmem import LoadsWeights, lacks_gates, read_old_names, warn_of_new_gates
+from .weights_olmem import LoadsWeights, gate_new_memory, read_old_names
 
 
 def make_norm(config: OlmemConfig, size: int) -> nn.Module:
@@ -402,7 +386,6 @@ class OlmemDecoderLayer(GradientCheckpointingLayer):
 class OlmemPreTrainedModel(LoadsWeights):
     """Defines what Transformers needs to know of every model of the family, and initialises its parameters."""
 
-    config: OlmemConfig
     config_class = OlmemConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -451,16 +434,7 @@ class OlmemPreTrainedModel(LoadsWeights):
         return super().save_pretrained(*args, **kwargs)
 
 
-def fused_operations() -> Operations:
-    """Returns what computes in half precision on a GPU, whose kernels are imported where they run."""
-    from .fused_olmem import FusedOperations
-
-    return FusedOperations()
-
-
 ALL = slice(None)
-PIECE = 8192  # the most tokens of a row that the layers read at once where no gradients are wanted
-WAYS = [Varlen(), *BACKENDS]  # to attend, in the order in which they are asked
 
 
 class OlmemModel(OlmemPreTrainedModel):
@@ -513,9 +487,12 @@ class OlmemModel(OlmemPreTrainedModel):
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         captured = Captured(wanted_states(output_hidden_states, self.config.num_hidden_layers))
-        embeddings = self.embeddings(input_ids, inputs_embeds, later=captured.wanted == set())
+        reader = Reader(self.config, self.rotary_emb, self.memory, self.layers, self.run_layers, self.training)
+        embeddings = reader.embeddings(self.embed_tokens, input_ids, inputs_embeds, later=captured.wanted == set())
         refuse_malformed(embeddings.shape, attention_mask, position_ids)
-        past_key_values, use_cache = self.cache_beside_checkpoints(past_key_values, use_cache)
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            refuse_beside_checkpoints(self.layers[0], self.memory, past_key_values)
+            past_key_values, use_cache = None, False
         if use_cache and past_key_values is None:
             past_key_values = self.make_cache(attention_mask)
         if falls_back(self.config, past_key_values, attention_mask, position_ids):
@@ -536,7 +513,7 @@ class OlmemModel(OlmemPreTrainedModel):
                     output: dict[str, Any] = {CACHE_NAME: past_key_values}
                     return BaseModelOutputWithPast(last_hidden_state=last, **output)
             inputs = embeddings, attention_mask, position_ids, past_key_values, captured, bool(output_attentions)
-            hidden_states, stages = self.read(*inputs, last_columns)  # pyright: ignore[reportArgumentType]
+            hidden_states, stages = reader.read(*inputs, last_columns)  # pyright: ignore[reportArgumentType]
             if captured.wanted is None or 0 in captured.wanted:  # the embeddings, those of padding included
                 stages[0] = embeddings.given
         last = self.norm(hidden_states)
@@ -612,186 +589,6 @@ class OlmemModel(OlmemPreTrainedModel):
             captured.keep(hidden_states)
         return hidden_states
 
-    @without_graph(
-        "for a step to be a whole graph, `num_memory_tokens` must be 0, and `max_length` given to the OlmemCache of a "
-        "model with full attention; leave fullgraph out.",
-        when=lambda self, embeddings, mask, position_ids, cache, *_: self.host_counts(cache),
-    )
-    def read(
-        self,
-        embeddings: Embeddings,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        cache: OlmemCache | None,
-        captured: Captured,
-        output_attentions: bool,
-        last_columns: int = 0,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Reads embeddings (B, T, hidden_size) as the next tokens of a stream, whose past is in the cache.
-
-        Returns the last hidden states (B, T, hidden_size), and the list of those that `captured` wants. Both may hold
-        the last columns alone, if no more are wanted.
-        """
-        if output_attentions and self.memory is not None:
-            raise ValueError(
-                f"{self.config.memory_rule} to return attentions, whose columns stand for tokens; leave "
-                "`output_attentions` out."
-            )
-        if cache is not None:
-            cache.check(self.config)
-            cache.begin(embeddings.shape[0], embeddings.device)
-        counters = None if cache is None else cache.counters
-        has_prefix = self.memory is not None or self.config.num_sink_tokens > 0
-        inputs = embeddings, attention_mask, position_ids, counters
-        tokens = number_tokens(*inputs, has_memory=self.config.has_memory, has_prefix=has_prefix)
-        implementation = Implementation.of(self.config)
-        device, dtype = embeddings.device, embeddings.dtype
-        on_gpu = can_flash(device, dtype, self.config.head_dim)
-        flash = on_gpu and not (self.training and self.config.attention_dropout)
-        is_fused = on_gpu and not implementation.is_plain and can_fuse_operations(device, dtype)
-        operations = fused_operations() if is_fused else PLAIN
-        planner = Planner(
-            self.config, self.rotary_emb, WAYS, operations, implementation.is_plain, output_attentions, flash
-        )
-
-        if tokens.documents is None or self.memory is None:
-            return self.read_tokens(tokens, embeddings, cache, planner, captured, last_columns)
-        packed, found = unpack_documents(tokens, embeddings.some(ALL)), []
-        for each in packed:
-            given = Embeddings(each.embeddings)
-            last, stages = self.run(self.schedule(each.tokens, given, None, planner), planner, captured)
-            found.append([last, *stages])
-        last, *stages = pack_documents(packed, found, embeddings.some(ALL))
-        return last, stages
-
-    def host_counts(self, cache: OlmemCache | None) -> bool:
-        """Tells whether a call that goes on from a cache needs the host to count, for memory or for more room."""
-        return cache is not None and not cache.fresh and (self.memory is not None or cache.grows)
-
-    def read_tokens(
-        self,
-        tokens: Tokens,
-        embeddings: Embeddings,
-        cache: OlmemCache | None,
-        planner: Planner,
-        captured: Captured,
-        last_columns: int,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Reads tokens that are numbered, in pieces if they are many, and without their padding where that can be.
-
-        Where no gradients are wanted, pieces go on from one another by a cache, which is made if there is none.
-        """
-        (batch, length), piece, packing, kept = embeddings.shape, None, None, None
-        may_pack = planner.flash and not planner.plain and self.memory is None and tokens.documents is None
-        may_pack = may_pack and length > 1
-        if self.reads_in_pieces(embeddings, may_pack) and tokens.position_ids is None and not planner.weights:
-            piece = PIECE
-            kept = range(max(length - last_columns, 0), length) if last_columns else None
-            if cache is None:
-                cache = OlmemCache(self.config)
-                cache.begin(batch, embeddings.device)
-        if may_pack and (tokens.padded or (batch > 1 and piece is not None)):
-            if cache is None:
-                packing = Packing(tokens, embeddings.shape, None, last_columns)
-            elif not torch.is_grad_enabled() and all(kind.can_be_listed for kind in planner.kinds):
-                packing = Packing(tokens, embeddings.shape, cache.counters.read_seen(), last_columns)
-        if packing is None or not packing.length:
-            schedule = self.schedule(tokens, embeddings, cache, planner, piece, kept)
-            return self.run(schedule, planner, captured)
-        tokens, embeddings, kept = packing.tokens, embeddings.packed(packing), packing.kept()
-        schedule = self.schedule(tokens, embeddings, cache, planner, piece, kept, length)
-        last, stages = self.run(schedule, planner, captured)
-        if cache is not None:
-            cache.counters.note_gaps(packing.gaps)
-        return packing.unpack(last), [packing.unpack(stage) for stage in stages]
-
-    def schedule(
-        self,
-        tokens: Tokens,
-        embeddings: Embeddings,
-        cache: OlmemCache | None,
-        planner: Planner,
-        piece: int | None = None,
-        kept: Sequence[int] | None = None,
-        columns: int | None = None,
-    ) -> Schedule:
-        """Returns the schedule of a forward call."""
-        given = tokens, embeddings, piece, kept, columns
-        return Schedule(self.config, planner.kinds, self.memory, cache, *given)
-
-    def reads_in_pieces(self, embeddings: Embeddings | torch.Tensor, is_packed: bool = False) -> bool:
-        """Tells whether an input is so long that the layers read it in pieces, without gradients.
-
-        On a CPU a full layer reads a whole input faster, and with the bits of Transformers. Ranks that share sharded
-        layers must call them equally often.
-        """
-        batch, length = embeddings.shape
-        if torch.is_grad_enabled() or not is_cut(batch * length if is_packed else length, PIECE):
-            return False
-        if is_sharded(self.layers[0]):
-            return False
-        return is_packed or embeddings.device.type != "cpu" or "full_attention" not in self.config.layer_types
-
-    def run(self, schedule: Schedule, planner: Planner, captured: Captured) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Runs all calls of a schedule.
-
-        At the end of a segment its call also holds M write tokens. `leave` takes their last hidden states, through the
-        norm of memory, as the memory that the next call reads. If a segment ends with the forward, its memory is
-        written when the next segment begins.
-
-        Returns the last hidden states (B, T, hidden_size), and the list of those that `captured` wants.
-        """
-        if self.memory is not None:
-            refuse_uneven(self.layers[0], len(schedule.pieces), schedule.device)
-        for call in schedule.calls():
-            plans, of_call = planner.plans(call), Captured(captured.wanted)
-            of_layers = [plans[kind] for kind in planner.kinds]
-            earlier = [schedule.inputs(index, call) for index in range(len(of_layers))] if schedule.carried else ()
-            last = self.run_layers(schedule.enter(call), of_layers, schedule.states, of_call, earlier)
-            schedule.leave(call, of_layers[0], [*of_call.hidden_states, last], of_call.states)
-            captured.attentions += of_call.attentions
-        *stages, last = schedule.result()
-        return schedule.tie_norm(last), stages
-
-    def embeddings(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, later: bool) -> Embeddings:
-        """Returns what gives the embeddings of a call, `later` a piece at a time if the input is read in pieces."""
-        later = later and inputs_embeds is None
-        if not later or not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
-            return Embeddings(self.embed(input_ids, inputs_embeds))
-        if self.reads_in_pieces(input_ids, is_packed=True):
-            refuse_malformed_ids(input_ids, self.embed_tokens.weight.device, moves_inputs(self.embed_tokens))
-            return Embeddings(input_ids, self.embed_tokens)
-        return Embeddings(self.embed(input_ids, inputs_embeds))
-
-    def embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """Returns the embeddings (B, T, hidden_size) of ids (B, T), or `inputs_embeds` if they are given."""
-        if (input_ids is None) == (inputs_embeds is None):  # in the words of Transformers
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        if inputs_embeds is not None:
-            refuse_malformed_embeddings(inputs_embeds, self.config.hidden_size)
-            return inputs_embeds
-        refuse_malformed_ids(input_ids, self.embed_tokens.weight.device, moves_inputs(self.embed_tokens))
-        return self.embed_tokens(input_ids)
-
-    def cache_beside_checkpoints(self, cache: Cache | None, use_cache: bool | None) -> tuple[Cache | None, bool | None]:
-        """Returns the cache and `use_cache`, or None and False under gradient checkpointing.
-
-        Gradient checkpointing computes a layer twice, which would write its keys to the cache twice.
-        """
-        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
-            return cache, use_cache
-        if self.memory is not None and recomputes_hooks(self.layers[0]):
-            raise ValueError(
-                "`use_reentrant` must be False with `fully_shard` and memory tokens in this release of Transformers "
-                '(got True); pass `gradient_checkpointing_kwargs={"use_reentrant": False}`, or take a newer release.'
-            )
-        if cache is not None and cache.get_seq_length() > 0:
-            raise ValueError(
-                "`past_key_values` must be empty or left out in training with gradient checkpointing, which computes a "
-                f"layer twice (got a cache of {cache.get_seq_length()} columns); turn it off, or leave the cache out."
-            )
-        return None, False
-
     def make_cache(self, attention_mask: torch.Tensor | dict | None = None) -> Cache:
         """Returns a new OlmemCache, or one of Transformers' caches if the call cannot use an OlmemCache.
 
@@ -808,24 +605,6 @@ class OlmemModel(OlmemPreTrainedModel):
         if not is_olmem_cache(cache):
             raise ValueError(f"`cache` must be an OlmemCache (got a {type(cache).__name__}); make a new cache instead.")
         cache.forget(rows)
-
-
-def gate_new_memory(module: OlmemModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Adds gates to the memory of `module` before it loads weights that have no memory, but all else.
-
-    This is a hook for `register_load_state_dict_pre_hook`. By default `load_state_dict` then raises an error for the
-    memory that is missing; with `strict=False` it keeps the new one.
-    """
-    if module.memory is None:
-        return
-    missing = [name for name in module.state_dict() if prefix + name not in state_dict]
-    is_memory_alone = all(name.startswith("memory.") or name.endswith("_gate.logits") for name in missing)
-    if is_memory_alone and lacks_gates(module.config, missing):
-        module.config.memory_gate_init = MEMORY_GATE
-        for layer in module.layers:
-            assert isinstance(layer, OlmemDecoderLayer)
-            layer.self_attn.add_memory_gate(MEMORY_GATE)
-        warn_of_new_gates(stacklevel=5)
 
 
 class OlmemForCausalLM(OlmemPreTrainedModel, OlmemGenerationMixin):

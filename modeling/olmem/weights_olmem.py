@@ -9,7 +9,7 @@ import copy
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -76,6 +76,32 @@ def lacks_gates(config: OlmemConfig, missing_keys: Iterable[str]) -> bool:
     return without and config.memory_gate_init is None and not config.chooses_memory_gate
 
 
+@runtime_checkable
+class TakesMemoryGate(Protocol):
+    """A module to whose memory a gate can be added."""
+
+    def add_memory_gate(self, init_logit: float) -> None:
+        """Adds a gate that begins at a logit."""
+        ...
+
+
+def gate_new_memory(module: "LoadsWeights", state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Adds gates to the memory of `module` before it loads weights that have no memory, but all else.
+
+    This is a hook for `register_load_state_dict_pre_hook`. By default `load_state_dict` then raises an error for the
+    memory that is missing; with `strict=False` it keeps the new one.
+    """
+    if module._modules.get("memory") is None:
+        return
+    missing = [name for name in module.state_dict() if prefix + name not in state_dict]
+    is_memory_alone = all(name.startswith("memory.") or name.endswith("_gate.logits") for name in missing)
+    if is_memory_alone and lacks_gates(module.config, missing):
+        module.config.memory_gate_init = MEMORY_GATE
+        for each in [each for each in module.modules() if isinstance(each, TakesMemoryGate)]:
+            each.add_memory_gate(MEMORY_GATE)
+        warn_of_new_gates(stacklevel=5)
+
+
 def place_modules(device_map: Any) -> Any:
     """Returns a map of devices that names memory, or a gate, where it names a parameter of theirs.
 
@@ -92,6 +118,8 @@ def place_modules(device_map: Any) -> Any:
 
 class LoadsWeights(PreTrainedModel):
     """Reads weights under old names, and adds gates to a memory that the weights lack."""
+
+    config: OlmemConfig
 
     @classmethod
     def from_pretrained(
@@ -136,4 +164,4 @@ class LoadsWeights(PreTrainedModel):
         return (model, loading_info) if output_loading_info else model
 
 
-__all__ = ["OLD_NAMES", "LoadsWeights", "lacks_gates", "new_name", "read_old_names", "warn_of_new_gates"]
+__all__ = ["OLD_NAMES", "LoadsWeights", "gate_new_memory", "new_name", "read_old_names"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from modeling.helpers import STREAMS, tiny, tokens
 from modeling.streams import close, read
-from olmem import modeling_olmem
+from olmem import reading_olmem
 from olmem.ops_olmem import PLAIN, OlmemRMSNorm
 from olmem.varlen_olmem import merge
 from torch import nn
@@ -116,8 +116,8 @@ def test_a_model_with_kernels_reads_what_it_reads_without(changes, monkeypatch):
     masks[1, :4] = 0
     pieces, masks = ids.split([9, 4, 1], dim=1), masks.split([9, 4, 1], dim=1)
     expected = read(model, pieces, masks)
-    monkeypatch.setattr(modeling_olmem, "can_flash", lambda *_: True)
-    monkeypatch.setattr(modeling_olmem, "can_fuse_operations", lambda *_: True)
+    monkeypatch.setattr(reading_olmem, "can_flash", lambda *_: True)
+    monkeypatch.setattr(reading_olmem, "can_fuse_operations", lambda *_: True)
     real = torch.cat(masks, dim=1).bool()
     close(read(model, pieces, masks)[real], expected[real])
     output = model(ids, use_cache=False)

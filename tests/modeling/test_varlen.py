@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from modeling.helpers import CHUNKED, MEMORIES, SLIDING, STREAMS, TINY, shake, span, tiny, tokens
 from modeling.streams import alone, choices, close, cuts, make, paddings, read
-from olmem import OlmemCache, OlmemConfig, OlmemForCausalLM, modeling_olmem
+from olmem import OlmemCache, OlmemConfig, OlmemForCausalLM, reading_olmem
 from olmem.contracts_olmem import Needs
 from olmem.sequences_olmem import Sequences, starts_of
 from olmem.varlen_olmem import AttendParts, Varlen
@@ -97,8 +97,8 @@ def test_a_gate_that_is_wide_open_has_gradients():
 def sequences_and_pieces(size: int):
     """Attention over sequences on any device, and prompts in pieces of that many tokens."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modeling_olmem, "can_flash", lambda *_: True)
-        patch.setattr(modeling_olmem, "PIECE", size)
+        patch.setattr(reading_olmem, "can_flash", lambda *_: True)
+        patch.setattr(reading_olmem, "PIECE", size)
         yield
 
 
@@ -223,7 +223,7 @@ def test_a_long_prompt_is_embedded_in_pieces_and_keeps_what_is_asked_for(use_cac
     ids = tokens(2, 50)
     embedded: list[int] = []
     model.model.embed_tokens.register_forward_hook(lambda module, given, output: embedded.append(output.shape[1]))
-    monkeypatch.setattr(modeling_olmem, "PIECE", 12)
+    monkeypatch.setattr(reading_olmem, "PIECE", 12)
     whole = torch.stack([alone(model, row) for row in ids])
     for keep in (1, 15, 0):
         embedded.clear()
@@ -241,15 +241,15 @@ def test_a_long_prompt_is_embedded_in_pieces_and_keeps_what_is_asked_for(use_cac
 
 def test_hidden_states_of_a_prompt_that_nobody_keeps_are_not_kept(monkeypatch):
     """A view of no column would hold those of a whole piece."""
-    monkeypatch.setattr(modeling_olmem, "PIECE", 12)
+    monkeypatch.setattr(reading_olmem, "PIECE", 12)
     kept: list[int] = []
-    leave = modeling_olmem.Schedule.leave
+    leave = reading_olmem.Schedule.leave
 
     def watched(schedule, *given):
         leave(schedule, *given)
         kept.append(sum(each.untyped_storage().nbytes() for output in schedule.outputs for each in output))
 
-    monkeypatch.setattr(modeling_olmem.Schedule, "leave", watched)
+    monkeypatch.setattr(reading_olmem.Schedule, "leave", watched)
     model = tiny(layer_types=SLIDING)
     with torch.no_grad():
         model(tokens(1, 50), logits_to_keep=1)
@@ -304,7 +304,7 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
 @torch.no_grad()
 def test_streams_on_a_gpu_are_those_of_the_cpu(changes, seed, monkeypatch):
     """Cuts at random, padding in front and between."""
-    monkeypatch.setattr(modeling_olmem, "PIECE", 48)
+    monkeypatch.setattr(reading_olmem, "PIECE", 48)
     model = half_model(changes)
     generator = torch.Generator().manual_seed(seed)
     ids, mask = torch.randint(61, (3, 150), generator=generator), torch.ones(3, 150, dtype=torch.long)
@@ -341,7 +341,7 @@ def test_gradients_on_a_gpu_are_no_further_from_float64_than_those_by_blocks(cha
     exact = gradients(copy.deepcopy(model).double())
     model.cuda()
     own = torch.tensor([apart(*each) for each in zip(gradients(model), exact, strict=True)])
-    monkeypatch.setattr(modeling_olmem, "can_flash", lambda *_: False)
+    monkeypatch.setattr(reading_olmem, "can_flash", lambda *_: False)
     by_blocks = torch.tensor([apart(*each) for each in zip(gradients(model), exact, strict=True)])
     assert own.mean() <= 1.1 * by_blocks.mean() + 0.002
     assert own.max() <= 1.3 * by_blocks.max() + 0.01

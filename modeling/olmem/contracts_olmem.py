@@ -241,7 +241,7 @@ class Plan:
         begins: torch.Tensor | None = None,
         retrieves: bool = False,
         returns_weights: bool = False,
-        carries: bool = False,
+        carries: int = 0,
     ):
         self.visibility = visibility
         self.sections = sections
@@ -251,8 +251,9 @@ class Plan:
         self.begins = begins  # (R,) which rows begin a segment, and so read new memory; None for all
         self.retrieves = retrieves
         self.returns_weights = returns_weights
-        self.carries = carries  # whether layers also return their new keys and values
+        self.carries = carries  # how many of their new tensors layers also return: keys, values, and scores if any
         self.by_role = {section.view.role: section for section in sections}
+        self.token_index = [*self.by_role].index("token") if "token" in self.by_role else 0
         self.operations = operations  # what layers compute with around attention
         self.copies: dict[torch.device, Plan] = {}  # the plan on each device, this one included
         if sections:
@@ -288,12 +289,12 @@ class LayerState(Protocol):
     """Remembers the keys and values of one layer between forward calls, or within one."""
 
     def write(
-        self, key: torch.Tensor, value: torch.Tensor, plan: Plan, earlier: Sequence[torch.Tensor]
+        self, key: torch.Tensor, value: torch.Tensor, plan: Plan, earlier: Sequence[Sequence[torch.Tensor]]
     ) -> list[list[Part]]:
         """Writes new keys and values (B, K, C, D) without positions, and returns the parts that each section sees.
 
-        `earlier` holds the keys and values of earlier calls of the same forward, key and value in turns, where
-        gradients are wanted.
+        `earlier` holds the keys and values of each earlier call of the same forward, where gradients are wanted, and
+        the scores if the store selects.
         """
         ...
 
@@ -302,12 +303,12 @@ class LayerState(Protocol):
         key: torch.Tensor,
         value: torch.Tensor,
         plan: Plan,
-        earlier: Sequence[torch.Tensor],
+        earlier: Sequence[Sequence[torch.Tensor]],
         scores: torch.Tensor | None = None,
     ) -> Iterator[Candidates]:
         """Yields what the new tokens may retrieve, block by block, and stores their keys and values (B, K, T, D).
 
-        `scores` (B, K, S + T) are those of the keys of `earlier` and of the new ones, where the store selects by them.
+        `scores` (B, K, T) are those of the new tokens, where the store selects by them.
         """
         ...
 

@@ -192,7 +192,7 @@ class ForeignState:
         self.cache, self.layer_index, self.arguments = cache, layer_index, arguments
 
     def write(
-        self, key: torch.Tensor, value: torch.Tensor, plan: Plan, earlier: Sequence[torch.Tensor] = ()
+        self, key: torch.Tensor, value: torch.Tensor, plan: Plan, earlier: Sequence[Sequence[torch.Tensor]] = ()
     ) -> list[list[Part]]:
         """Rotates new keys, and writes them with the values (B, K, T, D) as `LayerState.write` does."""
         key, arguments = plan.rotations.place(key), dict(self.arguments)
@@ -207,7 +207,7 @@ class ForeignState:
         key: torch.Tensor,
         value: torch.Tensor,
         plan: Plan,
-        earlier: Sequence[torch.Tensor] = (),
+        earlier: Sequence[Sequence[torch.Tensor]] = (),
         scores: torch.Tensor | None = None,
     ) -> Iterator[Candidates]:
         """Yields nothing, because a model that retrieves is refused."""

@@ -26,8 +26,9 @@ Shapes: B batch, H query heads, K key/value heads, C columns of a call, T tokens
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,19 +56,14 @@ from .fallback_olmem import Fallback, Implementation, falls_back, is_padding_mas
 from .generation_olmem import OlmemGenerationMixin
 from .inputs_olmem import read_mask, refuse_malformed
 from .ops_olmem import PLAIN, Elephant, OlmemRMSNorm, Operations
-from .positions_olmem import (
-    ROPE,
-    XPOS,
-    LinspaceScheme,
-    OlmemRotaryEmbedding,
-    PositionScheme,
-)
+from .positions_olmem import SCHEMES, OlmemRotaryEmbedding
 from .reading_olmem import Reader, refuse_beside_checkpoints
 from .retrieval_olmem import Retrieval
-from .rules_olmem import NOT_YET
+from .rules_olmem import CLIP_STAGES, NOT_YET
 from .segments_olmem import OlmemMemory
 from .step_olmem import StepOperations, StepPlan, StepState, layer_shape
 from .stream_olmem import OlmemStream
+from .visibility_olmem import Visibility
 from .weights_olmem import LoadsWeights, gate_new_memory, read_old_names
 
 
@@ -112,6 +108,16 @@ class OlmemAdmission(nn.Linear):
             return nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype))
 
 
+# The projections whose heads are queries, keys and values, by `shared_projections`. A `value_difference` is no
+# projection, but is made of those of queries and keys.
+SHARED = {"none": "qkv", "key_value": "qkk", "query_key": "kkv", "query_key_value": "kkk", "value_difference": "qkv"}
+
+
+def unchanged(states: torch.Tensor) -> torch.Tensor:
+    """Returns the states, where nothing is clipped."""
+    return states
+
+
 class OlmemAttention(nn.Module):
     """Computes the attention of Olmo3, or one with other projections, norms, clips and positions.
 
@@ -127,9 +133,11 @@ class OlmemAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        self.qk_norm = config.qk_norm
+        self.qk_norms = {"q": config.qk_norm, "k": config.qk_norm, "v": "none"}
+        self.clips: dict[str, Callable[[torch.Tensor], torch.Tensor]] = dict.fromkeys(CLIP_STAGES, unchanged)
+        if config.clip_qkv is not None:
+            self.clips[config.clip_qkv_stage] = partial(torch.clamp, min=-config.clip_qkv, max=config.clip_qkv)
         self.shared = config.shared_projections
-        self.clip_qkv, self.clip_qkv_stage = config.clip_qkv, config.clip_qkv_stage
         self.position_embedding = config.layer_position_embeddings[layer_idx]
         self.layer_type = config.layer_types[layer_idx]
         # Only attention functions of Transformers and of serving engines read this and `is_causal`. `Visibility` says
@@ -138,11 +146,11 @@ class OlmemAttention(nn.Module):
 
         query_size = config.num_attention_heads * self.head_dim
         key_size = config.num_key_value_heads * self.head_dim
-        has_query = self.shared not in ("query_key", "query_key_value")
+        has_query = "q" in SHARED[self.shared]
         if has_query:
             self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
-        if self.shared in ("none", "query_key"):
+        if "v" in SHARED[self.shared] and self.shared != "value_difference":
             self.v_proj = nn.Linear(config.hidden_size, key_size, bias=config.attention_bias)
         self.letters = [letter for letter in "qkv" if hasattr(self, f"{letter}_proj")]
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
@@ -151,6 +159,9 @@ class OlmemAttention(nn.Module):
             if has_query:
                 self.q_norm = make_norm(config, query_size if whole else self.head_dim)
             self.k_norm = make_norm(config, key_size if whole else self.head_dim)
+        self.scheme = SCHEMES[self.position_embedding]
+        self.span = Visibility.of(config, self.layer_type).span or config.max_position_embeddings
+        self.linspace_scale: nn.Parameter | None = None
         if self.position_embedding == "linspace":
             self.linspace_scale = nn.Parameter(torch.ones(self.head_dim))
         self.memory_gate: OlmemGate | None = None
@@ -180,7 +191,7 @@ class OlmemAttention(nn.Module):
             self.scaling,
             query_norm=getattr(self, "q_norm", None),
             key_norm=getattr(self, "k_norm", None),
-            linspace_scale=getattr(self, "linspace_scale", None),
+            linspace_scale=self.linspace_scale,
             memory_gate=None if self.memory_gate is None else self.memory_gate.logits,
             retrieval_gate=None if self.retrieval_gate is None else self.retrieval_gate.logits,
         )
@@ -205,30 +216,27 @@ class OlmemAttention(nn.Module):
         Returns:
             The output (B, C, hidden_size), the attention weights (B, H, C, S) or None, and the new keys and values
             (B, K, C, D) without positions, with scores (B, K, C) in a layer whose store selects. There are weights if
-            they are wanted and the backend computes them. A step by kernels returns neither weights nor keys and
-            values.
+            they are wanted, which a call of several sections is not asked for, and the backend computes them. A step by
+            kernels returns neither weights nor keys and values.
         """
         if isinstance(plan, StepPlan):
             assert isinstance(state, StepState)
             return self.step(hidden_states, plan, state), None, ()
         assert not isinstance(state, StepState)
         query, key, value = self.project(hidden_states, plan.operations)
-        scores, earlier_scores = None, ()
+        new = (key, value)
         if self.retrieval_score is not None:
-            scores, earlier_scores = self.retrieval_score(hidden_states).transpose(1, 2), earlier[2::3]
-            earlier = [states for index, states in enumerate(earlier) if index % 3 < 2]
-        parts, heads = state.write(key, value, plan, earlier), self.heads(plan)
+            new += (self.retrieval_score(hidden_states).transpose(1, 2),)
+        count = len(new)
+        before = [earlier[first : first + count] for first in range(0, len(earlier), count)]
+        parts, heads = state.write(key, value, plan, before), self.heads()
         outputs, weights = [], None
         for section, seen in zip(plan.sections, parts, strict=True):
-            output, shares = section.attend(heads, query, seen)
-            if section.view.role == "token":
-                weights = shares
-                if plan.retrieves:
-                    all_scores = None if scores is None else torch.cat((*earlier_scores, section.part(scores)), dim=2)
-                    output = self.retrieve(query, key, value, output, plan, state, earlier, all_scores)
+            output, weights = section.attend(heads, query, seen)
             outputs.append(output)
+        if plan.retrieves:
+            outputs[plan.token_index] = self.retrieve(query, new, outputs[plan.token_index], plan, state, before)
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        new = (key, value) if scores is None else (key, value, scores)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights, new
 
     def project(
@@ -244,22 +252,16 @@ class OlmemAttention(nn.Module):
         With `shared_projections` of `"key_value"` and `"query_key_value"` the value is the key after its norm. A cache
         then keeps one tensor for both, without positions, and its keys are rotated whenever they are read.
         """
-        given = hidden_states, operations
-        if self.shared in ("query_key", "query_key_value"):
-            key = self.project_heads("k", *given)
-            query, value = key, key if self.shared == "query_key_value" else self.project_heads("v", *given)
-        else:
-            query, key = self.project_heads("q", *given), self.project_heads("k", *given)
-            if self.shared == "none":
-                value = self.project_heads("v", *given)
-            else:
-                value = key if self.shared == "key_value" else query - key
-        return query, key, self.clip("rotary", value)
+        heads = {letter: self.project_heads(letter, hidden_states, operations) for letter in self.letters}
+        if self.shared == "value_difference":
+            heads["v"] = heads["q"] - heads["k"]
+        of_query, of_key, of_value = SHARED[self.shared]
+        return heads[of_query], heads[of_key], self.clips["rotary"](heads[of_value])
 
     def project_heads(self, letter: str, hidden_states: torch.Tensor, operations: Operations) -> torch.Tensor:
         """Returns the queries ("q"), keys ("k") or values ("v") of hidden states as heads (B, heads, C, D)."""
-        states = self.clip("projection", getattr(self, f"{letter}_proj")(hidden_states))
-        qk_norm = "none" if letter == "v" else self.qk_norm
+        states, qk_norm = getattr(self, f"{letter}_proj")(hidden_states), self.qk_norms[letter]
+        states = self.clips["projection"](states)
         if qk_norm == "full":
             states = operations.norm(getattr(self, f"{letter}_norm"), states)
         states = states.view(*hidden_states.shape[:-1], -1, self.head_dim)
@@ -267,44 +269,29 @@ class OlmemAttention(nn.Module):
             states = operations.norm(getattr(self, f"{letter}_norm"), states)
         return states.transpose(1, 2)
 
-    def clip(self, stage: str, states: torch.Tensor) -> torch.Tensor:
-        """Returns states clipped to `clip_qkv` if `clip_qkv_stage` is this stage, and unchanged states if not."""
-        limit = self.clip_qkv
-        if limit is None or self.clip_qkv_stage != stage:
-            return states
-        return states.clamp(-limit, limit)
-
-    def heads(self, plan: Plan) -> Heads:
+    def heads(self) -> Heads:
         """Returns the parts of this layer that backends need."""
         gate = None if self.memory_gate is None else self.memory_gate()
         dropout = self.attention_dropout if self.training else 0.0
-        return Heads(self, self.scheme(plan), self.scaling, dropout, gate)
-
-    def scheme(self, plan: Plan) -> PositionScheme:
-        """Returns the scheme that changes this layer's queries and keys beside their rotation."""
-        if self.position_embedding == "linspace":
-            return LinspaceScheme(self.linspace_scale, plan.visibility.span or self.config.max_position_embeddings)
-        return XPOS if self.position_embedding == "xpos" else ROPE
+        return Heads(self, self.scheme(self.linspace_scale, self.span), self.scaling, dropout, gate)
 
     def retrieve(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        new: Sequence[torch.Tensor],
         seen: torch.Tensor,
         plan: Plan,
         state: LayerState,
-        earlier: Sequence[torch.Tensor],
-        scores: torch.Tensor | None,
+        earlier: Sequence[Sequence[torch.Tensor]],
     ) -> torch.Tensor:
         """Returns the attention output of the tokens (B, T, H, D), mixed with what their heads retrieve."""
         assert self.retrieval_gate is not None
         tokens = plan.by_role["token"]
-        query, key, value = (tokens.part(states) for states in (query, key, value))
-        candidates = state.candidates(key, value, plan, earlier, scores)
+        key, value, *scores = (tokens.part(states) for states in new)
+        candidates = state.candidates(key, value, plan, earlier, *scores)
         top_k, capacity = self.config.retrieval_top_k, self.config.retrieval_capacity
         retrieval = Retrieval(plan.visibility, top_k, capacity, self.scaling)
-        return retrieval.mix(query, candidates, seen, self.retrieval_gate())
+        return retrieval.mix(tokens.part(query), candidates, seen, self.retrieval_gate())
 
 
 class OlmemMLP(nn.Module):
@@ -407,7 +394,7 @@ class OlmemPreTrainedModel(LoadsWeights):
             for layer_type in module.layer_types:
                 inverse_frequency, _ = module.frequencies(layer_type)
                 init.copy_(getattr(module, f"{layer_type}_inv_freq"), inverse_frequency)
-        if isinstance(module, OlmemAttention) and module.position_embedding == "linspace":
+        if isinstance(module, OlmemAttention) and module.linspace_scale is not None:
             init.ones_(module.linspace_scale)
         if isinstance(module, OlmemGate):
             init.constant_(module.logits, module.init_logit)
@@ -582,9 +569,8 @@ class OlmemModel(OlmemPreTrainedModel):
             output = self.layers[index](hidden_states, *given, plan=plans[index], state=states[index])
             hidden_states, *more = output if isinstance(output, tuple) else (output,)
             if plans[index].carries:
-                count = 3 if self.config.selects and index in self.config.retrieval_layers else 2
-                captured.states.append(tuple(more[-count:]))
-                more = more[:-count]
+                captured.states.append(tuple(more[-plans[index].carries :]))
+                more = more[: -plans[index].carries]
             captured.attentions += more
             captured.keep(hidden_states)
         return hidden_states

@@ -169,7 +169,7 @@ class Planner:
             begins=call.begins,
             retrieves=kind.retrieves and has_tokens,
             returns_weights=self.weights,
-            carries=call.carries,
+            carries=call.carries * (3 if kind.retrieves and self.config.selects else 2),
         )
 
     def rotate(self, layer_type: str, rotates: bool, frame: "Frame", call: Call) -> tuple[Rotations, list[Rotations]]:

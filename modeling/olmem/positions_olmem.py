@@ -224,7 +224,15 @@ class Rotation:
 
 
 class PositionScheme:
-    """Changes nothing beside the rotation, as for RoPE and for no positions. It is the base of the other schemes."""
+    """Changes nothing beside the rotation, as for RoPE and for no positions. It is the base of the other schemes.
+
+    Args:
+        scale: the layer's `linspace_scale` (D,), or None in a layer that has none.
+        span: the number of tokens in the layer's window, or those that a full layer was trained with.
+    """
+
+    def __init__(self, scale: torch.Tensor | None = None, span: int = 1):
+        self.scale, self.span = scale, span
 
     def refuse_far(self, length: int, dtype: torch.dtype) -> None:
         """Raises an error for so many queries at once that states of a dtype cannot have one base for all of them."""
@@ -277,14 +285,11 @@ class XposScheme(PositionScheme):
 
 
 class LinspaceScheme(PositionScheme):
-    """Adds a multiple of a learned vector to each key. The multiple grows evenly over the span of a window.
+    """Adds a multiple of a learned vector to each key. The multiple grows evenly from 0 to 0.1 over the span."""
 
-    Args:
-        scale: the layer's `linspace_scale` (D,).
-        span: the number of tokens over which the multiple grows from 0 to 0.1.
-    """
-
-    def __init__(self, scale: torch.Tensor, span: int):
+    def __init__(self, scale: torch.Tensor | None = None, span: int = 1):
+        super().__init__(scale, span)
+        assert scale is not None
         wide = scale.to(torch.promote_types(scale.dtype, torch.float32))
         self.step = wide * (LINSPACE_REACH / max(span - 1, 1))
 
@@ -296,12 +301,17 @@ class LinspaceScheme(PositionScheme):
         return bias.to(query.dtype)
 
 
-ROPE, XPOS = PositionScheme(), XposScheme()
+# The scheme of each value of `position_embedding`, made for a layer when it attends.
+SCHEMES: dict[str, Callable[[torch.Tensor | None, int], PositionScheme]] = {
+    "rope": PositionScheme,
+    "none": PositionScheme,
+    "xpos": XposScheme,
+    "linspace": LinspaceScheme,
+}
 
 __all__ = [
     "LINSPACE_REACH",
-    "ROPE",
-    "XPOS",
+    "SCHEMES",
     "XPOS_BASE",
     "LinspaceScheme",
     "OlmemRotaryEmbedding",

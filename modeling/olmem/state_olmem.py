@@ -283,7 +283,7 @@ class OlmemCacheLayer(CacheLayerMixin):
                     buffer[writes.rows, :, writes.sink_slots] = first.transpose(1, 2)
 
     def write(
-        self, key: torch.Tensor, value: torch.Tensor, plan: Plan, earlier: Sequence[torch.Tensor] = ()
+        self, key: torch.Tensor, value: torch.Tensor, plan: Plan, earlier: Sequence[Sequence[torch.Tensor]] = ()
     ) -> list[list[Part]]:
         """Writes new keys and values as `LayerState.write` does, without gradients."""
         writes, window = require(plan.writes), None
@@ -366,7 +366,7 @@ class OlmemCacheLayer(CacheLayerMixin):
         key: torch.Tensor,
         value: torch.Tensor,
         plan: Plan,
-        earlier: Sequence[torch.Tensor] = (),
+        earlier: Sequence[Sequence[torch.Tensor]] = (),
         scores: torch.Tensor | None = None,
     ) -> Iterator[Candidates]:
         """Stores the new tokens block by block, and yields what each block may retrieve."""
@@ -442,7 +442,7 @@ class OlmemTape:
         self.layer = layer
 
     def write(
-        self, key: torch.Tensor, value: torch.Tensor, plan: Plan, earlier: Sequence[torch.Tensor] = ()
+        self, key: torch.Tensor, value: torch.Tensor, plan: Plan, earlier: Sequence[Sequence[torch.Tensor]] = ()
     ) -> list[list[Part]]:
         """Joins new keys and values to those before them, as `LayerState.write` does."""
         rotations, new, prefix = plan.rotations, (plan.rotations.place(key), value), None
@@ -512,7 +512,7 @@ class OlmemTape:
         key: torch.Tensor,
         value: torch.Tensor,
         plan: Plan,
-        earlier: Sequence[torch.Tensor] = (),
+        earlier: Sequence[Sequence[torch.Tensor]] = (),
         scores: torch.Tensor | None = None,
     ) -> Iterator[Candidates]:
         """Yields what the new tokens may retrieve, as one block, or as one for each packed document."""
@@ -528,7 +528,8 @@ class OlmemTape:
         pairs = [(key, value)]
         if earlier:
             pairs.insert(0, states_of(earlier))
-        numbers, all_scores = tape.own_numbers, [] if scores is None else [scores]
+        numbers = tape.own_numbers
+        all_scores = [] if scores is None else [*(each[2] for each in earlier), scores]
         if self.layer is not None and plan.writes is not None:
             with torch.no_grad():
                 if tape.store_numbers is not None and tape.store_numbers.shape[1]:
@@ -538,7 +539,7 @@ class OlmemTape:
                     own = own if old.dim() == 2 else own[:, None].expand(*old.shape[:2], -1)
                     numbers = torch.cat((old, own), dim=-1)
                     all_scores[:0] = [] if old_scores is None else [old_scores]
-                new_scores = None if scores is None else scores[:, :, -key.shape[2] :].detach()
+                new_scores = None if scores is None else scores.detach()
                 for block in blocks(key.shape[2]):
                     self.layer.store(key.detach(), value.detach(), plan, block, new_scores)
         keys, values = require(join(pairs))
@@ -592,9 +593,9 @@ def last_columns(states: torch.Tensor, count: int) -> torch.Tensor:
     return states if states.shape[2] == count else states[:, :, states.shape[2] - count :]
 
 
-def states_of(earlier: Sequence[torch.Tensor]) -> Pair:
-    """Returns the keys and values (B, K, S, D) of earlier calls, given in turns, as one tensor each."""
-    return torch.cat(tuple(earlier[0::2]), dim=2), torch.cat(tuple(earlier[1::2]), dim=2)
+def states_of(earlier: Sequence[Sequence[torch.Tensor]]) -> Pair:
+    """Returns the keys and values (B, K, S, D) of earlier calls as one tensor each."""
+    return torch.cat([each[0] for each in earlier], dim=2), torch.cat([each[1] for each in earlier], dim=2)
 
 
 def join(pairs: Sequence[Pair]) -> Pair | None:

@@ -118,7 +118,7 @@ class StepPlan:
     rotary_factor: float  # of cosines and sines
     trained_length: int  # positions below have Transformers' float32 angles
     returns_weights: bool = False
-    carries: bool = False
+    carries: int = 0
 
 
 def layer_shape(

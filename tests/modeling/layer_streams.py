@@ -229,7 +229,7 @@ def on_tape(
         stream.step(length, reads=memory and index == 0)
     tape = OlmemTape(stream.layer if first else None)
     seen_first, before_first = stream.seen, stream.before
-    earlier: list[torch.Tensor] = []
+    earlier: list[tuple[torch.Tensor, torch.Tensor]] = []
     numbers: list[torch.Tensor] = []
     for index, length in enumerate(pieces[first:]):
         reads = memory and (not first or index > 0 or draw(st.booleans()))
@@ -242,6 +242,6 @@ def on_tape(
         stream.check(plan, parts, seen)
         yield plan, parts
         tokens = plan.columns("token")
-        earlier += [key[:, :, tokens], value[:, :, tokens]]
+        earlier.append((key[:, :, tokens], value[:, :, tokens]))
         numbers.append(call.numbers)
         stream.advance(length)

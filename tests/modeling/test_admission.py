@@ -185,10 +185,10 @@ def test_candidates_of_a_tape_are_those_of_a_list(has_cache, data, size):
             call, key, value = stream.call(length, bool(first), earlier=before)
             plan = stream.plan(call)
             tape.write(key, value, plan, earlier)
-            own = scores[:, :, before_first : stream.before + length]
+            own = scores[:, :, stream.before : stream.before + length]
             [found] = tape.candidates(key, value, plan, earlier, own)
             check_candidates(stream, scores, found, dict(enumerate(call.numbers.tolist())), pieces_of(length, size))
-            earlier += [key, value]
+            earlier.append((key, value, own))
             numbers.append(call.numbers)
             stream.advance(length)
 

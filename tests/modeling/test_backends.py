@@ -17,7 +17,7 @@ from olmem.backends_olmem import BACKENDS, SINGLE, Blocks, Documents, Step, Whol
 from olmem.contracts_olmem import Heads, Needs, Part, Plan, Section, choose
 from olmem.inputs_olmem import Tokens
 from olmem.plan_olmem import Call, Earlier, Frame, Past
-from olmem.positions_olmem import ROPE, XPOS, LinspaceScheme
+from olmem.positions_olmem import LinspaceScheme, PositionScheme, XposScheme
 from olmem.rules_olmem import POSITION_EMBEDDINGS
 from olmem.state_olmem import OlmemTape
 from olmem.varlen_olmem import Varlen
@@ -41,7 +41,9 @@ class Attention(nn.Module):
 
 def heads_of(stream: Stream, gate: torch.Tensor | None = None) -> Heads:
     """Returns what attention needs of a layer whose `linspace_scale` grows from 1 to 2."""
-    scheme = {"xpos": XPOS, "linspace": linspace_of(stream)}.get(stream.kind.position_embedding, ROPE)
+    scheme = {"xpos": XposScheme(), "linspace": linspace_of(stream)}.get(
+        stream.kind.position_embedding, PositionScheme()
+    )
     return Heads(Attention().eval(), scheme, SCALING, 0.0, gate)
 
 
@@ -202,7 +204,7 @@ def test_backends_are_the_reference_with_its_gradients(drawn, block, data):
     with blocks_of(block):
         plan, rotation = rope_plan(visibility, length, plain=plain)
         [section] = plan.sections
-        heads = Heads(Attention().eval(), ROPE, SCALING, 0.0)
+        heads = Heads(Attention().eval(), PositionScheme(), SCALING, 0.0)
         expected = gradients(lambda *states: attend_reference(*states, numbers, numbers, visibility, rotation, SCALING))
         for backend in (section.backend, Blocks(), Varlen()):
 

@@ -210,7 +210,7 @@ def test_a_tape_keeps_gradients_and_a_cache_has_none(layer_type, has_cache, shar
     earlier = Earlier({stream.kind: [call.numbers]}, False, seen_first, first)
     later, *new = stream.call(1, has_cache, earlier=earlier)
     plan = stream.plan(later)
-    [parts] = tape.write(*new, plan, states)
+    [parts] = tape.write(*new, plan, [states])
     view = plan.view()
     mask = view.mask(ALL, ALL, with_prefix=parts[0].is_prefix)[0, 0]
     joined = torch.cat([part.key * part.value for part in parts], dim=2)
@@ -323,7 +323,7 @@ def test_candidates_of_a_tape_are_those_of_the_table(has_cache, data, capacity):
             assert found.columns == slice(0, length)
             rows = enumerate(call.numbers.tolist())
             check_candidates(stream, found, {row: [each for each in own if each >= 0] for row, own in rows})
-            earlier += [key, value]
+            earlier.append((key, value))
             numbers.append(call.numbers)
             stream.advance(length)
 

@@ -223,7 +223,7 @@ def attend_in(model: OlmemForCausalLM, states, cache: OlmemCache | None = None) 
     [call] = schedule.calls()
     plan = planner.plans(call)[planner.kinds[0]]
     [section], [parts] = plan.sections, schedule.states[0].write(key, value, plan, ())
-    output, _ = section.attend(model.model.layers[0].self_attn.heads(plan), query, parts)
+    output, _ = section.attend(model.model.layers[0].self_attn.heads(), query, parts)
     schedule.leave(call, plan, [output], [])
     return output
 

@@ -12,6 +12,7 @@ import transformers
 from convert.checkpoints import options, source
 from hypothesis import settings
 from olmem_convert import CardOptions, ConvertOptions, card, convert
+from olmem_convert.proof import verification
 
 settings.register_profile("same", derandomize=True, deadline=None)  # so that what fails is what was changed
 settings.load_profile("same")
@@ -22,6 +23,14 @@ def quiet():
     torch.set_num_threads(1)  # models this small lose far more time to threads than they win
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_segments():
+    """A conversion reads a thousand segments of memory. Tests that are of something else read few of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verification, "SEGMENTS", 8)
+        yield
 
 
 @pytest.fixture(autouse=True)

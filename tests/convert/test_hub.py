@@ -652,12 +652,19 @@ def test_offloaded_layers_give_the_same_logits(out, monkeypatch, capsys, tmp_pat
     assert len(found) == 1
 
 
+# Loads in a process of its own for each line that it reads, forked from one that has imported what takes seconds.
 LOADS = """
-import sys, torch
+import os, sys, huggingface_hub, torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], revision="v1", trust_remote_code=True)
-assert type(model).__module__.startswith("transformers_modules.")
-torch.save(model(torch.arange(40)[None] % 7).logits, sys.argv[2])
+for path in map(str.strip, iter(sys.stdin.readline, "")):
+    if child := os.fork():
+        print(os.waitpid(child, 0)[1], flush=True)
+        continue
+    huggingface_hub.constants.HF_HUB_OFFLINE = path.endswith("offline")  # what the variable of that name sets
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], revision="v1", trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules.")
+    torch.save(model(torch.arange(40)[None] % 7).logits, path)
+    os._exit(0)
 """
 
 
@@ -672,11 +679,16 @@ def test_from_push_to_a_user_who_loads_it(server, tmp_path):
     assert result.exit_code == 0, result.output
     assert "verified: the same logits, bit for bit" in result.stdout and TOKEN not in result.output
     home = ENVIRONMENT | server.env | {"HF_HOME": str(tmp_path / "home")}
-    loads = [sys.executable, "-c", LOADS, REPO]
-    subprocess.run([*loads, tmp_path / "loaded"], env=home, check=True)
-    asked = len(server.requests)
-    subprocess.run([*loads, tmp_path / "offline"], env=home | {"HF_HUB_OFFLINE": "1"}, check=True)
-    assert len(server.requests) == asked
+    command, pipes = [sys.executable, "-c", LOADS, REPO], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=home, text=True, **pipes) as process:
+        assert process.stdin is not None and process.stdout is not None
+        asked = []
+        for name in ("loaded", "offline"):
+            print(tmp_path / name, file=process.stdin, flush=True)
+            assert process.stdout.readline() == "0\n"
+            asked.append(len(server.requests))
+        process.stdin.close()
+    assert asked[0] == asked[1] and process.returncode == 0
     from olmem import OlmemForCausalLM
 
     expected = OlmemForCausalLM.from_pretrained(out)(torch.arange(40)[None] % 7).logits

@@ -51,15 +51,7 @@ MEMORIES = {"olmo": TOKENS, "olmo1": TOKENS, "olmo_gqa_tied": TOKENS, SLIDING: B
 MEMORIES |= {"baka_pristine": BOTH | {"retrieval_admission": "learned"}}
 GATE, EMBEDDINGS = "model.layers.1.self_attn.retrieval_gate.logits", "model.memory.embeddings"
 SCORES = "model.layers.1.self_attn.retrieval_score.weight"
-SEGMENTS = verification.SEGMENTS
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_segments():
-    """Tests that are of something else read few of them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verification, "SEGMENTS", 8)
-        yield
+SEGMENTS = verification.SEGMENTS  # of a conversion, where conftest.py does not lessen them
 
 
 def memory_gates(out: Path) -> set[str]:

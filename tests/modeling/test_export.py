@@ -189,7 +189,8 @@ def test_models_of_one_process_generate_compiled():
     others = SINKS | {"sliding_window": 5, "num_sink_tokens": 3}, CHUNKS, {"retrieval_layers": [0]} | LEARNED
     for changes in (SINKS, *others):
         model, compiled, before = tiny(**ONE | changes), tiny(**ONE | changes), graphs()
-        compiled.forward = torch.compile(compiled.forward, backend="aot_eager")
+        backend = "aot_eager" if changes is SINKS else "eager"  # which alone decides what becomes a graph
+        compiled.forward = torch.compile(compiled.forward, backend=backend)
         given = {"max_new_tokens": 3 * model.config.sliding_window, "do_sample": False}
         assert torch.equal(compiled.generate(tokens(2, 6), **given), model.generate(tokens(2, 6), **given))
         assert graphs() - before == 2
@@ -201,7 +202,7 @@ def test_a_step_that_the_host_counts_is_left_to_python(changes):
     """A graph for each count would be worse; and whoever wants whole graphs alone is told."""
     torch._dynamo.reset()
     model, compiled, before = tiny(**changes), tiny(**changes), graphs()
-    compiled.forward = torch.compile(compiled.forward, backend="aot_eager")
+    compiled.forward = torch.compile(compiled.forward, backend="eager")
     given = {"max_new_tokens": 14, "do_sample": False}
     assert torch.equal(compiled.generate(tokens(2, 6), **given), model.generate(tokens(2, 6), **given))
     assert graphs() - before <= 6

@@ -89,22 +89,22 @@ def wait() -> None:
 def save_models(settings: Settings, folder: Path) -> None:
     """Writes the large model, and the small one in float32."""
     torch.manual_seed(0)
-    common = {"vocab_size": settings.vocabulary, "num_hidden_layers": settings.layers, "tie_word_embeddings": False}
+    common: dict[str, Any] = {"vocab_size": settings.vocabulary, "num_hidden_layers": settings.layers}
+    large = common | {
+        "hidden_size": settings.width,
+        "num_attention_heads": settings.heads,
+        "intermediate_size": settings.intermediate,
+        "layer_types": "sliding_attention",
+        "sliding_window": settings.window,
+    }
+    small = common | {"num_attention_heads": 8, "hidden_size": 128, "intermediate_size": 256, "sliding_window": 40}
     with torch.device("cuda" if is_on_gpu() else "cpu"):
-        config = OlmemConfig(
-            **common,
-            hidden_size=settings.width,
-            num_attention_heads=settings.heads,
-            intermediate_size=settings.intermediate,
-            layer_types="sliding_attention",
-            sliding_window=settings.window,
-        )
-        OlmemForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "large")
-        small = {"num_attention_heads": 8, "hidden_size": 128, "intermediate_size": 256, "sliding_window": 40}
-        OlmemForCausalLM(OlmemConfig(**common, **small, num_sink_tokens=2)).save_pretrained(folder / "small")
+        model: Any = OlmemForCausalLM(OlmemConfig(**large))
+        model.to(torch.bfloat16).save_pretrained(folder / "large")
+        OlmemForCausalLM(OlmemConfig(**small, num_sink_tokens=2)).save_pretrained(folder / "small")
 
 
-def load(folder: Path, dtype: torch.dtype, device: torch.device) -> OlmemForCausalLM:
+def load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """Loads a model, over all processes if there are several."""
     if dist.get_world_size() > 1:
         return OlmemForCausalLM.from_pretrained(folder, dtype=dtype, tp_plan="auto").eval()
@@ -145,18 +145,19 @@ def infer(settings: Settings, folder: Path, device: torch.device) -> dict[str, A
 def train(settings: Settings, device: torch.device) -> dict[str, Any]:
     """Returns the losses of all rows in each step, and the seconds of the last one."""
     torch.manual_seed(0)
-    config = OlmemConfig(
-        vocab_size=settings.vocabulary,
-        hidden_size=settings.train_width,
-        intermediate_size=2 * settings.train_width,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        layer_types="sliding_attention",
-        sliding_window=settings.train_segment,
-        num_memory_tokens=16,
-        memory_segment_length=settings.train_segment,
-    )
-    model = OlmemForCausalLM(config).to(device).train()
+    config: dict[str, Any] = {
+        "vocab_size": settings.vocabulary,
+        "hidden_size": settings.train_width,
+        "intermediate_size": 2 * settings.train_width,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "layer_types": "sliding_attention",
+        "sliding_window": settings.train_segment,
+        "num_memory_tokens": 16,
+        "memory_segment_length": settings.train_segment,
+    }
+    model: Any = OlmemForCausalLM(OlmemConfig(**config)).train()
+    model.to(device)
     world, rank = dist.get_world_size(), dist.get_rank()
     if world > 1:
         for layer in model.model.layers:

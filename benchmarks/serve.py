@@ -55,24 +55,24 @@ SMOKE = Settings(
 )
 
 
-def make_model(settings: Settings, device: torch.device) -> OlmemForCausalLM:
+def make_model(settings: Settings, device: torch.device) -> Any:
     """Returns a model with random weights."""
     torch.manual_seed(0)
-    config = OlmemConfig(
-        vocab_size=settings.vocabulary,
-        hidden_size=settings.width,
-        intermediate_size=settings.intermediate,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.key_heads,
-        layer_types="sliding_attention",
-        sliding_window=settings.window,
-        shared_projections="key_value",
-        num_sink_tokens=4,
-        eos_token_id=None,
-    )
+    config: dict[str, Any] = {
+        "vocab_size": settings.vocabulary,
+        "hidden_size": settings.width,
+        "intermediate_size": settings.intermediate,
+        "num_hidden_layers": settings.layers,
+        "num_attention_heads": settings.heads,
+        "num_key_value_heads": settings.key_heads,
+        "layer_types": "sliding_attention",
+        "sliding_window": settings.window,
+        "shared_projections": "key_value",
+        "num_sink_tokens": 4,
+        "eos_token_id": None,
+    }
     with device:
-        model = OlmemForCausalLM(config)
+        model: Any = OlmemForCausalLM(OlmemConfig(**config))
     return model.to(torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
 
 

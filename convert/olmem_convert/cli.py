@@ -1,7 +1,9 @@
 """`olmem convert | verify | evaluate | card | push`: parses and calls."""
 
+import atexit
 import gc
 import json
+import os
 import re
 import signal
 import sys
@@ -239,6 +241,18 @@ def push(
 
     options = PushOptions(revision=revision, create_pr=create_pr, private=private, tag=tag, execute=execute)
     finish(lambda say: run(out, repo_id, options, say=say), as_json)
+
+
+def main() -> None:
+    """Runs the command, and ends the process as soon as it has: to take apart all that torch has imported, which nobody
+    needs any more, would take a second."""
+    try:
+        app()
+    except SystemExit as end:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
 
 
 def imported(name: str) -> Callable[..., dict[str, Any]]:

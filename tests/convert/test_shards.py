@@ -1,6 +1,8 @@
 """Safetensors written as a stream are what the library itself reads and writes."""
 
+import errno
 import json
+import os
 import tempfile
 import weakref
 from pathlib import Path
@@ -153,3 +155,29 @@ def test_pieces_are_computed_in_one_thread_each(tmp_path):
         assert set(seen) == {1} and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.skipif(not hasattr(os, "pwritev"), reason="the system has no such call")
+@pytest.mark.parametrize(("number", "writes"), [(errno.EOPNOTSUPP, True), (errno.EINVAL, True), (errno.ENOSPC, False)])
+def test_a_system_that_cannot_write_past_its_cache_writes_through_it(number, writes, tmp_path, monkeypatch):
+    def refuse(*arguments: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    tensors = {"a": values(3, 5, dtype=torch.float32)}
+    monkeypatch.setattr("olmem_convert.writing.shards.DONTCACHE", 1)
+    monkeypatch.setattr(os, "pwritev", refuse)
+    files = WeightFiles({name: lazy(value) for name, value in tensors.items()}, torch.float32)
+    if writes:
+        files.write(tmp_path)
+        assert torch.equal(written(tmp_path)["a"], tensors["a"])
+    else:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            files.write(tmp_path)
+
+
+def test_what_is_written_in_part_is_written_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("olmem_convert.writing.shards.DONTCACHE", 1)
+    monkeypatch.setattr(os, "pwritev", lambda number, data, *_: os.write(number, data[0][:7]), raising=False)
+    value = values(9, 5, dtype=torch.float32)
+    WeightFiles({"a": lazy(value)}, torch.float32).write(tmp_path)
+    assert torch.equal(written(tmp_path)["a"], value)

@@ -1,11 +1,14 @@
 """Safetensors written as a stream: a few pieces of a tensor in memory, whatever its size and the model's; each file and
 its sha256 in one pass, in which reading, rounding and writing overlap."""
 
+import errno
 import hashlib
+import io
 import json
 import math
 import os
 import struct
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +27,7 @@ from ..reading.tensors import LazyTensor
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 INDEX_NAME = "model.safetensors.index.json"
 WIDER = (torch.bfloat16, torch.float32)  # that float16, narrower first
+DONTCACHE = 0x80 if sys.platform == "linux" else 0  # RWF_DONTCACHE, of Linux 6.14 and later
 PIECE = 2**22  # bytes that are read at a time: what is done with them is done in the processor's cache
 END: Any = object()
 Item = TypeVar("Item")
@@ -100,17 +104,32 @@ def write_file(
 ) -> str:
     """One safetensors file (github.com/huggingface/safetensors, "Format"): header length, header, bytes. Returns its
     sha256 once it is on the disk."""
-    digest = hashlib.sha256()
-    with path.open("xb") as file, one_thread():
-        text = header(tensors, dtype)
-        file.write(text)
-        digest.update(text)
+    text = header(tensors, dtype)
+    digest = hashlib.sha256(text)
+    with open(path, "xb", buffering=0) as file, one_thread():
+        write_through(file, text)
         for data in ahead(hashed(rounded(ahead(pieces(tensors)), tensors, dtype, bad), digest)):
-            file.write(data)
+            write_through(file, data)
             advance(data.nbytes)
-        file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def write_through(file: io.FileIO, data: bytes | memoryview) -> None:
+    """Writes all of the data and, where the system can, sends them to the disk at once and past its cache.
+
+    A cache that takes a whole model lets go of what others have in it, and finding so much room takes longer than all
+    else that is done with a piece. What is compared later is then what is on the disk.
+    """
+    data = memoryview(data)
+    while data:
+        try:
+            done = os.pwritev(file.fileno(), [data], -1, DONTCACHE) if DONTCACHE else file.write(data)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            done = file.write(data)  # an older system, or another file system
+        data = data[done:]
 
 
 @contextmanager

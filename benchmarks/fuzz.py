@@ -13,10 +13,12 @@ lies in its listings, contents, addresses and redirects.
 An escape is any of these: an exception other than CheckpointError, a crash, more than 10 seconds of the processor or 30
 of the clock, more memory than --memory, a file outside OUT, an attempt to start a process (but the one that tries
 tokenizers), to open a socket, to write elsewhere or to unpickle a global.
+A case that could not be made or told of, as the fuzzer itself failed, is none; it is counted beside them.
 
 refused   cases that ended in a CheckpointError, or of a state file in a ValueError; the others read or converted
 slowest   seconds of processor time of one case
 memory    MiB that one case added, at most
+unmade    cases in which the fuzzer itself failed
 
 With --seconds, cases that are not tried by then are left out, and the figures say how many were.
 """
@@ -147,6 +149,11 @@ class Result:
     def escaped(self) -> bool:
         return self.outcome.startswith("escape")
 
+    @property
+    def unmade(self) -> bool:
+        """Whether the fuzzer itself failed, so that nothing of Olmem was tried."""
+        return self.outcome.startswith("unmade")
+
 
 def attempt(place: Place, guard: Guard, reader: str, seed: str, case: int, memory: int) -> Result:
     rng = Random(f"{seed}/{reader}/{case}")
@@ -199,7 +206,7 @@ def work(
             try:
                 connection.send(attempt(place, guard, reader, seed, case, memory))
             except Exception:
-                connection.send(Result(case, reader, f"escape: in the fuzzer: {traceback.format_exc()[-600:]}"))
+                connection.send(Result(case, reader, f"unmade: {traceback.format_exc()[-600:]}"))
                 place.clear()
     connection.close()
 
@@ -320,6 +327,7 @@ class Row:
     accepted: int = 0
     refused: int = 0
     escapes: int = 0
+    unmade: int = 0
     slowest: float = 0.0
     slowest_case: int = 0
     memory: int = 0
@@ -333,8 +341,9 @@ class Row:
         self.refused += result.outcome.startswith("refused")
         self.slowest, self.slowest_case = max((self.slowest, self.slowest_case), (result.seconds, result.case))
         self.memory, self.memory_case = max((self.memory, self.memory_case), (result.memory, result.case))
-        if result.escaped:
-            self.escapes += 1
+        self.escapes += result.escaped
+        self.unmade += result.unmade
+        if result.escaped or result.unmade:
             self.found.append(f"--case {result.case}: {result.outcome}")
         if "must compute the" in result.outcome:
             self.differing.append(result.case)
@@ -347,7 +356,8 @@ def summary(rows: dict[str, Row]) -> dict[str, Any]:
     found = [line for row in rows.values() for line in row.found]
     return {
         "cases": sum(row.cases for row in rows.values()),
-        "escapes": len(found),
+        "escapes": sum(row.escapes for row in rows.values()),
+        "unmade": sum(row.unmade for row in rows.values()),
         "tokens_sent_elsewhere": sum(LEAKED in line for line in found),
         "slowest_seconds": rows[slowest].slowest,
         "slowest_case": f"--reader {slowest} --case {rows[slowest].slowest_case}",
@@ -357,11 +367,13 @@ def summary(rows: dict[str, Row]) -> dict[str, Any]:
 
 
 def table(rows: dict[str, Row]) -> str:
-    lines = [f"{'reader':<20}{'cases':>9}{'accepted':>10}{'refused':>9}{'slowest':>9}{'memory':>8}{'escapes':>9}"]
+    lines = [
+        f"{'reader':<20}{'cases':>9}{'accepted':>10}{'refused':>9}{'slowest':>9}{'memory':>8}{'escapes':>9}{'unmade':>8}"
+    ]
     for name, row in rows.items():
         lines.append(
             f"{name:<20}{row.cases:>9,}{row.accepted:>10,}{row.refused:>9,}{row.slowest:>8.2f}s"
-            f"{row.memory / 2**20:>8.0f}{row.escapes:>9,}"
+            f"{row.memory / 2**20:>8.0f}{row.escapes:>9,}{row.unmade:>8,}"
         )
     return "\n".join(lines)
 
@@ -462,7 +474,7 @@ def main() -> None:
     with bar:
         for result in found:
             rows[result.reader].add(result)
-            if result.escaped:
+            if result.escaped or result.unmade:
                 bar.write(f"{result.reader} --case {result.case}: {result.outcome}", file=sys.stderr)
     gc.unfreeze()  # lest native libraries tell of what is never freed
     told = summary(rows)
@@ -472,7 +484,7 @@ def main() -> None:
     else:
         print(table(rows))
         print("\n".join(f"{name}: {value}" for name, value in told.items()))
-    sys.exit(any(row.escapes for row in rows.values()))
+    sys.exit(any(row.escapes or row.unmade for row in rows.values()))
 
 
 if __name__ == "__main__":

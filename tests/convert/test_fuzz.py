@@ -21,7 +21,7 @@ from convert.fuzzing.bytes import ByteRandom
 from convert.fuzzing.mutations import SECRET, Odd, make, write
 from convert.fuzzing.pickles import CALLS, CANARY, called
 from convert.fuzzing.seeds import OTHERS, READERS, Files, saved, seeds
-from convert.fuzzing.states import model_of
+from convert.fuzzing.states import change, model_of
 from convert.fuzzing.target import Escape, Place, standing_in
 from convert.processes import Forked
 from hypothesis import given, settings
@@ -98,6 +98,13 @@ def test_the_benchmark_tells_what_it_found():
     assert exit_code == 0, errors[-3000:]
     rows = json.loads(output)["readers"].values()
     assert sum(row["cases"] for row in rows) == sum(row["accepted"] + row["refused"] for row in rows) == 20
+
+
+@pytest.mark.parametrize("broken", ["{", "[" * 100_000])
+def test_a_state_that_is_changed_twice_is_made(broken):
+    """The second change met counters that the first had removed, or facts that it had broken."""
+    for number in range(60):
+        change(Random(number), {"keys": torch.ones(2, 3)}, {"architecture": broken})
 
 
 @pytest.mark.parametrize("reader", OTHERS)

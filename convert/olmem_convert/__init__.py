@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .commands.converting import convert
     from .commands.evaluating import evaluate
     from .commands.pushing import push
+    from .commands.tokenizing import add_tokenizer
     from .commands.verifying import verify
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "EvaluateOptions",
     "PushOptions",
     "VerifyOptions",
+    "add_tokenizer",
     "card",
     "convert",
     "evaluate",
@@ -29,6 +31,7 @@ __all__ = [
 
 # Where each command is. It is imported when it is first asked for: torch takes seconds, which `--help` has not.
 PLACES = {
+    "add_tokenizer": "commands.tokenizing",
     "card": "commands.carding",
     "convert": "commands.converting",
     "evaluate": "commands.evaluating",

@@ -2,14 +2,17 @@
 
 import atexit
 import gc
+import inspect
 import json
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +29,8 @@ from .options import (
     read_settings,
 )
 
+Tell = Callable[[dict[str, float | None]], object]  # is told figures, about once a second
+KEYWORD = Parameter.KEYWORD_ONLY
 app = typer.Typer(
     name="olmem",
     help="From a checkpoint of OLMo, OLMo-core, BakaLLM or Transformers to a verified Olmem model, and back.",
@@ -61,30 +66,46 @@ def options(
 ) -> None: ...
 
 
+BAKA = "Options of a BakaLLM state dict"
 Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder of the checkpoint, or a BakaLLM `.bin`.")]
 NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it appears whole or not at all.")]
 Folder = Annotated[Path, typer.Argument(metavar="OUT", help="A converted folder.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own by default.")]
-ShardSize = Annotated[str, typer.Option(help="Largest weight file, such as 5GB.")]
-Tokenizer = Annotated[
-    Path | None, typer.Option(help="tokenizer.json or its folder; looked for in and beside SRC by default.")
+Dtype = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="float32, bfloat16 or float16, also bf16 and fp16; SRC's own by default."),
 ]
-Length = Annotated[int | None, typer.Option(min=1, help="Trained length in tokens, in place of SRC's own.")]
+ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file.")]
+Tokenizer = Annotated[
+    Path | None,
+    typer.Option(metavar="PATH", help="tokenizer.json or its folder; looked for in and beside SRC by default."),
+]
+Length = Annotated[int | None, typer.Option(min=1, metavar="TOKENS", help="Trained length, in place of SRC's own.")]
 NativeConfig = Annotated[
-    Path | None, typer.Option(help="Config file of a BakaLLM state dict; config.json beside it by default.")
+    Path | None,
+    typer.Option(metavar="FILE", help="Its config; config.json beside it by default.", rich_help_panel=BAKA),
 ]
 Window = Annotated[
-    int | None, typer.Option("--n-ctx", min=1, help="Window of a BakaLLM state dict without a config, in tokens.")
+    int | None,
+    typer.Option("--n-ctx", min=1, metavar="TOKENS", help="Its window, if it has no config.", rich_help_panel=BAKA),
 ]
 Activation = Annotated[
-    str | None, typer.Option("--act-fn", help="Its activation: silu (001_pristine) or elephant (002_baka_elephant).")
+    str | None,
+    typer.Option(
+        "--act-fn",
+        metavar="NAME",
+        help="Its activation: silu (001_pristine) or elephant (002_baka_elephant).",
+        rich_help_panel=BAKA,
+    ),
 ]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Switch a memory on, as in retrieval_layers=[20]; repeatable."),
 ]
 Verify = Annotated[
-    bool, typer.Option("--verify/--no-verify", help="Compare logits, weights and config with the native ones.")
+    bool,
+    typer.Option(
+        " /--no-verify", help="Leave out comparing logits, weights and config with SRC's.", show_default=False
+    ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT, if Olmem wrote it.")]
 Resume = Annotated[
@@ -97,6 +118,7 @@ Growth = Annotated[
 To = Annotated[
     str | None, typer.Option(metavar="CLASS", help="Back to Transformers' olmo, olmo2 or olmo3; SRC is of Olmem.")
 ]
+Missing = Annotated[Path, typer.Argument(metavar="PATH", help="A tokenizer.json, or its folder.")]
 Against = Annotated[Path, typer.Option(metavar="SRC", help="The native checkpoint it was converted from.")]
 Texts = Annotated[list[Path], typer.Option(metavar="FILE", help="Plain text in UTF-8; repeatable.")]
 MaxTokens = Annotated[int | None, typer.Option(min=2, help="Of each text, its first so many tokens.")]
@@ -115,7 +137,8 @@ Language = Annotated[
     list[str] | None, typer.Option(help="Language of its texts, as en, or code, or multilingual; repeatable.")
 ]
 Dataset = Annotated[
-    list[str] | None, typer.Option(metavar="REPO", help="Data set on the Hub that it was trained on; repeatable.")
+    list[str] | None,
+    typer.Option("--dataset", metavar="REPO", help="Data set on the Hub that it was trained on; repeatable."),
 ]
 Verified = Annotated[Path, typer.Argument(metavar="OUT", help="A converted and verified folder.")]
 RepoId = Annotated[str, typer.Argument(metavar="REPO_ID", help="user/name or organization/name, of a model.")]
@@ -127,66 +150,79 @@ Execute = Annotated[bool, typer.Option("--execute", help="Do what is planned; el
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output, and nothing else.")]
 
 
+# The option of the command line that each field of an options class becomes.
+OPTIONS = {
+    "dtype": Dtype,
+    "max_shard_size": ShardSize,
+    "tokenizer": Tokenizer,
+    "max_length": Length,
+    "memory": Settings,
+    "verify": Verify,
+    "overwrite": Overwrite,
+    "resume": Resume,
+    "allow_nonfinite": Nonfinite,
+    "allow_growth": Growth,
+    "to": To,
+    "native_config": NativeConfig,
+    "n_ctx": Window,
+    "act_fn": Activation,
+    "license": License,
+    "license_name": LicenseName,
+    "license_link": LicenseLink,
+    "base_model": BaseModel,
+    "language": Language,
+    "datasets": Dataset,
+    "revision": Revision,
+    "create_pr": CreatePr,
+    "private": Private,
+    "tag": Tag,
+    "execute": Execute,
+}
+READ_BY = {"memory": read_settings, "language": tuple, "datasets": tuple}  # what is given several times
+
+
+def with_options(command: Callable[..., dict[str, Any]]) -> Callable[..., None]:
+    """Has a command take each field of its `options` as an option of the command line, and --json.
+
+    It is given the options as one object, `say`, and `tell`, and returns its report.
+    """
+    own = inspect.signature(command).parameters
+    kind = own["options"].annotation
+    defaults = {field.name: None if field.name in READ_BY else field.default for field in fields(kind)}
+    names = [name for name in OPTIONS if name in defaults]
+    taken = [own[name] for name in own if name not in ("options", "say", "tell")]
+    taken += [Parameter(name, KEYWORD, annotation=OPTIONS[name], default=defaults[name]) for name in names]
+    taken.append(Parameter("as_json", KEYWORD, annotation=AsJson, default=False))
+
+    def taking(as_json: bool, **values: Any) -> None:
+        imported(command.__name__)
+
+        def run(say: Say) -> dict[str, Any]:
+            given = {name: values.pop(name) for name in names}
+            given |= {name: READ_BY[name](given[name] or ()) for name in names if name in READ_BY}
+            return command(**values, options=kind(**given), say=say, tell=tell_script if as_json else None)
+
+        finish(run, as_json)
+
+    made: Any = taking
+    made.__name__, made.__doc__ = command.__name__, command.__doc__
+    made.__signature__ = inspect.Signature([parameter.replace(kind=KEYWORD) for parameter in taken])
+    made.__annotations__ = {parameter.name: parameter.annotation for parameter in taken}
+    return made
+
+
 @app.command()
-def convert(
-    source: Source,
-    out: NewFolder,
-    dtype: Dtype = None,
-    max_shard_size: ShardSize = "5GB",
-    tokenizer: Tokenizer = None,
-    max_length: Length = None,
-    native_config: NativeConfig = None,
-    n_ctx: Window = None,
-    act_fn: Activation = None,
-    settings: Settings = None,
-    verify: Verify = True,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    allow_nonfinite: Nonfinite = False,
-    allow_growth: Growth = False,
-    to: To = None,
-    as_json: AsJson = False,
-) -> None:
+@with_options
+def convert(source: Source, out: NewFolder, options: ConvertOptions, say: Say, tell: Tell | None) -> dict[str, Any]:
     """Convert a checkpoint and verify that its logits are the same."""
-    run = imported("convert")
-
-    def convert(say: Say) -> dict[str, Any]:
-        options = ConvertOptions(
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            tokenizer=tokenizer,
-            max_length=max_length,
-            native_config=native_config,
-            n_ctx=n_ctx,
-            act_fn=act_fn,
-            memory=read_settings(settings or ()),
-            verify=verify,
-            overwrite=overwrite,
-            resume=resume,
-            allow_nonfinite=allow_nonfinite,
-            allow_growth=allow_growth,
-            to=to,
-        )
-        return run(source, out, options, say=say, tell=tell_script if as_json else None)
-
-    finish(convert, as_json)
+    return imported("convert")(source, out, options, say=say, tell=tell)
 
 
 @app.command()
-def verify(
-    out: Folder,
-    against: Against,
-    native_config: NativeConfig = None,
-    n_ctx: Window = None,
-    act_fn: Activation = None,
-    allow_nonfinite: Nonfinite = False,
-    as_json: AsJson = False,
-) -> None:
+@with_options
+def verify(out: Folder, against: Against, options: VerifyOptions, say: Say, tell: Tell | None) -> dict[str, Any]:
     """Compare the logits of a converted folder with the native checkpoint's, and write verification.json."""
-    run = imported("verify")
-
-    options = VerifyOptions(native_config=native_config, n_ctx=n_ctx, act_fn=act_fn, allow_nonfinite=allow_nonfinite)
-    finish(lambda say: run(out, against, options, say=say), as_json)
+    return imported("verify")(out, against, options, say=say)
 
 
 @app.command()
@@ -201,46 +237,25 @@ def evaluate(
 
 
 @app.command()
-def card(
-    out: Folder,
-    license: License = None,
-    license_name: LicenseName = None,
-    license_link: LicenseLink = None,
-    base_model: BaseModel = None,
-    language: Language = None,
-    dataset: Dataset = None,
-    as_json: AsJson = False,
-) -> None:
-    """Write the model card from the folder's own files; what it was told before stays unless told anew."""
-    run = imported("card")
+def tokenizer(out: Folder, tokenizer: Missing, as_json: AsJson = False) -> None:
+    """Add the tokenizer that a converted folder lacks, without a new conversion."""
+    run = imported("add_tokenizer")
 
-    options = CardOptions(
-        license=license,
-        license_name=license_name,
-        license_link=license_link,
-        base_model=base_model,
-        language=language or (),
-        datasets=dataset or (),
-    )
-    finish(lambda say: run(out, options, say=say), as_json)
+    finish(lambda say: run(out, tokenizer, say=say), as_json)
 
 
 @app.command()
-def push(
-    out: Verified,
-    repo_id: RepoId,
-    revision: Revision = None,
-    create_pr: CreatePr = False,
-    private: Private = False,
-    tag: Tag = None,
-    execute: Execute = False,
-    as_json: AsJson = False,
-) -> None:
-    """Show what of a verified folder would go to the Hub and, with --execute, publish it whole or not at all."""
-    run = imported("push")
+@with_options
+def card(out: Folder, options: CardOptions, say: Say, tell: Tell | None) -> dict[str, Any]:
+    """Write the model card from the folder's own files; what it was told before stays unless told anew."""
+    return imported("card")(out, options, say=say)
 
-    options = PushOptions(revision=revision, create_pr=create_pr, private=private, tag=tag, execute=execute)
-    finish(lambda say: run(out, repo_id, options, say=say), as_json)
+
+@app.command()
+@with_options
+def push(out: Verified, repo_id: RepoId, options: PushOptions, say: Say, tell: Tell | None) -> dict[str, Any]:
+    """Show what of a verified folder would go to the Hub and, with --execute, publish it whole or not at all."""
+    return imported("push")(out, repo_id, options, say=say)
 
 
 def main() -> None:

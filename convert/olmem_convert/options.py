@@ -15,6 +15,7 @@ from .errors import CheckpointError, shortened
 
 Say = Callable[[str], object]  # is told, line by line, what was found and done
 DTYPES = ("float32", "bfloat16", "float16")
+SHORT = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 SIZE = re.compile(r"0{0,9}[1-9]\d{0,17}([KMGT]B)?", re.IGNORECASE)
 WORD = re.compile(r"[A-Za-z][\w:.-]*")
 
@@ -23,41 +24,36 @@ def silent(line: str) -> None:
     """Tells nobody."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Given:
-    """What the caller says of a checkpoint whose own files may not: a config file, or single fields of it."""
+    """What the caller says of a checkpoint whose own files may not.
 
-    native_config: Path | None = None
+    Attributes:
+        native_config: the config file of a BakaLLM state dict that has no config.json beside it.
+        n_ctx: the window of a BakaLLM state dict without a config, in tokens.
+        act_fn: its activation.
+    """
+
+    native_config: str | Path | None = None
     n_ctx: int | None = None
     act_fn: str | None = None
 
     @property
-    def options(self) -> str:
+    def arguments(self) -> str:
         """The same as on the command line, with a space before each; empty when nothing is given."""
         given = {"--native-config": self.native_config, "--n-ctx": self.n_ctx, "--act-fn": self.act_fn}
         return "".join(f" {option} {quote(str(value))}" for option, value in given.items() if value is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class OfNative:
+class OfNative(Given):
     """Options of commands that read a native checkpoint.
 
     Attributes:
-        native_config: the config file of a BakaLLM state dict that has no config.json beside it.
-        n_ctx: the window of a BakaLLM state dict without a config, in tokens.
-        act_fn: its activation.
         allow_nonfinite: NaN and infinite weights are carried over in place of being an error.
     """
 
-    native_config: str | Path | None = None
-    n_ctx: int | None = None
-    act_fn: str | None = None
     allow_nonfinite: bool = False
-
-    @property
-    def given(self) -> Given:
-        """Returns what the caller says of the checkpoint."""
-        return Given(as_path(self.native_config), self.n_ctx, self.act_fn)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +61,7 @@ class ConvertOptions(OfNative):
     """Options of `convert`.
 
     Attributes:
-        dtype: `float32`, `bfloat16` or `float16`; the checkpoint's own by default.
+        dtype: `float32`, `bfloat16` or `float16`, or `bf16` and the like; the checkpoint's own by default.
         max_shard_size: the largest size of a weight file.
         tokenizer: a tokenizer.json or a folder with one; it is looked for in and beside the checkpoint by default.
         max_length: the trained length in tokens, where it is not the config's.
@@ -89,9 +85,11 @@ class ConvertOptions(OfNative):
     allow_growth: bool = False
     to: str | None = None
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Raises CheckpointError for a value that no checkpoint could make right."""
-        check_size(self.max_shard_size)
+        if not SIZE.fullmatch(str(self.max_shard_size)):
+            raise CheckpointError(f"`max_shard_size` must be a size (got {self.max_shard_size!r}); write it as in 5GB.")
+        object.__setattr__(self, "dtype", SHORT.get(str(self.dtype), self.dtype))
         if self.dtype is not None and self.dtype not in DTYPES:
             raise CheckpointError(f"`dtype` must be one of {', '.join(DTYPES)} (got {self.dtype!r}); choose one.")
         if self.tokenizer is not None and not Path(self.tokenizer).exists():
@@ -188,17 +186,6 @@ class PushOptions:
     private: bool = False
     tag: str | None = None
     execute: bool = False
-
-
-def as_path(path: str | Path | None) -> Path | None:
-    """Returns a path, where there is one."""
-    return None if path is None else Path(path)
-
-
-def check_size(max_shard_size: int | str) -> None:
-    """Raises CheckpointError for what is no size of a file."""
-    if not SIZE.fullmatch(str(max_shard_size)):
-        raise CheckpointError(f"`max_shard_size` must be a size (got {max_shard_size!r}); write it as in 5GB.")
 
 
 def read_settings(texts: Iterable[str]) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from olmem import OlmemConfig, OlmemForCausalLM
 from olmem.positions_olmem import OlmemRotaryEmbedding
 from olmem_convert import CheckpointError, ConvertOptions, VerifyOptions, convert, verify
 from olmem_convert.cli import app
-from olmem_convert.formats import Key, PairsToHalves, baka, to_native, to_olmem
+from olmem_convert.formats import Key, PairsToHalves, baka
 from olmem_convert.formats.detect import open_checkpoint
+from olmem_convert.formats.planning import to_native, to_olmem
 from olmem_convert.options import Given
 from olmem_convert.reading import archives
 from olmem_convert.reading.archives import read_pickle

@@ -457,7 +457,7 @@ def test_command(out):
     report = json.loads(result.stdout)
     assert report["metadata"] == metadata_of(out) and report["verified"] and not report["evaluated"]
     assert report["metadata"]["language"] == ["en", "code"] and report["metadata"]["datasets"] == ["c/d"]
-    assert result.stderr == f"wrote {out / 'README.md'}\n"
+    assert result.stderr.splitlines()[0] == f"wrote {out / 'README.md'}"
     result = CliRunner().invoke(app, ["card", str(out), "--license", "No License"])
     assert result.exit_code == 1 and result.stderr.startswith("error: `license`") and result.stdout == ""
 

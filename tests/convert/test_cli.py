@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import olmem
 import olmem_convert
@@ -14,8 +15,11 @@ import pytest
 from convert.checkpoints import DEMO, load_weights, read_config, snapshot, source
 from convert.processes import command
 from convert.writers import write_olmo
+from olmem_convert import ConvertOptions
 from olmem_convert.cli import app
 from olmem_convert.commands import converting
+from olmem_convert.writing import progress
+from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -35,7 +39,10 @@ def test_convert_says_what_it_finds_and_does(tmp_path):
     assert lines[1] == f"writing {4 * parameters:,} bytes of weights in 1 file, as float32"
     assert lines[2].startswith("tokenizer: 2048 tokens")
     assert lines[3].startswith("verified: logits differ by at most ")
-    assert lines[4:] == [f"wrote {tmp_path / 'out'}"]
+    assert lines[4] == f"wrote {tmp_path / 'out'}"
+    assert lines[5:] == [
+        f"next: `olmem evaluate {tmp_path / 'out'} --text FILE`, or `olmem card {tmp_path / 'out'} --license ID`"
+    ]
 
 
 def test_json_is_one_object_on_standard_output(tmp_path):
@@ -46,7 +53,7 @@ def test_json_is_one_object_on_standard_output(tmp_path):
     assert report["verification"] == json.loads((tmp_path / "out" / "verification.json").read_text())
     assert report["dtype"] == "float32" and report["tokenizer"] is None and report["notes"]
     assert report["bytes"] == report["parameters"] * 4
-    assert result.stderr.splitlines()[-1] == f"wrote {tmp_path / 'out'}"
+    assert f"wrote {tmp_path / 'out'}" in result.stderr.splitlines()
     again = run("verify", tmp_path / "out", "--against", source("legacy_partial_yaml"), "--json")
     assert json.loads(again.stdout) == report["verification"]
 
@@ -62,6 +69,24 @@ def test_no_verify_says_how_to(tmp_path):
     assert not (tmp_path / "out" / "verification.json").exists()
     result = run("verify", tmp_path / "out", "--against", source("olmo"))
     assert result.exit_code == 0 and (tmp_path / "out" / "verification.json").exists()
+    assert result.stdout.splitlines()[-1].startswith("next: `olmem evaluate ")
+    assert "add --license" in run("card", tmp_path / "out").stdout.splitlines()[-1]
+    said = run("card", tmp_path / "out", "--license", "mit").stdout.splitlines()
+    assert said[-1] == f"next: `olmem push {tmp_path / 'out'} REPO_ID` shows what would be published"
+
+
+def test_a_name_of_the_hub_is_answered_with_the_line_that_downloads_it(tmp_path):
+    result = run("convert", "allenai/OLMo-2-0425-1B", tmp_path / "out")
+    line = "`hf download allenai/OLMo-2-0425-1B --local-dir OLMo-2-0425-1B`"
+    assert result.exit_code == 1 and line in result.stderr
+    assert "hf download" not in run("convert", tmp_path / "nothing", tmp_path / "out").stderr
+
+
+def test_dtypes_have_short_names(tmp_path):
+    assert run("convert", source("olmo"), tmp_path / "out", "--dtype", "bf16", "--no-verify").exit_code == 0
+    assert read_config(tmp_path / "out")["dtype"] == "bfloat16"
+    assert ConvertOptions(dtype="half").dtype == ConvertOptions(dtype="fp16").dtype == "float16"
+    assert "must be one of float32, bfloat16, float16" in run("convert", "a", "b", "--dtype", "bf8").stderr
 
 
 def test_paths_in_a_command_that_is_proposed_are_quoted(tmp_path):
@@ -119,6 +144,13 @@ def test_wrong_use_ends_with_two(arguments, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("verb", ["convert", "verify", "evaluate", "tokenizer", "card", "push"])
+def test_help_is_whole_in_80_columns(verb):
+    result = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "80", "TERM": "dumb"})
+    assert result.exit_code == 0 and "…" not in result.stdout and "--help" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
 @pytest.mark.parametrize("verb", ["convert", "verify", "push"])
 def test_help_names_every_argument(verb):
     result = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
@@ -142,6 +174,7 @@ def test_what_needs_no_model_imports_no_torch(arguments):
     """It took four seconds to say that an option is mistyped."""
     script = f"""
 import sys
+from olmem_convert import ConvertOptions
 from olmem_convert.cli import app
 try:
     app({arguments!r})
@@ -178,7 +211,7 @@ def test_module_is_the_command(tmp_path):
     ]
     result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.splitlines()[-1] == f"wrote {tmp_path / 'out'}"
+    assert f"wrote {tmp_path / 'out'}" in result.stdout.splitlines()
 
 
 def test_what_a_checkpoint_says_moves_no_cursor(tmp_path):
@@ -234,5 +267,50 @@ def test_signal_leaves_nothing(number, code, overwrite, tmp_path):
 def test_library_names():
     verbs = {"card", "convert", "evaluate", "push", "verify"}
     options = {f"{verb.title()}Options" for verb in verbs}
-    assert set(olmem_convert.__all__) == {"CheckpointError", *verbs, *options}
+    assert set(olmem_convert.__all__) == {"CheckpointError", "add_tokenizer", *verbs, *options}
     assert all(callable(getattr(olmem_convert, name)) for name in olmem_convert.__all__)
+
+
+def test_where_there_is_no_terminal_progress_is_lines(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "BETWEEN_LINES", 0.0)
+    with progress.Progress(4, "writing weights", unit="file") as bar:
+        bar.update(3)
+    lines = capsys.readouterr().err.split("\n")
+    assert lines[-1] == "" and all(line.startswith("writing weights: ") for line in lines[:-1])
+    assert any(" 3/4 " in line for line in lines)
+
+
+def test_what_is_soon_done_says_nothing_where_there_is_no_terminal(capsys):
+    assert list(progress.each([1, 2, 3], "checking", "file")) == [1, 2, 3]
+    assert capsys.readouterr().err == ""
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """One that fits `olmo`, whose end and padding are 249 and 248."""
+    tokenizer = Tokenizer(models.WordLevel({f"w{number}": number for number in range(256)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.add_special_tokens(["w248", "w249"])
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_tokenizer_is_added_without_a_new_conversion(tmp_path):
+    tokenizer, out, whole = write_tokenizer(tmp_path / "tokenizer"), tmp_path / "out", tmp_path / "whole"
+    assert run("convert", source("olmo"), whole, "--tokenizer", tokenizer).exit_code == 0
+    said = run("convert", source("olmo"), out).stdout.splitlines()
+    assert f"without a tokenizer: `olmem tokenizer {out} PATH` adds one" in said
+    assert run("tokenizer", out, tokenizer).exit_code == 0
+    assert snapshot(out) == snapshot(whole) and sorted(os.listdir(tmp_path)) == ["out", "tokenizer", "whole"]
+    assert "must have no tokenizer yet" in run("tokenizer", out, tokenizer).stderr
+
+
+def test_a_tokenizer_is_not_added_to_what_was_changed(tmp_path):
+    tokenizer, out = write_tokenizer(tmp_path / "tokenizer"), tmp_path / "out"
+    assert run("convert", source("olmo"), out).exit_code == 0
+    (out / "generation_config.json").write_text("{}")
+    before = snapshot(tmp_path)
+    result = run("tokenizer", out, tokenizer)
+    assert result.exit_code == 1 and "changed: generation_config.json" in result.stderr
+    assert snapshot(tmp_path) == before
+    assert run("tokenizer", out, tmp_path).exit_code == 1 and snapshot(tmp_path) == before

@@ -26,8 +26,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from olmem import OlmemConfig, OlmemForCausalLM
 from olmem_convert import CheckpointError, convert
-from olmem_convert.formats import olmo, read_fields, to_native, to_olmem
+from olmem_convert.formats import olmo, read_fields
 from olmem_convert.formats.detect import open_checkpoint
+from olmem_convert.formats.planning import to_native, to_olmem
 from olmem_convert.reading.tensors import LazyTensor
 
 

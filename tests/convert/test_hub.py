@@ -163,7 +163,8 @@ def test_push_then_nothing_to_do_then_a_tag(out, server, unloaded):
     (commit, initial) = server.commits(REPO, "main")
     assert report["commit"] == commit.id and commit.parent == initial.id and report["verified"]
     again = run(out, REPO, "--execute")
-    assert again.exit_code == 0 and "nothing to do" in again.stdout
+    assert again.exit_code == 0 and "nothing to do" in again.stdout and "model.safetensors" not in again.stdout
+    assert f"0 new, 0 changed, 0 deleted, {len(os.listdir(out))} unchanged; 0 B to upload" in again.stdout
     assert push(out, REPO, PushOptions(tag="v1", execute=True))["tagged"] == "v1"
     assert "nothing to do" in run(out, REPO, "--tag", "v1", "--execute").stdout
     assert server.tags(REPO) == {"v1": commit.id} and len(server.commits(REPO, "main")) == 2

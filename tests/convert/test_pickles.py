@@ -14,8 +14,8 @@ from convert.test_tensors import values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from olmem_convert import CheckpointError
-from olmem_convert.reading.archives import STATE_DICT_NAMES, read_pickle, rebuild_tensor
-from olmem_convert.reading.pickles import INSTRUCTIONS, unpickle
+from olmem_convert.reading.archives import read_pickle
+from olmem_convert.reading.pickles import INSTRUCTIONS, STATE_DICT_NAMES, rebuild_tensor, unpickle
 from olmem_convert.reading.tensors import LazyTensor, same_bits
 
 PLAIN = st.recursive(

@@ -23,9 +23,8 @@ from olmem_convert import CheckpointError
 from olmem_convert.formats.detect import open_checkpoint
 from olmem_convert.reading.archives import read_pickle
 from olmem_convert.reading.distributed import Chunk, overlap, read_distributed
-from olmem_convert.reading.pickles import decode_pickled_key
 from olmem_convert.reading.tensors import LazyTensor, LoadedOnDemand, Span, same_bits
-from olmem_convert.reading.weight_files import read_flat_shards, read_safetensors
+from olmem_convert.reading.weight_files import decode_pickled_key, read_flat_shards, read_safetensors
 from safetensors.torch import save_file
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -27,10 +27,10 @@ from olmem_convert.errors import DifferenceError
 from olmem_convert.proof import verification
 from olmem_convert.publish.release import check_release
 from olmem_convert.reading import plain, tokenizer_trial
-from olmem_convert.reading.archives import STATE_DICT_NAMES, read_pickle
+from olmem_convert.reading.archives import read_pickle
 from olmem_convert.reading.distributed import METADATA_NAMES
 from olmem_convert.reading.olmem_folder import UNSEALED
-from olmem_convert.reading.pickles import unpickle
+from olmem_convert.reading.pickles import STATE_DICT_NAMES, unpickle
 from olmem_convert.reading.plain import SourceFile
 from olmem_convert.reading.texts import read_json, read_yaml
 from olmem_convert.reading.weight_files import read_flat_shards, read_safetensors

@@ -1,6 +1,7 @@
 """Writes the model card of a converted folder, from the folder's own files and what its author says."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from huggingface_hub import ModelCard
@@ -35,10 +36,15 @@ def card(out: str | Path, options: CardOptions | None = None, *, say: Say = sile
     text = make_card(metadata, values)
     replace_text(path, text)
     say(f"wrote {path}")
+    folder, ready = quote(str(out)), True
     if "license" not in metadata:
+        ready = False
         say("note: it names no license, which publishing needs: add --license")
     if "verification" not in values:
-        say(f"note: it says that the model is not verified: `olmem verify {out} --against SRC`, then this again")
+        ready = False
+        say(f"note: it says that the model is not verified: `olmem verify {folder} --against SRC`, then this again")
+    if ready:
+        say(f"next: `olmem push {folder} REPO_ID` shows what would be published")
     return {
         "card": str(path),
         "metadata": ModelCard(text).data.to_dict(),

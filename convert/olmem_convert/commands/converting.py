@@ -2,8 +2,9 @@
 
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import olmem
@@ -13,19 +14,16 @@ from transformers import GenerationConfig, PreTrainedConfig
 from ..errors import CheckpointError
 from ..formats import Checkpoint
 from ..formats.memory import listed
-from ..formats.planning import check_copies
 from ..options import ConvertOptions, Say, silent
-from ..reading.fields import TOKEN_IDS, tokens_of
+from ..reading.fields import TOKEN_IDS
 from ..reading.olmem_folder import read_generation_config
-from ..reading.tensors import LazyTensor, require_same
+from ..reading.tensors import require_same
 from ..writing.progress import Progress, Tell
 from ..writing.shards import WeightFiles
-from ..writing.tokenizer import carry_tokenizer, find_tokenizer, write_tokenizer
+from ..writing.tokenizer import carry_tokenizer, find_tokenizer, of_config, write_tokenizer
 from ..writing.transaction import Partial, job_of, written_whole
 from .out_folder import claim, named, strays_of
 from .targets import Target, target_of
-
-LARGEST_GROWTH = 2  # a tied head that is stored with its embedding, and written apart, makes less
 
 
 def convert(
@@ -46,39 +44,31 @@ def convert(
     """
     source, out = Path(source), named(out)
     options = options or ConvertOptions()
-    options.check()
     kept = claim(source, out, options, say)
     target = target_of(source, options)
     announce(target, say)
-    check_growth(target, options.allow_growth)
-    files = WeightFiles(target.tensors, target.dtype, options.max_shard_size)
-    say(f"writing {files.total():,} bytes of weights in {plural(len(files.names), 'file')}, as {name_of(target.dtype)}")
-    job = job_of(source, olmem.__version__, target.config.to_json_string(), files.names, options.allow_nonfinite)
+    names = target.files.names
+    job = job_of(source, olmem.__version__, target.config.to_json_string(), names, options.allow_nonfinite)
     whole = written_whole(
-        out, job, files.names, overwrite=options.overwrite, resume=options.resume, strays_of=strays_of, say=say
+        out, job, names, overwrite=options.overwrite, resume=options.resume, strays_of=strays_of, say=say
     )
     with whole as partial:
-        report = fill(partial, out, target, files, options, say, tell)
+        report = fill(partial, out, target, options, say, tell)
         require_same(target.checkpoint.tensors)
         target.describe(partial.folder, kept, (report["verification"] or {}).get("sha256"))
-        if not options.verify:
-            say(f"not verified: {target.how_to_verify(source, out)}")
     say(f"wrote {out}")
+    if report["tokenizer"] is None and options.to is None:
+        say(f"without a tokenizer: `olmem tokenizer {quote(str(out))} PATH` adds one")
+    say(target.next_step(source, out))
     return report
 
 
 def fill(
-    partial: Partial,
-    out: Path,
-    target: Target,
-    files: WeightFiles,
-    options: ConvertOptions,
-    say: Say,
-    tell: Tell | None,
+    partial: Partial, out: Path, target: Target, options: ConvertOptions, say: Say, tell: Tell | None
 ) -> dict[str, Any]:
     """Writes all files of the folder that becomes `out`, and verifies them. Returns what to report."""
     folder, checkpoint, config = partial.folder, target.checkpoint, target.config
-    written = write_weights(out, partial, files, options.allow_nonfinite, tell)
+    written = write_weights(out, partial, target.files, options.allow_nonfinite, tell)
     target.save(folder)
     GenerationConfig(**{name: getattr(config, name) for name in TOKEN_IDS}).save_pretrained(folder)
     if checkpoint.of_transformers:
@@ -86,13 +76,13 @@ def fill(
     tokenizer = copy_tokenizer(checkpoint, config, options.tokenizer, folder, say)
     return {
         "format": target.format,
-        "parameters": count(target.tensors),
-        "dtype": name_of(target.dtype),
+        "parameters": count(target.files),
+        "dtype": str(target.files.dtype).removeprefix("torch."),
         **written,
         "notes": list(checkpoint.notes),
         "tokenizer": tokenizer,
         "memory": target.memory or None,
-        "verification": target.verify(folder, files, say) if options.verify else None,
+        "verification": target.verify(folder, say) if options.verify else None,
     }
 
 
@@ -116,55 +106,27 @@ def write_weights(
 
 
 def announce(target: Target, say: Say) -> None:
-    """Says what was found, and checks the copies of tied weights."""
-    native = {name: tensor for name, tensor in target.tensors.items() if name not in target.added}
-    for line in describe(target.checkpoint, count(native)):
-        say(line)
-    check_copies(target.checkpoint)
-    if target.memory:
-        say(f"memory: {listed(target.memory)}, with {count(target.tensors, target.added):,} new parameters")
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """Returns the name that a user gives a dtype."""
-    return str(dtype).removeprefix("torch.")
-
-
-def plural(number: int, word: str) -> str:
-    """Returns the number with its word, which gets an s unless there is one."""
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"
-
-
-def check_growth(target: Target, allowed: bool) -> None:
-    """Raises CheckpointError if the model is more than twice what its files hold: tensors can share their numbers, and
-    a file of a megabyte then makes a model of any size."""
-    makes = sum(tensor.nbytes for name, tensor in target.tensors.items() if name not in target.added)
-    held = target.checkpoint.tensors.values()
-    holds = sum(file.size for file in {file for tensor in held for file in tensor.sources})
-    if makes > LARGEST_GROWTH * holds and not allowed:
-        raise CheckpointError(
-            f"the model must be at most {LARGEST_GROWTH} times what its files hold (its weights take {makes:,} bytes, "
-            f"the files have {holds:,}), as in them tensors share their numbers, and what is written has each apart; "
-            "add --allow-growth if that is meant."
-        )
-
-
-def count(tensors: Mapping[str, LazyTensor], names: Iterable[str] | None = None) -> int:
-    """The numbers in the tensors of these names, or of all."""
-    return sum(torch.Size(tensors[name].shape).numel() for name in (tensors if names is None else names))
-
-
-def describe(checkpoint: Checkpoint, parameters: int) -> Iterator[str]:
-    """What was found, line by line."""
-    config = checkpoint.olmem_config
+    """Says what was found, and what will be written."""
+    checkpoint, config, files = target.checkpoint, target.checkpoint.olmem_config, target.files
     sliding = config["layer_types"].count("sliding_attention")
     window = f", {sliding} of them with a window of {config['sliding_window']}" if sliding else ""
-    window += f", in chunks of {checkpoint.chunk}" if checkpoint.chunk else ""
-    yield (
-        f"found {checkpoint.description}: {parameters:,} parameters, {config['num_hidden_layers']} layers{window}, "
-        f"{config['num_attention_heads']} heads, trained length {config['max_position_embeddings']}"
+    if "chunked_attention" in config["layer_types"]:
+        window += f", in chunks of {config['attention_chunk_size']}"
+    new = count(files, target.added)
+    say(
+        f"found {checkpoint.description}: {count(files) - new:,} parameters, {config['num_hidden_layers']} layers"
+        f"{window}, {config['num_attention_heads']} heads, trained length {config['max_position_embeddings']}"
     )
-    yield from (f"note: {note}" for note in checkpoint.notes)
+    for note in checkpoint.notes:
+        say(f"note: {note}")
+    if target.memory:
+        say(f"memory: {listed(target.memory)}, with {new:,} new parameters")
+    say(f"writing {files.described()}")
+
+
+def count(files: WeightFiles, names: Iterable[str] | None = None) -> int:
+    """The numbers in the tensors of these names, or of all."""
+    return sum(torch.Size(files.tensors[name].shape).numel() for name in (files.tensors if names is None else names))
 
 
 def check_room(out: Path, folder: Path, needed: int) -> None:
@@ -185,18 +147,12 @@ def copy_tokenizer(
     if given is None and of_transformers:
         report = carry_tokenizer(checkpoint.path, folder, config.vocab_size, say)
     elif path := Path(given) if given else find_tokenizer(checkpoint.path):
-        report = write_tokenizer(
-            path,
-            folder,
-            vocab_size=config.vocab_size,
-            **{name: next(iter(tokens_of(config, name)), None) for name in TOKEN_IDS},
-            max_length=config.max_position_embeddings,
-        )
+        report = write_tokenizer(path, folder, **of_config(config))
     else:
         report = None
     if report is None:
         where = "in" if of_transformers else "in or beside"
-        say(f"no tokenizer found {where} the checkpoint, so none is written: add one with --tokenizer PATH")
+        say(f"no tokenizer found {where} the checkpoint, so none is written; --tokenizer PATH names one")
         return None
     say(f"tokenizer: {report['size']} tokens, the same ids on {report['probes']} probes after reloading")
     if report["size"] != checkpoint.tokenizer_size and not of_transformers:

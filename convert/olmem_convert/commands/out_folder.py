@@ -8,7 +8,7 @@ from typing import Any
 from olmem.rules_olmem import OLMO_BLOCKS
 
 from ..errors import CheckpointError
-from ..options import ConvertOptions, Say, as_path
+from ..options import ConvertOptions, Say
 from ..publish.model_card import is_own, kept_metadata
 from ..reading.olmem_folder import CARD_NAME, REPORT_NAME, WRITTEN
 from ..reading.texts import read_json
@@ -20,9 +20,10 @@ def claim(source: Path, out: Path, options: ConvertOptions, say: Say) -> dict[st
 
     Returns what the card of a folder that is to be replaced says, and no other file knows.
     """
-    others = {"tokenizer": as_path(options.tokenizer), "native_config": as_path(options.native_config)}
-    require_apart(source, out, others)
+    require_apart(source, out, {"tokenizer": options.tokenizer, "native_config": options.native_config})
     recover(out, say)
+    if not os.path.lexists(out):
+        return {}
     check_out(out, options.overwrite)
     return kept_metadata(out)
 
@@ -40,9 +41,7 @@ def named(out: str | Path) -> Path:
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """Raises CheckpointError if `out` is there and is not to be replaced, or must not be."""
-    if not os.path.lexists(out):
-        return
+    """Raises CheckpointError if `out`, which is there, is not to be replaced, or must not be."""
     if not out.is_dir() or out.is_symlink():
         raise CheckpointError(f"`OUT` must not exist yet (got {out}, which is no folder); name a new folder.")
     strays = strays_of(out)

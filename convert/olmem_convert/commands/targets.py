@@ -21,14 +21,11 @@ from ..formats import Checkpoint
 from ..formats.detect import open_checkpoint
 from ..formats.memory import switch_on
 from ..formats.olmem import CONFIG_ERRORS, as_checkpoint, check_nothing_lost, config_of, read_olmem
-from ..formats.planning import make_config, make_tensors
+from ..formats.planning import check_made, choose_dtype, make_config, make_tensors
 from ..options import ConvertOptions, Say
 from ..proof.verification import verify_checkpoint, verify_exported
 from ..publish.model_card import write_card
-from ..reading.tensors import LazyTensor
 from ..writing.shards import WeightFiles
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Target(Protocol):
@@ -37,9 +34,8 @@ class Target(Protocol):
     Attributes:
         checkpoint: what is converted.
         config: the config that is written.
-        tensors: the weights that are written, by name, still unread.
+        files: the weights that are written, still unread, and the files that they go to.
         added: the names of those that the checkpoint does not have.
-        dtype: the dtype that they are written in.
         format: what is written, or what it was made from, in words.
         memory: the fields of a memory that was switched on, if any.
     """
@@ -49,11 +45,9 @@ class Target(Protocol):
     @property
     def config(self) -> PreTrainedConfig: ...
     @property
-    def tensors(self) -> dict[str, LazyTensor]: ...
+    def files(self) -> WeightFiles: ...
     @property
     def added(self) -> Sequence[str]: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
     @property
     def format(self) -> str: ...
     @property
@@ -63,7 +57,7 @@ class Target(Protocol):
         """Writes the config, and the code if the model has some of its own."""
         ...
 
-    def verify(self, folder: Path, files: WeightFiles, say: Say) -> dict[str, Any]:
+    def verify(self, folder: Path, say: Say) -> dict[str, Any]:
         """Proves that the folder computes what the checkpoint does, and writes verification.json."""
         ...
 
@@ -71,26 +65,14 @@ class Target(Protocol):
         """Writes the card, if it has one. kept: what an earlier card said. known: the sha256 of files by name."""
         ...
 
-    def how_to_verify(self, source: Path, out: Path) -> str:
-        """What to do where verification was left out."""
+    def next_step(self, source: Path, out: Path) -> str:
+        """What to do with the folder `out`, made of `source`."""
         ...
 
 
 def target_of(source: Path, options: ConvertOptions) -> Target:
     """Opens the checkpoint, and plans what becomes of it."""
     return ToOlmem.of(source, options) if options.to is None else ToTransformers.of(source, options, options.to)
-
-
-def choose_dtype(tensors: Mapping[str, LazyTensor], name: str | None) -> torch.dtype:
-    """The dtype of this name, or else the one that all tensors have."""
-    if name is not None:
-        return DTYPES[name]
-    found = {tensor.dtype for tensor in tensors.values()}
-    if len(found) != 1 or not found <= set(DTYPES.values()):
-        raise CheckpointError(
-            f"`dtype` must be given for this checkpoint (its weights are {sorted(map(str, found))}); add --dtype."
-        )
-    return found.pop()
 
 
 @dataclass(frozen=True)
@@ -100,22 +82,23 @@ class ToOlmem:
     options: ConvertOptions
     checkpoint: Checkpoint
     config: OlmemConfig
-    tensors: dict[str, LazyTensor]
+    files: WeightFiles
     added: Sequence[str]
-    dtype: torch.dtype
     memory: Mapping[str, Any]
 
     @classmethod
     def of(cls, source: Path, options: ConvertOptions) -> "ToOlmem":
         """Opens the checkpoint, and plans the Olmem model that is made of it."""
-        checkpoint = open_checkpoint(source, options.max_length, options.given)
+        checkpoint = open_checkpoint(source, options.max_length, options)
         stored = choose_dtype(checkpoint.tensors, options.dtype)
         config = make_config(checkpoint, stored)  # whose errors are the checkpoint's, and not those of a memory
-        if not options.memory:
-            return cls(options, checkpoint, config, make_tensors(checkpoint, config), (), stored, {})
-        planned, added, memory = switch_on(checkpoint, options.memory)
-        config = make_config(planned, stored)
-        return cls(options, checkpoint, config, make_tensors(planned, config), added, stored, memory)
+        planned, added, memory = checkpoint, [], {}
+        if options.memory:
+            planned, added, memory = switch_on(checkpoint, options.memory)
+            config = make_config(planned, stored)
+        tensors = make_tensors(planned, config)
+        check_made(checkpoint, tensors, added, options.allow_growth)
+        return cls(options, checkpoint, config, WeightFiles(tensors, stored, options.max_shard_size), added, memory)
 
     @property
     def format(self) -> str:
@@ -127,15 +110,19 @@ class ToOlmem:
             custom_object_save(OlmemForCausalLM(self.config), folder)
         self.config.save_pretrained(folder)
 
-    def verify(self, folder: Path, files: WeightFiles, say: Say) -> dict[str, Any]:
+    def verify(self, folder: Path, say: Say) -> dict[str, Any]:
         return verify_checkpoint(folder, self.checkpoint, say, self.options.allow_nonfinite)
 
     def describe(self, folder: Path, kept: Mapping[str, Any], known: Mapping[str, str] | None) -> None:
         write_card(folder, kept, known)
 
-    def how_to_verify(self, source: Path, out: Path) -> str:
-        against = f"{quote(str(out))} --against {quote(str(source))}{self.options.given.options}"
-        return f"`olmem verify {against}` does it"
+    def next_step(self, source: Path, out: Path) -> str:
+        folder = quote(str(out))
+        if not self.options.verify:
+            return (
+                f"not verified: `olmem verify {folder} --against {quote(str(source))}{self.options.arguments}` does it"
+            )
+        return f"next: `olmem evaluate {folder} --text FILE`, or `olmem card {folder} --license ID`"
 
 
 @dataclass(frozen=True)
@@ -145,8 +132,7 @@ class ToTransformers:
     options: ConvertOptions
     checkpoint: Checkpoint
     config: PreTrainedConfig
-    tensors: dict[str, LazyTensor]
-    dtype: torch.dtype
+    files: WeightFiles
     model_class: type[PreTrainedModel]
     format: str
     added: Sequence[str] = ()
@@ -168,7 +154,9 @@ class ToTransformers:
         model_class = cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
         config.architectures = [model_class.__name__]
         tensors = make_tensors(checkpoint, config, model_class)
-        return cls(options, checkpoint, config, tensors, config.dtype, model_class, f"Transformers {name}")
+        check_made(checkpoint, tensors, (), options.allow_growth)
+        files = WeightFiles(tensors, config.dtype, options.max_shard_size)
+        return cls(options, checkpoint, config, files, model_class, f"Transformers {name}")
 
     def save(self, folder: Path) -> None:
         try:
@@ -176,12 +164,14 @@ class ToTransformers:
         except CONFIG_ERRORS as error:
             raise CheckpointError(f"the config must be one that Transformers can write: {reason(error)}") from error
 
-    def verify(self, folder: Path, files: WeightFiles, say: Say) -> dict[str, Any]:
+    def verify(self, folder: Path, say: Say) -> dict[str, Any]:
         allowed = self.options.allow_nonfinite
-        return verify_exported(folder, self.model_class, self.checkpoint, files, say, allowed)
+        return verify_exported(folder, self.model_class, self.checkpoint, self.files, say, allowed)
 
     def describe(self, folder: Path, kept: Mapping[str, Any], known: Mapping[str, str] | None) -> None:
         """Transformers' own classes have no card of Olmem's."""
 
-    def how_to_verify(self, source: Path, out: Path) -> str:
-        return "run it again without --no-verify for the proof"
+    def next_step(self, source: Path, out: Path) -> str:
+        if not self.options.verify:
+            return "not verified: run it again without --no-verify for the proof"
+        return f"next: `hf upload REPO_ID {quote(str(out))}` publishes it"

@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from olmem.rules_olmem import OLMO_BLOCKS
@@ -31,7 +32,7 @@ def verify(
     out = Path(out)
     if not (out / "config.json").is_file():
         raise CheckpointError(f"`OUT` must be a converted folder ({out} has no config.json); convert SRC first.")
-    checkpoint = open_checkpoint(Path(source), trained_length(out), options.given)
+    checkpoint = open_checkpoint(Path(source), trained_length(out), options)
     model_type = config_as_written(out).get("model_type")
     if model_type in list(OLMO_BLOCKS):
         raise CheckpointError(
@@ -45,6 +46,8 @@ def verify(
     report = verify_checkpoint(out, checkpoint, say, options.allow_nonfinite)
     require_same(checkpoint.tensors)
     write_card(out, kept, report["sha256"])
+    folder = quote(str(out))
+    say(f"next: `olmem evaluate {folder} --text FILE`, or `olmem card {folder} --license ID`")
     return report
 
 

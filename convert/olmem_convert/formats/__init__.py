@@ -84,93 +84,6 @@ def expand(table: Iterable[Key], num_layers: int) -> list[Key]:
     return of_model + [key.at(layer) for layer in range(num_layers) for key in of_blocks]
 
 
-def to_olmem(
-    keys: Iterable[Key], native: Mapping[str, LazyTensor], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, LazyTensor]:
-    """Target tensors by name, in the order of `shapes`, which says what the target model has.
-
-    Every native tensor must be used, every target made, all shapes equal.
-    """
-    keys = list(keys)
-    complain("lacks", {key.native for key in keys if key.native} - set(native))
-    complain("holds, unexpectedly,", set(native) - {key.native for key in keys})
-    made: dict[str, LazyTensor] = {}
-    dtype = next(iter(native.values())).dtype
-    for key in keys:
-        if key.native is None:
-            for target in key.targets:
-                if target in shapes:
-                    made[target] = filled(shapes[target], dtype, key.fill, key.spread)
-            continue
-        tensor = native[key.native]
-        if not tensor.dtype.is_floating_point:
-            raise CheckpointError(f"`{key.native}` must be floating-point (got {tensor.dtype}); export plain weights.")
-        if key.order is not None:
-            made |= dict.fromkeys(key.targets, tensor.changed(key.order.to_olmem))
-        elif not key.rows:
-            made |= dict.fromkeys(key.targets, tensor)
-        elif tensor.shape[:1] == (sum(key.rows),):
-            start = 0
-            for target, size in zip(key.targets, key.rows, strict=True):
-                made[target] = tensor.rows(start, start + size)
-                start += size
-        else:
-            raise CheckpointError(
-                f"`{key.native}` must have {sum(key.rows)} rows by the config (got shape {tensor.shape}); config and "
-                "weights are of two checkpoints."
-            )
-    complain("does not say how to make", set(shapes) - set(made))
-    complain("makes, unexpectedly,", set(made) - set(shapes))
-    for key in keys:
-        for target in key.targets if key.native else ():
-            if made[target].shape != shapes[target]:
-                raise CheckpointError(
-                    f"`{key.native}` must give {target} of shape {shapes[target]} by the config (got "
-                    f"{made[target].shape}); config and weights are of two checkpoints."
-                )
-    return {name: made[name] for name in shapes}
-
-
-def to_native(keys: Iterable[Key], olmem: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inverse of the same table: native tensors by name."""
-    keys = list(keys)
-    native: dict[str, torch.Tensor] = {}
-    for key in keys:
-        if key.native is None or not key.targets:
-            continue
-        made = [olmem[target] for target in key.targets]
-        native[key.native] = key.order.to_native(made[0]) if key.order else torch.cat(made) if key.rows else made[0]
-    dtype = next(iter(olmem.values())).dtype
-    for key in keys:
-        if key.native and key.same_as:
-            native[key.native] = native[key.same_as]
-        elif key.native and key.numbers:
-            native[key.native] = torch.tensor(key.numbers, dtype=dtype)
-    return native
-
-
-def filled(shape: tuple[int, ...], dtype: torch.dtype, value: float, spread: float) -> LazyTensor:
-    """The same numbers, or the same draws, whenever it is loaded."""
-
-    def load() -> torch.Tensor:
-        if not spread:
-            return torch.full(shape, value, dtype=dtype)
-        return torch.empty(shape).normal_(value, spread, generator=torch.Generator().manual_seed(0)).to(dtype)
-
-    return LazyTensor.whole(shape, dtype, load)
-
-
-def complain(verb: str, names: set[str] | set[str | None]) -> None:
-    """Raises CheckpointError if there are such tensors."""
-    if names:
-        shown = [repr(name)[1:-1][:120] for name in sorted(map(str, names))[:8]]
-        listed = ", ".join(shown) + (", …" if len(names) > 8 else "")
-        raise CheckpointError(
-            f"the checkpoint {verb} {len(names)} tensors: {listed}; config and weights must be of one checkpoint, and "
-            "of a block that the config names."
-        )
-
-
 @dataclass(frozen=True)
 class Field:
     """One row of a config table: the value native code takes when the field is absent, and what becomes of it.
@@ -236,7 +149,12 @@ def required(value: Any, name: str, where: str) -> Any:
 
 
 class Format(Protocol):
-    """What each module of a format is: it recognises its checkpoints, and opens them."""
+    """What each module of a format is: it recognises its checkpoints, and opens them.
+
+    TAKES_GIVEN: whether it reads what the caller says of a checkpoint, as its own files may not.
+    """
+
+    TAKES_GIVEN: bool
 
     @staticmethod
     def recognise(folder: Path, /) -> str | None:
@@ -247,11 +165,6 @@ class Format(Protocol):
     def open_checkpoint(folder: Path, max_length: int | None, given: Given, /) -> "Checkpoint":
         """The checkpoint, without any weight read. max_length: in place of the config's. given: what it lacks."""
         ...
-
-
-def taken(format: Any) -> set[str]:
-    """The fields of `Given` that a format reads, as its checkpoints do not say them; most read none."""
-    return getattr(format, "TAKES", set())
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ LATER_BRANCHES = {
     "rmt": "005_rmt or 006_fanout",
     "pause": "004_pause",
 }
-TAKES = {"native_config", "n_ctx", "act_fn"}  # of what its caller may give
+TAKES_GIVEN: bool = True
 LAYER_NORM_EPS = 1e-5  # torch's default, which native code leaves alone
 DEFAULT_THETA = 10000.0  # of rotary-embedding-torch
 LARGEST_GAP = 2.0**-7  # of a frequency from its theta's: that of bfloat16, which a later float32 file may hold
@@ -162,7 +162,7 @@ def read_sizes(tensors: Mapping[str, LazyTensor]) -> dict[str, int]:
 
 def native_config(path: Path, sizes: dict[str, int], given: Given) -> dict[str, Any]:
     """`BakaConfig` whole: sizes by the weights, window and activation by a config file or the caller, all agreeing."""
-    file = given.native_config or path.parent / "config.json"
+    file = Path(given.native_config or path.parent / "config.json")
     written = read_json(file) if given.native_config or file.is_file() else {}
     read = read_fields(written, CONFIG, file.name)
     derived = {"dim_ff": 4 * sizes["dim_model"], "dim_attn": sizes["dim_model"]}  # what native code makes of a 0

@@ -1,5 +1,6 @@
 """Which format a checkpoint is, and opening it."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from ..options import Given
 from ..reading.archives import read_pickle
 from ..reading.texts import read_json
 from ..reading.weight_files import WEIGHTS, find_weights
-from . import Checkpoint, Format, baka, olmo, olmo_core, taken, transformers_olmo
+from . import Checkpoint, Format, baka, olmo, olmo_core, transformers_olmo
 
+OF_THE_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # as the Hub names a model
 FORMATS: tuple[Format, ...] = (olmo, olmo_core, baka, transformers_olmo)
 CONFIG_ERRORS = (
     StrictDataclassError,
@@ -43,7 +45,11 @@ def open_checkpoint(source: Path, max_length: int | None = None, given: Given | 
 def open_recognised(source: Path, max_length: int | None, given: Given) -> Checkpoint:
     """Opens the checkpoint with the one format that recognises it."""
     if not source.exists():
-        raise CheckpointError(f"`SRC` must be a checkpoint ({source} does not exist); name the folder that holds it.")
+        way_out = "name the folder that holds it"
+        if OF_THE_HUB.fullmatch(str(source)):
+            folder = source.name
+            way_out += f"; if it is a model of the Hub, `hf download {source} --local-dir {folder}` downloads it to one"
+        raise CheckpointError(f"`SRC` must be a checkpoint ({source} does not exist); {way_out}.")
     found = [(module, description) for module in FORMATS if (description := module.recognise(source))]
     if len(found) > 1:
         names = " and ".join(description for _, description in found)
@@ -52,9 +58,9 @@ def open_recognised(source: Path, max_length: int | None, given: Given) -> Check
         )
     if found:
         module, description = found[0]
-        if given.options and not taken(module):
+        if not module.TAKES_GIVEN and (given.native_config, given.n_ctx, given.act_fn) != (None, None, None):
             raise CheckpointError(
-                f"`{given.options.strip()}` must be left out for {description}, whose files say it; only BakaLLM's "
+                f"`{given.arguments.strip()}` must be left out for {description}, whose files say it; only BakaLLM's "
                 "state dicts lack it."
             )
         try:

@@ -16,13 +16,13 @@ from ..options import Given
 from ..proof import olmo_forward
 from ..reading.archives import read_pickle
 from ..reading.distributed import read_distributed
-from ..reading.pickles import decode_pickled_key
 from ..reading.plain import require_own
 from ..reading.tensors import LazyTensor
 from ..reading.texts import read_yaml, require_numbers
-from ..reading.weight_files import read_flat_shards, read_safetensors
+from ..reading.weight_files import decode_pickled_key, read_flat_shards, read_safetensors
 from . import NO_EFFECT, Checkpoint, Field, Key, carried, check_layers, expand, read_fields, required
 
+TAKES_GIVEN: bool = False
 LAYOUTS: dict[str, tuple[str, Callable[[Path], dict[str, LazyTensor]]]] = {
     "model.safetensors": (
         "unsharded safetensors",

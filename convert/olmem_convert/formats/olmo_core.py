@@ -21,6 +21,7 @@ from ..reading.texts import read_json, require_numbers
 from . import NO_EFFECT, Checkpoint, Field, Key, carried, check_layers, expand, read_fields, required
 from .olmo_core_fields import ACTIVATIONS, BLOCK, MODEL, NORM_PLACEMENTS, NORM_TYPES, SCALING
 
+TAKES_GIVEN: bool = False
 # Where an experiment says what length it trained, the first that does.
 LENGTHS = ("train_module.max_sequence_length", "dataset.sequence_length", "data_loader.sequence_length")
 

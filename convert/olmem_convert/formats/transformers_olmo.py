@@ -25,6 +25,7 @@ from ..reading.texts import read_json, refuse_code, require_numbers
 from ..reading.weight_files import WEIGHTS, find_weights, read_weights
 from . import Checkpoint, Key, check_layers, expand, is_dynamic
 
+TAKES_GIVEN: bool = False
 # Of RoPE, in files of older releases, which computed it from the config all the same.
 OLD_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from olmem import OlmemConfig
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..errors import CheckpointError
@@ -16,6 +15,7 @@ from ..formats.memory import new_parameters
 from ..formats.planning import make_config, make_tensors
 from ..reading.fields import TOKEN_IDS
 from ..reading.tensors import LazyTensor, same_bits
+from ..writing.progress import Progress, each
 from .loading import weights_of
 from .native_forward import Stages
 
@@ -41,7 +41,7 @@ def compare_stages(
     """
     rows: list[dict[str, Any]] = []
     modules = [model.model.embed_tokens, *model.model.layers, model.model.norm]
-    with tqdm(total=len(modules) + 1, desc="verifying", unit="stage", disable=None) as bar:
+    with Progress(len(modules) + 1, "verifying", unit="stage") as bar:
 
         def compare_next(actual: torch.Tensor) -> None:
             name, expected = next(native)
@@ -91,7 +91,7 @@ def weights_that_differ(
             return written[name].shape == made[name].shape
         return written[name].shape == made[name].shape and same_bits(written[name], made[name], stored)
 
-    names = tqdm(sorted(set(written) | set(made)), desc="comparing weights", unit="tensor", disable=None)
+    names = each(sorted(set(written) | set(made)), "comparing weights", "tensor")
     return [name for name in names if not same(name)]
 
 

@@ -19,7 +19,6 @@ from typing import Any, NoReturn
 
 import torch
 from olmem import OlmemCache
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..errors import CheckpointError
@@ -28,6 +27,7 @@ from ..formats.memory import OFF, memory_of, new_parameters, switched, with_memo
 from ..options import Say
 from ..reading.olmem_folder import identities, read_config, require_unchanged, stored_dtype
 from ..reading.tensors import LoadedOnDemand
+from ..writing.progress import Progress
 from ..writing.shards import WeightFiles
 from .comparing import compare_files, compare_stages, weights_that_differ
 from .loading import WithoutMemory, load_bounded, logits_of, nonfinite_weights
@@ -151,7 +151,7 @@ def read_segments(model: PreTrainedModel, cache: OlmemCache, input_ids: torch.Te
     A prompt has few segments, where a memory that grows with each of them still fits into its dtype.
     """
     read = 0
-    with tqdm(total=input_ids.shape[1], desc="reading segments", unit="segment", disable=None, delay=2) as bar:
+    with Progress(input_ids.shape[1], "reading segments", unit="segment") as bar:
         for piece in input_ids.split(SEGMENTS_AT_A_TIME, dim=1):
             try:
                 logits = model(piece, past_key_values=cache, return_dict=True).logits

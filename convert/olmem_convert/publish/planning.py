@@ -119,21 +119,22 @@ def find_pull_request(remote: Remote, files: Mapping[str, LocalFile]) -> tuple[s
 
 
 def table(plan: Plan, private: bool) -> Iterator[str]:
-    """The plan, for a person."""
+    """The plan, for a person: what is touched by name, and how much else there is."""
     if plan.creates_repo:
         yield f"creates {plan.repo_id}, {'private' if private else 'public'}, branch {plan.branch}"
     elif plan.creates_branch:
         yield f"creates branch {plan.branch} of {plan.repo_id} at {plan.head}, the head of {MAIN}"
     else:
         yield f"{'pull request to ' * plan.create_pr}branch {plan.branch} of {plan.repo_id}, now at {plan.head}"
-    kinds = {"new": plan.new, "changed": plan.changed, "deleted": plan.deleted, "unchanged": plan.unchanged}
-    width = max(len(name) for named in kinds.values() for name in named)
+    kinds = {"new": plan.new, "changed": plan.changed, "deleted": plan.deleted}
+    width = max(map(len, plan.touched), default=0)
     for kind, named in kinds.items():
         for name, size in sorted(named.items()):
-            yield f"  {kind:<9}  {name:<{width}}  {shown(size):>8}"
-    yield f"{', '.join(f'{len(named)} {kind}' for kind, named in kinds.items())}; {shown(plan.upload)} to upload"
+            yield f"  {kind:<7}  {name:<{width}}  {shown(size):>8}"
+    counts = (kinds | {"unchanged": plan.unchanged}).items()
+    yield f"{', '.join(f'{len(named)} {kind}' for kind, named in counts)}; {shown(plan.upload)} to upload"
     if "tokenizer.json" not in plan.new | plan.changed | plan.unchanged:
-        yield "note: there is no tokenizer, so nobody can give it text: convert again with --tokenizer PATH"
+        yield "note: there is no tokenizer, so nobody can give it text: `olmem tokenizer OUT PATH` adds one"
     if plan.tag:
         yield f"tag {plan.tag}: {'is there, at this commit' if plan.tag_exists else 'after verification'}"
 

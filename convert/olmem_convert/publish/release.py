@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from olmem import OlmemConfig, OlmemForCausalLM
 from tokenizers import Tokenizer
-from tqdm import tqdm
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..errors import CheckpointError
@@ -37,6 +36,7 @@ from ..reading.tensors import LazyTensor
 from ..reading.texts import LARGEST_TOKENIZER, read_json, read_text, refuse_code
 from ..reading.tokenizer_file import read_tokenizer
 from ..reading.weight_files import read_safetensors, read_weights
+from ..writing.progress import Progress
 from ..writing.shards import INDEX_NAME
 from .model_card import check_card, check_metadata
 
@@ -207,9 +207,7 @@ def is_equal(row: Mapping[str, Any]) -> bool:
 def read_all(paths: list[Path]) -> dict[str, LocalFile]:
     """Both checksums that the Hub knows files by, in one pass over each."""
     files = {}
-    with tqdm(
-        total=sum(path.stat().st_size for path in paths), desc="checksums", unit="B", unit_scale=True, disable=None
-    ) as bar:
+    with Progress(sum(path.stat().st_size for path in paths), "checksums") as bar:
         for path in paths:
             before = identity(path.stat())
             size = path.stat().st_size

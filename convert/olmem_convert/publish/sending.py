@@ -79,6 +79,11 @@ class Push:
             place = self.plan.tag or (self.plan.branch if self.plan.branch != MAIN else None)
             page = f"{self.remote.api.endpoint}/{self.plan.repo_id}" + (f"/tree/{place}" if place else "")
             self.say(f"published: {pull_request or self.remote.without_token(page)}")
+            if not pull_request:
+                at = f", revision={place!r}" if place else ""
+                self.say(
+                    f"next: `AutoModelForCausalLM.from_pretrained({self.plan.repo_id!r}{at}, trust_remote_code=True)`"
+                )
         return {"commit": commit, "pull_request": pull_request, "verified": True, "tagged": self.plan.tag}
 
     def create(self) -> None:

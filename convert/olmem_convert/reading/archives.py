@@ -6,13 +6,9 @@ the number of two tensors and a small file does not become a large model.
 
 import io
 import math
-import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,102 +16,12 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from .pickles import LARGEST_PICKLE, MOST_DIMENSIONS, Names, plain_size, unpickle
+from .pickles import LARGEST_PICKLE, STATE_DICT_NAMES, StoredTensor, load_storage, unpickle
 from .plain import SourceFile, reading
 from .tensors import LazyTensor, Span
 
 MOST_TENSORS = 50_000  # of a state dict; the largest model that converts has a thousand
 HEADER = 30  # bytes of a record's own header, before its name
-
-
-@dataclass(frozen=True)
-class Storage:
-    """A file of the archive, and the dtype of its numbers; of untyped ones none."""
-
-    key: str
-    dtype: torch.dtype | None
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    storage: Storage
-    first: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-
-def load_storage(pid: Any) -> Storage:
-    """Makes of a persistent id the storage that it names."""
-    kind, dtype, key, _, _ = pid
-    if kind != "storage" or not isinstance(dtype, torch.dtype | None) or not isinstance(key, str):
-        raise pickle.UnpicklingError("a storage is of another kind")
-    return Storage(key, dtype)
-
-
-def rebuild_tensor(
-    storage: Any, first: Any, shape: Any, stride: Any, requires_grad: Any = False, hooks: Any = None, flags: Any = None
-) -> StoredTensor:
-    """Stands for the function of torch that puts a tensor of a typed storage together."""
-    return rebuild_typed(storage, first, shape, stride, requires_grad, hooks, storage.dtype, flags)
-
-
-def rebuild_typed(
-    storage: Any, first: Any, shape: Any, stride: Any, requires_grad: Any, hooks: Any, dtype: Any, flags: Any = None
-) -> StoredTensor:
-    """Stands for the function of torch that is given the dtype too. It checks what it is given."""
-    if len(shape) != len(stride) or len(shape) > MOST_DIMENSIONS:
-        raise pickle.UnpicklingError(f"a tensor has more than {MOST_DIMENSIONS} dimensions, or not as many strides")
-    numbers = (first, *shape, *stride)
-    if not isinstance(storage, Storage) or not isinstance(dtype, torch.dtype):
-        raise pickle.UnpicklingError("a tensor is not put together as torch does it")
-    if flags or not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
-        raise pickle.UnpicklingError("a tensor is conjugated, negated or of impossible sizes")
-    return StoredTensor(storage, first, tuple(shape), tuple(stride), dtype)
-
-
-def rebuild_nothing(dtype: Any, shape: Any, stride: Any, requires_grad: Any) -> StoredTensor:
-    """Stands for the function of torch that makes a tensor without numbers."""
-    return rebuild_tensor(Storage("of the device meta, which holds nothing", dtype), 0, shape, stride)
-
-
-def rebuild_parameter(data: Any, *_: Any) -> Any:
-    """Stands for the function of torch that makes a parameter of a tensor, which it leaves as it is."""
-    return data
-
-
-def rebuild_subclass(rebuild: Any, kind: Any, arguments: Any, state: Any) -> Any:
-    """Stands for the function of torch that makes a tensor of a subclass, whose state does not matter."""
-    if rebuild not in (rebuild_tensor, rebuild_typed):
-        raise pickle.UnpicklingError("a tensor is of a class of its own")
-    return rebuild(*arguments)
-
-
-DTYPES = {
-    **{f"{name}Storage": getattr(torch, name.lower()) for name in ("Double", "Float", "Half", "Long", "Int", "Short")},
-    **{"BFloat16Storage": torch.bfloat16, "CharStorage": torch.int8, "ByteStorage": torch.uint8},
-    "BoolStorage": torch.bool,
-}
-TORCH_DTYPES = {
-    f"torch.{name}": getattr(torch, name)
-    for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-}
-# All that a state dict of torch 1.6 and later may name; the functions become those above.
-STATE_DICT_NAMES: dict[str, Any] = {
-    "collections.OrderedDict": Names,
-    "torch._utils._rebuild_tensor_v2": rebuild_tensor,
-    "torch._utils._rebuild_tensor_v3": rebuild_typed,
-    "torch._utils._rebuild_meta_tensor_no_storage": rebuild_nothing,
-    "torch._utils._rebuild_parameter": rebuild_parameter,
-    "torch._utils._rebuild_parameter_with_state": rebuild_parameter,
-    "torch._tensor._rebuild_from_type_v2": rebuild_subclass,
-    "torch.nn.parameter.Parameter": None,
-    "torch.Tensor": None,
-    "torch.storage.UntypedStorage": None,
-    "torch.Size": plain_size,
-    **{f"torch.{name}": dtype for name, dtype in DTYPES.items()},
-    **TORCH_DTYPES,
-}
 
 
 class Window(io.RawIOBase):
@@ -149,7 +55,7 @@ class Archive:
 
     def __init__(self, source: SourceFile, start: int = 0, length: int | None = None):
         self.source, self.path, self.start = source, source.path, start
-        self.spans: dict[str, Span] = {}
+        self.spans: dict[str, Span] = {}  # of storages, by key
         length = source.size if length is None else length
         with zipfile.ZipFile(io.BufferedReader(Window(source, start, length))) as archive:
             self.records = self.index(archive)
@@ -205,10 +111,9 @@ class Archive:
         return data
 
     def span(self, key: str) -> Span:
-        """Where the bytes of a storage are, found when they are first read."""
+        """Where the bytes of a storage are."""
         if key not in self.spans:
-            with reading(self.path):
-                self.spans[key] = self.find(f"{self.prefix}data/{key}")
+            self.spans[key] = self.find(f"{self.prefix}data/{key}")
         return self.spans[key]
 
     def find(self, record_name: str) -> Span:
@@ -224,8 +129,8 @@ class Archive:
             raise ValueError(f"record {record.filename!r} is cut short, or reaches into the next one")
         return Span(self.source, self.start + start, record.file_size, record.CRC)
 
-    def tensor(self, name: str, stored: StoredTensor, *, apart: bool = False) -> LazyTensor:
-        """The tensor, once every number of it is known to be there; `apart` from the archive, which it lets go."""
+    def tensor(self, name: str, stored: StoredTensor) -> LazyTensor:
+        """The tensor, once every number of it is known to be there."""
         record = self.records.get(f"{self.prefix}data/{stored.storage.key}")
         held = record.file_size // stored.dtype.itemsize if record else 0
         count = math.prod(stored.shape)
@@ -236,34 +141,12 @@ class Archive:
                 f"`{self.path}` must hold every value of {name!r} (it has fewer, repeated or none at all); save "
                 "`model.state_dict()` of contiguous weights."
             )
-        sources = frozenset((self.source,))
         if not count:
-            return LazyTensor.whole(
-                stored.shape, stored.dtype, lambda: torch.empty(stored.shape, dtype=stored.dtype), sources
-            )
-        shape, dtype, first, stride = stored.shape, stored.dtype, stored.first, stored.stride
-        span = partial(self.span, stored.storage.key)
-        if apart:
-            found = span()
-            span = lambda: found  # noqa: E731
-        if first or extent * dtype.itemsize != (record.file_size if record else 0):
-            span = checked(span)
-        if all(stride == math.prod(size for size, _ in steps[i + 1 :]) for i, (_, stride) in enumerate(steps)):
-            return LazyTensor(shape, dtype, lambda *rows: span().rows(shape, dtype, first, *rows), sources=sources)
-        return LazyTensor.whole(
-            shape, dtype, lambda: span().values(first, extent, dtype).as_strided(shape, stride), sources
-        )
-
-
-def checked(find: Callable[[], Span]) -> Callable[[], Span]:
-    """For a tensor that is a part of its storage: reading it never comes to the end, where the checksum is compared."""
-
-    def found() -> Span:
-        span = find()
-        span.check()
-        return span
-
-    return found
+            nothing = torch.empty(stored.shape, dtype=stored.dtype)
+            return LazyTensor.whole(stored.shape, stored.dtype, nothing.clone, frozenset((self.source,)))
+        rows = all(stride == math.prod(size for size, _ in steps[i + 1 :]) for i, (_, stride) in enumerate(steps))
+        span = self.span(stored.storage.key)
+        return span.tensor(stored.shape, stored.dtype, stored.first, None if rows else stored.stride)
 
 
 def read_pickle(path: Path) -> dict[str, LazyTensor]:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from .archives import TORCH_DTYPES, Archive, StoredTensor
-from .pickles import LARGEST_PICKLE, Names, Record, plain_size, unpickle
+from .archives import Archive
+from .pickles import LARGEST_PICKLE, TORCH_DTYPES, Names, Record, StoredTensor, plain_size, unpickle
 from .plain import SourceFile, member, reading
 from .tensors import LazyTensor, refuse_strays
 from .texts import read_bytes
@@ -86,7 +86,7 @@ class Chunk:
                     f"`{self.path}` must hold {self.dtype} {self.sizes} of {self.name!r} (got {got}); files of two "
                     "checkpoints are mixed: copy the folder again."
                 )
-            return archive.tensor(self.name, stored, apart=True)
+            return archive.tensor(self.name, stored)
 
 
 def read_distributed(folder: Path, prefix: str = "model.") -> dict[str, LazyTensor]:

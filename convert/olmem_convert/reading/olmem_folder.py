@@ -167,7 +167,7 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Any:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError(
-            f"`OUT` must have a tokenizer ({folder} has no tokenizer.json); convert again with --tokenizer PATH."
+            f"`OUT` must have a tokenizer ({folder} has no tokenizer.json); `olmem tokenizer {folder} PATH` adds one."
         )
     check_tokenizer_files(folder)
     read_tokenizer(path, vocab_size)

@@ -1,19 +1,20 @@
-"""Pickles read without a line of them being run: what `torch.save` writes, OLMo's key names.
+"""Pickles read without a line of them being run: what `torch.save` writes, and the names of keys in OLMo's safetensors.
 
 A pickle is a program of a small machine. `Machine` knows those of its instructions that such files use and the names
 that its caller lists, which stand for plain values and records; of anything else it makes an error. What is made is
-counted as it is made, so that memory and time stay in proportion to the file, whatever sizes it claims.
+counted as it is made, so that memory and time stay in proportion to the file, whatever sizes it claims. What a state
+dict may name stands at the end.
 """
 
-import base64
 import pickle
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pickletools import genops
 from sys import getsizeof
 from typing import Any
 
-from ..errors import CheckpointError
+import torch
 
 LONGEST_KEY = 2**12  # characters of a key of a dictionary
 LARGEST_PICKLE = 2**27  # bytes; the names and shapes of 100,000 tensors take 2**25
@@ -284,26 +285,93 @@ def unpickle(data: bytes, names: Mapping[str, Any], load_storage: Callable[[Any]
         raise pickle.UnpicklingError(f"{type(error).__name__}: {error}") from error
 
 
-def decode_pickled_key(key: str) -> str:
-    """The key of OLMo's safetensors files, base64 of a pickled ((name, …), is_pickled), as a name.
+@dataclass(frozen=True)
+class Storage:
+    """A file of the archive, and the dtype of its numbers; of untyped ones none."""
 
-    Source: allenai/OLMo docs/Safetensors.md, olmo/safetensors_util.py.
-    """
-    try:
-        if len(key) > 4 * LONGEST_KEY:
-            raise ValueError(f"it has {len(key):,} signs")
-        value = unpickle(base64.urlsafe_b64decode(key), {})
-    except Exception as error:  # of the many that damaged pickles raise, each means the same
-        raise CheckpointError(
-            f"keys must be OLMo's encoded names (got {key[:60]!r}: {error}); this is not an OLMo safetensors file."
-        ) from error
-    parts, is_pickled = value if isinstance(value, tuple) and len(value) == 2 else (None, True)
-    if not isinstance(parts, tuple) or is_pickled is not False or not all(isinstance(part, str) for part in parts):
-        raise CheckpointError(
-            f"key {key[:60]!r} must name a plain tensor (it names a pickled value); only model weights can be read."
-        )
-    if sum(map(len, parts)) > LONGEST_KEY:
-        raise CheckpointError(
-            f"key {key[:60]!r} must name a tensor in {LONGEST_KEY:,} signs (it does not); save it with shorter ones."
-        )
-    return ".".join(parts)
+    key: str
+    dtype: torch.dtype | None
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as a state dict has it: which numbers of a storage, in which order."""
+
+    storage: Storage
+    first: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def load_storage(pid: Any) -> Storage:
+    """Makes of a persistent id the storage that it names."""
+    kind, dtype, key, _, _ = pid
+    if kind != "storage" or not isinstance(dtype, torch.dtype | None) or not isinstance(key, str):
+        raise pickle.UnpicklingError("a storage is of another kind")
+    return Storage(key, dtype)
+
+
+def rebuild_tensor(
+    storage: Any, first: Any, shape: Any, stride: Any, requires_grad: Any = False, hooks: Any = None, flags: Any = None
+) -> StoredTensor:
+    """Stands for the function of torch that puts a tensor of a typed storage together."""
+    return rebuild_typed(storage, first, shape, stride, requires_grad, hooks, storage.dtype, flags)
+
+
+def rebuild_typed(
+    storage: Any, first: Any, shape: Any, stride: Any, requires_grad: Any, hooks: Any, dtype: Any, flags: Any = None
+) -> StoredTensor:
+    """Stands for the function of torch that is given the dtype too. It checks what it is given."""
+    if len(shape) != len(stride) or len(shape) > MOST_DIMENSIONS:
+        raise pickle.UnpicklingError(f"a tensor has more than {MOST_DIMENSIONS} dimensions, or not as many strides")
+    numbers = (first, *shape, *stride)
+    if not isinstance(storage, Storage) or not isinstance(dtype, torch.dtype):
+        raise pickle.UnpicklingError("a tensor is not put together as torch does it")
+    if flags or not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+        raise pickle.UnpicklingError("a tensor is conjugated, negated or of impossible sizes")
+    return StoredTensor(storage, first, tuple(shape), tuple(stride), dtype)
+
+
+def rebuild_nothing(dtype: Any, shape: Any, stride: Any, requires_grad: Any) -> StoredTensor:
+    """Stands for the function of torch that makes a tensor without numbers."""
+    return rebuild_tensor(Storage("of the device meta, which holds nothing", dtype), 0, shape, stride)
+
+
+def rebuild_parameter(data: Any, *_: Any) -> Any:
+    """Stands for the function of torch that makes a parameter of a tensor, which it leaves as it is."""
+    return data
+
+
+def rebuild_subclass(rebuild: Any, kind: Any, arguments: Any, state: Any) -> Any:
+    """Stands for the function of torch that makes a tensor of a subclass, whose state does not matter."""
+    if rebuild not in (rebuild_tensor, rebuild_typed):
+        raise pickle.UnpicklingError("a tensor is of a class of its own")
+    return rebuild(*arguments)
+
+
+DTYPES = {
+    **{f"{name}Storage": getattr(torch, name.lower()) for name in ("Double", "Float", "Half", "Long", "Int", "Short")},
+    **{"BFloat16Storage": torch.bfloat16, "CharStorage": torch.int8, "ByteStorage": torch.uint8},
+    "BoolStorage": torch.bool,
+}
+TORCH_DTYPES = {
+    f"torch.{name}": getattr(torch, name)
+    for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+}
+# All that a state dict of torch 1.6 and later may name; the functions become those above.
+STATE_DICT_NAMES: dict[str, Any] = {
+    "collections.OrderedDict": Names,
+    "torch._utils._rebuild_tensor_v2": rebuild_tensor,
+    "torch._utils._rebuild_tensor_v3": rebuild_typed,
+    "torch._utils._rebuild_meta_tensor_no_storage": rebuild_nothing,
+    "torch._utils._rebuild_parameter": rebuild_parameter,
+    "torch._utils._rebuild_parameter_with_state": rebuild_parameter,
+    "torch._tensor._rebuild_from_type_v2": rebuild_subclass,
+    "torch.nn.parameter.Parameter": None,
+    "torch.Tensor": None,
+    "torch.storage.UntypedStorage": None,
+    "torch.Size": plain_size,
+    **{f"torch.{name}": dtype for name, dtype in DTYPES.items()},
+    **TORCH_DTYPES,
+}

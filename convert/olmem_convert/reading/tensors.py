@@ -135,6 +135,33 @@ class Span:
             self.fill(values.view(torch.uint8).numpy().data, offset)
         return values
 
+    def tensor(
+        self, shape: tuple[int, ...], dtype: torch.dtype, first: int = 0, stride: tuple[int, ...] | None = None
+    ) -> LazyTensor:
+        """The tensor that begins at the number `first`, and is kept row after row unless there is a `stride`."""
+        extent = (
+            math.prod(shape) if stride is None else 1 + sum((n - 1) * by for n, by in zip(shape, stride, strict=True))
+        )
+        # Reading a part of the span never comes to its end, where the checksum is compared.
+        is_part = first > 0 or extent * dtype.itemsize != self.length
+
+        def read(start: int, stop: int) -> torch.Tensor:
+            if is_part:
+                self.check()
+            size = math.prod(shape[1:])
+            values = self.values(first + start * size, (stop - start) * size, dtype)
+            return values.view(stop - start, *shape[1:]) if shape else values.view(())
+
+        def load() -> torch.Tensor:
+            if is_part:
+                self.check()
+            return self.values(first, extent, dtype).as_strided(shape, stride or ())
+
+        sources = frozenset((self.file,))
+        if stride is None:
+            return LazyTensor(shape, dtype, read, sources=sources)
+        return LazyTensor.whole(shape, dtype, load, sources)
+
     def check(self) -> None:
         """Reads what no one has, for its checksum alone."""
         if self.crc is None or self.passed == self.length:
@@ -160,12 +187,6 @@ class Span:
             raise CheckpointError(
                 f"`{self.path}` must match its own checksums (at byte {self.start} it does not); copy it again."
             )
-
-    def rows(self, shape: tuple[int, ...], dtype: torch.dtype, first: int, start: int, stop: int) -> torch.Tensor:
-        """Rows start … stop−1 of a tensor that begins at the number `first` and is kept row after row."""
-        size = math.prod(shape[1:])
-        values = self.values(first + start * size, (stop - start) * size, dtype)
-        return values.view(stop - start, *shape[1:]) if shape else values.view(())
 
 
 def require_same(tensors: Mapping[str, LazyTensor]) -> None:

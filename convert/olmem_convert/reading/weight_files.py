@@ -4,6 +4,7 @@ The library checks a file's header, sizes and offsets; its bytes are then read w
 has been read does not stay in memory.
 """
 
+import base64
 import math
 import struct
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from safetensors import safe_open
 
 from ..errors import CheckpointError
 from .archives import MOST_TENSORS, read_pickle
+from .pickles import LONGEST_KEY, unpickle
 from .plain import SourceFile, member, reading
 from .tensors import LazyTensor, Span, refuse_strays
 from .texts import parse_json, read_json
@@ -42,13 +44,7 @@ def read_safetensors(path: Path, decode: Callable[[str], str] = str) -> dict[str
                 raise CheckpointError(
                     f"`{path}` must hold floating-point weights (got {entry['dtype']} in {name!r}); export them."
                 )
-            span = Span(source, entry["start"], math.prod(shape) * dtype.itemsize)
-            tensors[name] = LazyTensor(
-                shape,
-                dtype,
-                lambda *rows, shape=shape, dtype=dtype, span=span: span.rows(shape, dtype, 0, *rows),
-                sources=frozenset((source,)),
-            )
+            tensors[name] = Span(source, entry["start"], math.prod(shape) * dtype.itemsize).tensor(shape, dtype)
     return tensors
 
 
@@ -82,6 +78,31 @@ def read_header(source: SourceFile) -> dict[str, dict[str, Any]]:
     if 8 + length + end != source.size:
         raise ValueError(f"its header tells of {8 + length + end:,} bytes, and it has {source.size:,}")
     return {key: entry | {"start": 8 + length + entry["data_offsets"][0]} for key, entry in header.items()}
+
+
+def decode_pickled_key(key: str) -> str:
+    """The key of OLMo's safetensors files, base64 of a pickled ((name, …), is_pickled), as a name.
+
+    Source: allenai/OLMo docs/Safetensors.md, olmo/safetensors_util.py.
+    """
+    try:
+        if len(key) > 4 * LONGEST_KEY:
+            raise ValueError(f"it has {len(key):,} signs")
+        value = unpickle(base64.urlsafe_b64decode(key), {})
+    except Exception as error:  # of the many that damaged pickles raise, each means the same
+        raise CheckpointError(
+            f"keys must be OLMo's encoded names (got {key[:60]!r}: {error}); this is not an OLMo safetensors file."
+        ) from error
+    parts, is_pickled = value if isinstance(value, tuple) and len(value) == 2 else (None, True)
+    if not isinstance(parts, tuple) or is_pickled is not False or not all(isinstance(part, str) for part in parts):
+        raise CheckpointError(
+            f"key {key[:60]!r} must name a plain tensor (it names a pickled value); only model weights can be read."
+        )
+    if sum(map(len, parts)) > LONGEST_KEY:
+        raise CheckpointError(
+            f"key {key[:60]!r} must name a tensor in {LONGEST_KEY:,} signs (it does not); save it with shorter ones."
+        )
+    return ".".join(parts)
 
 
 MOST_SPANS = 2**14  # of a tensor in a file; FSDP has one

@@ -21,7 +21,6 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from ..errors import CheckpointError
-from ..options import check_size
 from ..reading.tensors import LazyTensor
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
@@ -43,7 +42,6 @@ class WeightFiles:
     names: dict[str, list[str]] = field(init=False)  # of the tensors in each
 
     def __post_init__(self) -> None:
-        check_size(self.max_shard_size)
         size = self.max_shard_size
         plan = split_state_dict_into_shards_factory(
             dict(self.tensors),
@@ -61,6 +59,12 @@ class WeightFiles:
         """The bytes of the weights in these files, or in all."""
         files = self.names if files is None else files
         return sum(self.nbytes(self.tensors[name]) for file in files for name in self.names[file])
+
+    def described(self) -> str:
+        """Says how many bytes will be written, to how many files, in which dtype."""
+        plural = "" if len(self.names) == 1 else "s"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.total():,} bytes of weights in {len(self.names)} file{plural}, as {dtype}"
 
     def write(
         self,

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig
 
 from ..errors import CheckpointError
 from ..options import Say
+from ..reading.fields import TOKEN_IDS, tokens_of
 from ..reading.olmem_folder import COMPANIONS
 from ..reading.plain import require_own
 from ..reading.texts import read_json, read_text, refuse_code
@@ -40,6 +41,12 @@ def find_tokenizer(checkpoint: Path) -> Path | None:
             if os.path.isfile(place / "tokenizer.json"):
                 return (place if place == parent else require_own(place)) / "tokenizer.json"
     return None
+
+
+def of_config(config: PreTrainedConfig) -> dict[str, Any]:
+    """What `write_tokenizer` must know of the model that a tokenizer is for."""
+    ids = {name: next(iter(tokens_of(config, name)), None) for name in TOKEN_IDS}
+    return {"vocab_size": config.vocab_size, "max_length": config.max_position_embeddings, **ids}
 
 
 def write_tokenizer(

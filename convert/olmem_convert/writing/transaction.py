@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from ..errors import CheckpointError
 from ..options import Say, silent
+from .progress import each
 from .shards import sha256
 
 # What of a source says whether it is still the same: the rest, as logs, may change.
@@ -85,7 +85,7 @@ def places(out: Path) -> tuple[Path, Path, Path, Path]:
     return partial, journal, replaced, lock
 
 
-def require_apart(source: Path, out: Path, others: Mapping[str, Path | None]) -> None:
+def require_apart(source: Path, out: Path, others: Mapping[str, str | Path | None]) -> None:
     """Raises CheckpointError if writing `out` could change or remove what the conversion reads.
 
     The folders beside `out` are written and removed too. others: what else is read, by the name of its option.
@@ -103,7 +103,7 @@ def require_apart(source: Path, out: Path, others: Mapping[str, Path | None]) ->
             )
     for option, path in others.items():
         for place in (folder, replaced):
-            if path is not None and lies_in(path, place):
+            if path is not None and lies_in(Path(path), place):
                 raise CheckpointError(
                     f"`{option}` must lie apart from what a conversion to {out} removes (got {path} in {place}); copy "
                     "it to another place first."
@@ -331,7 +331,7 @@ def check_places(
 def sound_files(folder: Path, entries: list[dict[str, Any]], names: Collection[str]) -> dict[str, Counts]:
     """The finished files, of these names, that still have their checksums."""
     noted = {entry["file"]: entry for entry in entries if entry.get("file") in list(names)}
-    files = tqdm(noted.items(), desc="checking what was written", unit="file", disable=None)
+    files = each(list(noted.items()), "checking what was written", "file")
     return {name: entry["nonfinite"] for name, entry in files if is_sound(folder / name, entry)}
 
 

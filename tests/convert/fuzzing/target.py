@@ -16,9 +16,8 @@ from convert.fuzzing.pickles import CANARY
 from convert.fuzzing.seeds import READERS, TEXT, seeds
 from convert.fuzzing.states import use_state
 from olmem_convert import CardOptions, CheckpointError, ConvertOptions, card, convert, evaluate, verify
-from olmem_convert.commands.targets import choose_dtype
 from olmem_convert.formats.detect import open_checkpoint
-from olmem_convert.formats.planning import check_copies, make_config, make_tensors
+from olmem_convert.formats.planning import check_copies, choose_dtype, make_config, make_tensors
 from olmem_convert.options import Given
 from olmem_convert.publish.release import check_release
 from olmem_convert.writing.tokenizer import carry_tokenizer, find_tokenizer, write_tokenizer

@@ -15,9 +15,9 @@ from .errors import CheckpointError, shortened
 
 Say = Callable[[str], object]  # is told, line by line, what was found and done
 DTYPES = ("float32", "bfloat16", "float16")
-SHORT = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 SIZE = re.compile(r"0{0,9}[1-9]\d{0,17}([KMGT]B)?", re.IGNORECASE)
 WORD = re.compile(r"[A-Za-z][\w:.-]*")
+SHORT = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 
 
 def silent(line: str) -> None:

@@ -101,12 +101,7 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Switch a memory on, as in retrieval_layers=[20]; repeatable."),
 ]
-Verify = Annotated[
-    bool,
-    typer.Option(
-        " /--no-verify", help="Leave out comparing logits, weights and config with SRC's.", show_default=False
-    ),
-]
+Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Compare logits, weights and config with SRC's.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT, if Olmem wrote it.")]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on where it was killed; when stopped, keep what is finished.")

@@ -329,4 +329,4 @@ def test_notes_reach_the_user(tmp_path):
     assert lines[0].startswith("found OLMo, unsharded: ")
     assert any(line.startswith("note: ") for line in lines)
     assert any(line.startswith("verified: logits differ by at most") for line in lines)
-    assert lines[-1] == f"wrote {tmp_path / 'out'}"
+    assert f"wrote {tmp_path / 'out'}" in lines

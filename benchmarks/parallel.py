@@ -80,28 +80,30 @@ def device_of(rank: int) -> torch.device:
     return torch.device("cuda", rank) if is_on_gpu() else torch.device("cpu")
 
 
-def wait() -> None:
-    """Waits for the device."""
+def now() -> float:
+    """Waits for the device, and returns the time."""
     if is_on_gpu():
         torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def save_models(settings: Settings, folder: Path) -> None:
     """Writes the large model, and the small one in float32."""
     torch.manual_seed(0)
     common: dict[str, Any] = {"vocab_size": settings.vocabulary, "num_hidden_layers": settings.layers}
-    large = common | {
+    large: dict[str, Any] = common | {
         "hidden_size": settings.width,
         "num_attention_heads": settings.heads,
         "intermediate_size": settings.intermediate,
         "layer_types": "sliding_attention",
         "sliding_window": settings.window,
     }
-    small = common | {"num_attention_heads": 8, "hidden_size": 128, "intermediate_size": 256, "sliding_window": 40}
+    small: dict[str, Any] = common | {"num_attention_heads": 8, "hidden_size": 128, "intermediate_size": 256}
+    small |= {"sliding_window": 40, "num_sink_tokens": 2}
     with torch.device("cuda" if is_on_gpu() else "cpu"):
         model: Any = OlmemForCausalLM(OlmemConfig(**large))
         model.to(torch.bfloat16).save_pretrained(folder / "large")
-        OlmemForCausalLM(OlmemConfig(**small, num_sink_tokens=2)).save_pretrained(folder / "small")
+        OlmemForCausalLM(OlmemConfig(**small)).save_pretrained(folder / "small")
 
 
 def load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -120,24 +122,27 @@ def infer(settings: Settings, folder: Path, device: torch.device) -> dict[str, A
     del small
     model = load(folder / "large", torch.bfloat16, device)
     ids = torch.randint(90, (1, settings.prompt), generator=torch.Generator().manual_seed(2)).to(device)
-    for _ in range(settings.repeats):
-        cache = OlmemCache(model.config)
-        wait()
-        start = time.perf_counter()
+
+    def read() -> tuple[OlmemCache, torch.Tensor]:
+        cache, start = OlmemCache(model.config), now()
         logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
-        wait()
-        found["prompt"] = time.perf_counter() - start
+        found["prompt"] = now() - start
+        return cache, logits
+
+    def write(cache: OlmemCache, token: torch.Tensor, steps: int) -> float:
+        start = now()
+        for _ in range(steps):
+            token = model(token, past_key_values=cache).logits.argmax(-1)
+        return (now() - start) / steps
+
+    for _ in range(settings.repeats - 1):
+        read()
+    cache, logits = read()
     found["large"] = logits.float().cpu()
     for enabled in (True, False):
         model.model.steps.enabled = enabled
-        for step in range(settings.warm + settings.steps):
-            if step == settings.warm:
-                wait()
-                start = time.perf_counter()
-            token = model(logits[:, -1].argmax(-1, keepdim=True), past_key_values=cache).logits.argmax(-1)
-            logits = model(token, past_key_values=cache).logits
-        wait()
-        found["step" if enabled else "step, module by module"] = (time.perf_counter() - start) / (2 * settings.steps)
+        write(cache, logits.argmax(-1), settings.warm)
+        found["step" if enabled else "step, module by module"] = write(cache, logits.argmax(-1), settings.steps)
         found.setdefault("step path", cache.step_path)
     return found
 
@@ -169,14 +174,12 @@ def train(settings: Settings, device: torch.device) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(step)
         ids = torch.randint(90, (2 * WORLD, settings.train_length), generator=generator)
         ids = ids.chunk(world)[rank].to(device)
-        wait()
-        start = time.perf_counter()
+        start = now()
         loss = model(ids, labels=ids, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        wait()
-        seconds = time.perf_counter() - start
+        seconds = now() - start
         whole = loss.detach().clone()
         dist.all_reduce(whole)
         losses.append(float(whole) / world)

@@ -1,0 +1,199 @@
+"""Writes what benchmarks/results holds as tables: docs/results.md, and the table of results in the README.
+
+    python benchmarks/report.py
+
+No figure of these pages is typed by hand. A test compares them with the files that they are made of.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE, README = ROOT / "benchmarks/results", ROOT / "docs/results.md", ROOT / "README.md"
+BEGIN, END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"
+INTRODUCTION = """# Results
+
+`python benchmarks/report.py` writes this page from the files in [`benchmarks/results`](../benchmarks/results). Each of
+them is what one run of one benchmark wrote, and is never edited. `--help` of a benchmark says what it does.
+"""
+RECALL = {
+    "recall_store.json": "A store of 64 tokens must keep pairs of a key and a value, and drop decoys that are never "
+    "asked for. `learned` keeps what it scores highest, `recent` the last tokens, and `wider` has a wider window of "
+    "the same bytes.",
+    "recall_memory.json": "Eight memory tokens must carry eight pairs of a key and a value.",
+}
+TITLES = {
+    "step": "A plain one-token call, the window full",
+    "generate": "`generate()`, with its prompt",
+    "repeated": "Many calls of `generate()`",
+    "memory": "Steps with 4 sinks and 16 memory tokens",
+    "full": "Steps with OLMo-3's three sliding layers to one full",
+    "retrieval": "Steps with one layer that looks up a million tokens",
+    "shared": "Keys and values in one tensor",
+    "grouped": "Eight key heads",
+    "prompt": "Long prompts in one call",
+    "training": "A training step of a 1B model on packed documents",
+    "first": "The first call of a process",
+    "peers": "Transformers' Olmo3 in the same shape",
+}
+
+
+def read(name: str) -> Any:
+    """Returns what a result file holds."""
+    return json.loads((RESULTS / name).read_text())
+
+
+def number(value: float) -> str:
+    """Returns a number with three digits or all those before its point, and commas between thousands."""
+    if value == 0 or abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:#.3g}".rstrip(".")
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Returns a table of Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def gpu() -> str:
+    """Returns what benchmarks/gpu.py has measured."""
+    found = read("gpu.json")
+    figures: list[dict[str, Any]] = found["figures"]
+    ceilings = ", ".join(
+        f"{each['name']} {number(each['measured'])} {each['unit']}" for each in figures if each["row"] == "ceilings"
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    parts = [f"## On a GPU\n\n{found['device']}; {versions}. Ceilings of the same run: {ceilings}.\n"]
+    for row, title in TITLES.items():
+        own = [each for each in figures if each["row"] == row]
+        if own:
+            lines = [[each["name"].replace("|", "·"), measured(each), held_against(each)] for each in own]
+            parts.append(f"### {title}\n\n" + table(["", "measured", "beside"], lines))
+    greedy = [each for each in figures if each["row"] == "greedy"]
+    errors = [each for each in figures if each["row"] == "errors"]
+    if greedy and errors:
+        worst = max(errors, key=lambda each: each["ratio"])
+        least = number(min(each["ratio"] for each in errors))
+        parts.append(
+            "### Exactness\n\n"
+            f"Greedy tokens in float32 that are those of the CPU: {number(min(each['measured'] for each in greedy))} "
+            f"of {number(greedy[0]['reference'])} in each of {len(greedy)} variants. Distance of a captured step's "
+            f"logits from float64, beside that of a step that runs module by module, in {len(errors)} variants and "
+            f"types: {least} to {number(worst['ratio'])} times ({worst['name']}).\n"
+        )
+    return "\n".join(parts)
+
+
+def measured(figure: dict[str, Any]) -> str:
+    """Returns what a figure says, with its unit."""
+    return f"{number(figure['measured'])} {figure['unit']}"
+
+
+def held_against(figure: dict[str, Any]) -> str:
+    """Returns what a figure is held against, and their ratio."""
+    if figure["reference"] is None:
+        return ""
+    return f"{number(figure['ratio'])} × {figure['against']} ({number(figure['reference'])})"
+
+
+def recall(name: str, text: str) -> str:
+    """Returns the share of right answers of benchmarks/recall.py, by distance."""
+    found = read(name)
+    settings, shares = found["settings"], found["table"]
+    distances = list(next(iter(shares.values())))
+    rows = [
+        [variant, *(f"{100 * mean:.1f} ± {100 * spread:.1f}" for mean, spread in of_variant.values())]
+        for variant, of_variant in shares.items()
+    ]
+    return (
+        f"{text} Right answers in %, by the distance in windows; mean and standard deviation over {settings['seeds']} "
+        f"seeds, {settings['minutes']} minutes of training each, at distances of 0 to 7 windows. Guessing is right in "
+        "3.1 %.\n\n" + table(["windows", *distances], rows)
+    )
+
+
+def conversion() -> str:
+    """Returns what benchmarks/convert.py has measured."""
+    rows = [
+        [
+            each["checkpoint"],
+            each["command"],
+            each["cache"],
+            f"{each['bytes'] / 2**30:.2f} GiB",
+            number(each["seconds"]),
+            number(each["cpu_seconds"]),
+            number(each["peak_bytes"] / 2**20),
+        ]
+        for each in read("convert.json")
+    ]
+    head = ["checkpoint", "command", "cache", "size", "seconds", "CPU seconds", "peak MiB"]
+    return "`cp` copies the same files; `olmem before` is version 0.1.\n\n" + table(head, rows)
+
+
+def robustness() -> str:
+    """Returns what fuzzing and kills have found."""
+    fuzz, kills = read("fuzz.json"), read("kills.json")["kills"]
+    whole = sum(each["whole"] for each in kills)
+    return (
+        f"Damaged inputs: {fuzz['cases']:,} cases, {fuzz['escapes']:,} other errors than those that say what is wrong, "
+        f"{fuzz['tokens_sent_elsewhere']} tokens sent to a second host, {number(fuzz['slowest_seconds'])} s and "
+        f"{number(fuzz['greatest_memory_mib'])} MiB at most. Conversions killed at a rename, with a failing command "
+        f"behind them: the old or the new folder was whole in {whole} of {len(kills)}.\n"
+    )
+
+
+def tracing() -> str:
+    """Returns what benchmarks/tracing.py has found."""
+    found: dict[str, dict[str, Any]] = read("tracing.json")["table"]
+    ways = list(next(iter(found.values())))
+
+    def cell(value: Any) -> str:
+        return number(value) if isinstance(value, (int, float)) else "refused" if value else ""
+
+    rows = [[variant, *(cell(of_way[way]) for way in ways)] for variant, of_way in found.items()]
+    return "The greatest difference of logits from the model as it runs.\n\n" + table(["variant", *ways], rows)
+
+
+def summary() -> str:
+    """Returns the table of the README."""
+    figures = {(each["row"], each["name"]): each for each in read("gpu.json")["figures"]}
+    store = read("recall_store.json")["table"]
+    rows = []
+    for key, text in {
+        ("step", "step at token 1,000,000"): "7B model, one H200: a token at position 1,000,000, window 4,096",
+        ("prompt", "plain, 1048576 tokens"): "… a prompt of 1,048,576 tokens",
+        ("prompt", "Olmo3 in calls"): "… Transformers' Olmo3, 65,536 tokens in calls of 4,096",
+        ("peers", "Olmo3, static, greedy"): "… Transformers' Olmo3, a token with a compiled static cache",
+    }.items():
+        if key in figures:
+            rows.append([text, measured(figures[key])])
+    far = list(store["learned"])[-1]
+    for variant, text in {
+        "learned": f"pairs recalled over {far} windows of decoys, a store of 64 tokens that selects",
+        "recent": "… a store of the last 64 tokens",
+        "wider": "… a wider window of the same bytes",
+    }.items():
+        rows.append([text, f"{100 * store[variant][far][0]:.1f} %"])
+    return table(["", "measured"], rows)
+
+
+def page() -> str:
+    """Returns the whole page of results."""
+    parts = [INTRODUCTION, gpu(), "## Recall\n"]
+    parts += [recall(name, text) for name, text in RECALL.items()]
+    parts += ["## Tracing\n", tracing(), "## Conversion\n", conversion(), "## Robustness\n", robustness()]
+    return "\n".join(parts)
+
+
+def readme() -> str:
+    """Returns the README with its table."""
+    text = README.read_text()
+    return re.sub(f"(?s){BEGIN}.*{END}", lambda _: f"{BEGIN}\n\n{summary()}\n{END}", text)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
+    README.write_text(readme())

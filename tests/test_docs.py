@@ -1,0 +1,116 @@
+"""Every block of code in the README and the guides runs, and prints what it is said to print."""
+
+import importlib.util
+import re
+import runpy
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from hub_server import HubServer
+from olmem_convert import ConvertOptions, convert
+from olmem_convert.cli import app
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NEEDS = {"peft": "from peft"}  # packages that blocks may use and the tests do not install
+ELSEWHERE = ("pip", "make")  # commands that change the machine; CI runs those of them that there are
+
+
+def blocks(page: Path) -> Iterator[tuple[str, str]]:
+    """Yields the language and the text of each fenced block of a page."""
+    yield from re.findall(r"^```(\w+)\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    """The demo, converted."""
+    out = tmp_path_factory.mktemp("docs") / "demo"
+    convert(ROOT / "model_cards/demo/native/step1872", out, ConvertOptions())
+    return out
+
+
+@pytest.fixture
+def place(demo, tmp_path, monkeypatch) -> Path:
+    """A working directory with what the pages take for granted."""
+    shutil.copytree(demo, tmp_path / "build/demo")
+    shutil.copytree(ROOT / "model_cards/demo/native", tmp_path / "model_cards/demo/native")
+    (tmp_path / "text.py").write_text((ROOT / "benchmarks/report.py").read_text())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def hub(monkeypatch) -> Iterator[HubServer]:
+    with HubServer() as server:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        yield server
+
+
+def run_console(text: str) -> None:
+    """Runs the commands of a block; lines without a prompt must be among what they print."""
+    printed = ""
+    for line in text.splitlines():
+        if not line.startswith("$ "):
+            assert line in printed, f"{line!r} is not in what was printed:\n{printed}"
+            continue
+        command, *arguments = shlex.split(line[2:], comments=True)
+        if command == "python":
+            assert (ROOT / arguments[0]).exists() or arguments[:2] == ["-m", "pytest"]
+        elif command == "olmem":
+            given = [argument.replace("you/", "tester/") for argument in arguments]
+            if given[0] == "convert" and Path(given[2]).exists():
+                shutil.rmtree(given[2])
+            result = CliRunner().invoke(app, given)
+            assert result.exit_code == 0, result.output
+            printed += result.output
+        else:
+            assert command in ELSEWHERE, f"nobody runs {command!r}"
+
+
+def run_python(pages_names: dict[str, object], page: Path, text: str) -> None:
+    for package, line in NEEDS.items():
+        if line in text and importlib.util.find_spec(package) is None:
+            return
+    exec(compile(text, str(page), "exec"), pages_names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+def test_the_blocks_of_a_page_run_one_after_the_other(page, place, hub, capsys):
+    names: dict[str, object] = {"__name__": "__main__"}
+    runs: dict[str, Callable[[str], None]] = {
+        "console": run_console,
+        "python": lambda text: run_python(names, page, text),
+        "bibtex": lambda text: None,
+    }
+    for language, text in blocks(page):
+        assert language in runs, f"nobody runs {language!r}"
+        runs[language](text)
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_readme_is_short_and_names_every_guide():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    assert all(f"docs/{page.name}" in text for page in (ROOT / "docs").glob("*.md"))
+
+
+def test_results_are_those_of_the_files():
+    report = runpy.run_path(str(ROOT / "benchmarks/report.py"))
+    assert report["PAGE"].read_text() == report["page"]()
+    assert report["README"].read_text() == report["readme"]()

@@ -20,6 +20,7 @@ import typer
 
 from .errors import CheckpointError, one_line
 from .options import (
+    TASKS,
     CardOptions,
     ConvertOptions,
     EvaluateOptions,
@@ -115,9 +116,26 @@ To = Annotated[
 ]
 Missing = Annotated[Path, typer.Argument(metavar="PATH", help="A tokenizer.json, or its folder.")]
 Against = Annotated[Path, typer.Option(metavar="SRC", help="The native checkpoint it was converted from.")]
-Texts = Annotated[list[Path], typer.Option(metavar="FILE", help="Plain text in UTF-8; repeatable.")]
+Texts = Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Plain text in UTF-8; repeatable.")]
+Modes = Annotated[
+    list[str] | None,
+    typer.Option("--memory", metavar="MODE", help="on, off, or reset at each window; all by default if there is one."),
+]
+Tasks = Annotated[
+    list[str] | None, typer.Option("--task", metavar="NAME", help=f"{', '.join(TASKS)}, or all; repeatable.")
+]
+Distances = Annotated[
+    list[int] | None, typer.Option("--distance", help="Tokens between what a task tells and its question; repeatable.")
+]
+Positions = Annotated[list[int] | None, typer.Option("--position", help="Tokens before it; repeatable.")]
+Questions = Annotated[int, typer.Option(min=1, help="Texts of a task at each distance and position.")]
+Seed = Annotated[int, typer.Option(help="Of the texts of tasks.")]
+Lengths = Annotated[
+    list[int] | None,
+    typer.Option("--state", metavar="TOKENS", help="Bytes of the state, and time a token, there; repeatable."),
+]
 MaxTokens = Annotated[int | None, typer.Option(min=2, help="Of each text, its first so many tokens.")]
-Seconds = Annotated[float | None, typer.Option(help="Time that reading the texts may take; no bound by default.")]
+Seconds = Annotated[float | None, typer.Option(help="Time that measuring may take; no bound by default.")]
 License = Annotated[
     str | None, typer.Option(help="The Hub's identifier of the weights' license, such as apache-2.0, or other.")
 ]
@@ -222,13 +240,37 @@ def verify(out: Folder, against: Against, options: VerifyOptions, say: Say, tell
 
 @app.command()
 def evaluate(
-    out: Folder, text: Texts, max_tokens: MaxTokens = None, seconds: Seconds = None, as_json: AsJson = False
+    out: Folder,
+    text: Texts = None,
+    max_tokens: MaxTokens = None,
+    memory: Modes = None,
+    task: Tasks = None,
+    distance: Distances = None,
+    position: Positions = None,
+    questions: Questions = 8,
+    seed: Seed = 0,
+    state: Lengths = None,
+    seconds: Seconds = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Measure the loss on plain texts, and write evaluation.json for the card to quote."""
+    """Measure perplexity on texts, recall and state, and write evaluation.json and plots for the card to quote."""
     run = imported("evaluate")
 
-    options, tell = EvaluateOptions(max_tokens=max_tokens, seconds=seconds), tell_script if as_json else None
-    finish(lambda say: run(out, text, options, say=say, tell=tell), as_json)
+    options, tell = (
+        EvaluateOptions(
+            max_tokens=max_tokens,
+            seconds=seconds,
+            memory=memory or (),
+            tasks=task or (),
+            distances=distance or (),
+            positions=position or (),
+            questions=questions,
+            seed=seed,
+            state=state or (),
+        ),
+        tell_script if as_json else None,
+    )
+    finish(lambda say: run(out, text or (), options, say=say, tell=tell), as_json)
 
 
 @app.command()

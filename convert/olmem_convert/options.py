@@ -5,7 +5,7 @@ Nothing here takes long to import, so that the command line can read its options
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -15,6 +15,8 @@ from .errors import CheckpointError, shortened
 
 Say = Callable[[str], object]  # is told, line by line, what was found and done
 DTYPES = ("float32", "bfloat16", "float16")
+MODES = ("on", "off", "reset")  # of a memory
+TASKS = ("passkey", "mqar", "niah_single_1", "niah_single_2", "qa1", "qa2", "qa3")  # of recall
 SIZE = re.compile(r"0{0,9}[1-9]\d{0,17}([KMGT]B)?", re.IGNORECASE)
 WORD = re.compile(r"[A-Za-z][\w:.-]*")
 SHORT = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
@@ -123,23 +125,48 @@ class EvaluateOptions:
     Attributes:
         max_tokens: the number of first tokens of each text that are read, at least 2; all by default.
         chunk: the number of tokens that one call reads, which changes no figure.
-        seconds: the time that reading the texts may take; there is no bound by default.
+        seconds: the time that measuring may take; there is no bound by default.
+        memory: how each text is read: `on`, `off` or `reset`; by default all that there are where the model has a
+            memory, else `on`.
+        tasks: names of recall tasks, or `all`.
+        distances: the tokens between what is asked for and the question; half a window, 2 and 8 windows by default.
+        positions: the tokens before what is asked for; 0 and 2 windows by default.
+        questions: the number of texts of a task at each distance and position.
+        seed: the seed of these texts.
+        state: the numbers of tokens at which the bytes of the state and the time of a token are measured.
     """
 
     max_tokens: int | None = None
     chunk: int = 512
     seconds: float | None = None
+    memory: Sequence[str] = ()
+    tasks: Sequence[str] = ()
+    distances: Sequence[int] = ()
+    positions: Sequence[int] = ()
+    questions: int = 8
+    seed: int = 0
+    state: Sequence[int] = ()
 
     def check(self) -> None:
-        """Raises CheckpointError for a value that no text could make right."""
+        """Raises CheckpointError for a value that no model could make right."""
         if self.max_tokens is not None and self.max_tokens < 2:
             raise CheckpointError(
                 f"`max_tokens` must be at least 2, of which one is predicted (got {self.max_tokens}); give more."
             )
-        if self.chunk < 1:
-            raise CheckpointError(f"`chunk` must be at least 1 (got {self.chunk}); leave it out.")
+        for name, values, least in (
+            ("chunk", [self.chunk], 1),
+            ("questions", [self.questions], 1),
+            ("distance", self.distances, 0),
+            ("position", self.positions, 0),
+            ("state", self.state, 1),
+        ):
+            if any(value < least for value in values):
+                raise CheckpointError(f"`{name}` must be at least {least} (got {min(values)}); give more.")
         if self.seconds is not None and not self.seconds > 0:
             raise CheckpointError(f"`seconds` must be positive (got {self.seconds}); leave it out for no bound.")
+        for name, values, known in (("memory", self.memory, MODES), ("task", self.tasks, (*TASKS, "all"))):
+            if wrong := [value for value in values if value not in known]:
+                raise CheckpointError(f"`{name}` must be one of {', '.join(known)} (got {wrong[0]!r}); choose one.")
 
 
 @dataclass(frozen=True, kw_only=True)

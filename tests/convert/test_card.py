@@ -63,10 +63,14 @@ def evaluation(folder: Path, **changes) -> dict:
     part = {"tokens": 10, "nats_per_token": 2.123456}
     text = {
         **{"name": "a.txt", "sha256": "ab" * 32, "bytes": 99, "tokens": 21, "nats_per_token": 1.2345678},
-        **{"perplexity": 3.4370012, "bits_per_byte": 0.7654321, "within": part, "beyond": part, "positions": []},
+        **{"perplexity": 3.4370012, "bits_per_byte": 0.7654321, "memory": "on", "positions": []},
+        **dict.fromkeys(("inside", "one_to_four", "further"), part),
     }
     return {
         "texts": [text | changes],
+        "recall": [{"task": "qa1", "questions": 4, "exact_match": 0.25, "likeliest": 0.25, "nats_per_token": 1.5}],
+        "state": [{"tokens": 9, "bytes": 99, "seconds_per_token": None, "seconds_per_step": 0.001}],
+        "plots": {},
         **{"window": 16, "bos_token": False, "dtype": "float32", "attention": "sdpa"},
         "sha256": {name: files[name] for name in files if name.endswith((".safetensors", "config.json"))},
     }
@@ -187,9 +191,12 @@ def test_evaluation_is_in_table_and_metadata(told):
     refused(told, "`olmem card")
     card(told)
     check_card(told)
-    assert r"| `a\|b.txt` | 21 | 1.2346 | 3.437 | 0.76543 | 2.1235 | 2.1235 |" in text_of(told)
+    assert r"| `a\|b.txt` | 21 | 1.2346 | 3.437 | 0.76543 | 2.1235 | 2.1235 | 2.1235 |" in text_of(told)
+    assert "| `qa1` | 4 | 0.25 | 0.25 | 1.5 |" in text_of(told) and "| 9 | 99 |  | 1000 |" in text_of(told)
     (index,) = metadata_of(told)["model-index"]
-    (result,) = index["results"]
+    result, recall = index["results"]
+    assert recall["dataset"] == {"name": "qa1", "type": "generated", "config": "qa1"}
+    assert [(metric["type"], metric["value"]) for metric in recall["metrics"]] == [("exact_match", 0.25)]
     assert result["task"] == {"type": "text-generation"}
     assert result["dataset"] == {"name": "a|b.txt", "type": "text", "revision": "ab" * 32}
     assert {metric["type"]: metric["value"] for metric in result["metrics"]} == {
@@ -201,13 +208,14 @@ def test_evaluation_is_in_table_and_metadata(told):
     refused(told, "`olmem card")
 
 
-def test_texts_of_one_name_space_stay_apart(told):
+def test_texts_and_tasks_of_one_name_space_stay_apart(told):
     report = evaluation(told)
     report["texts"].append(report["texts"][0] | {"name": "b.txt", "sha256": "cd" * 32, "perplexity": 9.0})
+    report["recall"].append(report["recall"][0] | {"task": "qa2", "exact_match": 0.5})
     (told / "evaluation.json").write_text(json.dumps(report))
     card(told)
     results = metadata_of(told)["model-index"][0]["results"]
-    assert [result["dataset"]["name"] for result in results] == ["a.txt", "b.txt"]
+    assert [result["dataset"]["name"] for result in results] == ["a.txt", "b.txt", "qa1", "qa2"]
     check_card(told)
 
 
@@ -352,7 +360,8 @@ def test_hostile_strings_stay_in_their_code_spans(told):
     sealed = report["sha256"] | {"config.json": snapshot(told)["config.json"]}
     edit_json(told / "verification.json", sha256=sealed)
     write_evaluation(told, name=HOSTILE, sha256=HOSTILE)
-    edit_json(told / "evaluation.json", dtype=HOSTILE, attention=HOSTILE)
+    recall = [evaluation(told)["recall"][0] | {"task": HOSTILE}]
+    edit_json(told / "evaluation.json", dtype=HOSTILE, attention=HOSTILE, recall=recall)
     card(told)
     check_card(told)
     text = text_of(told)
@@ -369,8 +378,11 @@ def test_hostile_strings_stay_in_their_code_spans(told):
             assert not re.search(r"HOSTILE|<|---|\{", outside), line
     assert body.count("<!--") == 1 + sum(line.count("<!--") for line in lines)
     assert not any(sign in text for sign in "\u202e\x00\ud800")
-    (row,) = [line for line in lines if line.startswith("| ")]
-    assert len(re.findall(r"(?<!\\)\|", row)) == 8, "as many cells as the table has"
+    rows = [line for line in lines if line.startswith("| ")]
+    assert [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [9, 6], "as many cells as the tables have"
+    write_evaluation(told, memory=HOSTILE)
+    with pytest.raises(CheckpointError, match="evaluation"):
+        card(told)
 
 
 VALUES = (None, True, -1, 1e308, "x", "`", [], [1], {}, {"a": 1}, float("nan"), float("inf"), 10**400)

@@ -1,27 +1,26 @@
-"""The loss of an Olmem folder's model on plain texts, each read once as one stream.
+"""What an Olmem folder's model predicts, recalls and holds, measured by the metrics in `metrics`, and written down.
 
-A text is read through an `OlmemCache`, which carries window and memory on from call to call, so that no token is
-predicted from less than the model remembers; the calls' length changes nothing. Its tokens are those of the folder's
-own tokenizer, behind a BOS token where that gives one to every text. Token 0 is read and predicted by nothing: losses
-are those of tokens 1, 2 … and token i is predicted from the i tokens before it.
+An evaluation is parts: a text in one way of reading it, a task at one distance and position, the state. Each is kept in
+a journal beside the folder once it is measured, where a next run finds it, if neither the model nor what was asked for
+has changed.
 """
 
 import hashlib
 import json
-import math
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import olmem
 import torch
 import transformers
-from olmem import OlmemCache, OlmemConfig
-from olmem.visibility_olmem import Visibility
-from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from olmem import OlmemConfig
+from transformers import PreTrainedModel
 
 from ..errors import CheckpointError
 from ..options import EvaluateOptions, Say, silent
@@ -31,33 +30,55 @@ from ..reading.olmem_folder import (
     CARD_NAME,
     EVALUATION_NAME,
     MOST_TEXTS,
+    PLOT_NAMES,
     identities,
-    load_tokenizer,
     require_unchanged,
     stored_dtype,
 )
-from ..reading.plain import reading
-from ..reading.tokenizer_file import quiet_panics, refusing
+from ..reading.texts import read_json
+from ..reading.tokenizer_file import quiet_panics
 from ..writing.progress import Progress, Tell
-from ..writing.texts import replace_text
+from ..writing.texts import replace_bytes, replace_text
+
+NEEDED = ("evaluate", "matplotlib")
+PERSONAL = ("_interpreter_path", "_git_commit_hash")  # of what `evaluate.save` adds: it is of this machine, not of OUT
+Advance = Callable[[int], None]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that is measured in one go.
+
+    Attributes:
+        group: the list of evaluation.json that its rows are in.
+        settings: what decides its figures, beside the model.
+        tokens: the number of tokens that it reads, more or less.
+        measure: computes its rows.
+    """
+
+    group: str
+    settings: dict[str, Any]
+    tokens: int
+    measure: Callable[[Advance], list[Row]]
 
 
 def evaluate(
     out: str | Path,
-    texts: Sequence[str | Path],
+    texts: Sequence[str | Path] = (),
     options: EvaluateOptions | None = None,
     *,
     say: Say = silent,
     tell: Tell | None = None,
 ) -> dict[str, Any]:
-    """Measures the model of the Olmem folder `out` on UTF-8 text files, and writes evaluation.json and the card.
+    """Measures the model of the Olmem folder `out`, and writes evaluation.json, plots and the card.
 
-    The model runs in the dtype of its weights, on a CUDA device if there is one. `tell` is told how far reading has
-    come, about once a second, in place of a progress bar.
+    `texts` are UTF-8 files, each read as one stream; `options` name tasks of recall, and lengths of the state. The
+    model runs in the dtype of its weights, on a CUDA device if there is one. `tell` is told how far reading has come,
+    about once a second, in place of a progress bar. An evaluation that is stopped goes on when it is run again.
 
-    Returns what evaluation.json holds; by text `nats_per_token`, `perplexity` (its exponential), `bits_per_byte` (of
-    the text's UTF-8), and `nats_per_token` of the tokens that have `within` the shortest window, or `beyond` it, all
-    tokens before them, and of those at `positions` from a power of two to the next.
+    Returns what evaluation.json holds: `texts`, `recall` and `state`, by the names of the metrics in `metrics`, and
+    what computed them.
 
     Raises:
         CheckpointError: when a text or the folder is not fit for it. Nothing is written then.
@@ -66,36 +87,34 @@ def evaluate(
     out, paths = Path(out), [Path(text) for text in texts]
     if not (out / "config.json").is_file():
         raise CheckpointError(f"`OUT` must be a converted folder ({out} has no config.json); convert SRC first.")
-    check_texts(paths)
+    check_texts(paths, options)
     options.check()
+    require_libraries()
+    from .measuring import Measured  # imports `evaluate`, which takes seconds
+
     before, made_of = identities(out), digests(out, {})
     verification_values(out, made_of)
     config: OlmemConfig = config_values(out, {})["config"]
     kept = kept_metadata(out)
-    tokenizer = load_tokenizer(out, config.vocab_size)
-    read = [read_text(path, tokenizer, options.max_tokens, config.vocab_size) for path in paths]
+    measured = Measured(out, config, paths, options)
     model = load(out, stored_dtype(out))
     if torch.cuda.is_available():
         model.to(device=torch.device("cuda"))  # pyright: ignore[reportCallIssue]  which loses `self`
-    spans = [Visibility.of(config, layer_type).span for layer_type in config.layer_types]
-    window = min((span for span in spans if span), default=None)
-    rows = measure(model, config, read, window, options, tell)
+    run = run_of(model)
+    journal = Journal(out, {"sha256": made_of, **run})
+    found = measure(measured.parts(model), journal, options, say, tell)
     require_unchanged(before, "it is evaluated")
     report = {
-        "texts": rows,
-        "window": window,
+        **measured.report(found),
         "max_tokens": options.max_tokens,
-        "bos_token": begins_with_bos(tokenizer),
         "memory": config.has_memory,
-        **run_of(model),
+        **run,
         "sha256": made_of,
     }
-    replace_text(out / EVALUATION_NAME, json.dumps(report, indent=2) + "\n")
-    for row in rows:
-        say(
-            f"{row['name']}: {row['nats_per_token']:.5g} nats per token, perplexity {row['perplexity']:.5g}, "
-            f"{row['bits_per_byte']:.5g} bits per byte ({row['tokens']} tokens)"
-        )
+    report = write(out, report)
+    journal.remove()
+    for line in measured.lines(report):
+        say(line)
     if is_own(out / CARD_NAME):
         write_card(out, kept, made_of)
     elif (out / CARD_NAME).exists():
@@ -104,13 +123,17 @@ def evaluate(
     return report
 
 
-def check_texts(paths: Sequence[Path]) -> None:
-    """Raises CheckpointError unless there are texts, each under a name of its own."""
+def check_texts(paths: Sequence[Path], options: EvaluateOptions) -> None:
+    """Raises CheckpointError unless something is to be measured, and each text has a name of its own."""
     names = [path.name for path in paths]
-    if not names or len(set(names)) < len(names):
+    if not (names or options.tasks or options.state):
         raise CheckpointError(
-            f"`text` must be given, and each file have a name of its own (got {', '.join(names) or 'none'}); rename "
-            "one, or add --text FILE."
+            "`text` must be given, or a task or lengths of the state (got none); add --text FILE, --task NAME or "
+            "--state TOKENS."
+        )
+    if len(set(names)) < len(names):
+        raise CheckpointError(
+            f"`text` must be given files that each have a name of its own (got {', '.join(names)}); rename one."
         )
     if len(names) > MOST_TEXTS:
         raise CheckpointError(
@@ -118,45 +141,20 @@ def check_texts(paths: Sequence[Path]) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Text:
-    """A text to be read: what evaluation.json says of its file, its token ids (T,), and the bytes of those tokens that
-    are predicted."""
-
-    entry: dict[str, Any]
-    ids: torch.Tensor
-    num_bytes: int
-
-
-def measure(
-    model: PreTrainedModel,
-    config: OlmemConfig,
-    texts: Sequence[Text],
-    window: int | None,
-    options: EvaluateOptions,
-    tell: Tell | None,
-) -> list[dict[str, Any]]:
-    """The row of each text in evaluation.json."""
-    rows, started = [], time.monotonic()
-    with Progress(sum(len(text.ids) for text in texts), "evaluating", tell, unit="token") as bar:
-
-        def advance(tokens: int) -> None:
-            bar.update(tokens)
-            if options.seconds is not None and time.monotonic() - started > options.seconds:
-                raise CheckpointError(
-                    f"`seconds` must suffice to read the texts (got {options.seconds:g}, in which {bar.n:,} of "
-                    f"{bar.total:,} tokens were read); give more, or fewer tokens with --max-tokens."
-                )
-
-        for text in texts:
-            losses = stream_losses(model, OlmemCache(config), text.ids.to(model.device), options.chunk, advance)
-            rows.append(text.entry | figures(text.entry["name"], losses, text.num_bytes, window))
-            bar.update()
-    return rows
+def require_libraries() -> None:
+    """Raises CheckpointError unless all is there that an evaluation needs beside the package's own dependencies."""
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        raise CheckpointError(
+            f"`{missing[0]}` must be installed to evaluate (it is not); run `pip install 'olmem[evaluate]'`."
+        )
+    if shutil.which("git") is None:
+        raise CheckpointError(
+            "`git` must be installed to evaluate, as `evaluate.save` calls it (there is none in PATH); install it."
+        )
 
 
 def run_of(model: PreTrainedModel) -> dict[str, Any]:
-    """What computed the figures."""
+    """What computes the figures."""
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": model.config._attn_implementation,
@@ -165,73 +163,86 @@ def run_of(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer puts a BOS token before every text."""
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("").input_ids[:1] == [bos]
+# Parts, one after the other
 
 
-def read_text(path: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None, vocab_size: int) -> Text:
-    """The text of a file, as the model is given it."""
-    with reading(path, "choose a text file in UTF-8"):
-        content = path.read_bytes()
-        text = content.decode("utf-8")
-    remedy = "choose another text, or convert again with --tokenizer PATH"
-    with refusing(f"`{path}` must be a text that the tokenizer can read", remedy), quiet_panics():
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, ends = encoded.input_ids, [end for _, end in encoded.offset_mapping]
-    if begins_with_bos(tokenizer):
-        ids, ends = [tokenizer.bos_token_id, *ids], [0, *ends]
-    ids, ends = ids[:max_tokens], ends[:max_tokens]
-    num_bytes = len(text[ends[0] : ends[-1]].encode()) if ids else 0
-    if len(ids) < 2 or not num_bytes:
-        raise CheckpointError(f"`text` must have at least 2 tokens (got {len(ids)} in {path}); choose a longer one.")
-    if max(ids) >= vocab_size:
-        raise CheckpointError(
-            f"`vocab_size` must cover the tokens of {path} (got {vocab_size}, and a token {max(ids)}); convert again "
-            "with --tokenizer PATH."
-        )
-    entry = {
-        "name": path.name,
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "bytes": len(content),
-        "tokens": len(ids),
-    }
-    return Text(entry, torch.tensor(ids), num_bytes)
+class Journal:
+    """The rows of finished parts, in a file beside OUT, until the evaluation is written.
+
+    A part is found again by all that decides its figures: the folder's files, what computes them, and its settings.
+    """
+
+    def __init__(self, out: Path, of: dict[str, Any]):
+        path = out.resolve()
+        self.path, self.of = path.with_name(f".{path.name}.evaluation.json"), of
+        self.rows: dict[str, list[Row]] = {}
+
+    def open(self, parts: Sequence[Part]) -> int:
+        """Reads what is finished of these parts, and returns how many are."""
+        if self.path.is_file():
+            keys = {self.key(part) for part in parts}
+            self.rows = {key: rows for key, rows in read_json(self.path).items() if key in keys}
+        return len(self.rows)
+
+    def key(self, part: Part) -> str:
+        """Returns what a part is found again by."""
+        text = json.dumps([self.of, part.group, part.settings], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def keep(self, part: Part, rows: list[Row]) -> None:
+        """Writes down a part's rows."""
+        self.rows[self.key(part)] = rows
+        replace_text(self.path, json.dumps(self.rows))
+
+    def remove(self) -> None:
+        """Removes the file, if there is one."""
+        self.path.unlink(missing_ok=True)
 
 
-@torch.no_grad()
-def stream_losses(
-    model: PreTrainedModel, cache: OlmemCache, ids: torch.Tensor, chunk: int, advance: Callable[[int], object]
-) -> torch.Tensor:
-    """Nats (T − 1,), in float64, of tokens 1, 2 … of ids (T,)."""
-    losses = []
-    for past, following in zip(ids[:-1].split(chunk), ids[1:].split(chunk), strict=True):
-        logits = model(past[None], past_key_values=cache).logits[0]
-        losses.append(cross_entropy(logits.float(), following, reduction="none").double().cpu())
-        advance(len(past))
-    return torch.cat(losses)
+def measure(
+    parts: Sequence[Part], journal: Journal, options: EvaluateOptions, say: Say, tell: Tell | None
+) -> dict[str, list[Row]]:
+    """Returns the rows of each group, of parts that are finished already or now."""
+    finished, started = journal.open(parts), time.monotonic()
+    if finished:
+        say(f"note: {finished} of {len(parts)} parts are finished, from a run that was stopped")
+    found: dict[str, list[Row]] = {}
+    left = sum(part.tokens for part in parts if journal.key(part) not in journal.rows)
+    with Progress(left, "evaluating", tell, unit="token") as bar:
+
+        def advance(tokens: int) -> None:
+            bar.update(tokens)
+            if options.seconds is not None and time.monotonic() - started > options.seconds:
+                raise CheckpointError(
+                    f"`seconds` must suffice to measure (got {options.seconds:g}, in which {bar.n:,} of {bar.total:,} "
+                    "tokens were read); give more, or fewer tokens with --max-tokens. What is finished is kept."
+                )
+
+        for part in parts:
+            if journal.key(part) not in journal.rows:
+                journal.keep(part, part.measure(advance))
+            found.setdefault(part.group, []).extend(journal.rows[journal.key(part)])
+    return found
 
 
-def figures(name: str, losses: torch.Tensor, num_bytes: int, window: int | None) -> dict[str, Any]:
-    """Of a text's losses (T − 1,), the first of which is token 1's."""
-    mean = float(losses.mean())
-    if not mean < math.log(1e300):  # false for NaN
-        raise CheckpointError(
-            f"the loss on {name} must be finite (got {mean}); the weights are damaged, or the run that wrote them "
-            "diverged: convert another step."
-        )
-    powers = [2**power for power in range(len(losses).bit_length())]
-    return {
-        "nats_per_token": mean,
-        "perplexity": math.exp(mean),
-        "bits_per_byte": float(losses.sum()) / math.log(2) / num_bytes,
-        "within": None if window is None else part(losses[:window]),
-        "beyond": None if window is None else part(losses[window:]),
-        "positions": [{"from": first, **part(losses[first - 1 : 2 * first - 1])} for first in powers],
-    }
+# What is written
 
 
-def part(losses: torch.Tensor) -> dict[str, Any]:
-    """Returns how many losses there are, and their mean if there are any."""
-    return {"tokens": len(losses), "nats_per_token": float(losses.mean()) if len(losses) else None}
+def write(out: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """Writes evaluation.json and plots, and returns what that holds."""
+    import evaluate as library
+
+    from .plotting import draw
+
+    plots = draw(report)
+    report = report | {"plots": {name: hashlib.sha256(content).hexdigest() for name, content in plots.items()}}
+    with tempfile.TemporaryDirectory() as scratch:
+        with quiet_panics():  # git's "not a git repository"
+            path = library.save(Path(scratch) / EVALUATION_NAME, **report)
+        saved = {name: value for name, value in json.loads(path.read_text()).items() if name not in PERSONAL}
+    replace_text(out / EVALUATION_NAME, json.dumps(saved, indent=2) + "\n")
+    for name, content in plots.items():
+        replace_bytes(out / name, content)
+    for name in PLOT_NAMES - plots.keys():
+        (out / name).unlink(missing_ok=True)
+    return saved

@@ -20,7 +20,8 @@ from olmem.rules_olmem import MEMORY_FIELDS
 from olmem.visibility_olmem import Visibility
 
 from ..errors import CheckpointError
-from ..reading.olmem_folder import CARD_NAME, EVALUATION_NAME, MOST_TEXTS, REPORT_NAME, digest, read_config
+from ..options import MODES
+from ..reading.olmem_folder import CARD_NAME, EVALUATION_NAME, PLOT_NAMES, REPORT_NAME, digest, read_config
 from ..reading.plain import reading
 from ..reading.texts import parse_yaml, read_json, read_text
 from ..writing.shards import INDEX_NAME
@@ -32,13 +33,17 @@ NOT_VERIFIED = "Not verified."
 DEFAULTS = {field.name: field.default for field in fields(OlmemConfig)}
 OURS = {"library_name": "transformers", "pipeline_tag": "text-generation"}
 TEXT = "text"  # the type of a data set of plain text files, as the `datasets` library calls it
+GENERATED = "generated"  # the type of a data set of texts that are made by a task of recall
 # Of what a text was measured: the name in evaluation.json, in a card's metadata, and for people.
 METRICS = {
     "nats_per_token": ("loss", "nats per token"),
     "perplexity": ("perplexity", "perplexity"),
     "bits_per_byte": ("bits_per_byte", "bits per byte"),
 }
+RECALL = "exact_match"  # of a task: the name in evaluation.json and in a card's metadata
+PARTS = ("inside", "one_to_four", "further")  # of a text, by windows
 LONGEST = 200
+MOST_ROWS = 3000  # of a list of an evaluation
 LARGEST_CARD, LARGEST_FRONT_MATTER = 2**20, 2**17  # bytes, and signs; the largest on the Hub have 2**19 and 2**16
 
 
@@ -60,7 +65,8 @@ def check_card(folder: Path, known: Mapping[str, str] | None = None) -> None:
     """Raises CheckpointError, which says the way out, for a card that must not be published.
 
     A card of Olmem's must be what the folder's files give now, and say that the model is verified. Any card must have
-    valid metadata, a license, and in its `model-index` no figures of plain texts but those in evaluation.json. known:
+    valid metadata, a license, and in its `model-index` no figures of plain texts and of tasks of recall but those in
+    evaluation.json. known:
     the sha256 of files by name, where the caller has computed them.
     """
     path, (data, metadata) = folder / CARD_NAME, check_metadata(folder)
@@ -78,7 +84,8 @@ def check_card(folder: Path, known: Mapping[str, str] | None = None) -> None:
     measured = {(result.dataset_name, result.metric_type): result.metric_value for result in results_of(values)}
     for result in ModelCardData(**data).eval_results or []:
         what, value = (result.dataset_name, result.metric_type), result.metric_value
-        is_ours = result.dataset_type == TEXT and result.metric_type in [metric for metric, _ in METRICS.values()]
+        metrics = {TEXT: [metric for metric, _ in METRICS.values()], GENERATED: [RECALL]}
+        is_ours = result.metric_type in metrics.get(result.dataset_type, ())
         if (is_ours or what in measured) and measured.get(what) != value:
             name, metric = map(one_line, what)
             raise CheckpointError(
@@ -240,15 +247,20 @@ def verification_values(folder: Path, made_of: Mapping[str, str]) -> dict[str, A
 
 def evaluation_values(folder: Path, made_of: Mapping[str, str]) -> dict[str, Any]:
     """Nothing where there is no evaluation."""
-    path = folder / EVALUATION_NAME
+    path, remedy = folder / EVALUATION_NAME, f"evaluate again: `olmem evaluate {folder} …`, or remove it"
+    plots = sorted(name for name in PLOT_NAMES if (folder / name).is_file())
     if not path.is_file():
+        if plots:
+            raise CheckpointError(f"`{EVALUATION_NAME}` must lie beside its plots (got {plots[0]} alone); {remedy}.")
         return {}
     report = read_json(path)
-    remedy = f"evaluate again: `olmem evaluate {folder} --text FILE`, or remove it"
     with reading(path, remedy):
         check_digests(EVALUATION_NAME, report, made_of, remedy)
-        if len(report["texts"]) > MOST_TEXTS:
-            raise ValueError(f"it is of more than {MOST_TEXTS:,} texts")
+        for name in ("texts", "recall", "state"):
+            if len(report[name]) > MOST_ROWS:
+                raise ValueError(f"it has more than {MOST_ROWS:,} {name}")
+        if wrong := [name for name in plots if report["plots"].get(name) != digest(folder / name)]:
+            raise ValueError(f"{wrong[0]} is no plot of its figures")
         evaluation = {
             "window": None if report["window"] is None else whole(report["window"]),
             "dtype": one_line(report["dtype"]),
@@ -258,12 +270,33 @@ def evaluation_values(folder: Path, made_of: Mapping[str, str]) -> dict[str, Any
                 {
                     "name": one_line(text["name"]),
                     "sha256": one_line(text["sha256"]),
+                    "memory": MODES[MODES.index(text["memory"])],
                     "tokens": whole(text["tokens"]),
                     **{name: figure(text[name]) for name in METRICS},
-                    **{part: shown((text[part] or {}).get("nats_per_token"), 5) for part in ("within", "beyond")},
+                    **{part: shown((text[part] or {}).get("nats_per_token"), 5) for part in PARTS},
                 }
                 for text in report["texts"]
             ],
+            "recall": [
+                {
+                    "task": one_line(row["task"]),
+                    "questions": whole(row["questions"]),
+                    **{name: figure(row[name]) for name in (RECALL, "likeliest", "nats_per_token")},
+                }
+                for row in report["recall"]
+            ],
+            "state": [
+                {
+                    "tokens": whole(row["tokens"]),
+                    "bytes": whole(row["bytes"]),
+                    **{
+                        name: "" if row[name] is None else microseconds(row[name])
+                        for name in ("seconds_per_token", "seconds_per_step")
+                    },
+                }
+                for row in report["state"]
+            ],
+            "plots": [name for name in plots if name.endswith(".png")],
         }
     return {"evaluation": evaluation}
 
@@ -286,7 +319,8 @@ def make_card(metadata: Mapping[str, Any], values: Mapping[str, Any]) -> str:
 def variables(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the template's variables, those without a value as None."""
     none = dict.fromkeys(("config", "verification", "evaluation", "memory"))
-    return none | {"mark": MARK, "not_verified": NOT_VERIFIED, "metrics": METRICS, "cell": cell} | dict(values)
+    fixed = {"mark": MARK, "not_verified": NOT_VERIFIED, "metrics": METRICS, "parts": PARTS, "cell": cell}
+    return none | fixed | dict(values)
 
 
 def read_template() -> str:
@@ -297,8 +331,9 @@ def read_template() -> str:
 
 
 def results_of(values: Mapping[str, Any]) -> list[EvalResult]:
-    """What a card's `model-index` says of the texts that were evaluated."""
-    return [
+    """What a card's `model-index` says of the texts that were evaluated, with the memory on, and of tasks of recall."""
+    evaluation = values.get("evaluation") or {"texts": (), "recall": ()}
+    of_texts = [
         EvalResult(
             task_type=OURS["pipeline_tag"],
             dataset_type=TEXT,
@@ -308,14 +343,33 @@ def results_of(values: Mapping[str, Any]) -> list[EvalResult]:
             metric_name=title,
             metric_value=text[name],
         )
-        for text in (values.get("evaluation") or {"texts": ()})["texts"]
+        for text in evaluation["texts"]
+        if text["memory"] == "on"
         for name, (metric, title) in METRICS.items()
+    ]
+    return of_texts + [
+        EvalResult(
+            task_type=OURS["pipeline_tag"],
+            dataset_type=GENERATED,
+            dataset_name=row["task"],
+            dataset_config=row["task"],  # as the Hub tells data sets apart by it, and not by the name
+            metric_type=RECALL,
+            metric_name="exact match",
+            metric_value=row[RECALL],
+        )
+        for row in evaluation["recall"]
     ]
 
 
 def shown(value: Any, digits: int = 3) -> str:
     """Returns a number in so many digits, as a card shows it."""
     return "" if value is None else f"{figure(value, digits):.{digits}g}"
+
+
+def microseconds(seconds: Any) -> str:
+    """Returns a time in three digits, as a card shows it, or to the microsecond."""
+    time = 1e6 * figure(seconds)
+    return f"{time:.0f}" if time >= 100 else f"{time:.3g}"
 
 
 def figure(value: Any, digits: int = 5) -> float:

@@ -31,10 +31,14 @@ from .weight_files import read_safetensors
 
 CARD_NAME, REPORT_NAME, EVALUATION_NAME = "README.md", "verification.json", "evaluation.json"
 MOST_TEXTS = 1000  # of an evaluation, which a card tells of one by one
+PLOTS = ("perplexity", "recall", "state")  # of an evaluation
+PLOT_NAMES = {f"evaluation_{plot}.{form}" for plot in PLOTS for form in ("png", "svg")}
 # What a verification does not vouch for, and may come after it.
-UNSEALED = {REPORT_NAME, CARD_NAME, EVALUATION_NAME} | {
-    f"{name}{suffix}" for name in ("LICENSE", "NOTICE") for suffix in ("", ".md", ".txt")
-}
+UNSEALED = (
+    {REPORT_NAME, CARD_NAME, EVALUATION_NAME}
+    | PLOT_NAMES
+    | {f"{name}{suffix}" for name in ("LICENSE", "NOTICE") for suffix in ("", ".md", ".txt")}
+)
 # Of a Transformers tokenizer, beside tokenizer.json and tokenizer_config.json.
 COMPANIONS = (
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
@@ -42,7 +46,8 @@ COMPANIONS = (
 )
 WRITTEN = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|((generation|tokenizer)_)?config\.json"
-    r"|tokenizer\.json|(verification|evaluation)\.json|\w+_olmem\.py|" + "|".join(map(re.escape, COMPANIONS))
+    r"|tokenizer\.json|(verification|evaluation)\.json|\w+_olmem\.py|"
+    + "|".join(map(re.escape, (*COMPANIONS, *sorted(PLOT_NAMES))))
 )
 
 

@@ -1,4 +1,4 @@
-"""Texts of a folder that is there already, each written whole or left as it was."""
+"""Files of a folder that is there already, each written whole or left as it was."""
 
 import os
 import uuid
@@ -8,10 +8,15 @@ from ..errors import CheckpointError
 
 
 def replace_text(path: Path, text: str) -> None:
+    """Writes the text whole, or leaves the file as it was."""
+    replace_bytes(path, text.encode("utf-8"))
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
     """Writes the file whole, or leaves it as it was."""
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        scratch.write_text(text, encoding="utf-8")
+        scratch.write_bytes(content)
         os.replace(scratch, path)
     except OSError as error:
         scratch.unlink(missing_ok=True)

@@ -70,7 +70,7 @@ def options(
 BAKA = "Options of a BakaLLM state dict"
 Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder of the checkpoint, or a BakaLLM `.bin`.")]
 NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it appears whole or not at all.")]
-Folder = Annotated[Path, typer.Argument(metavar="OUT", help="A converted folder.")]
+Folder = Annotated[Path, typer.Argument(metavar="OUT", help="An Olmem folder, converted or saved.")]
 Dtype = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="float32, bfloat16 or float16, also bf16 and fp16; SRC's own by default."),
@@ -115,7 +115,9 @@ To = Annotated[
     str | None, typer.Option(metavar="CLASS", help="Back to Transformers' olmo, olmo2 or olmo3; SRC is of Olmem.")
 ]
 Missing = Annotated[Path, typer.Argument(metavar="PATH", help="A tokenizer.json, or its folder.")]
-Against = Annotated[Path, typer.Option(metavar="SRC", help="The native checkpoint it was converted from.")]
+Against = Annotated[
+    Path | None, typer.Option(metavar="SRC", help="The checkpoint it was converted from; none, if it was trained.")
+]
 Texts = Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Plain text in UTF-8; repeatable.")]
 Modes = Annotated[
     list[str] | None,
@@ -136,6 +138,12 @@ Lengths = Annotated[
 ]
 MaxTokens = Annotated[int | None, typer.Option(min=2, help="Of each text, its first so many tokens.")]
 Seconds = Annotated[float | None, typer.Option(help="Time that measuring may take; no bound by default.")]
+Name = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Of the model, or REPO of the Hub; OUT's own by default.")
+]
+Origin = Annotated[
+    str | None, typer.Option(metavar="HOW", help="How its weights were trained: scratch, or fine-tuned.")
+]
 License = Annotated[
     str | None, typer.Option(help="The Hub's identifier of the weights' license, such as apache-2.0, or other.")
 ]
@@ -153,7 +161,7 @@ Dataset = Annotated[
     list[str] | None,
     typer.Option("--dataset", metavar="REPO", help="Data set on the Hub that it was trained on; repeatable."),
 ]
-Verified = Annotated[Path, typer.Argument(metavar="OUT", help="A converted and verified folder.")]
+Verified = Annotated[Path, typer.Argument(metavar="OUT", help="An Olmem folder that was verified.")]
 RepoId = Annotated[str, typer.Argument(metavar="REPO_ID", help="user/name or organization/name, of a model.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, created from main if need be; main by default.")]
 CreatePr = Annotated[bool, typer.Option("--create-pr", help="As a pull request to main.")]
@@ -179,6 +187,8 @@ OPTIONS = {
     "native_config": NativeConfig,
     "n_ctx": Window,
     "act_fn": Activation,
+    "name": Name,
+    "origin": Origin,
     "license": License,
     "license_name": LicenseName,
     "license_link": LicenseLink,
@@ -233,8 +243,8 @@ def convert(source: Source, out: NewFolder, options: ConvertOptions, say: Say, t
 
 @app.command()
 @with_options
-def verify(out: Folder, against: Against, options: VerifyOptions, say: Say, tell: Tell | None) -> dict[str, Any]:
-    """Compare the logits of a converted folder with the native checkpoint's, and write verification.json."""
+def verify(out: Folder, options: VerifyOptions, say: Say, tell: Tell | None, against: Against = None) -> dict[str, Any]:
+    """Compare a folder with the checkpoint it was converted from, or reload a trained one by its own code."""
     return imported("verify")(out, against, options, say=say)
 
 

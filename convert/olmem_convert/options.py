@@ -115,7 +115,7 @@ class ConvertOptions(OfNative):
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions(OfNative):
-    """Options of `verify`, which must be those that `convert` was given."""
+    """Options of `verify`, which must be those that `convert` was given, if it was converted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +174,8 @@ class CardOptions:
     """Options of `card`: what no file of the folder knows. What is not given stays as the card said it before.
 
     Attributes:
+        name: the model's name, or the id of its repository on the Hub; the folder's name by default.
+        origin: `scratch`, where the weights were trained from a random start, or `fine-tuned`, from `base_model`.
         license: the Hub's identifier of the weights' license, or `other`.
         license_name: its name, where `license` is `other`.
         license_link: its address, or LICENSE, the file in the folder, where `license` is `other`.
@@ -182,6 +184,8 @@ class CardOptions:
         datasets: ids of the data sets on the Hub that it was trained on.
     """
 
+    name: str | None = None
+    origin: str | None = None
     license: str | None = None
     license_name: str | None = None
     license_link: str | None = None
@@ -193,7 +197,7 @@ class CardOptions:
     def given(self) -> dict[str, Any]:
         """What is given, by the names that a card has for it."""
         values = vars(self) | {"language": list(self.language), "datasets": list(self.datasets)}
-        return {name: value for name, value in values.items() if value}
+        return {"model_name" if name == "name" else name: value for name, value in values.items() if value}
 
 
 @dataclass(frozen=True, kw_only=True)

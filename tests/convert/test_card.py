@@ -91,6 +91,7 @@ def refused(folder: Path, *words: str) -> None:
 def test_card_has_what_it_was_told(told):
     assert metadata_of(told) == {
         **TOLD,
+        "model_name": "olmo_core_swa",
         "datasets": DATASETS,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -267,10 +268,9 @@ def test_card_of_a_failed_verification_is_not_verified(told):
     assert "Not verified" in text_of(told)
 
 
-def test_card_edited_by_hand_is_refused(told):
-    (told / "README.md").write_text(text_of(told).replace("| vocabulary | ", "| vocabulary | 9"))
-    refused(told, "`olmem card", "remove the comment")
-    (told / "README.md").write_text(text_of(told).replace("license: apache-2.0", "license: mit"))
+def test_metadata_edited_by_hand_is_what_it_was_told(told):
+    before = text_of(told)
+    (told / "README.md").write_text(before.replace("license: apache-2.0", "license: mit"))
     card(told)
     assert metadata_of(told)["license"] == "mit", "what stands there is what it was told"
     check_card(told)
@@ -376,7 +376,7 @@ def test_hostile_strings_stay_in_their_code_spans(told):
         assert line.count("`") % 2 == 0
         for outside in line.split("`")[::2]:
             assert not re.search(r"HOSTILE|<|---|\{", outside), line
-    assert body.count("<!--") == 1 + sum(line.count("<!--") for line in lines)
+    assert body.count("<!--") == 3 + sum(line.count("<!--") for line in lines)
     assert not any(sign in text for sign in "\u202e\x00\ud800")
     rows = [line for line in lines if line.startswith("| ")]
     assert [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [9, 6], "as many cells as the tables have"
@@ -418,7 +418,7 @@ def test_any_report_makes_a_card_or_one_line(name, told):
                 changed = value
             (told / name).write_text(json.dumps(changed))
             try:
-                ModelCard(make_card({}, config | read(told, made_of)))
+                ModelCard(make_card({"model_name": "x"}, config | read(told, made_of)))
                 made += 1
             except CheckpointError as error:
                 refusals += 1
@@ -478,7 +478,7 @@ def test_command_says_what_publishing_needs(out):
     (out / "verification.json").unlink()
     result = CliRunner().invoke(app, ["card", str(out)])
     assert result.exit_code == 0
-    assert "--license" in result.stdout and f"`olmem verify {out} --against SRC`" in result.stdout
+    assert "--license" in result.stdout and f"`olmem verify {out}`, with `--against SRC`" in result.stdout
 
 
 def test_template_lies_where_cards_do():

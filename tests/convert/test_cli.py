@@ -130,7 +130,6 @@ def test_overwrite(tmp_path):
         ["convert", "a", "b", "--fast"],
         ["convert", "a", "b", "--n-ctx", "0"],
         ["verify", "a", "--against", "b", "--n-ctx", "x"],
-        ["verify", "a"],
         ["verify", "--against", "a"],
         ["push", "a"],
         ["push", "a", "b/c", "--token", "x"],
@@ -187,7 +186,7 @@ finally:
 
 def test_verify_of_nothing(tmp_path):
     result = run("verify", tmp_path / "out", "--against", source("olmo"))
-    assert result.exit_code == 1 and result.stderr.startswith("error: `OUT` must be a converted folder")
+    assert result.exit_code == 1 and result.stderr.startswith("error: `OUT` must be a folder that holds a model")
 
 
 def test_verify_against_nothing(changeable, tmp_path):
@@ -296,7 +295,8 @@ def write_tokenizer(folder: Path) -> Path:
 
 
 def test_a_tokenizer_is_added_without_a_new_conversion(tmp_path):
-    tokenizer, out, whole = write_tokenizer(tmp_path / "tokenizer"), tmp_path / "out", tmp_path / "whole"
+    tokenizer, out, whole = write_tokenizer(tmp_path / "tokenizer"), tmp_path / "out", tmp_path / "whole" / "out"
+    whole.parent.mkdir()
     assert run("convert", source("olmo"), whole, "--tokenizer", tokenizer).exit_code == 0
     said = run("convert", source("olmo"), out).stdout.splitlines()
     assert f"without a tokenizer: `olmem tokenizer {out} PATH` adds one" in said

@@ -83,11 +83,11 @@ def unloaded(monkeypatch):
     ],
     ids=str,
 )
-def test_options_that_cannot_be(options, words, released, server):
+def test_options_that_cannot_be(options, words, out, server):
     options = {"execute": True} | options
     repo_id = options.pop("repo_id", REPO)
     with pytest.raises(CheckpointError) as caught:
-        push(released, repo_id, PushOptions(**options))
+        push(out, repo_id, PushOptions(**options))
     assert all(word in str(caught.value) for word in words), caught.value
     assert not server.repos
 
@@ -168,6 +168,15 @@ def test_push_then_nothing_to_do_then_a_tag(out, server, unloaded):
     assert push(out, REPO, PushOptions(tag="v1", execute=True))["tagged"] == "v1"
     assert "nothing to do" in run(out, REPO, "--tag", "v1", "--execute").stdout
     assert server.tags(REPO) == {"v1": commit.id} and len(server.commits(REPO, "main")) == 2
+
+
+def test_a_card_is_titled_as_its_repository_unless_it_was_named(out, server, unloaded):
+    card(out, CardOptions(name="out"))
+    push(out, REPO)
+    assert "# model\n" in (out / "README.md").read_text()
+    card(out, CardOptions(name="another"))
+    push(out, REPO)
+    assert "# another\n" in (out / "README.md").read_text()
 
 
 def test_a_tag_stays_where_it_is(out, server, unloaded):
@@ -645,7 +654,7 @@ def test_offloaded_layers_give_the_same_logits(out, monkeypatch, capsys, tmp_pat
     found = set()
     for offload in (None, str(tmp_path)):
         task = {"model": str(out), "installed": True, "revision": None, "dtype": "float32", "offload": offload}
-        monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(task | {"input_ids": [list(range(40))]})))
+        monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps([task | {"input_ids": [list(range(40))]}])))
         reload.main()
         report = json.loads(capsys.readouterr().out)
         assert report["module"].startswith("olmem.")
@@ -669,9 +678,8 @@ for path in map(str.strip, iter(sys.stdin.readline, "")):
 """
 
 
-def test_from_push_to_a_user_who_loads_it(server, tmp_path):
-    """Whole, with a memory and in bfloat16: in processes of their own, by the command, with nothing left out; then
-    without the network."""
+def test_a_converted_model_is_published(server, tmp_path):
+    """With a memory and in bfloat16, its models loaded in processes of their own."""
     out = tmp_path / "out"
     memory = {"num_memory_tokens": 2, "memory_segment_length": 16, "retrieval_layers": [1]}
     convert(source("olmo_core_swa"), out, ConvertOptions(dtype="bfloat16", memory=memory))
@@ -679,6 +687,27 @@ def test_from_push_to_a_user_who_loads_it(server, tmp_path):
     result = run(out, REPO, "--private", "--tag", "v1", "--execute")
     assert result.exit_code == 0, result.output
     assert "verified: the same logits, bit for bit" in result.stdout and TOKEN not in result.output
+    assert "logits, weights and config are those of OLMo-core" in result.stdout
+
+
+def test_from_training_to_a_user_who_loads_it(server, trained, tmp_path):
+    """Whole: by commands alone, without a checkpoint that it could be compared with, with nothing left out; then
+    without the network."""
+    out = Path(shutil.copytree(trained, tmp_path / "out"))
+    for command, options, words in (
+        ("push", [REPO], "run `olmem card"),
+        ("card", ["--license", "mit", "--origin", "scratch"], "run `olmem verify"),
+        ("push", [REPO], "run `olmem verify"),
+        ("verify", [], "it was not compared with another checkpoint"),
+        ("push", [REPO], "not verified: what it was trained on"),
+    ):
+        result = CliRunner().invoke(app, [command, str(out), *options])
+        assert words in result.output, result.output
+    assert not server.repos and "its own code computes what the installed olmem does" in result.stdout
+    result = run(out, REPO, "--tag", "v1", "--execute")
+    assert "verified: the same logits, bit for bit" in result.stdout and TOKEN not in result.output, result.output
+    text = server.read(REPO, "README.md", "v1").decode()
+    assert "# model\n" in text and f'repo = "{REPO}"' in text and is_published(server, out, "v1")
     home = ENVIRONMENT | server.env | {"HF_HOME": str(tmp_path / "home")}
     command, pipes = [sys.executable, "-c", LOADS, REPO], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, env=home, text=True, **pipes) as process:

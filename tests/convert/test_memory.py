@@ -748,5 +748,5 @@ def test_what_a_checkpoint_says_of_itself_cannot_break_the_card(tmp_path):
     (folder / ".metadata.json").write_text(json.dumps({"version": "3.0`\n---\n<script>{{ dtype }}</script>\n# x"}))
     convert(folder, tmp_path / "out")
     text = card(tmp_path / "out")
-    assert "converted from `OLMo-core` by" in text and "script" not in text
-    assert ModelCard(text).data.to_dict().keys() == {"library_name", "pipeline_tag", "tags"}
+    assert "converted from `OLMo-core`, with" in text and "script" not in text
+    assert ModelCard(text).data.to_dict().keys() == {"library_name", "model_name", "pipeline_tag", "tags"}

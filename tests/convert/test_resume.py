@@ -60,14 +60,14 @@ def killed(kill, monkeypatch, out: Path, reads: int, **options) -> None:
 
 @pytest.mark.parametrize("reads", [0, 1, 5, 20])
 def test_what_was_finished_is_not_read_again(reads, kill, monkeypatch, tmp_path):
-    convert(DEMO / "step1872", tmp_path / "whole", ConvertOptions(**SMALL))
+    convert(DEMO / "step1872", tmp_path / "whole" / "out", ConvertOptions(**SMALL))
     out, lines = tmp_path / "place" / "out", []
     killed(kill, monkeypatch, out, reads)
     left = sorted(path.name for path in out.parent.iterdir())
     assert left == [".out.lock", ".out.partial", ".out.partial.jsonl"]
     finished = [json.loads(line) for line in (out.parent / left[2]).read_text().splitlines()[1:]]
     report = convert(DEMO / "step1872", out, ConvertOptions(resume=True, **SMALL), say=lines.append)
-    assert snapshot(out) == snapshot(tmp_path / "whole")
+    assert snapshot(out) == snapshot(tmp_path / "whole" / "out")
     assert os.listdir(out.parent) == ["out"]
     assert any(line == f"resumed: {len(finished)} weight files were finished" for line in lines)
     assert (report["bytes_found"] > 0) == (len(finished) > 0) and (reads < 20 or finished)
@@ -105,8 +105,8 @@ def test_finished_files_are_checked(spoil, kill, monkeypatch, tmp_path):
     lines = []
     convert(DEMO / "step1872", out, ConvertOptions(resume=True, **SMALL), say=lines.append)
     assert f"resumed: {len(entries) - 2} weight files were finished" in lines
-    convert(DEMO / "step1872", tmp_path / "whole", ConvertOptions(**SMALL))
-    assert snapshot(out) == snapshot(tmp_path / "whole")
+    convert(DEMO / "step1872", tmp_path / "whole" / "out", ConvertOptions(**SMALL))
+    assert snapshot(out) == snapshot(tmp_path / "whole" / "out")
 
 
 def touched(folder: Path) -> dict:
@@ -353,7 +353,7 @@ def test_overwriting_that_crashes_in_its_last_step(crash, monkeypatch, changeabl
         convert(source("olmo"), out, ConvertOptions(overwrite=True, verify=False))
     monkeypatch.undo()
     convert(source("olmo"), tmp_path / "whole", ConvertOptions(verify=False))
-    card(tmp_path / "whole", CardOptions(license="mit"))
+    card(tmp_path / "whole", CardOptions(license="mit", name="olmo1"))
     new = snapshot(tmp_path / "whole")
     assert not out.exists() or snapshot(out) in (old, new)
     convert(source("olmo"), out, ConvertOptions(overwrite=True, resume=True, verify=False))
@@ -525,15 +525,15 @@ def test_export_resumes_too(converted, kill, monkeypatch, tmp_path):
     monkeypatch.undo()
     report = convert(folder, tmp_path / "out", ConvertOptions(to="olmo3", resume=True, **SMALL))
     assert 0 < report["bytes_found"] < report["bytes"]
-    convert(folder, tmp_path / "whole", ConvertOptions(to="olmo3", **SMALL))
-    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
+    convert(folder, tmp_path / "whole" / "out", ConvertOptions(to="olmo3", **SMALL))
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole" / "out")
 
 
 def test_killed_in_earnest(tmp_path):
     """At random moments of the whole command, verification included; `benchmarks/convert.py --kills 50` has more."""
     arguments = [DEMO / "step1872", tmp_path / "out", "--max-shard-size", "500KB"]
     started = time.monotonic()
-    assert command("convert", arguments[0], tmp_path / "whole", *arguments[2:]).end()[0] == 0
+    assert command("convert", arguments[0], tmp_path / "whole" / "out", *arguments[2:]).end()[0] == 0
     seconds = time.monotonic() - started
     moments, kills, resume = random.Random(1), 0, []
     while kills < 3:
@@ -548,7 +548,7 @@ def test_killed_in_earnest(tmp_path):
         kills, resume = kills + 1, ["--resume"]
         assert not (tmp_path / "out").exists()
     command("convert", *arguments, *resume).end()
-    assert kills and snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
+    assert kills and snapshot(tmp_path / "out") == snapshot(tmp_path / "whole" / "out")
 
 
 # Numbers that are none

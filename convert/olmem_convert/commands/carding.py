@@ -1,4 +1,4 @@
-"""Writes the model card of a converted folder, from the folder's own files and what its author says."""
+"""Writes the model card of an Olmem folder, from the folder's own files and what its author says."""
 
 from pathlib import Path
 from shlex import quote
@@ -9,7 +9,8 @@ from huggingface_hub import ModelCard
 from ..errors import CheckpointError
 from ..options import CardOptions, Say, silent
 from ..publish.metadata import merged
-from ..publish.model_card import is_own, make_card, read_values, said
+from ..publish.model_card import make_card, read_values, verify_again
+from ..publish.standing_card import is_own, said
 from ..reading.olmem_folder import CARD_NAME
 from ..writing.texts import replace_text
 
@@ -42,7 +43,7 @@ def card(out: str | Path, options: CardOptions | None = None, *, say: Say = sile
         say("note: it names no license, which publishing needs: add --license")
     if "verification" not in values:
         ready = False
-        say(f"note: it says that the model is not verified: `olmem verify {folder} --against SRC`, then this again")
+        say(f"note: it says that the model is not verified: {verify_again(out)}, then this again")
     if ready:
         say(f"next: `olmem push {folder} REPO_ID` shows what would be published")
     return {

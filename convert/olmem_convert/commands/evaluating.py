@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 from ..errors import CheckpointError
 from ..options import EvaluateOptions, Say, silent
 from ..proof.loading import load
-from ..publish.model_card import config_values, digests, is_own, kept_metadata, verification_values, write_card
+from ..publish.model_card import config_values, digests, verification_values, write_card
+from ..publish.standing_card import is_own, kept_metadata
 from ..reading.olmem_folder import (
     CARD_NAME,
     EVALUATION_NAME,

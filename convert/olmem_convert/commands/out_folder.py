@@ -9,7 +9,7 @@ from olmem.rules_olmem import OLMO_BLOCKS
 
 from ..errors import CheckpointError
 from ..options import ConvertOptions, Say
-from ..publish.model_card import is_own, kept_metadata
+from ..publish.standing_card import is_own, kept_metadata
 from ..reading.olmem_folder import CARD_NAME, REPORT_NAME, WRITTEN
 from ..reading.texts import read_json
 from ..writing.transaction import recover, require_apart
@@ -18,13 +18,12 @@ from ..writing.transaction import recover, require_apart
 def claim(source: Path, out: Path, options: ConvertOptions, say: Say) -> dict[str, Any]:
     """Raises CheckpointError unless `out` may be written, having put back what a crash has left beside it.
 
-    Returns what the card of a folder that is to be replaced says, and no other file knows.
+    Returns what its card is to say that no other file knows: as the card of a folder that is to be replaced does.
     """
     require_apart(source, out, {"tokenizer": options.tokenizer, "native_config": options.native_config})
     recover(out, say)
-    if not os.path.lexists(out):
-        return {}
-    check_out(out, options.overwrite)
+    if os.path.lexists(out):
+        check_out(out, options.overwrite)
     return kept_metadata(out)
 
 

@@ -1,4 +1,4 @@
-"""From a converted folder to the Hub: the whole of it in one commit, verified there, or nothing.
+"""From an Olmem folder to the Hub: the whole of it in one commit, verified there, or nothing.
 
 The plan compares the folder with the branch as one commit has it. The upload is one commit on top of that one, which
 the Hub refuses if the branch has moved. A commit whose answer was lost is found again by what it holds and by what it
@@ -7,6 +7,7 @@ bit, and that they load, by the repository's own code, to the same logits.
 """
 
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,22 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..errors import CheckpointError
 from ..options import PushOptions, Say, silent
+from ..publish.metadata import named_after
+from ..publish.model_card import make_card, read_values
 from ..publish.planning import MAIN, make_plan, table
-from ..publish.release import check_release
+from ..publish.release import LocalFile, check_release, read_all
 from ..publish.remote import Remote, keeping_token, quiet_hub
 from ..publish.sending import Push
-from ..reading.olmem_folder import CARD_NAME
+from ..publish.standing_card import is_own, said
+from ..reading.olmem_folder import CARD_NAME, REPORT_NAME
+from ..reading.texts import read_json
+from ..writing.texts import replace_text
 
 REF_NAME = re.compile(r"(?!refs/)(?!.*\.\.)[a-z0-9][\w.+-]*(/[a-z0-9][\w.+-]*)*(?<!\.)(?<!\.lock)", re.ASCII | re.I)
 
 
 def push(out: str | Path, repo_id: str, options: PushOptions | None = None, *, say: Say = silent) -> dict[str, Any]:
-    """Plans the upload of the converted folder `out` to the model `repo_id` of the Hub and, with `execute`, does it.
+    """Plans the upload of the Olmem folder `out` to the model `repo_id` of the Hub and, with `execute`, does it.
 
     The token is the one that huggingface_hub finds. Returns `plan`, `commit`, `pull_request`, `verified` and `tagged`.
 
@@ -36,7 +42,7 @@ def push(out: str | Path, repo_id: str, options: PushOptions | None = None, *, s
     """
     options = options or PushOptions()
     check_options(repo_id, options)
-    files = check_release(out)
+    files = titled(Path(out), repo_id, check_release(out), say)
     if is_offline_mode():
         raise CheckpointError("`HF_HUB_OFFLINE` must be unset to push (it is set); unset it.")
     token = find_token()
@@ -45,7 +51,7 @@ def push(out: str | Path, repo_id: str, options: PushOptions | None = None, *, s
     with quiet_hub(), guarded, remote.telling(lambda: "nothing was sent"):
         remote.check_card(files[CARD_NAME].path)
         plan = make_plan(remote, files, options)
-        for line in table(plan, options.private):
+        for line in [*table(plan, options.private), *vouched(Path(out))]:
             say(line)
         report = {"plan": asdict(plan), "commit": None, "verified": False, "tagged": None}
         report["pull_request"] = plan.pull_request
@@ -59,6 +65,37 @@ def push(out: str | Path, repo_id: str, options: PushOptions | None = None, *, s
             say("this is the plan, and nothing was sent; add --execute to do it")
             return report
         return report | Push(remote, Path(out), files, plan, options, say).run()
+
+
+def titled(out: Path, repo_id: str, files: dict[str, LocalFile], say: Say) -> dict[str, LocalFile]:
+    """Has the card of a model that was given no name of its own bear the repository's. Returns the files with it."""
+    path = out / CARD_NAME
+    if not is_own(path) or said(path)["model_name"] != named_after(out):
+        return files
+    replace_text(path, make_card(said(path) | {"model_name": repo_id}, read_values(out, digests_of(files))))
+    say(f"the card is titled as the repository: `olmem card {out} --name NAME` names it otherwise")
+    return files | read_all([path])
+
+
+def digests_of(files: Mapping[str, LocalFile]) -> dict[str, str]:
+    """The sha256 of each file by its name."""
+    return {name: file.sha256 for name, file in files.items()}
+
+
+def vouched(out: Path) -> Iterator[str]:
+    """What of the model was verified and what was not, for a person."""
+    report = read_json(out / REPORT_NAME)
+    if report["kind"] == "native":
+        yield (
+            f"verified by who wrote {REPORT_NAME}, which nothing signs: logits, weights and config are those of "
+            f"{report['source']}; seen here: code, shapes, numbers and checksums are right"
+        )
+    else:
+        yield (
+            f"verified by who wrote {REPORT_NAME}, which nothing signs: its own code computes what the installed olmem "
+            "does; seen here: code, shapes, numbers and checksums are right"
+        )
+        yield "not verified: what it was trained on or made from, which is the word of its card; nor how well it does"
 
 
 def find_token() -> str:

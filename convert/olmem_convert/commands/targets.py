@@ -173,5 +173,6 @@ class ToTransformers:
 
     def next_step(self, source: Path, out: Path) -> str:
         if not self.options.verify:
-            return "not verified: run it again without --no-verify for the proof"
+            against = f"{quote(str(out))} --against {quote(str(source))}"
+            return f"not verified: `olmem verify {against}` does it"
         return f"next: `hf upload REPO_ID {quote(str(out))}` publishes it"

@@ -9,8 +9,9 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..options import Say, silent
-from ..publish.model_card import kept_metadata, write_card
+from ..publish.model_card import write_card
 from ..publish.release import check_report, check_seal, read_all
+from ..publish.standing_card import kept_metadata
 from ..reading.olmem_folder import REPORT_NAME, digest, read_config
 from ..writing.texts import replace_text
 from ..writing.tokenizer import of_config, write_tokenizer

@@ -1,5 +1,7 @@
-"""Compares a converted folder with the checkpoint that it was made from, and writes down what came of it."""
+"""Verifies a folder, against the checkpoint that it was made from or by itself, and writes down what came of it."""
 
+import json
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from shlex import quote
@@ -9,19 +11,28 @@ from olmem.rules_olmem import OLMO_BLOCKS
 
 from ..errors import CheckpointError
 from ..formats.detect import open_checkpoint
-from ..options import Say, VerifyOptions, silent
+from ..options import ConvertOptions, Say, VerifyOptions, silent
 from ..proof.verification import verify_checkpoint
-from ..publish.model_card import kept_metadata, write_card
-from ..reading.olmem_folder import REPORT_NAME
+from ..publish.model_card import write_card
+from ..publish.reloading import verify_reload
+from ..publish.standing_card import kept_metadata
+from ..reading.olmem_folder import REPORT_NAME, read_raw_config, stored_dtype
 from ..reading.plain import reading
 from ..reading.tensors import require_same
 from ..reading.texts import read_json
+from .targets import ToTransformers
+
+VERSIONS = ("transformers_version",)  # of a config, which may be another one's
 
 
 def verify(
-    out: str | Path, source: str | Path, options: VerifyOptions | None = None, *, say: Say = silent
+    out: str | Path, source: str | Path | None = None, options: VerifyOptions | None = None, *, say: Say = silent
 ) -> dict[str, Any]:
-    """Compares the converted folder `out` with the native checkpoint `source`, and writes `verification.json`.
+    """Verifies the folder `out`, and writes `verification.json` and the card of an Olmem folder.
+
+    With `source`, it is compared with the native checkpoint that it was converted from, or, if it is of a class of
+    Transformers' own, with the Olmem folder that it was made from. Without, as a model that was trained has none, its
+    own code must load it and compute what the installed olmem does.
 
     Returns the report.
 
@@ -31,34 +42,92 @@ def verify(
     options = options or VerifyOptions()
     out = Path(out)
     if not (out / "config.json").is_file():
-        raise CheckpointError(f"`OUT` must be a converted folder ({out} has no config.json); convert SRC first.")
-    checkpoint = open_checkpoint(Path(source), trained_length(out), options)
-    model_type = config_as_written(out).get("model_type")
-    if model_type in list(OLMO_BLOCKS):
         raise CheckpointError(
-            f"`OUT` must be an Olmem folder (got `model_type` {model_type!r} in {out}); what --to writes is verified "
-            "when it is written."
+            f"`OUT` must be a folder that holds a model ({out} has no config.json); convert or save one first."
         )
+    model_type = as_written(out / "config.json").get("model_type")
+    if model_type in list(OLMO_BLOCKS):
+        return verify_other_class(out, None if source is None else Path(source), str(model_type), options, say)
+    if source is None:
+        return verify_alone(out, options, say)
+    checkpoint = open_checkpoint(Path(source), trained_length(out), options)
     kept = kept_metadata(out)
-    with reading(out / REPORT_NAME, "move it away"):
-        (out / REPORT_NAME).unlink(missing_ok=True)  # an old report must not vouch for what is being checked
+    forget_report(out)
     write_card(out, kept)
     report = verify_checkpoint(out, checkpoint, say, options.allow_nonfinite)
     require_same(checkpoint.tensors)
     write_card(out, kept, report["sha256"])
+    say_next(out, say)
+    return report
+
+
+def verify_alone(out: Path, options: VerifyOptions, say: Say) -> dict[str, Any]:
+    """Verifies what needs no other checkpoint, unless the folder was compared with one before."""
+    read_raw_config(out)
+    kept = kept_metadata(out)
+    if as_written(out / REPORT_NAME).get("kind") == "native":
+        raise CheckpointError(
+            f"`--against` must be given, as {out / REPORT_NAME} tells of a comparison with a native checkpoint, which "
+            "says more; give it, or remove that file if the weights were trained since."
+        )
+    forget_report(out)
+    write_card(out, kept)
+    report = verify_reload(out, say, options.allow_nonfinite)
+    write_card(out, kept, report["sha256"])
+    say_next(out, say)
+    return report
+
+
+def verify_other_class(
+    out: Path, source: Path | None, model_type: str, options: VerifyOptions, say: Say
+) -> dict[str, Any]:
+    """Compares a folder of Transformers' own class with the Olmem folder that it was made from."""
+    if source is None or as_written(source / "config.json").get("model_type") != "olmem":
+        raise CheckpointError(
+            f"`--against` must name the Olmem folder that {out} was made from (got {source}), as Transformers' own "
+            "class loads it; give it."
+        )
+    dtype = str(stored_dtype(out)).removeprefix("torch.")
+    making = ConvertOptions(to=model_type, dtype=dtype, allow_nonfinite=options.allow_nonfinite)
+    target = ToTransformers.of(source, making, model_type)
+    with tempfile.TemporaryDirectory(prefix="olmem-") as scratch:
+        target.save(Path(scratch))
+        wanted = read_json(Path(scratch) / "config.json")
+    got = read_json(out / "config.json")
+    others = sorted(name for name in wanted | got if name not in VERSIONS and got.get(name) != wanted.get(name))
+    if others:
+        name = others[0]
+        raise CheckpointError(
+            f"`{name}` of {out / 'config.json'} must be {json.dumps(wanted.get(name))}, as {source} is converted (got "
+            f"{json.dumps(got.get(name))}); convert again."
+        )
+    forget_report(out)
+    report = target.verify(out, say)
+    require_same(target.checkpoint.tensors)
+    say(target.next_step(source, out))
+    return report
+
+
+def say_next(out: Path, say: Say) -> None:
+    """Says what may be done with a folder that is verified."""
     folder = quote(str(out))
     say(f"next: `olmem evaluate {folder} --text FILE`, or `olmem card {folder} --license ID`")
-    return report
+
+
+def forget_report(out: Path) -> None:
+    """Removes an old report, which must not vouch for what is being checked."""
+    with reading(out / REPORT_NAME, "move it away"):
+        (out / REPORT_NAME).unlink(missing_ok=True)
 
 
 def trained_length(out: Path) -> int | None:
     """The length by the folder's config, in which --max-length may have replaced the checkpoint's."""
-    length = config_as_written(out).get("max_position_embeddings")
+    length = as_written(out / "config.json").get("max_position_embeddings")
     return length if isinstance(length, int) else None
 
 
-def config_as_written(out: Path) -> dict[str, Any]:
-    """The folder's config.json; empty when it is damaged, of which loading the folder tells."""
+def as_written(path: Path) -> dict[str, Any]:
+    """A JSON file of the folder; empty when it is not there, or damaged, of which loading the folder tells."""
     with suppress(CheckpointError):
-        return read_json(out / "config.json")
+        return read_json(path)
     return {}

@@ -1,6 +1,7 @@
 """The prompts that a model is compared on: random ids, the same for every run."""
 
 import torch
+from olmem import OlmemConfig
 
 from ..errors import CheckpointError
 from ..formats import Checkpoint, is_dynamic
@@ -30,6 +31,18 @@ def prompt(checkpoint: Checkpoint, segment: int = 0) -> torch.Tensor:
     if is_dynamic(checkpoint.olmem_config.get("rope_parameters") or {}):  # beyond, a call is another than its tokens
         length = min(length, checkpoint.olmem_config["max_position_embeddings"])
     return draw_prompt(length, drawn_from(checkpoint), SEED)
+
+
+def length_of(config: OlmemConfig) -> int:
+    """The tokens of a prompt for a model that is compared with itself: past its windows, as far as they are bounded."""
+    spans = {
+        "sliding_attention": config.sliding_window,
+        "chunked_attention": config.attention_chunk_size,
+    }
+    longest = max([spans.get(layer_type) or 0 for layer_type in config.layer_types])
+    if config.num_memory_tokens:
+        longest = max(longest, config.memory_segment_length or 0)
+    return min(max(longest, PROMPT_BEYOND_WINDOW), LONGEST_WINDOW) + PROMPT_BEYOND_WINDOW
 
 
 def drawn_from(checkpoint: Checkpoint) -> int:

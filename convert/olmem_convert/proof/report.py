@@ -34,6 +34,7 @@ def make_report(
     logits = stages[-1]
     return {
         "passed": all(stage["equal"] for stage in stages) and logits["compared"] > 0,
+        "kind": "native",
         "source": checkpoint.description,
         "prompt": {
             "tokens": input_ids.shape[1],
@@ -48,11 +49,14 @@ def make_report(
         "mean_difference": logits["mean_difference"],
         "tolerance": logits["tolerance"],
         "stages": stages,
-        "sha256": {
-            path.name: digest(path) for path in sorted(out.iterdir()) if path.is_file() and path.name not in UNSEALED
-        },
+        "sha256": seal_of(out),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "olmem": olmem.__version__},
     }
+
+
+def seal_of(out: Path) -> dict[str, str]:
+    """The sha256 of each file that a verification vouches for."""
+    return {path.name: digest(path) for path in sorted(out.iterdir()) if path.is_file() and path.name not in UNSEALED}
 
 
 def write_report(out: Path, report: dict[str, Any], whose: str) -> None:

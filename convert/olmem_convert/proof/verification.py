@@ -81,7 +81,7 @@ def verify_exported(
     stages = compare_stages(load_bounded(out, torch.float32, model_class), expected, input_ids, bool(nonfinite))
     report = make_report(out, checkpoint, input_ids, stored, stages)
     report |= {"config_differences": {}, "weight_differences": weights_that_differ(out, tensors, stored)}
-    report["nonfinite"] = nonfinite
+    report |= {"kind": "exported", "nonfinite": nonfinite}
     report["passed"] &= not report["weight_differences"]
     write_report(out, report, "Olmem")
     as_stored = {tensor.dtype for tensor in tensors.values()} == {stored}

@@ -1,10 +1,11 @@
-"""What a card says that no file of the folder can know: license, base model, languages, data sets.
+"""What a card says that no file of the folder can know: name, origin, license, base model, languages, data sets.
 
 Here is checked of what form it is. Whether the Hub takes it, the Hub is asked before anything is sent.
 """
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from reprlib import repr
 from typing import Any
 
@@ -12,7 +13,10 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..errors import CheckpointError
 
-FIELDS = ("license", "license_name", "license_link", "base_model", "language", "datasets")
+FIELDS = ("model_name", "license", "license_name", "license_link", "base_model", "origin", "language", "datasets")
+WORDS = "words"  # of the author, which stand in the card itself, and not in its front matter
+NOT_OF_THE_HUB = ("model_name", "origin")  # which in a card that is not Olmem's may mean anything
+ORIGINS = ("scratch", "fine-tuned")
 SEVERAL = ("language", "datasets")
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,95}")  # which of them there are, the Hub says when it is asked
 LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
@@ -21,17 +25,20 @@ LICENSE_LINK = re.compile(r"https?://[\x21-\x7e]{1,2000}|LICENSE(\.md|\.txt)?")
 
 
 def merged(kept: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a card said, with what is given now in its place."""
+    """What a card said, with what is given now in its place, and without what that contradicts."""
     given = {name: value for name, value in given.items() if value}
-    if "license" in given:
-        kept = {name: value for name, value in kept.items() if name not in ("license_name", "license_link")}
-    return checked({**kept, **given})
+    dropped = {"license_name", "license_link"} if "license" in given else set()
+    if given.get("origin") == "scratch":
+        dropped.add("base_model")
+    if "base_model" in given and kept.get("origin") == "scratch":
+        dropped.add("origin")
+    return checked({name: value for name, value in kept.items() if name not in dropped} | given)
 
 
 def checked(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The fields as they stand in a card, in order, each language and data set once. Raises CheckpointError for what
     the Hub would not take."""
-    made = {name: metadata[name] for name in FIELDS if metadata.get(name) is not None}
+    made = {name: metadata[name] for name in (*FIELDS, WORDS) if metadata.get(name) is not None}
     for name in SEVERAL:
         if name in made:
             values = [made[name]] if isinstance(made[name], str) else made[name]
@@ -39,6 +46,11 @@ def checked(metadata: Mapping[str, Any]) -> dict[str, Any]:
                 raise CheckpointError(f"`{name}` must be a list (got {repr(values)}); correct it, or remove it.")
             made[name] = [value for index, value in enumerate(values) if value not in values[:index]]
     check_license(made)
+    check_origin(made)
+    if "model_name" in made:
+        check_repo_id(
+            "model_name", made["model_name"], "a name, or the id of a repository, as in olmem-1b or you/olmem-1b"
+        )
     for value in made.get("language", ()):
         if not isinstance(value, str) or not LANGUAGE.fullmatch(value):
             raise CheckpointError(
@@ -82,14 +94,33 @@ def check_license(metadata: Mapping[str, Any]) -> None:
         )
 
 
-def check_repo_id(field: str, value: Any) -> None:
+def check_origin(metadata: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for an origin that is none, or that the base model contradicts."""
+    origin, base = metadata.get("origin"), metadata.get("base_model")
+    if origin not in (None, *ORIGINS):
+        raise CheckpointError(f"`origin` must be {' or '.join(ORIGINS)} (got {repr(origin)}); choose one.")
+    if origin == "fine-tuned" and base is None:
+        raise CheckpointError("`base_model` must be named where `origin` is fine-tuned (got none); add --base-model.")
+    if origin == "scratch" and base is not None:
+        raise CheckpointError(
+            f"`base_model` must not be named where `origin` is scratch (got {repr(base)}); use --origin fine-tuned, or "
+            "leave --base-model out."
+        )
+
+
+def check_repo_id(
+    field: str, value: Any, what: str = "the id of a repository on the Hub, as in allenai/OLMo-2-0425-1B"
+) -> None:
     """Raises CheckpointError for what the Hub does not take for the id of a repository."""
     try:
         if not isinstance(value, str):
             raise HFValidationError("no text")
         validate_repo_id(value)
     except HFValidationError:
-        raise CheckpointError(
-            f"`{field}` must be the id of a repository on the Hub, as in allenai/OLMo-2-0425-1B (got {repr(value)}); "
-            "correct it."
-        ) from None
+        raise CheckpointError(f"`{field}` must be {what} (got {repr(value)}); correct it.") from None
+
+
+def named_after(folder: Path) -> str:
+    """The name of a model that nobody has named, of its folder."""
+    name = re.sub(r"[^\w.-]+|-{2,}|[.]{2,}", "-", folder.resolve().name, flags=re.ASCII)[:96].strip(".-")
+    return name.removesuffix(".git") or "model"

@@ -1,34 +1,45 @@
 """The model card of an Olmem folder, made of what its own JSON files say, and the check of a card before publishing.
 
-A card that Olmem wrote bears `MARK`, and is at any time what `make_card` makes of the folder. What no file knows, the
-license for one, stands in its front matter alone, and is taken from there when the card is written anew.
+A card that Olmem wrote is at any time what `make_card` makes of the folder and of what the card itself says that no
+file knows, the license for one, which is taken from there when the card is written anew.
 """
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from olmem import OlmemConfig
-from olmem.rules_olmem import MEMORY_FIELDS
+from olmem.rules_olmem import MEMORY_FIELDS, OLMO_BLOCKS
 from olmem.visibility_olmem import Visibility
 
 from ..errors import CheckpointError
+from ..formats.olmem import CONFIG_ERRORS, losses
 from ..options import MODES
-from ..reading.olmem_folder import CARD_NAME, EVALUATION_NAME, PLOT_NAMES, REPORT_NAME, digest, read_config
+from ..reading.olmem_folder import (
+    CARD_NAME,
+    EVALUATION_NAME,
+    PLOT_NAMES,
+    REPORT_NAME,
+    digest,
+    read_config,
+    refuse_other_classes,
+)
 from ..reading.plain import reading
-from ..reading.texts import parse_yaml, read_json, read_text
+from ..reading.texts import read_json
+from ..reading.weight_files import read_weights
 from ..writing.shards import INDEX_NAME
 from ..writing.texts import replace_text
-from .metadata import FIELDS, checked
+from .metadata import FIELDS, NOT_OF_THE_HUB, WORDS, checked, named_after
+from .standing_card import BEGIN, END, MARK, is_own, read_front_matter, require_unedited, with_checksum, words_of
 
-MARK = "Written by olmem, which replaces this text until this line is removed."
 NOT_VERIFIED = "Not verified."
 DEFAULTS = {field.name: field.default for field in fields(OlmemConfig)}
 OURS = {"library_name": "transformers", "pipeline_tag": "text-generation"}
@@ -44,7 +55,19 @@ RECALL = "exact_match"  # of a task: the name in evaluation.json and in a card's
 PARTS = ("inside", "one_to_four", "further")  # of a text, by windows
 LONGEST = 200
 MOST_ROWS = 3000  # of a list of an evaluation
-LARGEST_CARD, LARGEST_FRONT_MATTER = 2**20, 2**17  # bytes, and signs; the largest on the Hub have 2**19 and 2**16
+OF_MEMORY = re.compile(r"\bmodel\.memory\.|\.(memory_gate|retrieval_gate|retrieval_score)\.")
+KINDS = ("native", "reload")  # of a verification of an Olmem folder: against a checkpoint, or of the folder alone
+# Choices of the architecture, of which a card names those that are none of the defaults.
+CHOICES = (
+    *("norm_placement", "norm_type", "qk_norm", "clip_qkv", "position_embedding", "hidden_act", "logits_scaling"),
+    *("attention_bias", "tie_word_embeddings"),
+)
+SHARED = {  # what a key and a value are, and what of them is cached for each token
+    "key_value": "a value is its key, and one tensor is cached for both",
+    "query_key": "a query is its key",
+    "query_key_value": "query, key and value are one, and one tensor is cached",
+    "value_difference": "a value is its query less its key",
+}
 
 
 def write_card(folder: Path, kept: Mapping[str, Any], known: Mapping[str, str] | None = None) -> None:
@@ -73,14 +96,16 @@ def check_card(folder: Path, known: Mapping[str, str] | None = None) -> None:
     values = read_values(folder, known)
     if is_own(path) and "verification" not in values:
         raise CheckpointError(
-            f"`{CARD_NAME}` must say how the model was verified (there is no passing {REPORT_NAME}); run `olmem verify "
-            f"{folder} --against SRC`."
+            f"`{CARD_NAME}` must say how the model was verified (there is no passing {REPORT_NAME}); "
+            f"{verify_again(folder)}."
         )
-    if is_own(path) and path.read_text(encoding="utf-8") != make_card(metadata, values):
-        raise CheckpointError(
-            f"`{CARD_NAME}` must say what the folder's files say now ({path} does not); run `olmem card {folder}`, or "
-            "remove the comment at its top if it is yours."
-        )
+    if is_own(path):
+        require_unedited(path)
+        kept = {"model_name": named_after(folder), **metadata, WORDS: words_of(path)}
+        if path.read_text(encoding="utf-8") != make_card(kept, values):
+            raise CheckpointError(
+                f"`{CARD_NAME}` must say what the folder's files say now ({path} does not); run `olmem card {folder}`."
+            )
     measured = {(result.dataset_name, result.metric_type): result.metric_value for result in results_of(values)}
     for result in ModelCardData(**data).eval_results or []:
         what, value = (result.dataset_name, result.metric_type), result.metric_value
@@ -94,13 +119,19 @@ def check_card(folder: Path, known: Mapping[str, str] | None = None) -> None:
             )
 
 
+def verify_again(folder: Path) -> str:
+    """What to do about a folder that is not verified as it is."""
+    return f"run `olmem verify {quote(str(folder))}`, with `--against SRC` if it was converted"
+
+
 def check_metadata(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The card's front matter, and what of it no file knows, once it is valid and has a license."""
     path = folder / CARD_NAME
     if not path.is_file():
         raise CheckpointError(f"`{CARD_NAME}` must exist ({path} does not); run `olmem card {folder} --license …`.")
     data = read_front_matter(path)
-    metadata = checked({name: data[name] for name in FIELDS if name in data})
+    names = [name for name in FIELDS if name in data and (is_own(path) or name not in NOT_OF_THE_HUB)]
+    metadata = checked({name: data[name] for name in names})
     for name, wanted in OURS.items():
         if data.get(name) != wanted:
             raise CheckpointError(f"`{name}` of {path} must be {wanted} (got {data.get(name)!r}); correct it.")
@@ -112,36 +143,6 @@ def check_metadata(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return data, metadata
 
 
-def is_own(path: Path) -> bool:
-    """Returns whether the file is a card that Olmem wrote, and may write anew."""
-    with suppress(CheckpointError):
-        return path.is_file() and MARK in read_text(path, LARGEST_CARD)
-    return False
-
-
-def kept_metadata(folder: Path) -> dict[str, Any]:
-    """What the folder's card, if it is Olmem's, says that no other file knows."""
-    return checked(said(folder / CARD_NAME))
-
-
-def said(path: Path) -> dict[str, Any]:
-    """The same, as it stands there."""
-    data = read_front_matter(path) if is_own(path) else {}
-    return {name: data[name] for name in FIELDS if name in data}
-
-
-def read_front_matter(path: Path) -> dict[str, Any]:
-    """Returns the metadata at the top of a card, within bounds."""
-    text = read_text(path, LARGEST_CARD)
-    with reading(path, "correct the lines between --- and --- at its top, or remove the file"):
-        found = REGEX_YAML_BLOCK.search(text)
-        if not found:
-            raise ValueError("it has no metadata")
-        if len(found[2]) > LARGEST_FRONT_MATTER:
-            raise ValueError(f"its metadata has more than {LARGEST_FRONT_MATTER:,} signs")
-        return ModelCardData(**parse_yaml(found[2], path)).to_dict()
-
-
 # What the folder's files say
 
 
@@ -149,7 +150,11 @@ def read_values(folder: Path, known: Mapping[str, str] | None = None) -> dict[st
     """Of the template's variables, what the folder's files say. Raises CheckpointError for a file that is damaged, or
     of another state of the folder."""
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"`OUT` must be a converted folder ({folder} has no config.json); convert SRC first.")
+        raise CheckpointError(
+            f"`OUT` must be an Olmem folder ({folder} has no config.json); name one that `olmem convert` or "
+            "`save_pretrained` wrote."
+        )
+    refuse_other_classes(folder)
     made_of, values = digests(folder, known), {}
     for read in READERS:
         values |= read(folder, made_of)
@@ -175,8 +180,13 @@ def check_digests(name: str, report: Mapping[str, Any], made_of: Mapping[str, st
 
 
 def config_values(folder: Path, made_of: Mapping[str, str]) -> dict[str, Any]:
-    """Returns what the card says of the config: layers, dtype, memory."""
+    """Returns what the card says of the config: layers, dtype, memory; and of the files that go with it."""
     config = read_config(folder)
+    if config.architectures not in (None, ["OlmemForCausalLM"]):
+        raise CheckpointError(
+            f"`architectures` of {folder / 'config.json'} must be ['OlmemForCausalLM'] (got "
+            f"{one_line(config.architectures)}), as the card is that of a causal language model; write one by hand."
+        )
     if not isinstance(config.dtype, torch.dtype):
         raise CheckpointError(f"`dtype` of {folder / 'config.json'} must name the weights' dtype; convert again.")
     given = {name: getattr(config, name) for name in MEMORY_FIELDS} if config.has_memory else {}
@@ -185,13 +195,35 @@ def config_values(folder: Path, made_of: Mapping[str, str]) -> dict[str, Any]:
         "dtype": str(config.dtype).removeprefix("torch."),
         "layers": describe_layers(config),
         "bounded": all(Visibility.of(config, layer_type).span for layer_type in config.layer_types),
+        "choices": {
+            name: one_line(json.dumps(getattr(config, name)))
+            for name in CHOICES
+            if getattr(config, name) != DEFAULTS[name]
+        },
+        "shared": SHARED.get(config.shared_projections),
         "tokenizer": (folder / "tokenizer.json").is_file(),
+        "code": (folder / "modeling_olmem.py").is_file(),
+        "classes": [name for name in OLMO_BLOCKS if fits(config, name)],
         "memory": {
             name: one_line(json.dumps(value))
             for name, value in given.items()
             if value not in (None, [], DEFAULTS[name])
         },
     }
+
+
+def fits(config: OlmemConfig, name: str) -> bool:
+    """Returns whether Transformers' class of this name can say all that the config says."""
+    with suppress(*CONFIG_ERRORS):
+        return not losses(config, name)
+    return False
+
+
+def weight_values(folder: Path, made_of: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the numbers of parameters, of the model and of its memory, by the headers of the weights' files."""
+    sizes = {name: math.prod(tensor.shape) for name, tensor in read_weights(folder).items()}
+    of_memory = sum(size for name, size in sizes.items() if OF_MEMORY.search(name))
+    return {"parameters": f"{sum(sizes.values()):,}", "memory_parameters": f"{of_memory:,}"}
 
 
 def describe_layers(config: OlmemConfig) -> str:
@@ -215,13 +247,27 @@ def verification_values(folder: Path, made_of: Mapping[str, str]) -> dict[str, A
     report = read_json(path)
     if report.get("passed") is not True:
         return {}
-    remedy = f"verify again: `olmem verify {folder} --against SRC`"
+    against = " --against SRC" if report.get("kind") == "native" else ""
+    remedy = f"verify again: `olmem verify {folder}{against}`"
     with reading(path, remedy):
         check_digests(REPORT_NAME, report, made_of, remedy)
         prompt = report["prompt"]
+        counts = report.get("nonfinite")
+        if report["kind"] == "reload":
+            return {
+                "verification": {
+                    "kind": "reload",
+                    "tokens": whole(prompt["tokens"]),
+                    "version": one_line(report["versions"]["olmem"]),
+                    "nonfinite": whole(sum(counts.values())) if counts else 0,
+                }
+            }
+        if report["kind"] != "native":
+            raise ValueError(f"`kind` is none of {', '.join(KINDS)}")
         windows = {name: prompt[name] for name in ("sliding_window", "attention_chunk_size") if prompt[name]}
         past = " and ".join(f"{name} {whole(value)}" for name, value in windows.items())
         verification: dict[str, Any] = {
+            "kind": "native",
             "source": one_line(report["source"]),
             "tokens": whole(prompt["tokens"]),
             "past": f", past {past}" if past else "",
@@ -230,7 +276,7 @@ def verification_values(folder: Path, made_of: Mapping[str, str]) -> dict[str, A
         if rounding := report.get("rounding"):
             verification["rounding"] = {name: shown(rounding[name]) for name in ("max_difference", "mean_difference")}
             verification["overflowing"] = whole(rounding.get("nonfinite", 0))
-        if counts := report.get("nonfinite"):
+        if counts:
             verification["nonfinite"] = whole(sum(counts.values()))
             verification["compared"] = whole(report["stages"][-1]["compared"])
         if memory := report.get("memory"):
@@ -301,26 +347,35 @@ def evaluation_values(folder: Path, made_of: Mapping[str, str]) -> dict[str, Any
     return {"evaluation": evaluation}
 
 
-READERS = (verification_values, evaluation_values, config_values)  # the seal first
+READERS = (verification_values, evaluation_values, config_values, weight_values)  # the seal first
 
 
 # The card
 
 
 def make_card(metadata: Mapping[str, Any], values: Mapping[str, Any]) -> str:
-    """The card's text, of its metadata and the variables that `read_values` reads."""
-    results = results_of(values)
-    said: dict[str, Any] = {**metadata, **OURS}
-    data = ModelCardData(**said, tags=["olmem"], model_name="olmem" if results else None, eval_results=results or None)
-    template = ModelCard.from_template(data, template_str=read_template(), **variables(values))
-    return str(template).rstrip() + "\n"
+    """The card's text, of what it was told, the model's name at least, and the variables that `read_values` reads."""
+    said: dict[str, Any] = {name: value for name, value in metadata.items() if name != WORDS} | OURS
+    if said.get("origin") == "fine-tuned":
+        said["base_model_relation"] = "finetune"  # as the Hub calls it
+    data = ModelCardData(**said, tags=["olmem"], eval_results=results_of(values) or None)
+    template = ModelCard.from_template(data, template_str=read_template(), **variables(metadata, values))
+    return with_checksum(str(template).rstrip() + "\n")
 
 
-def variables(values: Mapping[str, Any]) -> dict[str, Any]:
+def variables(metadata: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the template's variables, those without a value as None."""
-    none = dict.fromkeys(("config", "verification", "evaluation", "memory"))
-    fixed = {"mark": MARK, "not_verified": NOT_VERIFIED, "metrics": METRICS, "parts": PARTS, "cell": cell}
-    return none | fixed | dict(values)
+    none = dict.fromkeys(("config", "parameters", "verification", "evaluation", "memory"))
+    name, bases = str(metadata["model_name"]), metadata.get("base_model") or []
+    told = {
+        "title": name.rpartition("/")[2],
+        "repository": name if "/" in name else None,
+        "origin": metadata.get("origin"),
+        "bases": [bases] if isinstance(bases, str) else bases,
+        "words": metadata.get(WORDS, ""),
+    }
+    marks = {"mark": MARK, "begin": BEGIN, "end": END, "not_verified": NOT_VERIFIED}
+    return none | told | marks | {"metrics": METRICS, "parts": PARTS, "cell": cell} | dict(values)
 
 
 def read_template() -> str:

@@ -1,4 +1,4 @@
-"""What of a converted folder may be published: a closed list of files, sealed by a verification that passed.
+"""What of an Olmem folder may be published: a closed list of files, sealed by a verification that passed.
 
 Nothing here asks a network. A folder that passes holds weights, JSON and text, and of code only what this package is
 made of, so that whoever loads it with `trust_remote_code` runs nothing else.
@@ -28,6 +28,7 @@ from ..reading.olmem_folder import (
     check_tokenizer_files,
     read_config,
     read_generation_config,
+    refuse_other_classes,
     require_unchanged,
     stored_dtype,
 )
@@ -38,7 +39,7 @@ from ..reading.tokenizer_file import read_tokenizer
 from ..reading.weight_files import read_safetensors, read_weights
 from ..writing.progress import Progress
 from ..writing.shards import INDEX_NAME
-from .model_card import check_card, check_metadata
+from .model_card import KINDS, check_card, check_metadata, verify_again
 
 ALLOWED = re.compile("|".join([WRITTEN.pattern, *map(re.escape, sorted(UNSEALED))]))
 PICKLES = (".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth", ".mar")
@@ -59,14 +60,17 @@ class LocalFile:
 
 
 def check_release(out: str | Path) -> dict[str, LocalFile]:
-    """The files of a converted folder by name, once everything about them is as it must be to be published.
+    """The files of an Olmem folder by name, once everything about them is as it must be to be published.
 
     Raises CheckpointError that names the file or field, its value, and the way out.
     """
     folder = Path(out)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise CheckpointError(f"`OUT` must be a folder that `olmem convert` wrote ({folder} {what}); convert first.")
+        raise CheckpointError(
+            f"`OUT` must be a folder that holds a model ({folder} {what}); convert or save one first."
+        )
+    refuse_other_classes(folder)
     paths = sorted(folder.iterdir())
     for path in paths:
         check_kind(path)
@@ -74,15 +78,19 @@ def check_release(out: str | Path) -> dict[str, LocalFile]:
     report = check_report(folder)
     files = read_all(paths)
     check_seal(folder, report["sha256"], files)
-    config = check_config(folder)
-    check_code(folder)
-    stored = stored_dtype(folder)
-    check_weights(folder, config, read_weights(folder), stored)
-    check_claims(folder, report, config, stored)
-    check_tokens(folder, config)
+    check_claims(folder, report, check_contents(folder))
     require_same(files)
     check_card(folder, {name: file.sha256 for name, file in files.items()})
     return files
+
+
+def check_contents(folder: Path) -> OlmemConfig:
+    """Returns the config, once config, code, weights and tokens are what a model on the Hub is made of."""
+    config = check_config(folder)
+    check_code(folder)
+    check_weights(folder, config, read_weights(folder), stored_dtype(folder))
+    check_tokens(folder, config)
+    return config
 
 
 def check_kind(path: Path) -> None:
@@ -142,8 +150,8 @@ def check_report(folder: Path) -> dict[str, Any]:
     path = folder / REPORT_NAME
     if not path.is_file():
         raise CheckpointError(
-            f"`{REPORT_NAME}` must be in {folder} (it is not): only what was verified is published; run "
-            "`olmem verify OUT --against SRC`."
+            f"`{REPORT_NAME}` must be in {folder} (it is not): only what was verified is published; "
+            f"{verify_again(folder)}."
         )
     report = read_json(path)
     if report.get("passed") is not True:
@@ -153,10 +161,11 @@ def check_report(folder: Path) -> dict[str, Any]:
         )
     prompt = report.get("prompt")
     numbers = [prompt.get(name) for name in ("tokens", "vocabulary", "seed")] if isinstance(prompt, dict) else [None]
-    if not isinstance(report.get("sha256"), dict) or not all(type(number) is int and number > 0 for number in numbers):
+    known = report.get("kind") in KINDS and isinstance(report.get("sha256"), dict)
+    if not known or not all(type(number) is int and number > 0 for number in numbers):
         raise CheckpointError(
-            f"`sha256` and `prompt` of {path} must be as `olmem verify` writes them now (it is of an older version); "
-            "run `olmem verify OUT --against SRC`."
+            f"`kind`, `sha256` and `prompt` of {path} must be as `olmem verify` writes them now (it is of an older "
+            f"version); {verify_again(folder)}."
         )
     return report
 
@@ -168,7 +177,7 @@ def check_config(folder: Path) -> OlmemConfig:
         if raw.get(name) != wanted:
             raise CheckpointError(
                 f"`{name}` of {folder / 'config.json'} must be {wanted!r} (got {raw.get(name)!r}); publish what "
-                "`olmem convert` writes, without --to."
+                "`olmem convert` writes, or `save_pretrained` of the installed olmem."
             )
     read_generation_config(folder)
     refuse_code(raw, folder / "config.json", allowed=("auto_map",))
@@ -176,35 +185,39 @@ def check_config(folder: Path) -> OlmemConfig:
         if read_json(path).get("use_cache") is False:
             raise CheckpointError(
                 f"`use_cache` of {path} must not be false (got False), as every user's generation would be slow; set "
-                "it to true and run `olmem verify OUT --against SRC`."
+                f"it to true; {verify_again(folder)}."
             )
     return read_config(folder)
 
 
-def check_claims(folder: Path, report: Mapping[str, Any], config: OlmemConfig, stored: torch.dtype) -> None:
+def check_claims(folder: Path, report: Mapping[str, Any], config: OlmemConfig) -> None:
     """Raises CheckpointError unless verification.json says what a verification of these files could have said.
 
-    Nothing signs it, and who has no native checkpoint cannot repeat it. What can be seen without one is seen here: that
-    every stage of this model is in it and equal, on a prompt beyond its window, and how many numbers are none.
+    Nothing signs it, and who has no native checkpoint cannot repeat what was compared with it. What can be seen without
+    one is seen here: that every stage of this model is in it and equal, on a prompt beyond its window, and how many
+    numbers are none.
     """
     path, prompt = folder / REPORT_NAME, report["prompt"]
     stages = report.get("stages")
     rows = [row for row in stages if isinstance(row, dict)] if isinstance(stages, list) else []
     names = ["embeddings", *(f"block {layer}" for layer in range(config.num_hidden_layers)), "final norm", "logits"]
     beyond = max(config.sliding_window or 0 if "sliding_attention" in config.layer_types else 0, 1)
-    nonfinite = nonfinite_weights(folder, allowed=True)
-    claims = {
+    compared = {
         "stages": [row.get("stage") for row in rows] == names and all(is_equal(row) for row in rows),
         "weight_differences": report.get("weight_differences") == [],
         "config_differences": report.get("config_differences") == {},
-        "dtype": report.get("dtype") == str(stored).removeprefix("torch."),
-        "prompt": prompt["tokens"] > beyond and prompt["vocabulary"] <= config.vocab_size,
-        "nonfinite": report.get("nonfinite") == nonfinite,
+        "prompt": prompt["tokens"] > beyond,
+    }
+    claims = {
+        **(compared if report["kind"] == "native" else {}),
+        "dtype": report.get("dtype") == str(stored_dtype(folder)).removeprefix("torch."),
+        "vocabulary": prompt["vocabulary"] <= config.vocab_size,
+        "nonfinite": report.get("nonfinite") == nonfinite_weights(folder, allowed=True),
     }
     if wrong := [name for name, holds in claims.items() if not holds]:
         raise CheckpointError(
-            f"`{wrong[0]}` of {path} must be what a verification of these files says (it is not); run `olmem verify "
-            f"{folder} --against SRC`."
+            f"`{wrong[0]}` of {path} must be what a verification of these files says (it is not); "
+            f"{verify_again(folder)}."
         )
 
 
@@ -249,7 +262,7 @@ def check_seal(folder: Path, seal: Mapping[str, Any], files: Mapping[str, LocalF
         found = "; ".join(f"{kind}: {', '.join(map(str, names))}" for kind, names in differences.items() if names)
         raise CheckpointError(
             f"`sha256` of {folder / REPORT_NAME} must match the files ({found}), which are then not what was verified; "
-            "run `olmem verify OUT --against SRC`."
+            f"{verify_again(folder)}."
         )
 
 
@@ -264,7 +277,8 @@ def check_code(folder: Path) -> None:
     if others:
         raise CheckpointError(
             f"`{folder / others[0]}` must be the code of the installed olmem, byte for byte (it is not, or is missing; "
-            f"{len(others)} such files); convert again with this version."
+            f"{len(others)} such files); convert again with this version, or load it with the installed olmem, and "
+            "save it by `save_pretrained`."
         )
 
 
@@ -314,7 +328,7 @@ def check_tokens(folder: Path, config: OlmemConfig) -> None:
             missing = ", none in generation_config.json" if ends == set() else ""
             raise CheckpointError(
                 f"`{name}` of {folder} must be the same in every file, and below `vocab_size` {config.vocab_size} (got "
-                f"{got}{missing}); correct it and run `olmem verify OUT --against SRC`."
+                f"{got}{missing}); correct it, and {verify_again(folder)}."
             )
 
 

@@ -1,7 +1,8 @@
-"""Loads a model as a user would and prints the checksum of its logits. Run as a file, with a task on standard input.
+"""Loads a model as a user would and prints the checksum of its logits. Run as a file, with tasks on standard input.
 
-It imports nothing of this package, for what is installed would take the place of the code that a repository holds. It
-is run without token and network: what it loads is on the disk, and was compared with what was to be published.
+It imports nothing of this package, for what is installed would take the place of the code that a repository holds; so
+tasks of such code come first. It is run without token and network: what it loads is on the disk, and was compared with
+what was to be published.
 """
 
 import hashlib
@@ -14,12 +15,17 @@ from transformers import AutoModelForCausalLM
 
 
 def main() -> None:
-    """Loads the model that the task names, and prints what came of it."""
-    task = json.load(sys.stdin)
+    """Prints, a line for each task, what came of it."""
+    for task in json.load(sys.stdin):
+        print(json.dumps(run(task)))
+
+
+def run(task: dict[str, Any]) -> dict[str, Any]:
+    """Loads the model that the task names, and has it read the prompt."""
     if task["installed"]:
         import olmem  # noqa: F401  registers the classes that load it
     options: dict[str, Any] = {"local_files_only": True}
-    if not task["installed"]:
+    if task["revision"]:
         options["revision"] = task["revision"]
     if task["offload"]:
         options |= {"device_map": "auto", "offload_folder": task["offload"]}
@@ -40,7 +46,7 @@ def main() -> None:
     digest = hashlib.sha256(f"{logits.dtype} {tuple(logits.shape)}".encode())
     digest.update(logits.view(torch.uint8).numpy().data)
     finite = bool(logits.isfinite().all())
-    print(json.dumps({"logits": digest.hexdigest(), "finite": finite, "module": type(model).__module__}))
+    return {"logits": digest.hexdigest(), "finite": finite, "module": type(model).__module__}
 
 
 if __name__ == "__main__":

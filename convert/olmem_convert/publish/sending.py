@@ -4,11 +4,7 @@ What the Hub says of its files is compared, and so is what it sends, before any 
 imports it has neither the token nor the network.
 """
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,24 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.file_download import repo_folder_name
 
 from ..errors import CheckpointError
 from ..options import PushOptions, Say
-from ..proof.prompts import draw_prompt
-from ..reading.olmem_folder import REPORT_NAME, stored_dtype
+from ..reading.olmem_folder import REPORT_NAME
 from ..reading.texts import read_json
 from .planning import MAIN, TITLE, Plan, find_pull_request, make_plan
 from .release import LocalFile, require_same
+from .reloading import check_loaded, run_tasks, task_of
 from .remote import NETWORK_ERRORS, Remote, differences, persistently
-
-OF_THE_USER = {  # variables of places and rules that a process with an empty cache must not know
-    *("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_XET_CACHE", "HF_ASSETS_CACHE", "TRANSFORMERS_CACHE"),
-    *("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_STORED_TOKENS_PATH", "HF_OIDC_RESOURCE"),
-}
-MOST_OF_MEMORY = 0.8  # of which weights may take this much before they are offloaded
 
 
 @dataclass
@@ -52,10 +41,6 @@ class Push:
         """Carries the plan out, from the logits of OUT to the tag. Returns what came of it."""
         pull_request = None
         with self.remote.telling(self.state):
-            self.say(
-                "seen without SRC: code, shapes, numbers and seal are right; that the model is SRC's is the word of "
-                "verification.json, which nothing signs"
-            )
             self.say("computing the logits of the prompt in verification.json, with the installed olmem")
             expected = self.logits(installed=True, commit=None)
             self.create()
@@ -175,35 +160,15 @@ class Push:
     def logits(self, installed: bool, commit: str | None) -> str:
         """The checksum of the logits, in a process of its own: of OUT with the installed olmem, or of the repository at
         this commit by its own code, once what was downloaded is known to be OUT's, bit for bit."""
-        weights = sum(file.size for name, file in self.files.items() if name.endswith(".safetensors"))
         claimed = read_json(self.folder / REPORT_NAME)
-        prompt = claimed["prompt"]
         with tempfile.TemporaryDirectory(prefix="olmem-") as scratch:
-            self.check_room(scratch, weights)
-            offload = weights > MOST_OF_MEMORY * psutil.virtual_memory().total
-            if offload and installed:
-                self.say(
-                    "the model is larger than memory: layers are read from disk as they are needed, which takes long"
-                )
+            self.check_room(scratch)
             if commit is not None:
                 self.download(commit, Path(scratch))
-            task = {
-                "model": str(self.folder) if installed else self.plan.repo_id,
-                "installed": installed,
-                "revision": commit,
-                "dtype": str(stored_dtype(self.folder)).removeprefix("torch."),
-                "input_ids": draw_prompt(prompt["tokens"], prompt["vocabulary"], prompt["seed"]).tolist(),
-                "offload": scratch if offload else None,
-            }
+            model = str(self.folder) if installed else self.plan.repo_id
+            task = task_of(model, self.folder, claimed["prompt"], installed, scratch, self.say, revision=commit)
             report = self.reload(task, scratch)
-        loaded_own = report["module"].startswith("olmem." if installed else "transformers_modules.")
-        if not loaded_own:
-            raise CheckpointError(f"the code that loads the model is another than was to be tried ({report['module']})")
-        if not report["finite"] and not claimed["nonfinite"]:
-            raise CheckpointError(
-                "the logits of the prompt in verification.json must be numbers (some are none); verify it again: "
-                "`olmem verify OUT --against SRC`."
-            )
+        check_loaded(report, installed, finite=not claimed["nonfinite"])
         return report["logits"]
 
     def download(self, commit: str, home: Path) -> None:
@@ -215,28 +180,17 @@ class Push:
         self.say(f"verified: the {len(self.files)} files that the Hub sends are those of OUT, bit for bit")
 
     def reload(self, task: dict[str, Any], scratch: str) -> dict[str, Any]:
-        """Runs reload.py away from the user's caches, without the token and without the network."""
-        token = self.remote.token
-        environment = {
-            name: value for name, value in os.environ.items() if name not in OF_THE_USER and token not in value
-        } | {
-            "HF_HOME": scratch,
-            "HF_MODULES_CACHE": f"{scratch}/modules",
-            "HF_HUB_OFFLINE": "1",
-            "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        }
-        command = [sys.executable, "-P", str(Path(__file__).with_name("reload.py"))]
-        done = subprocess.run(command, input=json.dumps(task), env=environment, capture_output=True, text=True)
-        if done.returncode == 0:
-            return json.loads(done.stdout.splitlines()[-1])
-        why = self.remote.without_token((done.stderr.strip().splitlines() or ["nothing"])[-1])
-        remedy = "; convert again: nothing was sent" if task["installed"] else ""
-        raise CheckpointError(f"the model must load and run (a new process ended with {why!r}){remedy}.")
+        """Runs the task away from the user's caches, without the token and without the network."""
+        try:
+            (report,) = run_tasks([task], scratch, self.remote.token)
+        except CheckpointError as error:
+            sent = "" if task["revision"] else "; nothing was sent"
+            raise CheckpointError(f"{str(error).rstrip('.')}{sent}.") from None
+        return report
 
-    def check_room(self, scratch: str, needed: int) -> None:
+    def check_room(self, scratch: str) -> None:
         """Raises CheckpointError if the model that is to be downloaded does not fit on the disk."""
+        needed = sum(file.size for name, file in self.files.items() if name.endswith(".safetensors"))
         free = shutil.disk_usage(scratch).free
         if free < needed:
             raise CheckpointError(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from olmem import OlmemConfig, OlmemForCausalLM
+from olmem.rules_olmem import OLMO_BLOCKS
 from transformers import AutoTokenizer, GenerationConfig
 
 from ..errors import CheckpointError, reason, shortened
@@ -51,14 +52,26 @@ WRITTEN = re.compile(
 )
 
 
+def refuse_other_classes(folder: Path) -> None:
+    """Raises CheckpointError for a folder of Transformers' own class, which needs neither code nor card of Olmem's."""
+    path = folder / "config.json"
+    model_type = read_json(path).get("model_type") if path.is_file() else None
+    if model_type in list(OLMO_BLOCKS):
+        raise CheckpointError(
+            f"`OUT` must be an Olmem folder (got `model_type` {model_type!r} in {folder}): Transformers loads this one "
+            f"by its own class, so write its README.md by hand, and publish it with `hf upload REPO_ID {folder}`."
+        )
+
+
 def read_raw_config(folder: Path) -> dict[str, Any]:
     """The config.json of an Olmem folder, once it names no code and no number of parts that no model has."""
     path = folder / "config.json"
+    refuse_other_classes(folder)
     raw = read_json(path)
     if raw.get("model_type") != "olmem":
         raise CheckpointError(
             f"`OUT` must be an Olmem folder (got `model_type` {raw.get('model_type')!r} in {folder}); name one that "
-            "`olmem convert` wrote without --to."
+            "`olmem convert` or `save_pretrained` wrote."
         )
     kept = raw.get("olmo_config", {})
     for values in (raw, *([kept] if isinstance(kept, dict) else ())):

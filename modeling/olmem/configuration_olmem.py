@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from .adapters_olmem import name_targets
 from .rules_olmem import NOT_YET, OLMO_BLOCKS, OlmemRules, with_memory_gates
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
@@ -229,7 +230,11 @@ class OlmemConfig(OlmemRules, PreTrainedConfig):
         return loaded
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all fields, without `chooses_memory_gate`, which is not saved."""
+        """Returns all fields, without `chooses_memory_gate`, which is not saved.
+
+        PEFT calls this before it looks for the default targets of an adapter, so they are named here.
+        """
+        name_targets(self.model_type, self.norm_placement)
         values = super().to_dict()
         values.pop("chooses_memory_gate", None)
         return values

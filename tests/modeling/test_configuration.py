@@ -1,6 +1,8 @@
 """What a configuration refuses, with what words, and what it keeps."""
 
 import json
+import sys
+import types
 from typing import Any
 
 import pytest
@@ -729,3 +731,22 @@ def test_a_window_that_an_olmo3_has_is_its_own(tmp_path):
     Olmo3Config(max_position_embeddings=128, sliding_window=200, num_hidden_layers=4).save_pretrained(tmp_path)
     assert OlmemConfig.from_olmo(tmp_path, layer_types=SLIDING).sliding_window == 200
     assert OlmemConfig.from_olmo(tmp_path).sliding_window == 200
+
+
+def test_peft_is_told_which_modules_to_adapt(monkeypatch):
+    """Where it is imported, each time that it asks for a configuration: norms are other ones by their placement."""
+    tables = types.ModuleType("peft.utils.constants")
+    lora, norms = {"llama": ["q_proj", "v_proj"]}, {"llama": ["input_layernorm", "norm"]}
+    tables.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = lora
+    tables.TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING = norms
+    monkeypatch.setitem(sys.modules, "peft.utils.constants", tables)
+    for placement in ("post", "pre", "peri", "parallel"):
+        model = tiny(norm_placement=placement, num_memory_tokens=1)
+        model.config.to_dict()
+        assert lora["olmem"] == ["q_proj", "v_proj", "k_proj"]
+        names = [name for name, module in model.named_modules() if type(module).__name__ == "OlmemRMSNorm"]
+        found = {name.rpartition(".")[2] for name in names if not name.endswith(("q_norm", "k_norm"))}
+        assert set(norms["olmem"]) == found
+    lora["olmem"] = ["q_proj"]  # by somebody else
+    tiny().config.to_dict()
+    assert lora["olmem"] == ["q_proj"] and lora["llama"] == ["q_proj", "v_proj"]

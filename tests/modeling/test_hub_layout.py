@@ -119,7 +119,7 @@ def test_a_saved_folder_has_the_code_and_names_every_auto_class(name, folders):
 
 def test_a_saved_configuration_has_its_code(tmp_path):
     OlmemConfig(**TINY).save_pretrained(tmp_path)
-    assert set(code(tmp_path)) == {"configuration_olmem.py", "rules_olmem.py"}
+    assert set(code(tmp_path)) == {"adapters_olmem.py", "configuration_olmem.py", "rules_olmem.py"}
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoConfig"] == AUTO_MAP["AutoConfig"]
 
 
@@ -216,7 +216,7 @@ def test_what_the_loader_cannot_load_is_found(source, tmp_path):
 
 def test_imports_go_one_way():
     """Rules import no file of the package, fields import the rules, and nothing imports the converter."""
-    for name, siblings in (("rules_olmem", []), ("configuration_olmem", ["rules_olmem"])):
+    for name, siblings in (("rules_olmem", []), ("configuration_olmem", ["adapters_olmem", "rules_olmem"])):
         tree = ast.parse((PACKAGE / f"{name}.py").read_text())
         imported = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level]
         assert imported == siblings

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import fields
 from functools import wraps
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.modules.module as _module
@@ -47,6 +47,23 @@ def takes_cache(forward: Callable) -> Callable:
 def is_recorded(tensor: torch.Tensor | None = None) -> bool:
     """Returns whether a graph is being recorded, so that the code must not depend on the values of tensors."""
     return is_tracing(tensor) or (tensor is not None and tensor.device.type == "meta")
+
+
+def returns_tensors() -> bool:
+    """Tells whether a call returns tensors alone, as a program that is being exported must."""
+    return torch.compiler.is_exporting()
+
+
+@torch.compiler.assume_constant_result
+def _refuse_here(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def refuse(message: str) -> NoReturn:
+    """Raises a `ValueError`, also out of an export, which would report nothing but an exception that it observed."""
+    if torch.compiler.is_exporting():
+        _refuse_here(message)
+    raise ValueError(message)
 
 
 def without_graph(reason: str, when: Callable[..., bool]) -> Callable[[Callable], Callable]:
@@ -412,11 +429,13 @@ __all__ = [
     "moves_inputs",
     "pieces",
     "recomputes_hooks",
+    "refuse",
     "refuse_any",
     "refuse_longer",
     "refuse_uneven",
     "refuse_unless",
     "rename_cache",
+    "returns_tensors",
     "sent",
     "surely",
     "table_of",

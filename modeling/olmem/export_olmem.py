@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .cache_olmem import OlmemCache, is_olmem_cache
+from .compat_olmem import hides_values
 
 
 class OlmemStep(nn.Module):
@@ -18,6 +19,10 @@ class OlmemStep(nn.Module):
 
         step = model.as_step(cache)
         program = torch.export.export(step, (ids,))  # ids (B, 1)
+
+    ExecuTorch keeps neither what buffers hold nor what a program asserts. Its `ExecutorchBackendConfig` needs
+    `passes=[InitializedMutableBufferPass([*step.cache.state])]`. Where a state has been lost, or a token begins a
+    segment of memory or finds no room, which a program cannot do, the logits are NaN from there on.
 
     Args:
         model: an `OlmemForCausalLM`.
@@ -51,7 +56,22 @@ class OlmemStep(nn.Module):
                 "model itself reads several."
             )
         self.cache.state = {name: getattr(self, name) for name in self.cache.state}
-        return self.model(input_ids, past_key_values=self.cache).logits
+        if not hides_values(input_ids):
+            return self.model(input_ids, past_key_values=self.cache).logits
+        goes_on = self.goes_on()
+        logits = self.model(input_ids, past_key_values=self.cache).logits
+        self.cache.columns.mul_(goes_on)  # 0 is no state, so that later steps do not go on either
+        return logits.where(goes_on, torch.nan)
+
+    def goes_on(self) -> torch.Tensor:
+        """Returns whether a program can read one more token, (), from what it has read."""
+        cache, segment = self.cache, self.cache.config.memory_segment_length
+        found = cache.columns > 0
+        if cache.max_length is not None and not all(cache.is_sliding):
+            found = found & (cache.columns < cache.max_length)
+        if cache.config.num_memory_tokens and segment is not None:
+            found = found & (cache.seen % segment != 0).all()
+        return found
 
 
 __all__ = ["OlmemStep"]

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .backends_olmem import eager_attention_forward
 from .cache_olmem import is_olmem_cache
-from .compat_olmem import CACHE_NAME, hides_values
+from .compat_olmem import CACHE_NAME, hides_values, refuse, returns_tensors
 from .configuration_olmem import OlmemConfig
 from .contracts_olmem import Candidates, Heads, LayerKind, Needs, Output, Part, Plan, Rotations, Section
 from .ops_olmem import PLAIN
@@ -109,7 +109,10 @@ def reason_to_fall_back(
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() != 2:
         return "an `attention_mask` that is not (B, T); pass one, zeros for padding"
     if cache is not None and not is_olmem_cache(cache):
-        return f"a {type(cache).__name__}; leave `past_key_values` and `cache_implementation` out"
+        remedy = "leave `past_key_values` and `cache_implementation` out, and tune prompts where PEFT tunes a prefix"
+        if returns_tensors():
+            remedy = "export `model.as_step(cache)`, with an OlmemCache that has read a prompt"
+        return f"a {type(cache).__name__}; {remedy}"
     if isinstance(attention_mask, dict):
         return "masks made ahead; pass an `attention_mask` (B, T)"
     if cache is None and position_ids is not None and hides_values(position_ids):
@@ -125,17 +128,17 @@ def refuse_own_features(config: OlmemConfig, context: str) -> None:
     """
     types = set(config.layer_types)
     if config.num_sink_tokens and types != {"full_attention"}:
-        raise ValueError(f"`num_sink_tokens` must be 0 (got {config.num_sink_tokens}) {context}.")
+        refuse(f"`num_sink_tokens` must be 0 (got {config.num_sink_tokens}) {context}.")
     if config.has_memory:
-        raise ValueError(f"{config.memory_rule}, which only an OlmemCache holds, {context}.")
+        refuse(f"{config.memory_rule}, which only an OlmemCache holds, {context}.")
     by_slot = set(BY_SLOT) & set(config.layer_position_embeddings)
     if by_slot:
-        raise ValueError(
+        refuse(
             f"`position_embedding` must be made of rope and none (got {min(by_slot)!r}, which goes by what a query "
             f"sees) {context}."
         )
     if "chunked_attention" in types:
-        raise ValueError(f"`layer_types` must not have 'chunked_attention' {context}.")
+        refuse(f"`layer_types` must not have 'chunked_attention' {context}.")
 
 
 @dataclass

@@ -46,6 +46,7 @@ from .cache_olmem import OlmemCache, is_olmem_cache
 from .captured_olmem import Captured, wanted_states
 from .compat_olmem import (
     CACHE_NAME,
+    returns_tensors,
     takes_cache,
 )
 from .configuration_olmem import HUB_ARGUMENTS, OlmemConfig
@@ -480,7 +481,7 @@ class OlmemModel(OlmemPreTrainedModel):
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             refuse_beside_checkpoints(self.layers[0], self.memory, past_key_values)
             past_key_values, use_cache = None, False
-        if use_cache and past_key_values is None:
+        if use_cache and past_key_values is None and not returns_tensors():
             past_key_values = self.make_cache(attention_mask)
         if falls_back(self.config, past_key_values, attention_mask, position_ids):
             arguments = kwargs | ({"output_attentions": output_attentions} if output_attentions else {})

@@ -10,6 +10,8 @@ from olmem import OlmemCache, OlmemStep
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
+from transformers import GenerationConfig
+from transformers.integrations.executorch import TorchExportableModuleWithStaticCache
 
 # All that a layer can be: both kinds of windows and none, sinks, every scheme, shared tensors, and retrieval.
 WIDE = {
@@ -81,6 +83,42 @@ def test_inference_is_exported_for_any_batch():
     run = torch.export.export(logits, padded(7), dynamic_shapes=(shapes, shapes)).module()
     ids, mask = (each.repeat(3, 1) for each in padded(40))
     close(run(ids, mask)[mask.bool()], logits(ids, mask)[mask.bool()])
+
+
+@torch.no_grad()
+def test_a_model_is_exported_as_it_is():
+    """By default it returns a cache, which no program can."""
+    model, ids = tiny(**ONE | SINKS), tokens(1, 7)
+    for strict in (False, True):
+        outputs = torch.export.export(model, (ids,), strict=strict).module()(ids)
+        close(outputs.logits, model(ids).logits)
+
+
+def written(model) -> nn.Module:
+    """A model with a static cache that it writes to, as Transformers exports it for ExecuTorch."""
+    sizes = {"batch_size": 1, "max_cache_len": 16}
+    model.generation_config = GenerationConfig(use_cache=True, cache_implementation="static", cache_config=sizes)
+    return TorchExportableModuleWithStaticCache(model)
+
+
+@torch.no_grad()
+def test_a_plain_model_is_exported_with_a_static_cache():
+    model, ids, places = tiny(), tokens(1, 12), torch.arange(12)
+    given = {"input_ids": ids[:, :1], "cache_position": places[:1]}
+    run = torch.export.export(written(model), (), given, strict=True).module()
+    expected = model(ids, use_cache=False).logits
+    for index in range(12):
+        close(run(input_ids=ids[:, [index]], cache_position=places[[index]])[:, 0], expected[:, index])
+
+
+@pytest.mark.parametrize("changes", [SINKS, ONE | MEMORY], ids=["sinks", "memory"])
+def test_an_export_is_refused_in_words(changes):
+    """The compiler told of an exception that it observed."""
+    given = {"input_ids": tokens(1, 1), "cache_position": torch.tensor([0])}
+    words = "must be 0 .* with a StaticCache; export `model.as_step\\(cache\\)`"
+    for strict in (False, True):
+        with pytest.raises(ValueError, match=words):
+            torch.export.export(written(tiny(**changes)), (), given, strict=strict)
 
 
 @torch.no_grad()
@@ -166,6 +204,22 @@ def test_a_step_of_memory_is_exported_within_a_segment():
         close(run(ids[:, [index]])[:, 0], expected[:, index])
     with pytest.raises(RuntimeError, match="A recorded step cannot begin a segment"):
         run(ids[:, [5]])
+
+
+@torch.no_grad()
+def test_a_step_without_its_state_gives_no_numbers():
+    """ExecuTorch begins buffers at zero unless told otherwise, and drops what a program asserts."""
+    for changes, lost in ((SINKS, {"columns": 0}), (ONE | MEMORY, {"seen": 10})):
+        model, ids = tiny(**changes), tokens(2, 6)
+        program = torch.export.export(begun(model, ids[:, :2]), (tokens(2, 1),))
+        for node in [each for each in program.graph.nodes if "assert_async" in str(each.target)]:
+            program.graph.erase_node(node)
+        run = program.module()
+        assert run(ids[:, [2]]).isfinite().all()
+        for name, number in lost.items():
+            run.get_buffer(name).fill_(number)
+        for index in (3, 4):
+            assert run(ids[:, [index]]).isnan().all()
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="AOTInductor needs a compiler of C++")

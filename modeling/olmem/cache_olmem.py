@@ -333,6 +333,11 @@ class OlmemCache(Cache):
         return not self.config.has_memory and not any(self.is_sliding)
 
     @property
+    def max_cache_len(self) -> int:
+        """Returns `max_length`, or −1 without one. PEFT asks for it by this name when it tunes a prefix."""
+        return -1 if self.max_length is None else self.max_length
+
+    @property
     def nbytes(self) -> int:
         """Returns the bytes of memory and of all buffers of keys and values, with their room for more tokens."""
         memory = 0 if self.memory is None else self.memory.nbytes

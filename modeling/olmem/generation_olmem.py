@@ -46,6 +46,13 @@ class OlmemGenerationMixin(GenerationMixin):
         Assisted decoding uses Transformers' caches for both models, because it takes tokens back. An OlmemCache cannot
         do that once a window has lost a token.
         """
+        wanted = generation_config.cache_implementation
+        if generation_config.use_cache and wanted is not None:
+            refuse_own_features(
+                self.config,
+                f"with `cache_implementation` {wanted!r}; leave it out, and generate() makes an OlmemCache, which is "
+                "of bounded size where layers have windows",
+            )
         rolls_back = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
         wants_own = generation_config.use_cache and generation_config.cache_implementation is None
         if model_kwargs.get(CACHE_NAME) is None and wants_own:
@@ -63,23 +70,36 @@ class OlmemGenerationMixin(GenerationMixin):
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Makes the manager of continuous batching, unless the model needs more than paged keys and values."""
+        refuse_own_features(
+            self.config,
+            "in continuous batching, which pages keys and values alone; pass the prompts to `generate()` as a padded "
+            "batch",
+        )
+        return super().init_continuous_batching(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # pyright: ignore  whose arguments Transformers looks at
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):  # pyright: ignore
         """Prepares the inputs of a call as Transformers does, but without a mask for a step with an OlmemCache.
 
         Tokens that `generate()` has written are never padding, and the host need not wait for a mask that is not there.
+        The cache is `past_key_values` in every release, where PEFT looks for it: it begins a text with its prompt if
+        it finds no cache, or an empty one.
         """
         is_prompt = kwargs.pop("reads_prompt", False)  # columns of a prompt may be padding
         if kwargs.get("next_sequence_length") == 1 and not is_prompt and not args and STEP_ARGUMENTS.issuperset(kwargs):
             cache = kwargs.get("cache", kwargs.get("past_key_values"))
             if cache is not None and is_olmem_cache(cache) and not cache.fresh:  # as below, but faster
                 given = {name: value for name, value in kwargs.items() if name not in NOT_AT_A_STEP}
-                return {"input_ids": input_ids[:, -1:].clone(), **given}
+                return rename_cache({"input_ids": input_ids[:, -1:].clone(), **given}, "past_key_values")
         inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids, *args, **kwargs
         )
-        cache, ids = inputs.get(CACHE_NAME), inputs.get("input_ids")
-        if ids is not None and ids.shape[1] == 1 and is_olmem_cache(cache) and not cache.fresh and not is_prompt:
+        inputs = rename_cache(inputs, "past_key_values")
+        cache, ids = inputs.get("past_key_values"), inputs.get("input_ids")
+        is_step = ids is not None and ids.shape[1] == 1 and not is_prompt
+        if is_step and cache is not None and is_olmem_cache(cache) and not cache.fresh:
             inputs.pop("attention_mask", None)
             inputs.pop("position_ids", None)
         return inputs

@@ -732,10 +732,9 @@ def test_what_a_cache_of_transformers_cannot_hold_is_refused(changes, name):
             read(model, ids, cache)
         with pytest.raises(ValueError, match=rf"`{name}` must .* with a {type(cache).__name__}; leave"):
             model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=2)
-    for kind in ("static", "dynamic"):
-        with pytest.raises(
-            ValueError, match=rf"`{name}` must .*leave `past_key_values` and `cache_implementation` out"
-        ):
+    for kind in ("static", "dynamic", "offloaded", "quantized"):
+        words = rf"`{name}` must .*`cache_implementation` '{kind}'; leave it out, and generate\(\) makes an OlmemCache"
+        with pytest.raises(ValueError, match=words):
             model.generate(ids, attention_mask=torch.ones_like(ids), cache_implementation=kind, max_new_tokens=2)
 
 

@@ -1,11 +1,12 @@
 """Generation: whatever is remembered between steps, the tokens and logits are those of one forward over everything."""
 
 import itertools
+import threading
 
 import pytest
 import torch
-from modeling.helpers import CHUNKS, MIXED, SINKS, WINDOW, left_padded, named, tiny, tokens
-from olmem import OlmemCache
+from modeling.helpers import CHUNKS, MEMORIES, MIXED, SINKS, WINDOW, left_padded, named, tiny, tokens
+from olmem import OlmemCache, OlmemForCausalLM
 from torch.testing import assert_close
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache, TextStreamer
 
@@ -110,6 +111,57 @@ def test_requests_are_batched_continuously(changes):
     for prompt, output in zip(prompts, found, strict=True):
         alone = model.generate(torch.tensor([prompt]), generation_config=config)[0, len(prompt) :]
         assert output.generated_tokens == alone.tolist()
+
+
+@pytest.mark.parametrize("changes", [SINKS, CHUNKS, MEMORIES["memory"], MEMORIES["retrieval"]], ids=named)
+def test_continuous_batches_are_refused_before_any_worker_starts(changes):
+    """Transformers' worker failed for a mask that the caller had not given, and an empty result came back."""
+    model, before = tiny(**changes), threading.active_count()
+    words = "` must .* in continuous batching, which pages .*; pass the prompts to `generate\\(\\)` as a padded batch"
+    for start in (lambda: model.generate_batch([[1, 2, 3]]), model.init_continuous_batching):
+        with pytest.raises(ValueError, match=words):
+            start()
+    assert threading.active_count() == before
+    assert model.config._attn_implementation == "sdpa"
+
+
+class Prompted(OlmemForCausalLM):
+    """Tunes a prompt as PEFT does, whose `prepare_inputs_for_generation` looks for the cache by its older name."""
+
+    prompts = 0
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        cache = inputs.get("past_key_values")
+        if cache is None or not cache.get_seq_length():
+            self.prompts += 1
+            embedded = self.get_input_embeddings()(inputs.pop("input_ids"))
+            inputs["inputs_embeds"] = torch.cat((prompt(len(embedded)), embedded), dim=1)
+            if (mask := inputs.get("attention_mask")) is not None:
+                inputs["attention_mask"] = torch.cat((mask.new_ones(len(mask), 2), mask), dim=1)
+            inputs.pop("position_ids", None)
+        return inputs
+
+
+def prompt(rows: int) -> torch.Tensor:
+    return torch.linspace(-1, 1, 48).view(1, 2, 24).expand(rows, -1, -1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, SINKS, MEMORIES["both mixed"]], ids=named)
+def test_a_tuned_prompt_begins_a_text_once(changes):
+    """Steps got it too, with a cache that PEFT did not find; that of Transformers' own models still do."""
+    model = tiny(Prompted, **changes)
+    rows = [tokens(2 * WINDOW), tokens(WINDOW - 1, seed=1)]
+    batch = left_padded(*rows)
+    written = write(model, batch.pop("input_ids"), **batch)
+    assert model.prompts == 1
+    embed = model.get_input_embeddings()
+    for row, found in zip(rows, written, strict=True):
+        for token in found:
+            embedded = torch.cat((prompt(1), embed(row[None])), dim=1)
+            assert model(inputs_embeds=embedded, use_cache=False).logits[0, -1].argmax() == token
+            row = torch.cat((row, token[None]))
 
 
 def test_a_cache_is_given_by_one_of_its_names():

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .commands.converting import convert
     from .commands.evaluating import evaluate
     from .commands.pushing import push
+    from .commands.serving import serve
     from .commands.tokenizing import add_tokenizer
     from .commands.verifying import verify
 
@@ -26,6 +27,7 @@ __all__ = [
     "convert",
     "evaluate",
     "push",
+    "serve",
     "verify",
 ]
 
@@ -36,6 +38,7 @@ PLACES = {
     "convert": "commands.converting",
     "evaluate": "commands.evaluating",
     "push": "commands.pushing",
+    "serve": "commands.serving",
     "verify": "commands.verifying",
 }
 

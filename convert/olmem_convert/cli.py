@@ -1,4 +1,4 @@
-"""`olmem convert | verify | evaluate | card | push`: parses and calls."""
+"""`olmem convert | verify | evaluate | card | push | serve`: parses and calls."""
 
 import atexit
 import gc
@@ -168,6 +168,7 @@ CreatePr = Annotated[bool, typer.Option("--create-pr", help="As a pull request t
 Private = Annotated[bool, typer.Option("--private", help="Of a repository that is created.")]
 Tag = Annotated[str | None, typer.Option(metavar="vX", help="Tag of the commit, once it is verified.")]
 Execute = Annotated[bool, typer.Option("--execute", help="Do what is planned; else nothing is sent.")]
+Served = Annotated[str, typer.Argument(metavar="OUT", help="A converted folder, or a repository on the Hub.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output, and nothing else.")]
 
 
@@ -315,6 +316,14 @@ def main() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def serve(context: typer.Context, source: Served) -> None:
+    """Serve a model by Transformers' own server: all other options are those of `transformers serve`."""
+    run = imported("serve")
+
+    finish(lambda say: run(source, context.args, say=say), False)
 
 
 def imported(name: str) -> Callable[..., dict[str, Any]]:

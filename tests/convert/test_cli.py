@@ -15,11 +15,13 @@ import pytest
 from convert.checkpoints import DEMO, load_weights, read_config, snapshot, source
 from convert.processes import command
 from convert.writers import write_olmo
+from modeling.helpers import tiny
 from olmem_convert import ConvertOptions
 from olmem_convert.cli import app
 from olmem_convert.commands import converting
 from olmem_convert.writing import progress
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers.utils import import_utils
 from typer.testing import CliRunner
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -160,6 +162,19 @@ def test_help_names_every_argument(verb):
         "push": ("OUT", "REPO_ID", "--revision", "--create-pr", "--private", "--tag", "--execute", "--json"),
     }[verb]:
         assert word in result.stdout
+
+
+def test_serve_says_what_it_needs(tmp_path, monkeypatch):
+    """The server itself is tested where its packages are, in tests/ecosystem."""
+    tiny(layer_types="sliding_attention", num_sink_tokens=2).config.save_pretrained(tmp_path / "sinks")
+    for has_packages, arguments, words in (
+        (False, ["sinks"], "`pip install 'transformers[serving]'`"),
+        (True, ["."], "must hold a config.json"),
+        (True, ["sinks", "--port", "8001", "--continuous-batching"], "`num_sink_tokens` must be 0 (got 2) with `--con"),
+    ):
+        monkeypatch.setattr(import_utils, "is_serve_available", lambda found=has_packages: found)
+        result = run("serve", tmp_path / arguments[0], *arguments[1:])
+        assert result.exit_code == 1 and result.stderr.startswith("error: ") and words in result.stderr
 
 
 def test_version():

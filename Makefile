@@ -1,9 +1,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TOOLS := .venv-ecosystem
 DEMO := model_cards/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test ecosystem lint clean
 
 demo: $(VENV)/.installed ## convert the demo checkpoint, verify it, generate with it
 	$(BIN)/olmem convert $(DEMO)/native/step1872 build/demo --overwrite
@@ -12,13 +13,16 @@ demo: $(VENV)/.installed ## convert the demo checkpoint, verify it, generate wit
 test: $(VENV)/.installed-test ## everything that needs no network and no GPU
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
+ecosystem: $(TOOLS)/.installed ## every tool that Olmem is used with, in an environment of its own; writes the table
+	$(TOOLS)/bin/python -m pytest -q -n 2 --dist loadfile tests/ecosystem --compatibility docs/compatibility.md
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(TOOLS) build dist
 
 $(VENV)/.installed: pyproject.toml .constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "olmem needs Python 3.11 or newer: make PYTHON=python3.12")'
@@ -28,4 +32,9 @@ $(VENV)/.installed: pyproject.toml .constraints.txt
 
 $(VENV)/.installed-%: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .constraints.txt --editable '.[$*]'
+	touch $@
+
+$(TOOLS)/.installed: pyproject.toml .constraints-ecosystem.txt
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .constraints-ecosystem.txt --editable '.[ecosystem]'
 	touch $@

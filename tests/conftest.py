@@ -16,3 +16,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leaves tests of other tools out unless they are named: `make ecosystem` has an environment for them."""
+    is_named = any("ecosystem" in str(argument) for argument in config.args)
+    return True if collection_path.name == "ecosystem" and not is_named else None

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-NEEDS = {"peft": "from peft"}  # packages that blocks may use and the tests do not install
+# Packages that blocks may use and the tests do not install. `make ecosystem` does, and runs what needs them.
+NEEDS = {"peft": "from peft", "trl": "from trl", "lm_eval": "from lm_eval", "fastapi": '"olmem", "serve"'}
 ELSEWHERE = ("pip", "make")  # commands that change the machine; CI runs those of them that there are
 
 

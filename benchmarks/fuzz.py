@@ -79,6 +79,7 @@ STARTS = (
     "pty.spawn",
 )
 CALLS = ("socket.connect", "socket.getaddrinfo", "socket.bind", "urllib.Request", "pickle.find_class")
+GIT = [["git", "rev-parse", "--is-inside-work-tree"], ["git", "rev-parse", "HEAD"]]
 LOOKS = {"socket.connect": 1, "socket.getaddrinfo": 0}  # and where the address is among their arguments
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.chmod", "os.truncate")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -100,8 +101,8 @@ class Guard:
             return  # to the Hub that lies, which sees where a token goes
         if not self.armed or event not in (*STARTS, *CALLS, *CHANGES, "open"):
             return
-        if event == "subprocess.Popen" and list(arguments[1]) == trial():
-            return  # a tokenizer is tried in a process of its own
+        if event == "subprocess.Popen" and list(arguments[1]) in (trial(), *GIT):
+            return  # a tokenizer is tried in a process of its own, and `evaluate` says at which commit it ran
         if event == "open":
             path, _, flags = arguments
             stops = bool((flags or 0) & WRITING) and self.is_outside(path)

@@ -163,18 +163,20 @@ def summary() -> str:
     store = read("recall_store.json")["table"]
     rows = []
     for key, text in {
-        ("step", "step at token 1,000,000"): "7B model, one H200: a token at position 1,000,000, window 4,096",
-        ("prompt", "plain, 1048576 tokens"): "… a prompt of 1,048,576 tokens",
-        ("prompt", "Olmo3 in calls"): "… Transformers' Olmo3, 65,536 tokens in calls of 4,096",
-        ("peers", "Olmo3, static, greedy"): "… Transformers' Olmo3, a token with a compiled static cache",
+        ("step", "step at token 1,000,000"): "7B model on one H200, window 4,096: a step at token 1,000,000",
+        ("generate", "generate, greedy"): "… `generate()` of 256 tokens, its prompt included",
+        ("peers", "Olmo3, static, greedy"): "… the same with Transformers' Olmo3 and a compiled static cache",
+        ("prompt", "plain, 65536 tokens"): "… a prompt of 65,536 tokens in one call",
+        ("prompt", "Olmo3 in calls"): "… the same with Transformers' Olmo3 in calls of 4,096",
+        ("prompt", "plain, 1048576 tokens"): "… a prompt of 1,048,576 tokens in one call",
     }.items():
         if key in figures:
             rows.append([text, measured(figures[key])])
     far = list(store["learned"])[-1]
     for variant, text in {
-        "learned": f"pairs recalled over {far} windows of decoys, a store of 64 tokens that selects",
+        "learned": f"pairs that are recalled {far} windows later, after decoys: a store of 64 tokens that selects",
         "recent": "… a store of the last 64 tokens",
-        "wider": "… a wider window of the same bytes",
+        "wider": "… a window that is wider by the same number of bytes",
     }.items():
         rows.append([text, f"{100 * store[variant][far][0]:.1f} %"])
     return table(["", "measured"], rows)

@@ -41,7 +41,8 @@ def place(demo, tmp_path, monkeypatch) -> Path:
     """A working directory with what the pages take for granted."""
     shutil.copytree(demo, tmp_path / "build/demo")
     shutil.copytree(ROOT / "model_cards/demo/native", tmp_path / "model_cards/demo/native")
-    (tmp_path / "text.py").write_text((ROOT / "benchmarks/report.py").read_text())
+    (tmp_path / "benchmarks").mkdir()
+    shutil.copy(ROOT / "benchmarks/report.py", tmp_path / "benchmarks")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

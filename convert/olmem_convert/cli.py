@@ -1,10 +1,8 @@
 """`olmem convert | verify | evaluate | card | push | serve`: parses and calls."""
 
-import atexit
 import gc
 import inspect
 import json
-import os
 import re
 import signal
 import sys
@@ -304,18 +302,6 @@ def card(out: Folder, options: CardOptions, say: Say, tell: Tell | None) -> dict
 def push(out: Verified, repo_id: RepoId, options: PushOptions, say: Say, tell: Tell | None) -> dict[str, Any]:
     """Show what of a verified folder would go to the Hub and, with --execute, publish it whole or not at all."""
     return imported("push")(out, repo_id, options, say=say)
-
-
-def main() -> None:
-    """Runs the command, and ends the process as soon as it has: to take apart all that torch has imported, which nobody
-    needs any more, would take a second."""
-    try:
-        app()
-    except SystemExit as end:
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})

@@ -10,7 +10,7 @@ parameters have the same names, so their checkpoints load without renaming. The 
 - windows that slide or move in chunks, sinks before them, and a cache of bounded size (`OlmemCache`);
 - memory of tokens that have left the window, by memory tokens or by retrieval.
 
-The size of a window is used in one place, `Visibility` (visibility_olmem). Plans and states ask it.
+What a window's size means is defined in one place, `Visibility` (visibility_olmem). Plans, views and states ask it.
 
 A forward call makes logits from ids in these steps, which `Reader` takes one after another (reading_olmem):
 

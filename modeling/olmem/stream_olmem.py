@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation import (
+    EosTokenCriteria,
     GenerationMode,
     LogitsProcessorList,
     StoppingCriteriaList,
@@ -91,6 +92,7 @@ class OlmemStream:
         self.rows: list[Row] = []
         self.is_batch = False  # whether it was given a list, and gives one
         self.calls = 0  # of methods that change the stream
+        self.is_reading = False  # also after a reading that was broken off
         self.cache = self.new_cache()
         if path is not None:
             self.cache = OlmemCache.load(path, model.config, device=model.device)
@@ -140,10 +142,12 @@ class OlmemStream:
             raise ValueError("`new` must have something to read in some row (got None in each); do not call `read`.")
         if not self.rows:
             self.rows, self.is_batch = rows, is_batch
+        self.is_reading = True
         self.feed(read)
         for row, changes in zip(self.rows, after, strict=True):
             for name, value in changes.items():
                 setattr(row, name, value)
+        self.is_reading = False
 
     def prepare(self, row: Row, given: Given, name: str) -> tuple[torch.Tensor, dict[str, Any]]:
         """Returns the ids (T,) that a row is to read, and what changes in the row then."""
@@ -183,9 +187,13 @@ class OlmemStream:
             for start in range(0, width, size):
                 piece = ids[:, start : start + size]
                 stop = start + piece.shape[1]
-                self.forward(piece, torch.arange(start, stop) >= firsts[:, None])
-                for row, queue, length in zip(self.rows, queues, lengths, strict=True):
-                    if stop > width - length:
+                is_token = torch.arange(start, stop) >= firsts[:, None]
+                self.forward(piece, is_token)
+                for row, queue, length, count in zip(
+                    self.rows, queues, lengths, is_token.sum(-1).tolist(), strict=True
+                ):
+                    row.count += count
+                    if count:
                         row.wait(int(queue[stop - width + length]))
                 bar.update(stop - start)
         for row, ids, queue in zip(self.rows, new, queues, strict=True):
@@ -200,15 +208,13 @@ class OlmemStream:
         outputs = self.model(
             ids.to(device), attention_mask=given, past_key_values=self.cache, use_cache=True, logits_to_keep=1
         )
-        for row, count in zip(self.rows, mask.sum(-1).tolist(), strict=True):
-            row.count += count
         return outputs.logits[:, -1]
 
     def refuse_broken(self) -> None:
         """Raises an error if a call was broken off, or the cache was used beside the stream."""
         count = [row.count for row in self.rows]
         seen = self.cache.counters.read_seen() if self.cache.is_initialized else [0] * len(count)
-        if self.cache.half_read or seen != count:
+        if self.is_reading or self.cache.half_read or seen != count:
             raise ValueError(
                 f"the stream must have read what its cache has, {seen} tokens (got {count}), but a call was broken "
                 "off, or the cache was used beside it; go on from a file, or `reset()` the stream."
@@ -225,9 +231,11 @@ class OlmemStream:
         begun = [row for row in self.rows if row.messages and row.turn is None]
         prompts = [self.texts.prompt(row.messages) if row in begun else "" for row in self.rows]
         if any(prompts):
+            self.is_reading = True
             self.feed([self.texts.tokenize(text, begins=False) if text else None for text in prompts])
         for row in begun:
             row.turn = []
+        self.is_reading = False
 
     # Writing
 
@@ -319,11 +327,8 @@ class OlmemStream:
                 f"{len(self.rows)} rows), because it yields tokens that it cannot take back; leave beams, assistants "
                 "and `num_return_sequences` to `generate()`."
             )
-        ends = {
-            int(each)
-            for criterion in stopping_criteria
-            for each in getattr(criterion, "eos_token_id", torch.empty(0)).flatten()
-        }
+        of_ends = [each for each in stopping_criteria if isinstance(each, EosTokenCriteria)]
+        ends = {int(token) for each in of_ends for token in each.eos_token_id.flatten()}
         going = [not row.ended for row in self.rows]
         while any(going):
             logits = self.forward(input_ids[:, -1:], torch.tensor(going)[:, None])
@@ -338,6 +343,7 @@ class OlmemStream:
             tokens = [token if goes else None for token, goes in zip(chosen[:, 0].tolist(), going, strict=True)]
             for row, token in zip(self.rows, tokens, strict=True):
                 if token is not None:
+                    row.count += 1  # the one that waited
                     row.tail.append(token)
                     if self.texts.tokenizer is None:
                         row.wait(token)
@@ -353,7 +359,7 @@ class OlmemStream:
         """Forgets all that these rows have read and written, or all rows, which then begin another text."""
         if rows is None:
             self.calls += 1
-            self.rows, self.cache = [], self.new_cache()
+            self.rows, self.cache, self.is_reading = [], self.new_cache(), False
             return
         chosen = [rows] if isinstance(rows, int) else list(rows)
         if not all(type(row) is int and 0 <= row < len(self.rows) for row in chosen):

@@ -465,7 +465,7 @@ def test_disk_that_fills_up(limit, src):
 # Options
 
 
-@pytest.mark.parametrize("dtype", ["float8", "int8", "double", "", "bf16"])
+@pytest.mark.parametrize("dtype", ["float8", "int8", "double", "", "bf8"])
 def test_dtype_that_is_none(dtype, src):
     write_olmo(src, "model.pt")
     refuse(src, "dtype", "bfloat16", options=("--dtype", dtype))

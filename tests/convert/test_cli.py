@@ -281,7 +281,7 @@ def test_signal_leaves_nothing(number, code, overwrite, tmp_path):
 def test_library_names():
     verbs = {"card", "convert", "evaluate", "push", "verify"}
     options = {f"{verb.title()}Options" for verb in verbs}
-    assert set(olmem_convert.__all__) == {"CheckpointError", "add_tokenizer", *verbs, *options}
+    assert set(olmem_convert.__all__) == {"CheckpointError", "add_tokenizer", "serve", *verbs, *options}
     assert all(callable(getattr(olmem_convert, name)) for name in olmem_convert.__all__)
 
 

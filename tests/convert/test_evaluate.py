@@ -235,7 +235,7 @@ def test_options_that_are_not_fit(out, text, tmp_path):
 def test_folder_that_is_not_fit(out, text, tmp_path):
     (out / "verification.json").unlink()
     (out / "tokenizer.json").rename(tmp_path / "tokenizer.json")
-    refused(out, [text], "must have a tokenizer", "--tokenizer")
+    refused(out, [text], "must have a tokenizer", "`olmem tokenizer ")
     (out / "tokenizer.json").write_text("{}")
     refused(out, [text], "tokenizer.json")
     shutil.move(tmp_path / "tokenizer.json", out / "tokenizer.json")

@@ -172,10 +172,13 @@ def test_push_then_nothing_to_do_then_a_tag(out, server, unloaded):
 
 def test_a_card_is_titled_as_its_repository_unless_it_was_named(out, server, unloaded):
     card(out, CardOptions(name="out"))
+    before = (out / "README.md").read_text()
     push(out, REPO)
+    assert (out / "README.md").read_text() == before  # a plan changes nothing
+    push(out, REPO, PushOptions(execute=True))
     assert "# model\n" in (out / "README.md").read_text()
     card(out, CardOptions(name="another"))
-    push(out, REPO)
+    push(out, REPO, PushOptions(execute=True))
     assert "# another\n" in (out / "README.md").read_text()
 
 

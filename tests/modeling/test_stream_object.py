@@ -393,6 +393,39 @@ def test_a_loop_that_goes_on_is_not_crossed(tmp_path):
             call()
 
 
+@pytest.mark.parametrize("after", [0, 1])
+def test_what_was_broken_off_is_not_gone_on_from(after, monkeypatch):
+    """As it chooses a token, or between two pieces of what it reads; a new beginning is possible."""
+    calls: list[int] = []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) > after:
+            raise RuntimeError("broken off")
+        return _[-1]
+
+    def goes_on(stream: OlmemStream) -> None:
+        for call in (lambda: stream.read([1]), lambda: next(stream.write(1))):
+            with pytest.raises(ValueError, match="a call was broken off"):
+                call()
+        stream.reset()
+        stream.read(tokens(9))
+        assert len(list(stream.write(2, **GREEDY))) == 2
+
+    stream = tiny(**SINKS).stream()
+    stream.read(tokens(9))
+    with pytest.raises(RuntimeError, match="broken off"):
+        list(stream.write(3, **GREEDY, logits_processor=LogitsProcessorList([fail])))
+    goes_on(stream)
+    calls.clear()
+    monkeypatch.setattr(stream_olmem, "PIECES", {"cpu": 4})
+    monkeypatch.setattr(stream, "forward", lambda *given: fail(OlmemStream.forward(stream, *given)))
+    with pytest.raises(RuntimeError, match="broken off"):
+        stream.read(tokens(9))
+    monkeypatch.undo()
+    goes_on(stream)
+
+
 def test_a_file_is_of_a_stream_and_of_its_model(tmp_path):
     model = tiny(**SINKS)
     stream = model.stream()

@@ -42,7 +42,7 @@ def push(out: str | Path, repo_id: str, options: PushOptions | None = None, *, s
     """
     options = options or PushOptions()
     check_options(repo_id, options)
-    files = titled(Path(out), repo_id, check_release(out), say)
+    files = titled(Path(out), repo_id, check_release(out), options.execute, say)
     if is_offline_mode():
         raise CheckpointError("`HF_HUB_OFFLINE` must be unset to push (it is set); unset it.")
     token = find_token()
@@ -67,13 +67,18 @@ def push(out: str | Path, repo_id: str, options: PushOptions | None = None, *, s
         return report | Push(remote, Path(out), files, plan, options, say).run()
 
 
-def titled(out: Path, repo_id: str, files: dict[str, LocalFile], say: Say) -> dict[str, LocalFile]:
-    """Has the card of a model that was given no name of its own bear the repository's. Returns the files with it."""
+def titled(out: Path, repo_id: str, files: dict[str, LocalFile], execute: bool, say: Say) -> dict[str, LocalFile]:
+    """Has the card of a model that was given no name of its own bear the repository's, where the plan is executed.
+
+    Returns the files with that card.
+    """
     path = out / CARD_NAME
     if not is_own(path) or said(path)["model_name"] != named_after(out):
         return files
+    say(f"the card is titled as the repository, once it is sent: `olmem card {out} --name NAME` names it otherwise")
+    if not execute:
+        return files
     replace_text(path, make_card(said(path) | {"model_name": repo_id}, read_values(out, digests_of(files))))
-    say(f"the card is titled as the repository: `olmem card {out} --name NAME` names it otherwise")
     return files | read_all([path])
 
 

@@ -389,7 +389,7 @@ class Frame:
         sinks = find_sinks(keys, visibility.num_sinks) if visibility.num_sinks else None
         self.tape = Tape(own, sinks, store, earlier.seen)
         is_first = not call.tokens.padded and call.tokens.documents is None and columns_before == 0
-        has_gaps = bool(earlier_numbers) and (call.tokens.padded or earlier.padded)
+        has_gaps = len(earlier_numbers) > 0 and (call.tokens.padded or earlier.padded)
         return View(
             visibility,
             numbers,

@@ -243,7 +243,7 @@ class Schedule:
                 if self.cache is not None and self.memory is not None:
                     self.cache.remember(self.memory)
             after = self.pieces[index + 1 :]
-            yield self.call(piece, reads, begins, writes=bool(after))
+            yield self.call(piece, reads, begins, writes=len(after) > 0)
 
     def call(self, piece: Piece, reads: bool = False, begins: torch.Tensor | None = None, writes: bool = False) -> Call:
         """Describes the call of one piece."""

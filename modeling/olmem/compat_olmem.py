@@ -49,9 +49,17 @@ def is_recorded(tensor: torch.Tensor | None = None) -> bool:
     return is_tracing(tensor) or (tensor is not None and tensor.device.type == "meta")
 
 
+def is_exported() -> bool:
+    """Tells whether a program is being exported.
+
+    The compiler of torch 2.11 takes `torch.compiler.is_exporting()` for true whatever it traces, so its flag is read.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 def returns_tensors() -> bool:
     """Tells whether a call returns tensors alone, as a program that is being exported must."""
-    return torch.compiler.is_exporting()
+    return is_exported()
 
 
 @torch.compiler.assume_constant_result
@@ -61,7 +69,7 @@ def _refuse_here(message: str) -> NoReturn:
 
 def refuse(message: str) -> NoReturn:
     """Raises a `ValueError`, also out of an export, which would report nothing but an exception that it observed."""
-    if torch.compiler.is_exporting():
+    if is_exported():
         _refuse_here(message)
     raise ValueError(message)
 
@@ -77,8 +85,8 @@ def without_graph(reason: str, when: Callable[..., bool]) -> Callable[[Callable]
 
         @wraps(function)
         def wrapped(*args):
-            # A compiler may run this frame itself, and compile the function behind it. So nobody is asked who compiles.
-            return left(*args) if when(*args) and not torch.compiler.is_exporting() else function(*args)
+            is_compiled = torch.compiler.is_compiling() and not is_exported()
+            return left(*args) if is_compiled and when(*args) else function(*args)
 
         return wrapped
 
@@ -92,7 +100,7 @@ def certain(condition: bool) -> bool:
 
 def refuse_any(length: int, message: str) -> None:
     """Raises an error for a length that stands for any, in a program that is being exported."""
-    if torch.compiler.is_exporting() and isinstance(length, torch.SymInt):
+    if is_exported() and isinstance(length, torch.SymInt):
         raise ValueError(message)
 
 

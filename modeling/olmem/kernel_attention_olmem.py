@@ -121,14 +121,16 @@ def place_kernel(
     WIDE: tl.constexpr, QK_NORM: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr, CLIP_ROTATED: tl.constexpr,
     ROTATES: tl.constexpr, ONE_TENSOR: tl.constexpr, DIFFERENCE: tl.constexpr, XPOS: tl.constexpr,
     KIND: tl.constexpr, WINDOW: tl.constexpr, LOOKBACK: tl.constexpr, RING: tl.constexpr,
-    MEMORY: tl.constexpr, SINKS: tl.constexpr, STORE: tl.constexpr, ROLE: tl.constexpr, DTYPE: tl.constexpr,
+    MEMORY: tl.constexpr, SINKS: tl.constexpr, STORE: tl.constexpr, ROLE: tl.constexpr, HAS_SLOTS: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Norms a new token's heads, gives them positions, and writes keys and values to their slots.
 
-    Programs are (B, H queries, then K keys, then K values unless they are the keys). The table of a layer holds the
-    addresses of keys and values and the slots of a head, then the same of its store. Of M memory tokens a row, which
-    stand one after the other, the m-th goes to slot m of its row. Queries that are turned when keys are read are turned
-    here by m, and there by what is the same for all of them.
+    Programs are (B, H queries, then K keys, then K values unless they are the keys); with HAS_SLOTS there are H queries
+    more, which are placed by their slots, for the prefix. The table of a layer holds the addresses of keys and values
+    and the slots of a head, then the same of its store. Of M memory tokens a row, which stand one after the other, the
+    m-th goes to slot m of its row. Queries that are turned when keys are read are turned here by m, and there by what
+    is the same for all of them.
     """
     b, head = tl.program_id(0), tl.program_id(1)
     row = projected + b.to(tl.int64) * WIDTH
@@ -146,6 +148,12 @@ def place_kernel(
         slot += 1 + m
     if ROLE == READ:
         place = m.to(tl.int64)
+    queries = window_query
+    if HAS_SLOTS:
+        at_slot = head >= H + 2 * K
+        head = tl.where(at_slot, head - H - 2 * K, head)
+        place = tl.where(at_slot, slot, place)
+        queries = one_of(at_slot, prefix_query, window_query, DTYPE)
     d = tl.arange(0, DP)
     mask = d < D
     other = tl.where(d < D // 2, d + D // 2, d - D // 2)
@@ -191,11 +199,7 @@ def place_kernel(
         grown = 1.0
         if XPOS and ROLE != TOKEN:
             grown = tl.exp2(m.to(tl.float32) * zeta_of(d, xpos_rate, D))
-        tl.store(window_query + out, result * grown, mask=mask)
-        if ROTATES and not ONE_TENSOR and MEMORY + SINKS > 0 and ROLE != READ:
-            angle = angle_of(slot, frequency, trained)
-            result = own * (tl.cos(angle) * factor) + sign * turned * (tl.sin(angle) * factor)
-            tl.store(prefix_query + out, result * grown, mask=mask)
+        tl.store(queries + out, result * grown, mask=mask)
     else:
         result = own if ONE_TENSOR else tl.where(is_value, own, result)
         which = is_value.to(tl.int32)

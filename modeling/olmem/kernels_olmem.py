@@ -240,7 +240,7 @@ class KernelOperations(Operations):
         stride = frequencies.stride(0) if state.frequencies is not None and len(frequencies) > 1 else 0
         seen_kind = shape.kind, shape.window, visibility.lookback, visibility.span or 0
         self.launch(
-            place_kernel, (batch, heads + kv_heads * (1 if shape.one_tensor else 2)),
+            place_kernel, (batch, heads * (1 + has_slots) + kv_heads * (1 if shape.one_tensor else 2)),
             projected, state.seen, rows, fresh if role == WRITES else state.table,
             window_query, prefix_query, raw_query, frequencies, stride,
             *(none if each is None else each for each in (q_weight, q_bias, k_weight, k_bias)),
@@ -249,7 +249,7 @@ class KernelOperations(Operations):
             triton.next_power_of_2(max(heads, kv_heads) * size), shape.qk_norm, norm,
             shape.clip is not None and not shape.clips_rotated, shape.clip is not None and shape.clips_rotated,
             shape.rotates, shape.one_tensor, shape.is_difference,
-            shape.xpos_rate > 0, *seen_kind, memory, sinks, store, role, self.type, num_warps=4,
+            shape.xpos_rate > 0, *seen_kind, memory, sinks, store, role, has_slots, self.type, num_warps=4,
         )  # fmt: skip
         group, gate = heads // kv_heads, None if role == READS else shape.memory_gate
         queries = memory if role else 1

@@ -351,6 +351,32 @@ def flash_forward(
     return found[0], found[1]
 
 
+def can_attend_in_blocks(device: torch.device) -> bool:
+    """Tells whether a device has a causal operation that is faster than that for windows."""
+    if device.type != "cuda" or not torch.backends.cudnn.is_available():
+        return False
+    has_operation = hasattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention")
+    return has_operation and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def causal_forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attends causally from queries (B, H, T, D) to as many keys and values.
+
+    Returns:
+        The output (B, H, T, D) and the log-sum-exp of the scores (B, H, T).
+    """
+    if query.device.type == "cuda":
+        given = query, key, value, None, True, 0.0, True, False
+        found = torch.ops.aten._scaled_dot_product_cudnn_attention(*given, scale=scaling)
+        return found[0], found[1].view(query.shape[:3])
+    scores = query @ key.transpose(2, 3) * scaling
+    hidden = torch.ones(scores.shape[2:], dtype=torch.bool, device=query.device).triu(1)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    return scores.softmax(-1) @ value, scores.logsumexp(-1)
+
+
 def flash_backward(
     gradient: torch.Tensor,
     query: torch.Tensor,
@@ -416,10 +442,12 @@ __all__ = [
     "CACHE_NAME",
     "allocate",
     "assert_on_device",
+    "can_attend_in_blocks",
     "can_capture",
     "can_flash",
     "can_fuse_operations",
     "capture",
+    "causal_forward",
     "certain",
     "columns_of",
     "flash_backward",

@@ -153,6 +153,35 @@ def merge_kernel(
     tl.store(out + place, x * (one * scale)[:, None] + y * (two * scale)[:, None], mask=mask)
 
 
+@triton.jit
+def merge_blocks_kernel(
+    own, before, own_total, before_total, out, total, count, heads, window, first, size,
+    D: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Merges what one query sees of its own block and of the block before (windows_olmem)."""
+    query = tl.program_id(0).to(tl.int64)
+    block, place = query // window, query % window
+    other = window - 2 - place  # among the reversed queries
+    h, d = tl.arange(0, HEADS), tl.arange(0, D)[None, :]
+    is_head = h < heads
+    has_other = is_head & (h * 0 + block >= first) & (h * 0 + other >= 0)
+    row = tl.maximum(block - first, 0) * window + tl.maximum(other, 0)
+    a = tl.load(own_total + (block * heads + h) * window + place, mask=is_head, other=0.0)
+    place_before = (row // window * heads + h) * window + row % window
+    b = tl.load(before_total + place_before, mask=has_other, other=-float("inf"))
+    most = tl.maximum(a, b)
+    one, two = tl.exp(a - most), tl.exp(b - most)
+    scale = 1 / (one + two)
+    tl.store(total + h.to(tl.int64) * count + query, most + tl.log(one + two), mask=is_head)
+    mask = is_head[:, None] & (d < size)
+    x = tl.load(own + (query * heads + h[:, None]) * size + d, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(before + (row * heads + h[:, None]) * size + d, mask=mask & has_other[:, None], other=0.0).to(
+        tl.float32
+    )
+    result = x * (one * scale)[:, None] + y * (two * scale)[:, None]
+    tl.store(out + (query * heads + h[:, None]) * size + d, result, mask=mask)
+
+
 # What launches them
 
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -233,6 +262,21 @@ def merge_two(
         outputs, totals = zip(*((out.contiguous(), total.contiguous()) for out, total in (first, second)), strict=True)
         sizes = {"D": triton.next_power_of_2(size), "HEADS": triton.next_power_of_2(heads)}
         merge_kernel[(count,)](*outputs, *totals, out, total, count, heads, size, **sizes)
+    return out, total
+
+
+def merge_blocks(
+    own: tuple[torch.Tensor, torch.Tensor], before: tuple[torch.Tensor, torch.Tensor], first: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merges what blocks see of themselves and of the block before, as `joined` of windows_olmem does."""
+    blocks, heads, window, size = own[0].shape
+    count = blocks * window
+    out, total = own[0].new_empty(count, heads, size), own[1].new_empty(heads, count)
+    outputs = [each.transpose(1, 2).contiguous() for each in (own[0], before[0])]  # (b, W, H, D)
+    totals = [each.contiguous() for each in (own[1], before[1])]
+    sizes = {"D": triton.next_power_of_2(size), "HEADS": triton.next_power_of_2(heads)}
+    with current(out):
+        merge_blocks_kernel[(count,)](*outputs, *totals, out, total, count, heads, window, first, size, **sizes)
     return out, total
 
 

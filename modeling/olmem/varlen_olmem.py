@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .compat_olmem import flash_backward, flash_forward, has_triton
+from .compat_olmem import can_attend_in_blocks, flash_backward, flash_forward, has_triton
 from .contracts_olmem import Heads, Needs, Output, Part, Section, rotate_on_read
 from .positions_olmem import to_halves
 from .sequences_olmem import Sequences
 from .view_olmem import View
+from .windows_olmem import attend_in_blocks, is_in_blocks
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # queries (N, H, D), keys and values (S, K, D)
 Result = tuple[torch.Tensor, torch.Tensor]  # an output (N, H, D) and the log-sum-exp (H, N) of its scores
@@ -103,9 +104,15 @@ def plain_backward(
 
 
 def attend_forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sequences: Sequences, scaling: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sequences: Sequences, scaling: float, trains: bool
 ) -> Result:
-    """Computes `plain_forward`, on a GPU by its operation, whose log-sum-exp is in float32."""
+    """Computes `plain_forward`, on a GPU by its operation, whose log-sum-exp is in float32.
+
+    Args:
+        trains: whether the backward pass of the operation follows.
+    """
+    if not trains and can_attend_in_blocks(query.device) and is_in_blocks(query, key, sequences):
+        return attend_in_blocks(query, key, value, sequences.before + 1, scaling)
     if query.device.type != "cuda":
         return plain_forward(query, key, value, sequences, scaling)
     output, total = flash_forward(query, key, value, *arguments(sequences), scaling)
@@ -183,7 +190,8 @@ class AttendParts(torch.autograd.Function):
             states: queries, keys and values of each part in turns, as `attend_forward` takes them.
         """
         triples = zip(states[0::3], states[1::3], states[2::3], strict=True)
-        results = [attend_forward(*each, some, scaling) for each, some in zip(triples, sequences, strict=True)]
+        trains = any(ctx.needs_input_grad)
+        results = [attend_forward(*each, some, scaling, trains) for each, some in zip(triples, sequences, strict=True)]
         kept: tuple[torch.Tensor, ...]
         if len(results) == 1:
             output, total = results[0]

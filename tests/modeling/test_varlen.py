@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from modeling.helpers import CHUNKED, MEMORIES, SLIDING, STREAMS, TINY, shake, span, tiny, tokens
 from modeling.streams import alone, choices, close, cuts, make, paddings, read
-from olmem import OlmemCache, OlmemConfig, OlmemForCausalLM, reading_olmem
+from olmem import OlmemCache, OlmemConfig, OlmemForCausalLM, reading_olmem, windows_olmem
 from olmem.contracts_olmem import Needs
 from olmem.sequences_olmem import Sequences, starts_of
-from olmem.varlen_olmem import AttendParts, Varlen
+from olmem.varlen_olmem import AttendParts, Varlen, plain_forward
 from torch.testing import assert_close
 
 SCALING = 0.4
@@ -87,6 +87,26 @@ def test_a_gate_that_is_wide_open_has_gradients():
     found: Any = AttendParts.apply(SCALING, some, gate, *triples)
     expected = one_softmax([triples[:3], triples[3:]], some, gate)
     for own, other in zip(*(torch.autograd.grad(each.sum(), triples) for each in (found, expected)), strict=True):
+        assert_close(own, other)
+
+
+@pytest.mark.parametrize("window", [2, 5])
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+@pytest.mark.parametrize("has_past", [False, True])
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_two_causal_calls_a_block_are_a_window(window, blocks, has_past, by_kernel, monkeypatch):
+    if by_kernel:
+        fused = pytest.importorskip("olmem.fused_olmem")
+        plain = windows_olmem.joined
+        joined = lambda own, before, first: (plain if before is None else fused.merge_blocks)(own, before, first)  # noqa: E731
+        monkeypatch.setattr(windows_olmem, "joined", joined)
+    generator = torch.Generator().manual_seed(0)
+    count, past = blocks * window, (window - 1) * has_past
+    query, key, value = (torch.randn(count + extra, 3, 8, generator=generator) for extra in (0, past, past))
+    some = sequences([count], [count + past], True, window - 1)
+    assert windows_olmem.is_in_blocks(query, key, some)
+    found = windows_olmem.attend_in_blocks(query, key, value, window, SCALING)
+    for own, other in zip(found, plain_forward(query, key, value, some, SCALING), strict=True):
         assert_close(own, other)
 
 

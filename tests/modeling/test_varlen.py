@@ -5,6 +5,7 @@ On a CPU the plain form of the operation computes; the tests at the end run the 
 
 import copy
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from hypothesis import strategies as st
 from modeling.helpers import CHUNKED, MEMORIES, SLIDING, STREAMS, TINY, shake, span, tiny, tokens
 from modeling.streams import alone, choices, close, cuts, make, paddings, read
 from olmem import OlmemCache, OlmemConfig, OlmemForCausalLM, reading_olmem, windows_olmem
+from olmem.compat_olmem import can_attend_in_blocks
 from olmem.contracts_olmem import Needs
 from olmem.sequences_olmem import Sequences, starts_of
-from olmem.varlen_olmem import AttendParts, Varlen, plain_forward
+from olmem.varlen_olmem import AttendParts, Varlen, attend_forward, plain_forward
 from torch.testing import assert_close
 
 SCALING = 0.4
@@ -97,8 +99,14 @@ def test_a_gate_that_is_wide_open_has_gradients():
 def test_two_causal_calls_a_block_are_a_window(window, blocks, has_past, by_kernel, monkeypatch):
     if by_kernel:
         fused = pytest.importorskip("olmem.fused_olmem")
-        plain = windows_olmem.joined
-        joined = lambda own, before, first: (plain if before is None else fused.merge_blocks)(own, before, first)  # noqa: E731
+        plain, device = windows_olmem.joined, "cuda" if torch.cuda.is_available() else "cpu"
+
+        def joined(own, before, first):
+            if before is None:
+                return plain(own, before, first)
+            parts = (tuple(each.to(device) for each in result) for result in (own, before))
+            return tuple(each.cpu() for each in fused.merge_blocks(*parts, first))
+
         monkeypatch.setattr(windows_olmem, "joined", joined)
     generator = torch.Generator().manual_seed(0)
     count, past = blocks * window, (window - 1) * has_past
@@ -108,6 +116,28 @@ def test_two_causal_calls_a_block_are_a_window(window, blocks, has_past, by_kern
     found = windows_olmem.attend_in_blocks(query, key, value, window, SCALING)
     for own, other in zip(found, plain_forward(query, key, value, some, SCALING), strict=True):
         assert_close(own, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("has_past", [False, True])
+def test_blocks_on_a_gpu_are_rounded_once_more_than_windows(dtype, has_past):
+    window, count, past = 128, 512, 127 * has_past
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(count + extra, 4, 64, generator=generator).to(dtype) for extra in (0, past, past)]
+    some = sequences([count], [count + past], True, window - 1)
+    exact = plain_forward(*(each.double() for each in states), some, SCALING)
+    moved = [each.cuda() for each in states]
+    on_gpu = replace(some, query_starts=some.query_starts.cuda(), key_starts=some.key_starts.cuda())
+    assert can_attend_in_blocks(moved[0].device) == (torch.cuda.get_device_capability()[0] == 9)
+    for blocks, whole, right in zip(
+        windows_olmem.attend_in_blocks(*moved, window, SCALING),
+        attend_forward(*moved, on_gpu, SCALING, trains=True),
+        exact,
+        strict=True,
+    ):
+        apart = [(each.cpu().double() - right).norm() for each in (blocks, whole)]
+        assert apart[0] < 1.5 * apart[1] + 1e-6  # two roundings of one size are 1.41 times one
 
 
 # Whole models

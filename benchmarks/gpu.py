@@ -945,7 +945,7 @@ def measure_training(run: Run) -> None:
     run.free()
     own: dict[str, float] = {}
     losses: dict[str, list[float]] = {}
-    peers = {f"Olmo3 {name}": name for name in ("sdpa", "flex_attention", "flash_attention_2")}
+    peers = {f"Olmo3 {name}": name for name in ("flex_attention", "sdpa", "flash_attention_2")}
     for name in ("Olmem", *peers):
         try:
             config = OlmemConfig(**shape) if name == "Olmem" else Olmo3Config(**shape)

@@ -7,6 +7,7 @@ No figure of these pages is typed by hand. A test compares them with the files t
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,11 @@ RECALL = {
     "asked for. `learned` keeps what it scores highest, `recent` the last tokens, and `wider` has a wider window of "
     "the same bytes.",
     "recall_memory.json": "Eight memory tokens must carry eight pairs of a key and a value.",
+}
+RUNS = {  # of benchmarks/gpu.py: what is shown of each
+    "gpu.json": ("step", "generate", "repeated", "memory", "full", "retrieval", "shared", "grouped", "first", "peers"),
+    "gpu_prompts.json": ("prompt", "training"),
+    "gpu_training.json": ("training",),
 }
 TITLES = {
     "step": "A plain one-token call, the window full",
@@ -60,21 +66,26 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def gpu() -> str:
     """Returns what benchmarks/gpu.py has measured."""
-    found = read("gpu.json")
+    return "## On a GPU\n\n" + "\n".join(gpu_run(name, rows) for name, rows in RUNS.items())
+
+
+def gpu_run(name: str, rows: Sequence[str]) -> str:
+    """Returns the rows of one run of benchmarks/gpu.py, with the ceilings that were measured in it."""
+    found = read(name)
     figures: list[dict[str, Any]] = found["figures"]
     ceilings = ", ".join(
         f"{each['name']} {number(each['measured'])} {each['unit']}" for each in figures if each["row"] == "ceilings"
     )
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    parts = [f"## On a GPU\n\n{found['device']}; {versions}. Ceilings of the same run: {ceilings}.\n"]
-    for row, title in TITLES.items():
-        own = [each for each in figures if each["row"] == row]
+    parts = [f"*{name}*: {found['device']}; {versions}. Ceilings of the same run: {ceilings}.\n"]
+    for row in rows:
+        title, own = TITLES[row], [each for each in figures if each["row"] == row]
         if own:
             lines = [[each["name"].replace("|", "·"), measured(each), held_against(each)] for each in own]
             parts.append(f"### {title}\n\n" + table(["", "measured", "beside"], lines))
     greedy = [each for each in figures if each["row"] == "greedy"]
     errors = [each for each in figures if each["row"] == "errors"]
-    if greedy and errors:
+    if "step" in rows and greedy and errors:
         worst = max(errors, key=lambda each: each["ratio"])
         least = number(min(each["ratio"] for each in errors))
         parts.append(
@@ -159,7 +170,10 @@ def tracing() -> str:
 
 def summary() -> str:
     """Returns the table of the README."""
-    figures = {(each["row"], each["name"]): each for each in read("gpu.json")["figures"]}
+    figures = {
+        (each["row"], each["name"]): each for name, rows in RUNS.items() for each in read(name)["figures"]
+        if each["row"] in rows
+    }  # fmt: skip
     store = read("recall_store.json")["table"]
     rows = []
     for key, text in {

@@ -11,13 +11,14 @@ other, reach three windows far at most.
 
 Three small models of the same block (norms before sublayers), sliding windows in every layer, and the same time: with
 windows alone, with retrieval in the middle layer, and with memory tokens. All train on distances of 0 to 7 windows, 8
-segments at most: a row's distance is drawn up to a limit that doubles whenever the longest rows are answered. The table
-has the share of right answers, mean and standard deviation over the seeds.
+segments at most: a row's distance is drawn up to a limit that doubles whenever the longest rows are answered. The first
+rows have four pairs in half a window: without them some trainings never learn to look anything up. The table has the
+share of right answers, mean and standard deviation over the seeds.
 
 With `--decoys` pairs of the same keys and values are strewn over the filler behind a marker, so many a window, and are
 never asked for. Then stores of 64 tokens, too small for a text, show what is worth keeping: the last tokens (`recent`),
-tokens by scores that are drawn once (`random`), or by scores that are learned (`learned`). Windows that take the same
-bytes are beside them (`wider`).
+tokens drawn at random (`random`), or those of scores that are learned (`learned`). Windows that take the same bytes are
+beside them (`wider`).
 
 A training is a process of its own with as many threads as there are cores to it; `--processes` at a time, all on one
 GPU if there is one: there 9 at a time are done in five minutes.
@@ -44,6 +45,7 @@ from tqdm import tqdm
 KEYS, VALUES, FILLER = 32, 32, 16  # kinds of tokens, numbered in this order
 WINDOW = 32  # tokens, of a segment too
 PAIRS = 8  # told in a row's first half window, and asked for in its last
+FEW = 4  # pairs of the first rows, which have no filler
 TRAINED = 7  # windows' distance at most: 8 segments
 DISTANCES = (0, 1, 4, 7, 8, 16, 64, 256, 511, 1535)
 MARKER = KEYS + VALUES + FILLER  # stands before a pair that is never asked for
@@ -119,33 +121,33 @@ def make_config(variant: str, settings: Settings) -> OlmemConfig:
 
 
 def make_rows(
-    count: int, distance: int, generator: torch.Generator, decoys: int = 0
+    count: int, distance: int, generator: torch.Generator, decoys: int = 0, pairs: int = PAIRS
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (count, tokens), and where the values are that answer (count, PAIRS)."""
+    """Token ids (count, tokens), and where the values are that answer (count, pairs); few pairs have no filler."""
 
     def permutations(size: int) -> torch.Tensor:
         return torch.rand(count, size, generator=generator).argsort(-1)
 
-    length = (distance + 1) * WINDOW
+    length = (distance + 1) * WINDOW if pairs == PAIRS else 4 * pairs
     ids = KEYS + VALUES + torch.randint(FILLER, (count, length), generator=generator)
-    keys = permutations(KEYS)[:, :PAIRS]
-    values = KEYS + torch.randint(VALUES, (count, PAIRS), generator=generator)
-    order = permutations(PAIRS)
+    keys = permutations(KEYS)[:, :pairs]
+    values = KEYS + torch.randint(VALUES, (count, pairs), generator=generator)
+    order = permutations(pairs)
     if decoys and distance:
-        between = ids[:, 2 * PAIRS : -2 * PAIRS].unflatten(1, (-1, WINDOW // PLACES))
+        between = ids[:, 2 * pairs : -2 * pairs].unflatten(1, (-1, WINDOW // PLACES))
         size = between.shape[:2]
-        pairs = torch.randint(KEYS, size, generator=generator), torch.randint(VALUES, size, generator=generator)
-        found = torch.stack((torch.full(size, MARKER), pairs[0], KEYS + pairs[1]), dim=-1)
+        key, value = (torch.randint(kinds, size, generator=generator) for kinds in (KEYS, VALUES))
+        found = torch.stack((torch.full(size, MARKER), key, KEYS + value), dim=-1)
         is_decoy = torch.rand(size, generator=generator) < decoys / PLACES
         between[..., :3] = torch.where(is_decoy[..., None], found, between[..., :3])
-    ids[:, : 2 * PAIRS] = torch.stack((keys, values), dim=-1).flatten(1)
-    ids[:, -2 * PAIRS :] = torch.stack((keys.gather(1, order), values.gather(1, order)), dim=-1).flatten(1)
-    return ids, (length - 2 * PAIRS + 1 + 2 * torch.arange(PAIRS)).expand(count, -1)
+    ids[:, : 2 * pairs] = torch.stack((keys, values), dim=-1).flatten(1)
+    ids[:, -2 * pairs :] = torch.stack((keys.gather(1, order), values.gather(1, order)), dim=-1).flatten(1)
+    return ids, (length - 2 * pairs + 1 + 2 * torch.arange(pairs)).expand(count, -1)
 
 
 def answers(model: OlmemForCausalLM, ids: torch.Tensor, asked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of the values in these columns, and which of them are the likeliest."""
-    tail = 2 * PAIRS  # the columns that ask
+    tail = 2 * asked.shape[1]  # the columns that ask
     logits = model(ids, use_cache=False, logits_to_keep=tail).logits
     places = asked - 1 - (ids.shape[1] - tail)
     logits = logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1]))
@@ -153,26 +155,32 @@ def answers(model: OlmemForCausalLM, ids: torch.Tensor, asked: torch.Tensor) -> 
     return cross_entropy(logits.flatten(0, 1).float(), targets.flatten()), logits.argmax(-1) == targets
 
 
+def drawn(_: nn.Module, given: object, scores: torch.Tensor) -> torch.Tensor:
+    """Draws scores that are too small to matter but for who stays."""
+    return 1e-4 * torch.rand_like(scores)
+
+
 def train(variant: str, seed: int, settings: Settings, device: str) -> dict[str, Any]:
     """One model, trained and tried: its share of right answers at each distance."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model: Any = OlmemForCausalLM(make_config(variant, settings))
-    if variant == "random":  # scores too small to matter otherwise
-        for name, weight in model.named_parameters():
-            if name.endswith("retrieval_score.weight"):
-                nn.init.normal_(weight, std=1e-4, generator=generator).requires_grad_(False)
+    if variant == "random":
+        for name, module in model.named_modules():
+            if name.endswith("retrieval_score"):
+                module.register_forward_hook(drawn)
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, betas=(0.9, 0.95), weight_decay=0.01)
-    start, limit, step = time.perf_counter(), 0, 0
+    start, limit, step = time.perf_counter(), -1, 0
     longest: deque[float] = deque(maxlen=20)  # shares of right answers of the longest rows
-    reached = {0: 0}
+    reached = {}
     while time.perf_counter() - start < 60 * settings.minutes and not 0 < settings.steps <= step:
         spent = (time.perf_counter() - start) / (60 * settings.minutes)
         for group in optimizer.param_groups:
             group["lr"] = settings.rate * min(1.0, (step + 1) / 100, 4 * (1 - spent) + 0.01)
-        distance = limit if step % 2 else int(torch.randint(limit + 1, (), generator=generator))
-        ids, asked = (each.to(device) for each in make_rows(settings.batch, distance, generator, settings.decoys))
+        distance = limit if step % 2 or limit < 0 else int(torch.randint(limit + 1, (), generator=generator))
+        rows = make_rows(settings.batch, max(0, distance), generator, settings.decoys, PAIRS if distance >= 0 else FEW)
+        ids, asked = (each.to(device) for each in rows)
         loss, right = answers(model, ids, asked)
         loss.backward()
         clip_grad_norm_(model.parameters(), 1.0)
@@ -182,7 +190,7 @@ def train(variant: str, seed: int, settings: Settings, device: str) -> dict[str,
         if distance == limit:
             longest.append(float(right.float().mean()))
             if len(longest) == longest.maxlen and statistics.fmean(longest) > 0.9 and limit < TRAINED:
-                limit = min(2 * limit or 1, TRAINED)
+                limit = min(2 * limit or 1, TRAINED) if limit >= 0 else 0
                 reached[limit] = step
                 longest.clear()
     found = {
@@ -244,7 +252,7 @@ def main() -> None:
         (variant, seed, settings, device) for seed in range(settings.seeds) for variant in settings.variants.split(",")
     ]
     print(f"{device}, torch {torch.__version__}: {len(jobs)} trainings, {settings.processes} at a time", flush=True)
-    rows = []
+    rows, lines = [], []
     pool = multiprocessing.get_context("spawn").Pool(settings.processes, maxtasksperchild=1)
     with pool, tqdm(total=len(jobs), unit="training", leave=False, disable=None) as progress:
         for row in pool.imap_unordered(train_alone, jobs):
@@ -252,11 +260,11 @@ def main() -> None:
             shares = "  ".join(f"{distance}: {100 * share:.1f} %" for distance, share in row["right"].items())
             progress.write(f"{row['variant']:<10}seed {row['seed']}  {row['steps']} steps  {shares}")
             progress.update()
-    lines, table = make_table(rows)
+            lines, table = make_table(rows)
+            if file is not None:  # what is done stays if the rest is broken off
+                found = {"device": device, "torch": torch.__version__, "settings": asdict(settings)}
+                file.write_text(json.dumps(found | {"trainings": rows, "table": table}, indent=2) + "\n")
     print("\n" + "\n".join(lines))
-    if file is not None:
-        found = {"device": device, "torch": torch.__version__, "settings": asdict(settings)}
-        file.write_text(json.dumps(found | {"trainings": rows, "table": table}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

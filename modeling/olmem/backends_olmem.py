@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .compat_olmem import pieces
+from .compat_olmem import can_join_heads, pieces
 from .contracts_olmem import (
     Backend,
     Heads,
@@ -174,6 +174,8 @@ class Whole:
         """Supports the first tokens of a stream without a prefix, as long as one mask for all of them is small."""
         if view.prefix or view.key_numbers.shape[1] != view.numbers.shape[1] or needs.by_slot:
             return False
+        if not can_join_heads(view.numbers.shape[1]):
+            return False  # Transformers' function joins them
         blocks = pieces(view.numbers.shape[1], WHOLE * block_size(view.numbers.device), view.numbers)
         return len(blocks) == 1 or (view.causal and not needs.plain)
 

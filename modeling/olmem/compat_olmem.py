@@ -20,6 +20,9 @@ from transformers.utils.import_utils import is_tracing
 # The name of a cache in the arguments and outputs of Transformers' models. It is `cache` from release 5.24 on.
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 
+# Whether an export can join heads of a length that stands for any (see `can_join_heads`).
+JOINS_HEADS = torch.__version__ >= "2.13"
+
 
 def rename_cache(arguments: dict[str, Any], name: str) -> dict[str, Any]:
     """Returns keyword arguments in which the cache has this name, whether it came as `cache` or `past_key_values`."""
@@ -96,6 +99,15 @@ def without_graph(reason: str, when: Callable[..., bool]) -> Callable[[Callable]
 def certain(condition: bool) -> bool:
     """Tells whether a condition on lengths holds: of a length that stands for any, whether it holds for all of them."""
     return statically_known_true(condition)
+
+
+def can_join_heads(length: int) -> bool:
+    """Tells whether heads of states (B, heads, length, …) can be joined, as those of query heads that share a key are.
+
+    An export by torch before 2.13 takes the lower one of two strides for that of what is joined. It cannot tell which
+    one that is where the length stands for any, and refuses it.
+    """
+    return JOINS_HEADS or not (is_exported() and isinstance(length, torch.SymInt))
 
 
 def refuse_any(length: int, message: str) -> None:
@@ -446,6 +458,7 @@ __all__ = [
     "can_capture",
     "can_flash",
     "can_fuse_operations",
+    "can_join_heads",
     "capture",
     "causal_forward",
     "certain",

@@ -46,6 +46,7 @@ from .cache_olmem import OlmemCache, is_olmem_cache
 from .captured_olmem import Captured, wanted_states
 from .compat_olmem import (
     CACHE_NAME,
+    can_join_heads,
     returns_tensors,
     takes_cache,
 )
@@ -228,6 +229,10 @@ class OlmemAttention(nn.Module):
         new = (key, value)
         if self.retrieval_score is not None:
             new += (self.retrieval_score(hidden_states).transpose(1, 2),)
+        if plan.tape is not None and not can_join_heads(hidden_states.shape[1]):
+            head = torch.arange(query.shape[1], device=query.device) // self.num_key_value_groups
+            new = tuple(states.index_select(1, head) for states in new)
+            key, value = new[:2]
         count = len(new)
         before = [earlier[first : first + count] for first in range(0, len(earlier), count)]
         parts, heads = state.write(key, value, plan, before), self.heads()

@@ -116,12 +116,12 @@ def refuse_any(length: int, message: str) -> None:
         raise ValueError(message)
 
 
-def refuse_longer(length: int, most: int, message: str) -> None:
+def refuse_longer(length: int, most: int, rule: str, remedy: str) -> None:
     """Raises an error for too great a length; where it stands for any, what is recorded does when it runs."""
     if certain(length > most):
-        raise ValueError(message)
+        raise ValueError(f"{rule} (got {length}); {remedy}")
     if not certain(length <= most):
-        assert_on_device(torch.scalar_tensor(length) <= most, message)
+        assert_on_device(torch.scalar_tensor(length) <= most, f"{rule}; {remedy}")
 
 
 def known(tensor: torch.Tensor, otherwise: Any) -> Any:

@@ -57,7 +57,7 @@ class Embeddings:
         if isinstance(columns, torch.Tensor):
             shape = *columns.shape, *found.shape[2:]
             found = found.gather(1, columns.view(*columns.shape, *[1] * (found.dim() - 2)).expand(shape))
-        elif columns not in (slice(None), slice(0, found.shape[1])):
+        else:
             found = found[:, columns]
         return found if self.table is None else self.table(found)
 

@@ -257,6 +257,8 @@ class Frame:
             first += length
         if call.written_after is not None:
             self.sections.append((slice(first, first + count), self.write_view(call, call.written_after)))
+        if len(self.sections) == 1:  # and is all columns, of which a program may have any number
+            self.sections = [(slice(None), view) for _, view in self.sections]
 
     def limit(self, past: Past) -> int | None:
         """Returns the greatest number of tokens in a cache's layer, or None if it grows."""

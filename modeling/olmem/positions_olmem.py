@@ -260,8 +260,9 @@ class XposScheme(PositionScheme):
         refuse_longer(
             length,
             most,
-            f"`input_ids` must hold at most {most} tokens (got {length}) for `position_embedding` 'xpos' in {dtype} in "
-            "a graph of all tokens at once; read longer texts in pieces with an OlmemCache, or without a graph.",
+            f"`input_ids` must hold at most {most} tokens for `position_embedding` 'xpos' in {dtype} in a graph of all "
+            "tokens at once",
+            "read longer texts in pieces with an OlmemCache, or without a graph.",
         )
 
     @staticmethod

@@ -544,7 +544,7 @@ class OlmemTape:
                     self.layer.store(key.detach(), value.detach(), plan, block, new_scores)
         keys, values = require(join(pairs))
         scores = torch.cat(all_scores, dim=-1) if all_scores else None
-        yield Candidates(ALL, slice(0, key.shape[2]), keys, values, numbers, view.queries, scores)
+        yield Candidates(ALL, ALL, keys, values, numbers, view.queries, scores)
 
 
 def parts_of_sections(

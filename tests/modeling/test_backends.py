@@ -55,7 +55,7 @@ def linspace_of(stream: Stream) -> LinspaceScheme:
 
 def queries_of(stream: Stream, plan: Plan) -> torch.Tensor:
     """Returns random queries (B, H, C, D) of all columns of a plan."""
-    length = plan.sections[-1].columns.stop
+    length = sum(section.view.numbers.shape[1] for section in plan.sections)
     rows = max(len(section.view.numbers) for section in plan.sections)
     return torch.randn(max(rows, stream.batch_size), NUM_HEADS, length, SIZE, generator=stream.generator)
 
@@ -99,7 +99,7 @@ def check(
         if not any(part.is_bare for part in seen):  # only a step's own backend places those of a step
             needs = section.needs._replace(flash=True)
             others = [backend for backend in (Varlen(), *SINGLE) if backend.supports(view, needs)]
-            outputs += [each.attend(heads, query[:, :, section.columns], seen, section)[0] for each in others]
+            outputs += [each.attend(heads, section.part(query), seen, section)[0] for each in others]
     for row in range(stream.batch_size):
         numbers = view.numbers[row if len(view.numbers) > 1 else 0].tolist()
         if view.role == "write" and numbers[0] <= int(before_call[row]):
@@ -110,7 +110,7 @@ def check(
             if index < 0:
                 continue
             asked = (numbers[0] - 1, column) if view.role == "write" else index
-            own = query[row, :, section.columns.start + column]
+            own = section.part(query)[row, :, column]
             expected, _, _ = mean(stream, row, view.role, asked, own, gate)
             for output in outputs:
                 assert_close(output[row, column].double(), expected, rtol=1e-4, atol=2e-5)

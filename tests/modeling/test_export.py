@@ -69,6 +69,15 @@ def test_inference_is_exported_for_any_length(changes):
 
 
 @torch.no_grad()
+def test_a_strict_export_keeps_its_length_any():
+    """It takes a length for fixed where a message shows it, or where a slice that ends there is passed or compared."""
+    logits = Logits(tiny(**ONE | {"position_embedding": "xpos", "retrieval_layers": [0], "retrieval_top_k": 2}))
+    run = torch.export.export(logits, padded(7), dynamic_shapes=({1: LENGTH}, {1: LENGTH}), strict=True).module()
+    ids, mask = padded(40)
+    close(run(ids, mask)[mask.bool()], logits(ids, mask)[mask.bool()])
+
+
+@torch.no_grad()
 def test_inference_without_a_mask_is_exported_for_any_length():
     logits = Logits(tiny(**ONE | SINKS | {"retrieval_layers": [0], "retrieval_top_k": 2}))
     run = torch.export.export(logits, (tokens(2, 7),), dynamic_shapes=({1: LENGTH},)).module()

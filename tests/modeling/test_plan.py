@@ -615,7 +615,7 @@ def test_the_rotations_of_a_call_are_those_of_its_places_and_slots(data):
 
     expect(plan.rotations.place, torch.cat([section.view.places for section in plan.sections], dim=1))
     for section in plan.sections:
-        assert section.columns.stop - section.columns.start == section.view.numbers.shape[1]
+        assert section.part(plan.rotations.place.cos[:, None]).shape[2] == section.view.numbers.shape[1]
         expect(section.rotations.place, section.view.places)
         if section.view.prefix:
             expect(section.rotations.slot, section.view.query_slots)

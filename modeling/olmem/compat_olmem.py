@@ -15,7 +15,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
+
+logger = logging.get_logger(__name__)
 
 # The name of a cache in the arguments and outputs of Transformers' models. It is `cache` from release 5.24 on.
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
@@ -75,6 +78,12 @@ def refuse(message: str) -> NoReturn:
     if is_exported():
         _refuse_here(message)
     raise ValueError(message)
+
+
+def warn_once(message: str) -> None:
+    """Warns once in a process, and never from a recorded graph, which would break there."""
+    if not is_recorded():
+        logger.warning_once(message)
 
 
 def without_graph(reason: str, when: Callable[..., bool]) -> Callable[[Callable], Callable]:
@@ -489,6 +498,7 @@ __all__ = [
     "surely",
     "table_of",
     "takes_cache",
+    "warn_once",
     "why_not_replayed",
     "with_gradients_of",
     "without_graph",

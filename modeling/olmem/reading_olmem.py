@@ -27,6 +27,7 @@ from .compat_olmem import (
     moves_inputs,
     recomputes_hooks,
     refuse_uneven,
+    warn_once,
     without_graph,
 )
 from .configuration_olmem import OlmemConfig
@@ -144,7 +145,13 @@ class Reader:
 
     def planner(self, embeddings: Embeddings, weights: bool) -> Planner:
         """Returns what plans the calls for embeddings of this kind, with attention weights if they are wanted."""
-        is_plain, device, dtype = Implementation.of(self.config).is_plain, embeddings.device, embeddings.dtype
+        implementation, device, dtype = Implementation.of(self.config), embeddings.device, embeddings.dtype
+        is_plain = implementation.is_plain
+        if weights and not is_plain:
+            warn_once(
+                f"`output_attentions` gives no attentions with `attn_implementation` {implementation.name!r}, which "
+                'computes none; call `model.set_attn_implementation("eager")` for them.'
+            )
         on_gpu = can_flash(device, dtype, self.config.head_dim)
         flash = on_gpu and not (self.training and self.config.attention_dropout)
         is_fused = on_gpu and not is_plain and can_fuse_operations(device, dtype)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -504,6 +505,23 @@ def test_hidden_states_and_attentions_have_their_shapes_and_meaning():
         assert torch.equal(weights > 0, visible.expand_as(weights))
     tensors = model(ids, output_hidden_states=True, return_dict=False)
     assert torch.equal(tensors[0], outputs.logits)
+
+
+def test_what_is_asked_for_and_left_out_is_told(monkeypatch):
+    """They are attentions under sdpa, and a cache beside checkpoints. A compiled forward stays one graph."""
+    told, model, ids = [], tiny(), tokens(2, LENGTH)
+    monkeypatch.setattr(logging.Logger, "warning_once", lambda self, message: told.append(message))
+    with torch.no_grad():
+        torch.compile(model, backend="eager", fullgraph=True)(ids, output_attentions=True, use_cache=False)
+    assert not told
+    assert not model(ids, output_attentions=True).attentions
+    assert told == [
+        "`output_attentions` gives no attentions with `attn_implementation` 'sdpa', which computes none; call "
+        '`model.set_attn_implementation("eager")` for them.'
+    ]
+    model.train().gradient_checkpointing_enable()
+    assert model(ids, use_cache=True).past_key_values is None
+    assert "`use_cache=True` is incompatible with gradient checkpointing. Setting `use_cache=False`." in told
 
 
 def test_ids_or_embeddings():

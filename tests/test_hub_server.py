@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 from convert.checkpoints import options, source
+from fresh import run_fresh
 from hub_server import HubServer
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
@@ -380,6 +381,7 @@ assert torch.equal(remote, local)
 print(type(models[0]).__module__)
 """
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | hub.env
-    output = subprocess.check_output([sys.executable, "-c", code], env=env, cwd=tmp_path, text=True)
-    assert output.split()[-1] == f"transformers_modules.tester.m.{pushed.oid}.modeling_olmem"
+    run = run_fresh(code, env=env, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split()[-1] == f"transformers_modules.tester.m.{pushed.oid}.modeling_olmem"
     assert {request.status for request in hub.requests} == {200, 302, 404}

@@ -1,5 +1,6 @@
 """Conversions that several tests look at, made once, and never changed: a test that changes one copies it."""
 
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -38,6 +39,14 @@ def few_segments():
     """A conversion reads a thousand segments of memory. Tests that are of something else read few of them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verification, "SEGMENTS", 8)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_syncs():
+    """No test cuts the power, and what a killed process wrote is there without waiting for the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 

@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import olmem
 import pytest
 import torch
 from convert.checkpoints import DEMO, EXACT, FOLDERS, GOLDEN, expected, read_config, snapshot, source
+from fresh import run_fresh
 from olmem_convert import CheckpointError, ConvertOptions, convert
 from olmem_convert.proof.prompts import draw_prompt
 from olmem_convert.writing.shards import INDEX_NAME, sha256
@@ -168,9 +167,8 @@ assert type(model).__module__.startswith("transformers_modules."), type(model)._
 print(type(model).__name__)
 """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", script]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    run = run_fresh(script, cwd=tmp_path, env=environment)
     assert run.stdout.strip() == "OlmemForCausalLM", run.stderr
 
 

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ import pytest
 import torch
 from convert.checkpoints import load_weights, save_weights, source
 from convert.releases import reseal, write_own_card
+from fresh import run_fresh
 from hub_api import Answer
 from hub_server import HubServer
 from olmem_convert import CardOptions, CheckpointError, ConvertOptions, PushOptions, card, convert, push
@@ -31,7 +31,6 @@ from typer.testing import CliRunner
 REPO = "tester/model"
 TOKEN = "hf_loopback"
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 COMMIT, UPLOAD, TREE = r"POST .*/commit/", r"PUT ", r"GET .*/tree/"
 
 
@@ -665,19 +664,13 @@ def test_offloaded_layers_give_the_same_logits(out, monkeypatch, capsys, tmp_pat
     assert len(found) == 1
 
 
-# Loads in a process of its own for each line that it reads, forked from one that has imported what takes seconds.
-LOADS = """
-import os, sys, huggingface_hub, torch
+# Loads a model as a user would; argv: where to save its logits.
+LOADS = f"""
+import sys, torch
 from transformers import AutoModelForCausalLM
-for path in map(str.strip, iter(sys.stdin.readline, "")):
-    if child := os.fork():
-        print(os.waitpid(child, 0)[1], flush=True)
-        continue
-    huggingface_hub.constants.HF_HUB_OFFLINE = path.endswith("offline")  # what the variable of that name sets
-    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], revision="v1", trust_remote_code=True)
-    assert type(model).__module__.startswith("transformers_modules.")
-    torch.save(model(torch.arange(40)[None] % 7).logits, path)
-    os._exit(0)
+model = AutoModelForCausalLM.from_pretrained("{REPO}", revision="v1", trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules.")
+torch.save(model(torch.arange(40)[None] % 7).logits, sys.argv[1])
 """
 
 
@@ -711,17 +704,13 @@ def test_from_training_to_a_user_who_loads_it(server, trained, tmp_path):
     assert "verified: the same logits, bit for bit" in result.stdout and TOKEN not in result.output, result.output
     text = server.read(REPO, "README.md", "v1").decode()
     assert "# model\n" in text and f'repo = "{REPO}"' in text and is_published(server, out, "v1")
-    home = ENVIRONMENT | server.env | {"HF_HOME": str(tmp_path / "home")}
-    command, pipes = [sys.executable, "-c", LOADS, REPO], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, env=home, text=True, **pipes) as process:
-        assert process.stdin is not None and process.stdout is not None
-        asked = []
-        for name in ("loaded", "offline"):
-            print(tmp_path / name, file=process.stdin, flush=True)
-            assert process.stdout.readline() == "0\n"
-            asked.append(len(server.requests))
-        process.stdin.close()
-    assert asked[0] == asked[1] and process.returncode == 0
+    home = os.environ | server.env | {"HF_HOME": str(tmp_path / "home")}
+    asked = []
+    for name, offline in (("loaded", "0"), ("offline", "1")):
+        child = run_fresh(LOADS, tmp_path / name, env=home | {"HF_HUB_OFFLINE": offline})
+        assert child.returncode == 0, child.stderr
+        asked.append(len(server.requests))
+    assert asked[0] == asked[1]
     from olmem import OlmemForCausalLM
 
     expected = OlmemForCausalLM.from_pretrained(out)(torch.arange(40)[None] % 7).logits

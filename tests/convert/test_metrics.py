@@ -4,13 +4,12 @@ whose answers follow from what their texts tell."""
 import json
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from convert.checkpoints import DEMO
+from fresh import run_fresh
 from olmem import OlmemConfig, OlmemForCausalLM
 from olmem_convert.metrics import METRICS, path
 from olmem_convert.metrics.long_recall import ask
@@ -88,8 +87,7 @@ def alone(tmp_path_factory) -> dict:
     top = tmp_path_factory.mktemp("alone")
     arguments = [str(Path(path("long_recall")).parent), str(TOKENIZER), *map(json.dumps, (SIZES, TEXT, list(TASKS)))]
     environment = {"HF_HOME": str(top), "PATH": "/usr/bin:/bin", "HOME": str(top)}
-    command = [sys.executable, "-c", ALONE, *arguments]
-    run = subprocess.run(command, env=environment, cwd=top, capture_output=True, text=True, check=False)
+    run = run_fresh(ALONE, *arguments, env=environment, cwd=top)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 

@@ -213,12 +213,9 @@ def oracle(
         if rope["rope_type"] == "dynamic":  # of a text that ends there
             length, trained = max(position + 1, config.max_position_embeddings), config.max_position_embeddings
             theta, factor = theta * (factor * length / trained - (factor - 1)) ** (size / (size - 2)), 1.0
-        turned = x.clone()
-        for k in range(half):
-            angle = position / factor * theta ** (-2 * k / size)
-            turned[k] = x[k] * math.cos(angle) - x[k + half] * math.sin(angle)
-            turned[k + half] = x[k + half] * math.cos(angle) + x[k] * math.sin(angle)
-        return turned
+        angles = [position / factor * theta ** (-2 * k / size) for k in range(half)]
+        cos, sin = (x.new_tensor([function(angle) for angle in angles]) for function in (math.cos, math.sin))
+        return torch.cat((x[:half] * cos - x[half:] * sin, x[half:] * cos + x[:half] * sin))
 
     def scaled(x: torch.Tensor, distance: float) -> torch.Tensor:
         """xpos: each pair of dimensions by its ζ to the power of distance / 512."""

@@ -1,11 +1,10 @@
-"""Two processes that train models together, run as a script: `python parallel.py FOLDER`.
+"""Two processes that train models together.
 
 They are forked from one process that has imported everything, which costs little time. For each check they leave the
 losses and weights in the folder, or what was raised.
 """
 
 import os
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -177,5 +176,6 @@ def run(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    torch.multiprocessing.start_processes(run, (Path(sys.argv[1]),), WORLD, start_method="fork")
+def run_both(folder: str) -> None:
+    """Does all checks in two processes."""
+    torch.multiprocessing.start_processes(run, (Path(folder),), WORLD, start_method="fork")

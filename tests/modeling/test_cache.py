@@ -3,13 +3,12 @@
 import copy
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import olmem
 import pytest
 import torch
+from fresh import run_fresh
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from modeling.helpers import (
@@ -447,13 +446,8 @@ def test_another_process_goes_on_from_a_file(tmp_path):
         save_file(batch, folder / "batch.safetensors")
         expected[name] = written_after(model, cache, batch)
         assert len(expected[name][0].unique()) > 5
-    child = subprocess.run(
-        [sys.executable, "-c", GOES_ON, str(tmp_path), json.dumps(list(cases))],
-        env=os.environ | {"PYTHONPATH": str(Path(olmem.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
+    environment = os.environ | {"PYTHONPATH": str(Path(olmem.__file__).parents[1])}
+    child = run_fresh(GOES_ON, tmp_path, json.dumps(list(cases)), env=environment)
     assert child.returncode == 0, child.stderr
     found = load_file(tmp_path / "found.safetensors")
     assert [name for name in cases if not torch.equal(found[name], expected[name])] == []

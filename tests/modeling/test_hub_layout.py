@@ -5,13 +5,13 @@ import hashlib
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import olmem
 import pytest
 import torch
+from fresh import run_fresh
 from modeling.helpers import TINY, tiny, tokens
 from olmem import OlmemConfig
 from safetensors.torch import load_file
@@ -130,13 +130,8 @@ def test_a_process_without_olmem_loads_runs_and_saves_it(layout, models, folders
     if layout == "hub cache":
         places = {name: hub_cache(folder, f"an-org/olmem-0.5-{name}", home) for name, folder in folders.items()}
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
-    child = subprocess.run(
-        [sys.executable, "-I", "-c", ELSEWHERE, json.dumps(places), json.dumps(IDS.tolist()), str(tmp_path)],
-        cwd=tmp_path,
-        env=kept | {"HOME": str(home), "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    environment = kept | {"HOME": str(home), "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    child = run_fresh(ELSEWHERE, json.dumps(places), json.dumps(IDS.tolist()), tmp_path, cwd=tmp_path, env=environment)
     assert child.returncode == 0, child.stderr
 
     found = load_file(tmp_path / "found.safetensors")

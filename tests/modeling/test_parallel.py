@@ -1,12 +1,12 @@
 """Training on two processes, and on models that accelerate spreads, gives what one process gives."""
 
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, infer_auto_device_map
+from fresh import run_fresh
 from modeling.helpers import tokens
 from modeling.parallel import CHECKPOINTING, VARIANTS, Result, made, train, train_in_bfloat16
 from olmem import OlmemCache, OlmemForCausalLM
@@ -25,8 +25,9 @@ def found(tmp_path_factory) -> list[dict[str, Result]]:
     for variant in VARIANTS:
         made(variant).save_pretrained(folder / variant)
     path = os.pathsep.join(each for each in sys.path if each)
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, parallel.__file__, folder], env=environment, check=True, timeout=300)
+    code = "import sys; from modeling.parallel import run_both; run_both(sys.argv[1])"
+    child = run_fresh(code, folder, env=os.environ | {"PYTHONPATH": path})
+    assert child.returncode == 0, child.stderr
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(parallel.WORLD)]
 
 

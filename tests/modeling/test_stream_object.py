@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fresh import run_fresh
 from modeling.helpers import MEMORIES, SINKS, STREAMS, tiny, tokens
 from olmem import OlmemCache, OlmemStream, stream_olmem, texts_olmem
 from tokenizers import Tokenizer, decoders
@@ -172,12 +171,8 @@ def test_another_process_goes_on_with_the_code_of_the_folder(tokenizer, tmp_path
     streams[1].read([{"role": "user", "content": "And?"}])
     expected.append("".join(streams[1].write(15, **GREEDY)))
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
-    child = subprocess.run(
-        [sys.executable, "-I", "-c", ELSEWHERE, str(tmp_path)],
-        env=kept | {"HOME": str(tmp_path), "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    environment = kept | {"HOME": str(tmp_path), "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    child = run_fresh(ELSEWHERE, tmp_path, env=environment)
     assert child.returncode == 0, child.stderr
     assert json.loads(child.stdout) == expected
     back = model.stream(tokenizer, tmp_path / "stream")

@@ -10,12 +10,14 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Template
 from olmem import OlmemConfig
 from olmem.rules_olmem import MEMORY_FIELDS, OLMO_BLOCKS
 from olmem.visibility_olmem import Visibility
@@ -359,8 +361,9 @@ def make_card(metadata: Mapping[str, Any], values: Mapping[str, Any]) -> str:
     if said.get("origin") == "fine-tuned":
         said["base_model_relation"] = "finetune"  # as the Hub calls it
     data = ModelCardData(**said, tags=["olmem"], eval_results=results_of(values) or None)
-    template = ModelCard.from_template(data, template_str=read_template(), **variables(metadata, values))
-    return with_checksum(str(template).rstrip() + "\n")
+    told = data.to_dict() | variables(metadata, values)
+    text = compile_template().render(card_data=data.to_yaml(), **told)
+    return with_checksum(str(ModelCard(text)).rstrip() + "\n")
 
 
 def variables(metadata: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -376,6 +379,12 @@ def variables(metadata: Mapping[str, Any], values: Mapping[str, Any]) -> dict[st
     }
     marks = {"mark": MARK, "begin": BEGIN, "end": END, "not_verified": NOT_VERIFIED}
     return none | told | marks | {"metrics": METRICS, "parts": PARTS, "cell": cell} | dict(values)
+
+
+@cache
+def compile_template() -> Template:
+    """Returns the template that every card is made of, which takes longer to compile than to fill."""
+    return Template(read_template())
 
 
 def read_template() -> str:

@@ -85,7 +85,7 @@ class HubServer(HubApi):
         self.env |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0"}
 
     def start(self) -> "HubServer":
-        threading.Thread(target=self._port.serve_forever, args=(0.05,), daemon=True).start()
+        threading.Thread(target=self._port.serve_forever, args=(0.005,), daemon=True).start()
         return self
 
     def close(self) -> None:

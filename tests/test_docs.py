@@ -5,13 +5,10 @@ import re
 import runpy
 import shlex
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import huggingface_hub
 import pytest
-from hub_server import HubServer
 from olmem_convert import ConvertOptions, convert
 from olmem_convert.cli import app
 from typer.testing import CliRunner
@@ -47,18 +44,6 @@ def place(demo, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def hub(monkeypatch) -> Iterator[HubServer]:
-    with HubServer() as server:
-        for name, value in server.env.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)
-        yield server
-
-
 def run_console(text: str) -> None:
     """Runs the commands of a block; lines without a prompt must be among what they print."""
     printed = ""
@@ -88,7 +73,7 @@ def run_python(pages_names: dict[str, object], page: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
-def test_the_blocks_of_a_page_run_one_after_the_other(page, place, hub, capsys):
+def test_the_blocks_of_a_page_run_one_after_the_other(page, place, server, quick_reload, capsys):
     names: dict[str, object] = {"__name__": "__main__"}
     runs: dict[str, Callable[[str], None]] = {
         "console": run_console,

@@ -276,7 +276,7 @@ def test_missing_parents_are_made(tmp_path):
     "stage",
     [
         *(f"commands.converting.{name}" for name in ("write_weights", "copy_tokenizer")),
-        *(f"commands.targets.{name}" for name in ("custom_object_save", "verify_checkpoint")),
+        *(f"commands.targets.{name}" for name in ("write_code", "verify_checkpoint")),
         "writing.transaction.sync",
     ],
 )

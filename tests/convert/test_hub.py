@@ -40,18 +40,6 @@ def out(released, tmp_path) -> Path:
 
 
 @pytest.fixture
-def server(monkeypatch):
-    with HubServer(token=TOKEN) as server:
-        for name, value in server.env.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)
-        yield server
-
-
-@pytest.fixture
 def unloaded_but_sent(monkeypatch):
     """The same, but for the files of the Hub, which are downloaded and compared."""
 
@@ -686,7 +674,7 @@ def test_a_converted_model_is_published(server, tmp_path):
     assert "logits, weights and config are those of OLMo-core" in result.stdout
 
 
-def test_from_training_to_a_user_who_loads_it(server, trained, tmp_path):
+def test_from_training_to_a_user_who_loads_it(server, trained, quick_reload, tmp_path):
     """Whole: by commands alone, without a checkpoint that it could be compared with, with nothing left out; then
     without the network."""
     out = Path(shutil.copytree(trained, tmp_path / "out"))

@@ -9,11 +9,9 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, Protocol, cast
 
-import torch
 from olmem import OlmemConfig, OlmemForCausalLM
 from olmem.rules_olmem import OLMO_BLOCKS
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import CheckpointError, reason
@@ -25,6 +23,7 @@ from ..formats.planning import check_made, choose_dtype, make_config, make_tenso
 from ..options import ConvertOptions, Say
 from ..proof.verification import verify_checkpoint, verify_exported
 from ..publish.model_card import write_card
+from ..reading.installed import write_code
 from ..writing.shards import WeightFiles
 
 
@@ -106,8 +105,7 @@ class ToOlmem:
 
     def save(self, folder: Path) -> None:
         self.config.auto_map = OlmemForCausalLM.auto_map()
-        with torch.device("meta"):
-            custom_object_save(OlmemForCausalLM(self.config), folder)
+        write_code(folder)
         self.config.save_pretrained(folder)
 
     def verify(self, folder: Path, say: Say) -> dict[str, Any]:

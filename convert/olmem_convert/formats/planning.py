@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError, reason
 from ..reading.fields import TOKEN_IDS, require_meaning, tokens_of
+from ..reading.installed import SIZE_ERRORS, shapes_of
 from ..reading.tensors import LazyTensor, same_bits
 from . import Checkpoint, Key
 
@@ -50,14 +51,11 @@ def make_tensors(
 ) -> dict[str, LazyTensor]:
     """By the name that `save_pretrained` would give each, complete and of the model's shapes."""
     try:
-        with torch.device("meta"):
-            model = model_class(config)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        shapes = shapes_of(config, model_class)
+    except SIZE_ERRORS as error:
         raise CheckpointError(
             f"the checkpoint's config must give a model of a possible size (got: {str(error).splitlines()[0]})."
         ) from error
-    tied = model.all_tied_weights_keys
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
     return to_olmem(checkpoint.keys, checkpoint.tensors, shapes)
 
 

@@ -6,7 +6,6 @@ made of, so that whoever loads it with `trust_remote_code` runs nothing else.
 
 import hashlib
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,11 @@ from typing import Any
 import torch
 from olmem import OlmemConfig, OlmemForCausalLM
 from tokenizers import Tokenizer
-from transformers.dynamic_module_utils import custom_object_save
 
 from ..errors import CheckpointError
 from ..proof.loading import nonfinite_weights
 from ..reading.fields import TOKEN_IDS
+from ..reading.installed import installed_code
 from ..reading.olmem_folder import (
     REPORT_NAME,
     UNSEALED,
@@ -268,10 +267,7 @@ def check_seal(folder: Path, seal: Mapping[str, Any], files: Mapping[str, LocalF
 
 def check_code(folder: Path) -> None:
     """The code is this package's, byte for byte, and all of it."""
-    with tempfile.TemporaryDirectory() as scratch:
-        with torch.device("meta"):
-            custom_object_save(OlmemForCausalLM(OlmemConfig(num_hidden_layers=1)), scratch)
-        own = {path.name: path.read_bytes() for path in Path(scratch).glob("*.py")}
+    own = installed_code()
     found = {path.name: path.read_bytes() for path in folder.glob("*.py")}
     others = sorted(name for name in found | own if found.get(name) != own.get(name))
     if others:

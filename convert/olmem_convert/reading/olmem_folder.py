@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from olmem import OlmemConfig, OlmemForCausalLM
+from olmem import OlmemConfig
 from olmem.rules_olmem import OLMO_BLOCKS
 from transformers import AutoTokenizer, GenerationConfig
 
 from ..errors import CheckpointError, reason, shortened
 from .fields import MOST_LAYERS, check_common, require_meaning, typed
+from .installed import SIZE_ERRORS, shapes_of
 from .plain import SourceFile, identity, reading
 from .tensors import BLOCK, LazyTensor
 from .texts import LARGEST_TOKENIZER, load_json, read_json, refuse_code, require_numbers
@@ -141,15 +142,12 @@ def check_shapes(
             f"{config.num_hidden_layers}); convert again."
         )
     try:
-        with torch.device("meta"):
-            model = OlmemForCausalLM(config)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        wanted = shapes_of(config)
+    except SIZE_ERRORS as error:
         said = str(error).splitlines()[:1] or [type(error).__name__]
         raise CheckpointError(
             f"`{folder / 'config.json'}` must give a model of a possible size (got: {said[0]}); convert again."
         ) from error
-    tied = model.all_tied_weights_keys
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
     for name in sorted(wanted.keys() | weights.keys()):
         got = weights.get(name)
         fits = got is not None and got.shape == wanted.get(name) and stored in (None, got.dtype)

@@ -29,12 +29,12 @@ from transformers.utils import logging
 
 from .cache_olmem import OlmemCache
 from .generation_olmem import OlmemGenerationMixin
+from .reading_olmem import PIECE
 from .texts_olmem import DELAY, Message, Row, Texts, as_row
 
 Given = str | torch.Tensor | Sequence[int] | Sequence[Message]  # of one row
 
 PIECES = {"cpu": 1024}  # tokens that are read at once, on a device where `PIECE` would hide how far it is
-PIECE = 8192
 ENDLESS = 2**60  # tokens that are written if no number is given
 # Arguments of `generate()` that a stream gives itself, or has no use for.
 NO_ARGUMENTS = {

@@ -29,6 +29,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def pytest_collection_finish():
+    """What is imported by now is not walked over again, which copies its memory in each process that a test forks."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
+
+
 def pytest_ignore_collect(collection_path, config):
     """Leaves tests of other tools out unless they are named: `make ecosystem` has an environment for them."""
     is_named = any("ecosystem" in str(argument) for argument in config.args)

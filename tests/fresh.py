@@ -47,6 +47,7 @@ for line in sys.stdin:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+os._exit(0)
 """
 
 

@@ -2,9 +2,9 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
+
+from fresh import run_fresh
 
 ROOT = Path(__file__).parents[1]
 SHORT = "import stream; stream.STEPS = stream.TURNS = 8; stream.main()"
@@ -12,9 +12,9 @@ SHORT = "import stream; stream.STEPS = stream.TURNS = 8; stream.main()"
 
 def test_a_stream_takes_no_more_memory_and_loses_nothing():
     """What takes time depends on the machine: the benchmark measures it."""
-    command = [sys.executable, "-c", SHORT, "--tokens", "20000", "--threads", "1", "--json"]
     path = os.pathsep.join(str(ROOT / part) for part in ("modeling", "convert", "benchmarks"))
-    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    arguments = ("--tokens", "20000", "--threads", "1", "--json")
+    run = run_fresh(SHORT, *arguments, env=os.environ | {"PYTHONPATH": path})
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
     assert [row["tokens"] for row in found["rows"]] == [10_000, 20_000]

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -10,7 +12,8 @@ except ImportError:
 
 @pytest.fixture(autouse=True, scope="session")
 def quick_interpreter():
-    """Triton's interpreter replaces its whole language at each call inside a kernel. Once a launch is enough."""
+    """Triton's interpreter replaces its whole language at each call inside a kernel. Once a launch is enough. And it
+    computes whether integers overflow, to tell nobody, as it does not debug."""
     if interpreter is None:
         yield
         return
@@ -30,6 +33,8 @@ def quick_interpreter():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
         patch.setattr(interpreter, "_patch_lang", replace_once)
+        options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+        patch.setattr(interpreter.interpreter_builder, "options", options)
         yield
 
 

@@ -927,6 +927,7 @@ def memories_of(model: OlmemForCausalLM, length: int, batch: int = 1) -> list[to
 
 @pytest.mark.parametrize("gate", [None, -2.0], ids=["not gated", "gated"])
 @pytest.mark.parametrize("placement", NORM_PLACEMENTS)
+@torch.inference_mode()
 def test_memory_stays_of_one_size_however_many_segments_wrote_it(placement, gate):
     """Its root mean square, over 2,000 tokens of new weights: 1, as the norm has it; without a norm it was 255."""
     changes = {"norm_placement": placement, "memory_gate_init": gate, "initializer_range": 0.2}
@@ -940,6 +941,7 @@ def test_memory_stays_of_one_size_however_many_segments_wrote_it(placement, gate
 @pytest.mark.parametrize("kind", ["memory", "both with sinks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("placement", NORM_PLACEMENTS)
+@torch.inference_mode()
 def test_a_thousand_segments_are_finite_in_every_dtype(placement, dtype, kind):
     changes = {"num_hidden_layers": 1, "norm_placement": placement, "memory_segment_length": 2}
     changes |= {"retrieval_layers": [0]} if kind != "memory" else {}

@@ -4,8 +4,11 @@ stopped goes on, and what does not fit is refused."""
 import hashlib
 import json
 import math
+import os
 import shutil
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -424,6 +427,53 @@ def test_a_run_that_is_stopped_goes_on(out, text, monkeypatch):
     (out / "verification.json").unlink()
     save_weights(out, weights)
     assert len(again()[1]) == 3, "a changed model is measured anew"
+
+
+def test_what_is_finished_goes_with_a_part_that_cannot_be_measured(out, text, monkeypatch):
+    """It stayed beside the folder, though no run could go on with it; for one that had too little time, it stays."""
+    compute, journal = measuring.computed, out.with_name(".out.evaluation.json")
+    fail, options = CheckpointError("the loss must be finite"), EvaluateOptions(tasks=["passkey"], distances=[8])
+
+    def computed(metric, *names, **given):
+        if metric.__name__ == "PerplexityStream":
+            return compute(metric, *names, **given)
+        assert journal.exists()
+        if fail:
+            raise fail
+        time.sleep(0.2)
+        given["advance"](1)
+
+    monkeypatch.setattr(measuring, "computed", computed)
+    with pytest.raises(CheckpointError, match="must be finite"):
+        evaluate(out, [text], options)
+    assert not journal.exists()
+    fail = None
+    evaluating = sys.modules["olmem_convert.commands.evaluating"]
+    with pytest.raises(evaluating.OutOfTimeError, match="What is finished is kept"):
+        evaluate(out, [text], replace(options, max_tokens=3, seconds=0.1))
+    assert journal.exists()
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "evaluation_perplexity.svg", "evaluation_recall.png", "README.md"])
+def test_a_folder_in_the_place_of_what_is_written_is_found_first(name, out, text, monkeypatch):
+    """It was found when all was measured, and what was finished stayed beside the folder."""
+    monkeypatch.setattr(measuring, "computed", None)
+    (out / name).unlink(missing_ok=True)
+    (out / name).mkdir()
+    refused(out, [text], f"`{name}` must be a file", "move it away")
+
+
+def test_a_snapshot_of_the_hub_s_cache_is_evaluated(out, text, tmp_path):
+    """An error said that the links in it had "changed since it was checked", at every run."""
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "a1"
+    snapshot.parent.mkdir(parents=True)
+    out.rename(tmp_path / "models--org--name" / "blobs")
+    snapshot.mkdir()
+    for path in (tmp_path / "models--org--name" / "blobs").iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    report = evaluate(snapshot, [text], EvaluateOptions(max_tokens=40))
+    assert json.loads((snapshot / "evaluation.json").read_text()) == report
+    assert os.listdir(snapshot.parent) == ["a1"]
 
 
 def test_without_a_window_there_is_no_reset(out, text):

@@ -2,7 +2,7 @@
 
 An evaluation is parts: a text in one way of reading it, a task at one distance and position, the state. Each is kept in
 a journal beside the folder once it is measured, where a next run finds it, if neither the model nor what was asked for
-has changed.
+has changed. It stays when a run is stopped, and goes when a part cannot be measured, as the next run could not either.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ from ..reading.olmem_folder import (
 from ..reading.texts import read_json
 from ..reading.tokenizer_file import quiet_panics
 from ..writing.progress import Progress, Tell
-from ..writing.texts import replace_bytes, replace_text
+from ..writing.texts import replace_bytes, replace_text, require_replaceable
 
 NEEDED = ("evaluate", "matplotlib")
 PERSONAL = ("_interpreter_path", "_git_commit_hash")  # of what `evaluate.save` adds: it is of this machine, not of OUT
@@ -62,6 +62,10 @@ class Part:
     settings: dict[str, Any]
     tokens: int
     measure: Callable[[Advance], list[Row]]
+
+
+class OutOfTimeError(CheckpointError):
+    """The time that measuring may take is over; with more of it the next run goes on."""
 
 
 def evaluate(
@@ -91,6 +95,7 @@ def evaluate(
     check_texts(paths, options)
     options.check()
     require_libraries()
+    require_replaceable(out / name for name in (CARD_NAME, EVALUATION_NAME, *sorted(PLOT_NAMES)))
     from .measuring import Measured  # imports `evaluate`, which takes seconds
 
     before, made_of = identities(out), digests(out, {})
@@ -214,14 +219,19 @@ def measure(
         def advance(tokens: int) -> None:
             bar.update(tokens)
             if options.seconds is not None and time.monotonic() - started > options.seconds:
-                raise CheckpointError(
+                raise OutOfTimeError(
                     f"`seconds` must suffice to measure (got {options.seconds:g}, in which {bar.n:,} of {bar.total:,} "
                     "tokens were read); give more, or fewer tokens with --max-tokens. What is finished is kept."
                 )
 
         for part in parts:
             if journal.key(part) not in journal.rows:
-                journal.keep(part, part.measure(advance))
+                try:
+                    journal.keep(part, part.measure(advance))
+                except CheckpointError as error:
+                    if not isinstance(error, OutOfTimeError):
+                        journal.remove()
+                    raise
             found.setdefault(part.group, []).extend(journal.rows[journal.key(part)])
     return found
 

@@ -214,7 +214,7 @@ def require_unchanged(files: Mapping[Path, tuple[int, ...]], why: str) -> None:
     """Raises CheckpointError if one of the files is another than when it was looked at."""
     for path, before in files.items():
         try:
-            now = identity(path.lstat())
+            now = identity(path.stat())
         except OSError:
             now = ()
         if now != before:

@@ -2,9 +2,19 @@
 
 import os
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import CheckpointError
+
+
+def require_replaceable(paths: Iterable[Path]) -> None:
+    """Raises CheckpointError for a folder where a file is going to be written, before anything is computed for it."""
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            raise CheckpointError(
+                f"`{path.name}` must be a file that can be written ({path} is a folder); move it away."
+            )
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -214,7 +214,7 @@ def reads(monkeypatch) -> list[tuple[str, int]]:
     made, values = [], Span.values
 
     def spy(span, first, count, dtype):
-        made.append((span.path.name, count * dtype.itemsize))
+        made.append((span.file.path.name, count * dtype.itemsize))
         return values(span, first, count, dtype)
 
     monkeypatch.setattr(Span, "values", spy)

@@ -17,7 +17,7 @@ from ..formats.memory import listed
 from ..options import ConvertOptions, Say, silent
 from ..reading.fields import TOKEN_IDS
 from ..reading.olmem_folder import read_generation_config
-from ..reading.tensors import require_same
+from ..reading.tensors import files_of, require_same
 from ..writing.progress import Progress, Tell
 from ..writing.shards import WeightFiles
 from ..writing.tokenizer import carry_tokenizer, find_tokenizer, of_config, write_tokenizer
@@ -48,7 +48,8 @@ def convert(
     target = target_of(source, options)
     announce(target, say)
     names = target.files.names
-    job = job_of(source, olmem.__version__, target.config.to_json_string(), names, options.allow_nonfinite)
+    files = files_of(target.checkpoint.tensors)
+    job = job_of(files, olmem.__version__, target.config.to_json_string(), names, options.allow_nonfinite)
     whole = written_whole(
         out, job, names, overwrite=options.overwrite, resume=options.resume, strays_of=strays_of, say=say
     )

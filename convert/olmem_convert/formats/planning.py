@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import CheckpointError, reason
 from ..reading.fields import TOKEN_IDS, require_meaning, tokens_of
 from ..reading.installed import SIZE_ERRORS, shapes_of
-from ..reading.tensors import LazyTensor, same_bits
+from ..reading.tensors import LazyTensor, files_of, same_bits
 from . import Checkpoint, Key
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -155,7 +155,7 @@ def check_made(
     """
     check_copies(checkpoint)
     makes = sum(tensor.nbytes for name, tensor in tensors.items() if name not in added)
-    holds = sum(file.size for file in {file for tensor in checkpoint.tensors.values() for file in tensor.sources})
+    holds = sum(file.size for file in files_of(checkpoint.tensors))
     if makes > LARGEST_GROWTH * holds and not allow_growth:
         raise CheckpointError(
             f"the model must be at most {LARGEST_GROWTH} times what its files hold (its weights take {makes:,} bytes, "

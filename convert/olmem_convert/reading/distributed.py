@@ -14,8 +14,8 @@ import torch
 from ..errors import CheckpointError
 from .archives import Archive
 from .pickles import LARGEST_PICKLE, TORCH_DTYPES, Names, Record, StoredTensor, plain_size, unpickle
-from .plain import SourceFile, member, reading
-from .tensors import LazyTensor, refuse_strays
+from .plain import SourceFile, member, reading, refuse_strays
+from .tensors import LazyTensor
 from .texts import read_bytes
 
 

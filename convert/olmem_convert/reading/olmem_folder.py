@@ -198,10 +198,9 @@ def digest(path: Path) -> str:
     if is_weights:
         read_safetensors(path)
     made, done, buffer = hashlib.sha256(), 0, memoryview(bytearray(BLOCK))
-    with reading(path):
-        while count := source.read_into(buffer, done):
-            made.update(buffer[:count])
-            done += count
+    while count := source.read_into(buffer, done):
+        made.update(buffer[:count])
+        done += count
     return made.hexdigest()
 
 

@@ -12,7 +12,7 @@ import stat
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ class SourceFile:
             status = os.fstat(self.file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise ValueError("it has become something other than a file")
-        self.identity, self.size = identity(status), status.st_size
+        self.identity, self.size, self.modified = identity(status), status.st_size, status.st_mtime_ns
         self.reading = threading.Lock()
         self.note()
 
@@ -142,7 +142,7 @@ class SourceFile:
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
         """Reads bytes from `offset` on into the buffer; returns how many there were."""
-        with self.reading:
+        with self.reading, reading(self.path):
             file = self.handle()
             file.seek(offset)
             return file.readinto(buffer)
@@ -181,3 +181,13 @@ def member(folder: Path, name: Any) -> Path:
             f"`{folder}` must name files of its own folder only (got {str(name)[:LONGEST_NAME]!r}); do not trust it."
         )
     return folder / text
+
+
+def refuse_strays(folder: Path, pattern: str, known: Container[str], index_name: str) -> None:
+    """Files of the pattern must be among the known ones."""
+    strays = sorted(path.name for path in folder.glob(pattern) if path.name not in known)
+    if strays:
+        raise CheckpointError(
+            f"`{folder / strays[0]}` must be listed in `{index_name}` (it is not); files of two checkpoints are "
+            "mixed: move what does not belong here away."
+        )

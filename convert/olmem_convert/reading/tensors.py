@@ -8,12 +8,11 @@ import math
 import zlib
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 from ..errors import CheckpointError
-from .plain import SourceFile, reading
+from .plain import SourceFile
 
 BLOCK = 2**20  # bytes that are checked or compared at a time, while they are in the processor's cache
 
@@ -122,17 +121,12 @@ class Span:
     passed: int = field(default=0, compare=False)  # bytes, of which `running` is the CRC-32
     running: int = field(default=0, compare=False)
 
-    @property
-    def path(self) -> Path:
-        return self.file.path
-
     def values(self, first: int, count: int, dtype: torch.dtype) -> torch.Tensor:
         """`count` numbers from the one at `first`, (count,)."""
         values, offset = torch.empty(count, dtype=dtype), first * dtype.itemsize
         if offset != self.passed:
             self.check()
-        with reading(self.path):
-            self.fill(values.view(torch.uint8).numpy().data, offset)
+        self.fill(values.view(torch.uint8).numpy().data, offset)
         return values
 
     def tensor(
@@ -167,9 +161,8 @@ class Span:
         if self.crc is None or self.passed == self.length:
             return
         buffer = memoryview(bytearray(min(BLOCK, self.length)))
-        with reading(self.path):
-            while self.passed < self.length:
-                self.fill(buffer[: self.length - self.passed], self.passed)
+        while self.passed < self.length:
+            self.fill(buffer[: self.length - self.passed], self.passed)
 
     def fill(self, buffer: memoryview, offset: int) -> None:
         """The bytes at `offset` of the span."""
@@ -177,7 +170,7 @@ class Span:
         while done < len(buffer):
             read = self.file.read_into(buffer[done : done + BLOCK], self.start + offset + done)
             if not read:
-                raise ValueError("it became shorter while it was read")
+                raise self.file.changed()  # it became shorter
             if self.crc is not None and offset + done == self.passed:
                 self.running = zlib.crc32(buffer[done : done + read], self.running)
                 self.passed += read
@@ -185,21 +178,16 @@ class Span:
         if self.crc is not None and self.passed == self.length and self.running != self.crc:
             self.passed = self.running = 0
             raise CheckpointError(
-                f"`{self.path}` must match its own checksums (at byte {self.start} it does not); copy it again."
+                f"`{self.file.path}` must match its own checksums (at byte {self.start} it does not); copy it again."
             )
+
+
+def files_of(tensors: Mapping[str, LazyTensor]) -> set[SourceFile]:
+    """Returns the files that the values of these tensors are in."""
+    return {file for tensor in tensors.values() for file in tensor.sources}
 
 
 def require_same(tensors: Mapping[str, LazyTensor]) -> None:
     """Raises CheckpointError if a file that these tensors are in was changed or replaced since it was opened."""
-    for file in {file for tensor in tensors.values() for file in tensor.sources}:
+    for file in files_of(tensors):
         file.require_same()
-
-
-def refuse_strays(folder: Path, pattern: str, known: Container[str], index_name: str) -> None:
-    """Files of the pattern must be among the known ones."""
-    strays = sorted(path.name for path in folder.glob(pattern) if path.name not in known)
-    if strays:
-        raise CheckpointError(
-            f"`{folder / strays[0]}` must be listed in `{index_name}` (it is not); files of two checkpoints are "
-            "mixed: move what does not belong here away."
-        )

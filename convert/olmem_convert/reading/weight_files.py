@@ -17,8 +17,8 @@ from safetensors import safe_open
 from ..errors import CheckpointError
 from .archives import MOST_TENSORS, read_pickle
 from .pickles import LONGEST_KEY, unpickle
-from .plain import SourceFile, member, reading
-from .tensors import LazyTensor, Span, refuse_strays
+from .plain import SourceFile, member, reading, refuse_strays
+from .tensors import LazyTensor, Span
 from .texts import parse_json, read_json
 
 DTYPES = {

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,11 +22,10 @@ from filelock import FileLock, Timeout
 
 from ..errors import CheckpointError
 from ..options import Say, silent
+from ..reading.plain import SourceFile
 from .progress import each
 from .shards import sha256
 
-# What of a source says whether it is still the same: the rest, as logs, may change.
-OF_WEIGHTS = {".bin", ".distcp", ".json", ".metadata", ".pt", ".safetensors", ".yaml"}
 CHANGED = {
     "olmem": "another version of olmem began it",
     "source": "the files of SRC have changed since",
@@ -56,20 +55,10 @@ def note(journal: BinaryIO, entry: Mapping[str, Any]) -> None:
     os.fsync(journal.fileno())
 
 
-def job_of(source: Path, version: str, *options: Any) -> dict[str, str]:
-    """What must be the same for a conversion to be resumed: version, and hashes of source and options."""
-    root, paths = (source, listing(source)) if source.is_dir() else (source.parent, [])
-    paths = [inner for path in paths for inner in (path, *listing(path))] or [source, root / "config.json"]
-    kept = [path for path in paths if (path.suffix or path.name) in OF_WEIGHTS and path.is_file()]
-    state = [(str(path.relative_to(root)), path.stat().st_size, path.stat().st_mtime_ns) for path in kept]
+def job_of(files: Iterable[SourceFile], version: str, *options: Any) -> dict[str, str]:
+    """What must be the same for a conversion to be resumed: version, and hashes of the files of weights and options."""
+    state = sorted((file.path.name, file.size, file.modified) for file in files)
     return {"olmem": version, "source": hashed(state), "options": hashed(options)}
-
-
-def listing(folder: Path) -> list[Path]:
-    """What is in it, if it is a folder that can be read: what a checkpoint needs was read before."""
-    with suppress(PermissionError):
-        return sorted(folder.iterdir()) if folder.is_dir() else []
-    return []
 
 
 def hashed(value: Any) -> str:

@@ -66,7 +66,13 @@ def options(
 
 
 BAKA = "Options of a BakaLLM state dict"
-Source = Annotated[Path, typer.Argument(metavar="SRC", help="Folder of the checkpoint, or a BakaLLM `.bin`.")]
+Source = Annotated[
+    Path,
+    typer.Argument(metavar="SRC", help="Folder of the checkpoint, a BakaLLM `.bin`, or the id of a model on the Hub."),
+]
+SourceRevision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of SRC, if it is a model on the Hub; main by default.")
+]
 NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it appears whole or not at all.")]
 Folder = Annotated[Path, typer.Argument(metavar="OUT", help="An Olmem folder, converted or saved.")]
 Dtype = Annotated[
@@ -186,6 +192,7 @@ OPTIONS = {
     "native_config": NativeConfig,
     "n_ctx": Window,
     "act_fn": Activation,
+    "revision": SourceRevision,
     "name": Name,
     "origin": Origin,
     "license": License,
@@ -194,12 +201,12 @@ OPTIONS = {
     "base_model": BaseModel,
     "language": Language,
     "datasets": Dataset,
-    "revision": Revision,
     "create_pr": CreatePr,
     "private": Private,
     "tag": Tag,
     "execute": Execute,
 }
+OF_COMMANDS = {PushOptions: {"revision": Revision}}  # options that mean something else there
 READ_BY = {"memory": read_settings, "language": tuple, "datasets": tuple}  # what is given several times
 
 
@@ -211,9 +218,10 @@ def with_options(command: Callable[..., dict[str, Any]]) -> Callable[..., None]:
     own = inspect.signature(command).parameters
     kind = own["options"].annotation
     defaults = {field.name: None if field.name in READ_BY else field.default for field in fields(kind)}
-    names = [name for name in OPTIONS if name in defaults]
+    annotations = OPTIONS | OF_COMMANDS.get(kind, {})
+    names = [name for name in annotations if name in defaults]
     taken = [own[name] for name in own if name not in ("options", "say", "tell")]
-    taken += [Parameter(name, KEYWORD, annotation=OPTIONS[name], default=defaults[name]) for name in names]
+    taken += [Parameter(name, KEYWORD, annotation=annotations[name], default=defaults[name]) for name in names]
     taken.append(Parameter("as_json", KEYWORD, annotation=AsJson, default=False))
 
     def taking(as_json: bool, **values: Any) -> None:

@@ -53,9 +53,11 @@ class OfNative(Given):
 
     Attributes:
         allow_nonfinite: NaN and infinite weights are carried over in place of being an error.
+        revision: the branch, tag or commit of a checkpoint that is named by its id on the Hub; `main` by default.
     """
 
     allow_nonfinite: bool = False
+    revision: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

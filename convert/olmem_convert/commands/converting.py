@@ -22,6 +22,7 @@ from ..writing.progress import Progress, Tell
 from ..writing.shards import WeightFiles
 from ..writing.tokenizer import carry_tokenizer, find_tokenizer, of_config, write_tokenizer
 from ..writing.transaction import Partial, job_of, written_whole
+from .fetching import fetched
 from .out_folder import claim, named, strays_of
 from .targets import Target, target_of
 
@@ -36,14 +37,16 @@ def convert(
 ) -> dict[str, Any]:
     """Converts the checkpoint `source`, mostly a folder, to the folder `out`, and verifies its logits.
 
+    Where there is no such folder, `source` is the id of a model on the Hub, which is downloaded to the Hub's cache.
+
     `say` is told, line by line, what was found and done. `tell` is told how far writing has come, about once a second,
     in place of a progress bar. Returns what was written.
 
     Raises:
         CheckpointError: when anything is amiss. Nothing is left behind then, unless `options.resume` is set.
     """
-    source, out = Path(source), named(out)
-    options = options or ConvertOptions()
+    options, out = options or ConvertOptions(), named(out)
+    source = fetched(source, options, say)
     kept = claim(source, out, options, say)
     target = target_of(source, options)
     announce(target, say)

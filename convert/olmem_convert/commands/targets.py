@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import CheckpointError, reason
 from ..formats import Checkpoint
-from ..formats.detect import open_checkpoint
+from ..formats.detect import of_hub, open_checkpoint
 from ..formats.memory import switch_on
 from ..formats.olmem import CONFIG_ERRORS, as_checkpoint, check_nothing_lost, config_of, read_olmem
 from ..formats.planning import check_made, choose_dtype, make_config, make_tensors
@@ -112,7 +112,9 @@ class ToOlmem:
         return verify_checkpoint(folder, self.checkpoint, say, self.options.allow_nonfinite)
 
     def describe(self, folder: Path, kept: Mapping[str, Any], known: Mapping[str, str] | None) -> None:
-        write_card(folder, kept, known)
+        place = of_hub(self.checkpoint.path)
+        base = {"base_model": place[0]} if place and "origin" not in kept else {}
+        write_card(folder, {**base, **kept}, known)
 
     def next_step(self, source: Path, out: Path) -> str:
         folder = quote(str(out))

@@ -20,6 +20,7 @@ from ..reading.olmem_folder import REPORT_NAME, read_raw_config, stored_dtype
 from ..reading.plain import reading
 from ..reading.tensors import require_same
 from ..reading.texts import read_json
+from .fetching import fetched
 from .targets import ToTransformers
 
 VERSIONS = ("transformers_version",)  # of a config, which may be another one's
@@ -30,9 +31,9 @@ def verify(
 ) -> dict[str, Any]:
     """Verifies the folder `out`, and writes `verification.json` and the card of an Olmem folder.
 
-    With `source`, it is compared with the native checkpoint that it was converted from, or, if it is of a class of
-    Transformers' own, with the Olmem folder that it was made from. Without, as a model that was trained has none, its
-    own code must load it and compute what the installed olmem does.
+    With `source`, a path or the id of a model on the Hub, it is compared with the native checkpoint that it was made
+    from, or, if it is of a class of Transformers' own, with the Olmem folder. Without, as a model that was trained has
+    none, its own code must load it and compute what the installed olmem does.
 
     Returns the report.
 
@@ -45,12 +46,13 @@ def verify(
         raise CheckpointError(
             f"`OUT` must be a folder that holds a model ({out} has no config.json); convert or save one first."
         )
+    source = None if source is None else fetched(source, options, say)
     model_type = as_written(out / "config.json").get("model_type")
     if model_type in list(OLMO_BLOCKS):
-        return verify_other_class(out, None if source is None else Path(source), str(model_type), options, say)
+        return verify_other_class(out, source, str(model_type), options, say)
     if source is None:
         return verify_alone(out, options, say)
-    checkpoint = open_checkpoint(Path(source), trained_length(out), options)
+    checkpoint = open_checkpoint(source, trained_length(out), options)
     kept = kept_metadata(out)
     forget_report(out)
     write_card(out, kept)

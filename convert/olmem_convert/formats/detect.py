@@ -2,6 +2,7 @@
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
@@ -14,7 +15,8 @@ from ..reading.texts import read_json
 from ..reading.weight_files import WEIGHTS, find_weights
 from . import Checkpoint, Format, baka, olmo, olmo_core, transformers_olmo
 
-OF_THE_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # as the Hub names a model
+# A snapshot in the Hub's cache: the owner and the name of the repository, and the commit.
+SNAPSHOT = re.compile(r".*/models--([\w.-]+)--([\w.-]+)/snapshots/([0-9a-f]{40})", re.ASCII | re.DOTALL)
 FORMATS: tuple[Format, ...] = (olmo, olmo_core, baka, transformers_olmo)
 CONFIG_ERRORS = (
     StrictDataclassError,
@@ -45,12 +47,8 @@ def open_checkpoint(source: Path, max_length: int | None = None, given: Given | 
 def open_recognised(source: Path, max_length: int | None, given: Given) -> Checkpoint:
     """Opens the checkpoint with the one format that recognises it."""
     if not source.exists():
-        way_out = "name the folder that holds it"
-        if OF_THE_HUB.fullmatch(str(source)):
-            folder = source.name
-            way_out += f"; if it is a model of the Hub, `hf download {source} --local-dir {folder}` downloads it to one"
-        raise CheckpointError(f"`SRC` must be a checkpoint ({source} does not exist); {way_out}.")
-    found = [(module, description) for module in FORMATS if (description := module.recognise(source))]
+        raise CheckpointError(f"`SRC` must be a checkpoint ({source} does not exist); name the folder that holds it.")
+    found = recognised(source)
     if len(found) > 1:
         names = " and ".join(description for _, description in found)
         raise CheckpointError(
@@ -67,17 +65,32 @@ def open_recognised(source: Path, max_length: int | None, given: Given) -> Check
             checkpoint = module.open_checkpoint(source, max_length, given)
             if checkpoint.tokenizer_size < 1:
                 raise ValueError(f"`vocab_size` is {checkpoint.tokenizer_size}")
-            return checkpoint
         except CONFIG_ERRORS as error:
             raise CheckpointError(
                 f"the config of `{source}` must describe a model ({description}; got {type(error).__name__}: "
                 f"{reason(error)[:500]}); compare it with the config of the run."
             ) from error
+        if place := of_hub(source):
+            checkpoint = replace(
+                checkpoint, description=f"{checkpoint.description}, of {place[0]} at commit {place[1]}"
+            )
+        return checkpoint
     if not source.is_dir():
         raise CheckpointError(f"`SRC` must be a checkpoint's folder or a BakaLLM `.bin` ({what_file(source)}).")
     raise CheckpointError(
         f"`{source}` must hold an OLMo, OLMo-core, BakaLLM or Transformers checkpoint; {what_else(source)}."
     )
+
+
+def recognised(source: Path) -> list[tuple[Format, str]]:
+    """Returns the formats that recognise a checkpoint, each with what it is in words."""
+    return [(module, description) for module in FORMATS if (description := module.recognise(source))]
+
+
+def of_hub(folder: Path) -> tuple[str, str] | None:
+    """The repository and the commit of a folder that is a snapshot in the Hub's cache."""
+    found = SNAPSHOT.fullmatch(folder.absolute().as_posix())
+    return (f"{found[1]}/{found[2]}", found[3]) if found else None
 
 
 def what_file(path: Path) -> str:

@@ -78,8 +78,8 @@ class Bounded(HTTPX.SyncByteStream):
 
 
 @contextmanager
-def keeping_token(token: str, endpoint: str) -> Iterator[None]:
-    """Lets no request with the token go anywhere but to the Hub's own address.
+def keeping_token(token: str, endpoint: str, bounded: bool = True) -> Iterator[None]:
+    """Lets no request with the token go anywhere but to the Hub's own address. Unless `bounded`, answers are files.
 
     The Hub's answers name addresses: of the next page of a listing, of what confirms an upload, of redirects.
     huggingface_hub asks some of them with the token, whatever host they are of. Every request of its client passes
@@ -110,7 +110,7 @@ def keeping_token(token: str, endpoint: str) -> Iterator[None]:
                 f"{response.url.host} must not compress what it was asked to send as it is (it does); check your proxy"
             )
         bound_waits(response.headers)
-        if response.request.extensions.get("olmem") != "download":
+        if bounded and response.request.extensions.get("olmem") != "download":
             response.stream = Bounded(response.stream, f"{response.url.scheme}://{response.url.host}")
 
     def make() -> Any:

@@ -193,6 +193,14 @@ OPTIONS = {
     "n_ctx": Window,
     "act_fn": Activation,
     "revision": SourceRevision,
+    "max_tokens": MaxTokens,
+    "tasks": Tasks,
+    "distances": Distances,
+    "positions": Positions,
+    "questions": Questions,
+    "seed": Seed,
+    "state": Lengths,
+    "seconds": Seconds,
     "name": Name,
     "origin": Origin,
     "license": License,
@@ -206,8 +214,8 @@ OPTIONS = {
     "tag": Tag,
     "execute": Execute,
 }
-OF_COMMANDS = {PushOptions: {"revision": Revision}}  # options that mean something else there
-READ_BY = {"memory": read_settings, "language": tuple, "datasets": tuple}  # what is given several times
+# Those that mean something else to a command.
+OF_COMMANDS = {EvaluateOptions: {"memory": Modes}, PushOptions: {"revision": Revision}}
 
 
 def with_options(command: Callable[..., dict[str, Any]]) -> Callable[..., None]:
@@ -217,7 +225,10 @@ def with_options(command: Callable[..., dict[str, Any]]) -> Callable[..., None]:
     """
     own = inspect.signature(command).parameters
     kind = own["options"].annotation
-    defaults = {field.name: None if field.name in READ_BY else field.default for field in fields(kind)}
+    # What may be given several times is None where it is not.
+    several = {field.name: tuple for field in fields(kind) if field.default == ()}
+    several |= {"memory": read_settings} if kind is ConvertOptions else {}
+    defaults = {field.name: None if field.name in several else field.default for field in fields(kind)}
     annotations = OPTIONS | OF_COMMANDS.get(kind, {})
     names = [name for name in annotations if name in defaults]
     taken = [own[name] for name in own if name not in ("options", "say", "tell")]
@@ -229,7 +240,7 @@ def with_options(command: Callable[..., dict[str, Any]]) -> Callable[..., None]:
 
         def run(say: Say) -> dict[str, Any]:
             given = {name: values.pop(name) for name in names}
-            given |= {name: READ_BY[name](given[name] or ()) for name in names if name in READ_BY}
+            given |= {name: several[name](given[name] or ()) for name in names if name in several}
             return command(**values, options=kind(**given), say=say, tell=tell_script if as_json else None)
 
         finish(run, as_json)
@@ -256,38 +267,10 @@ def verify(out: Folder, options: VerifyOptions, say: Say, tell: Tell | None, aga
 
 
 @app.command()
-def evaluate(
-    out: Folder,
-    text: Texts = None,
-    max_tokens: MaxTokens = None,
-    memory: Modes = None,
-    task: Tasks = None,
-    distance: Distances = None,
-    position: Positions = None,
-    questions: Questions = 8,
-    seed: Seed = 0,
-    state: Lengths = None,
-    seconds: Seconds = None,
-    as_json: AsJson = False,
-) -> None:
+@with_options
+def evaluate(out: Folder, options: EvaluateOptions, say: Say, tell: Tell | None, text: Texts = None) -> dict[str, Any]:
     """Measure perplexity on texts, recall and state, and write evaluation.json and plots for the card to quote."""
-    run = imported("evaluate")
-
-    options, tell = (
-        EvaluateOptions(
-            max_tokens=max_tokens,
-            seconds=seconds,
-            memory=memory or (),
-            tasks=task or (),
-            distances=distance or (),
-            positions=position or (),
-            questions=questions,
-            seed=seed,
-            state=state or (),
-        ),
-        tell_script if as_json else None,
-    )
-    finish(lambda say: run(out, text or (), options, say=say, tell=tell), as_json)
+    return imported("evaluate")(out, text or (), options, say=say, tell=tell)
 
 
 @app.command()

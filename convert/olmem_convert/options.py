@@ -149,7 +149,7 @@ class EvaluateOptions:
     seed: int = 0
     state: Sequence[int] = ()
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Raises CheckpointError for a value that no model could make right."""
         if self.max_tokens is not None and self.max_tokens < 2:
             raise CheckpointError(

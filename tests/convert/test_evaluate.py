@@ -230,6 +230,7 @@ def test_options_that_are_not_fit(out, text, tmp_path):
     refused(out, [text], "`max_tokens`", max_tokens=1)
     refused(out, [text], "`chunk`", chunk=0)
     refused(out, [text], "`memory` must be one of", memory=["of"])
+    refused(out, [], "`memory` must be given with a text", "add --text FILE", memory=["off"], tasks=["passkey"])
     refused(out, [], "`task` must be one of passkey", tasks=["qa4"])
     refused(out, [], "`distance` must be at least 0", tasks=["qa1"], distances=[5, -1])
     refused(out, [], "`state` must be at least 1", state=[0])

@@ -93,7 +93,6 @@ def evaluate(
     if not (out / "config.json").is_file():
         raise CheckpointError(f"`OUT` must be a converted folder ({out} has no config.json); convert SRC first.")
     check_texts(paths, options)
-    options.check()
     require_libraries()
     require_replaceable(out / name for name in (CARD_NAME, EVALUATION_NAME, *sorted(PLOT_NAMES)))
     from .measuring import Measured  # imports `evaluate`, which takes seconds
@@ -136,6 +135,11 @@ def check_texts(paths: Sequence[Path], options: EvaluateOptions) -> None:
         raise CheckpointError(
             "`text` must be given, or a task or lengths of the state (got none); add --text FILE, --task NAME or "
             "--state TOKENS."
+        )
+    if options.memory and not names:
+        raise CheckpointError(
+            f"`memory` must be given with a text, as it says how one is read (got {', '.join(options.memory)} and no "
+            "text); add --text FILE, or leave it out."
         )
     if len(set(names)) < len(names):
         raise CheckpointError(

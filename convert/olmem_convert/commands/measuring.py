@@ -44,7 +44,7 @@ class Measured:
         self.texts = [read_text(path, self.tokenizer, options.max_tokens, config.vocab_size) for path in paths]
         modes = MODES if self.window else ("on", "off")
         self.modes = list(dict.fromkeys(options.memory)) or (list(modes) if config.has_memory else ["on"])
-        if "reset" in self.modes and self.window is None and self.texts:
+        if "reset" in self.modes and self.window is None:
             raise CheckpointError(
                 "`memory` must not be reset at each window where no layer has one (got reset); leave it out."
             )

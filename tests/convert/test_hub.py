@@ -164,6 +164,11 @@ def test_a_card_is_titled_as_its_repository_unless_it_was_named(out, server, unl
     assert (out / "README.md").read_text() == before  # a plan changes nothing
     push(out, REPO, PushOptions(execute=True))
     assert "# model\n" in (out / "README.md").read_text()
+    lines = []
+    push(out, f"{REPO}-2", PushOptions(execute=True), say=lines.append)  # which named the first repository to be loaded
+    assert lines[0].startswith(f"the card names {REPO}, and is titled as {REPO}-2")
+    readme = server.read(f"{REPO}-2", "README.md").decode()
+    assert "# model-2\n" in readme and f'repo = "{REPO}-2"' in readme
     card(out, CardOptions(name="another"))
     push(out, REPO, PushOptions(execute=True))
     assert "# another\n" in (out / "README.md").read_text()

@@ -68,14 +68,18 @@ def push(out: str | Path, repo_id: str, options: PushOptions | None = None, *, s
 
 
 def titled(out: Path, repo_id: str, files: dict[str, LocalFile], execute: bool, say: Say) -> dict[str, LocalFile]:
-    """Has the card of a model that was given no name of its own bear the repository's, where the plan is executed.
+    """Has the card bear the repository's id where the plan is executed, unless the model was given a name of its own.
 
-    Returns the files with that card.
+    The id of another repository, as an earlier push wrote, is no such name. Returns the files with that card.
     """
     path = out / CARD_NAME
-    if not is_own(path) or said(path)["model_name"] != named_after(out):
+    name = said(path)["model_name"] if is_own(path) else repo_id
+    if name == repo_id or (name != named_after(out) and "/" not in name):
         return files
-    say(f"the card is titled as the repository, once it is sent: `olmem card {out} --name NAME` names it otherwise")
+    say(
+        f"the card names {name}, and is titled as {repo_id} once it is sent: `olmem card {out} --name NAME` names it "
+        "otherwise"
+    )
     if not execute:
         return files
     replace_text(path, make_card(said(path) | {"model_name": repo_id}, read_values(out, digests_of(files))))

@@ -5,10 +5,12 @@ import re
 import runpy
 import shlex
 import shutil
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from olmem_convert import ConvertOptions, convert
 from olmem_convert.cli import app
 from typer.testing import CliRunner
@@ -95,6 +97,19 @@ def test_the_readme_is_short_and_names_every_guide():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
     assert all(f"docs/{page.name}" in text for page in (ROOT / "docs").glob("*.md"))
+
+
+def test_the_citation_is_of_this_version():
+    cited = yaml.safe_load((ROOT / "docs" / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    stated = (ROOT / project["tool"]["hatch"]["version"]["path"]).read_text()
+    assert (
+        f'__version__ = "{cited["version"]}"\n' in stated
+        and f"\n## {cited['version']}\n" in (ROOT / "CHANGELOG.md").read_text()
+    )
+    assert cited["license"] == project["project"]["license"] and cited["cff-version"] == "1.2.0"
+    readme = (ROOT / "README.md").read_text()
+    assert f"title = {{{cited['title']}}}" in readme and f"author = {{{{{cited['authors'][0]['name']}}}}}" in readme
 
 
 def test_results_are_those_of_the_files():

@@ -10,7 +10,7 @@ from .heads_olmem import OlmemForSequenceClassification, OlmemForTokenClassifica
 from .modeling_olmem import OlmemForCausalLM, OlmemModel
 from .stream_olmem import OlmemStream
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Here, not in the files that are copied into Hub repositories: the name is one for the process, and the code of one
 # repository must not load the next one. Model classes register by their own configuration class, where they are.

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import olmem  # noqa: F401  (registers `model_type: olmem`, as users do)
 import pytest
+from convert.checkpoints import edit_json
+from convert.fuzzing import seeds as of_fuzzer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from olmem_convert.errors import CheckpointError
@@ -368,6 +370,17 @@ def test_a_path_that_is_no_file(tmp_path, out):
         message = refusal(tmp_path / name, out)
         assert message.startswith("the tokenizer must be a tokenizer.json or a folder with one (got ")
         assert str(tmp_path / name) in message and message.endswith("; --tokenizer chooses another tokenizer")
+
+
+def test_what_a_tokenizer_is_made_of_is_answered_with_the_line_that_makes_it(tmp_path, out, monkeypatch):
+    of_fuzzer.write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    edit_json(tmp_path / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+    message = refusal(tmp_path, out)
+    assert "of vocab.json, merges.txt Transformers makes one" in message and "`olmem tokenizer`" in message
+    monkeypatch.chdir(tmp_path)
+    exec(message.split("`")[1], {"AutoTokenizer": AutoTokenizer})
+    assert (tmp_path / "NEW" / "tokenizer.json").is_file()
 
 
 @settings(max_examples=40, deadline=None)

@@ -67,7 +67,9 @@ def write_tokenizer(
     """
     path = source / "tokenizer.json" if os.path.isdir(source) else source
     if not os.path.isfile(path):
-        raise CheckpointError(f"the tokenizer must be a tokenizer.json or a folder with one (got {source}); {WAY_OUT}")
+        raise CheckpointError(
+            f"the tokenizer must be a tokenizer.json or a folder with one (got {source}); {how_to_make(path.parent)}"
+        )
     content, tokenizer, size = read_tokenizer(path, vocab_size)
     tokens = {token_id: token for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items()}
     special = _special(tokenizer)
@@ -98,7 +100,21 @@ def write_tokenizer(
 
 
 # What tokenizers without a tokenizer.json are made of.
-SLOW = ("vocab.json", "merges.txt", "tokenizer.model")
+SLOW = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
+
+
+def how_to_make(folder: Path) -> str:
+    """What to do about a folder without a tokenizer.json, which may hold what one is made of.
+
+    It is not made here: Transformers adds tokens, or splits otherwise, by a class that only the user knows is right.
+    """
+    if found := [name for name in SLOW if os.path.lexists(folder / name)]:
+        return (
+            f"of {', '.join(found)} Transformers makes one, by the class that tokenizer_config.json names: in Python, "
+            f"`AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained('NEW')` writes it to a folder NEW; name "
+            "that one by --tokenizer, or give it to `olmem tokenizer`"
+        )
+    return WAY_OUT
 
 
 def carry_tokenizer(source: Path, out: Path, vocab_size: int, say: Say) -> dict[str, Any] | None:
@@ -109,10 +125,9 @@ def carry_tokenizer(source: Path, out: Path, vocab_size: int, say: Say) -> dict[
     """
     path, config_path = source / "tokenizer.json", source / "tokenizer_config.json"
     if not os.path.isfile(path):
-        if slow := [name for name in SLOW if os.path.lexists(source / name)]:
+        if any(os.path.lexists(source / name) for name in SLOW):
             raise CheckpointError(
-                f"the tokenizer of {source} must have a tokenizer.json (got {', '.join(slow)} alone); write one with "
-                f"`AutoTokenizer.from_pretrained(…).save_pretrained(…)`, or {WAY_OUT}"
+                f"the tokenizer of {source} must have a tokenizer.json (it has none); {how_to_make(source)}"
             )
         return None
     content, tokenizer, size = read_tokenizer(path, vocab_size)

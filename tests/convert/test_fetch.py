@@ -85,6 +85,18 @@ def test_a_folder_wins_over_a_model_on_the_hub(server, native, tmp_path, monkeyp
         convert(REPO, tmp_path / "other", ConvertOptions(revision="main"))
 
 
+def test_nothing_is_downloaded_for_a_folder_that_may_not_be_written(server, native, tmp_path):
+    publish(server, native)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match="`OUT` must not exist yet"):
+        convert(REPO, tmp_path / "out")
+    assert server.requests == []
+    convert(REPO, tmp_path / "other", ConvertOptions(verify=False))
+    [snapshot] = (tmp_path / "cache").glob("models--*/snapshots/*")
+    with pytest.raises(CheckpointError, match="`OUT` and SRC must lie apart"):
+        convert(REPO, snapshot / "out")
+
+
 def test_a_revision_is_a_branch_a_tag_or_a_commit(server, native, tmp_path):
     first = publish(server, native)
     api = HfApi(endpoint=server.endpoint, token=server.token)

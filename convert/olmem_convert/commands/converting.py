@@ -21,7 +21,7 @@ from ..reading.tensors import files_of, require_same
 from ..writing.progress import Progress, Tell
 from ..writing.shards import WeightFiles
 from ..writing.tokenizer import carry_tokenizer, find_tokenizer, of_config, write_tokenizer
-from ..writing.transaction import Partial, job_of, written_whole
+from ..writing.transaction import Partial, job_of, require_apart, written_whole
 from .fetching import fetched
 from .out_folder import claim, named, strays_of
 from .targets import Target, target_of
@@ -46,8 +46,9 @@ def convert(
         CheckpointError: when anything is amiss. Nothing is left behind then, unless `options.resume` is set.
     """
     options, out = options or ConvertOptions(), named(out)
+    kept = claim(Path(source), out, options, say)  # before anything is downloaded for it
     source = fetched(source, options, say)
-    kept = claim(source, out, options, say)
+    require_apart(source, out, {})
     target = target_of(source, options)
     announce(target, say)
     names = target.files.names

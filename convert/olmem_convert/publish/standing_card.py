@@ -42,8 +42,8 @@ def kept_metadata(folder: Path) -> dict[str, Any]:
 
 def said(path: Path) -> dict[str, Any]:
     """The same, as it stands there. Raises CheckpointError where writing the card anew would lose an edit."""
-    name = {"model_name": named_after(path.parent)}
-    if not is_own(path):
+    own, name = is_own(path), {"model_name": named_after(path.parent)}
+    if not own:
         return name
     data = read_front_matter(path)
     require_unedited(path)

@@ -400,7 +400,7 @@ class Frame:
             prefix=self.prefix_may_show(call),
             causal=self.is_causal(call, columns_before),
             solid=is_first,
-            first=0 if is_first else None,
+            first=0 if is_first and call.before == 0 else None,  # a window of one token has no key before it
             slack=call.inner_padding() + (columns_before if has_gaps else 0),
             seen=None if past is None else past.seen,
             documents=call.tokens.documents,

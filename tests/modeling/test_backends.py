@@ -161,6 +161,14 @@ def test_queries_of_a_tape_see_what_the_table_lists(begins_with, has_memory, blo
                 check(stream, plan, section, seen, query, gate, stream.seen)
 
 
+def test_a_window_of_one_token_goes_on_from_a_cache():
+    """Its call has no earlier key, and still its first token is not the stream's first one: it sees sinks."""
+    changes = {"layer_types": SLIDING, "sliding_window": 1, "num_sink_tokens": 1, "num_memory_tokens": 2}
+    stream = Stream(changes, torch.ones(1, 2, dtype=torch.bool))
+    [(plan, [seen])] = on_tape(stream, [1, 1], 1, lambda strategy: False)
+    check(stream, plan, plan.sections[0], seen, queries_of(stream, plan), None, stream.seen)
+
+
 def rope_plan(visibility: Visibility, length: int, plain: bool) -> tuple[Plan, Any]:
     """Returns the plan of tokens that are all there is, and a rotation of differences for the reference."""
     sinks = 0 if visibility.layer_type == FULL else visibility.num_sinks

@@ -50,6 +50,7 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    s_aux: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attends by plain operations with a softmax in float32, as one of Transformers' attention functions.
@@ -59,6 +60,7 @@ def eager_attention_forward(
         key: (B, K, S, D).
         value: (B, K, S, D).
         attention_mask: numbers that are added to the scores.
+        s_aux: learned sinks (H,) under the name that they have there, or None.
 
     Returns:
         The output (B, T, H, D) and the weights (B, H, T, S).
@@ -69,7 +71,7 @@ def eager_attention_forward(
     weights = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = softmax(weights, None if s_aux is None else s_aux[:, None]).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
@@ -129,18 +131,21 @@ class Step:
             output, weights = self.attend_bare(heads, query, parts[0], section)
         else:
             queries = [(rotations.slot if part.is_prefix else rotations.place)(query) for part in parts]
-            keys = [part.key for part in parts]
+            keys, sink_bias = [part.key for part in parts], None
             if needs.by_slot:
+                if needs.sink_logits:
+                    sink_bias = heads.scheme.score_bias(queries[-1], -view.query_slots, heads.scaling)
                 offsets = view.step_offsets()
                 sizes = [key.shape[2] for key in keys]
                 offsets = offsets[:, offsets.shape[1] - sum(sizes) :].split(sizes, dim=1)
                 keys = [heads.scheme.place_key(key, each, False) for key, each in zip(keys, offsets, strict=True)]
             values = [part.value for part in parts]
-            if len(parts) == 1 and not needs.plain and heads.memory_gate is None:
+            if len(parts) == 1 and not needs.plain and heads.memory_gate is None and not needs.sink_logits:
                 output, weights = attend_sdpa(heads, queries[0], keys[0], values[0], view.step_mask), None
             else:
-                gate, num_memory = heads.memory_gate, view.visibility.num_memory
-                output, weights = attend_side_by_side(heads, queries, keys, values, view.step_mask, gate, num_memory)
+                num_memory = None if heads.memory_gate is None else view.visibility.num_memory
+                given = heads, queries, keys, values, view.step_mask, num_memory
+                output, weights = attend_side_by_side(*given, sink_bias=sink_bias)
         return output, in_order(weights, view) if needs.weights and weights is not None else None
 
     def attend_bare(self, heads: Heads, query: torch.Tensor, part: Part, section: Section) -> Output:
@@ -156,10 +161,10 @@ class Step:
         for kv_heads, key in rotated_heads(part.key, phases):
             some = ALL if kv_heads == ALL else slice(kv_heads.start * groups, kv_heads.stop * groups)
             own, value, share = query[:, some], part.value[:, kv_heads], None
-            gate = None if heads.memory_gate is None else heads.memory_gate[some]
-            if section.needs.plain or gate is not None:
-                num_memory = view.visibility.num_memory
-                output, share = attend_side_by_side(heads, [own], [key], [value], view.step_mask, gate, num_memory)
+            if section.needs.plain or section.needs.sink_logits or heads.memory_gate is not None:
+                num_memory = None if heads.memory_gate is None else view.visibility.num_memory
+                given = heads.some(some), [own], [key], [value], view.step_mask, num_memory
+                output, share = attend_side_by_side(*given)
             else:
                 output = attend_sdpa(heads, own, key, value, view.step_mask)
             outputs.append(output)
@@ -172,7 +177,7 @@ class Whole:
 
     def supports(self, view: View, needs: Needs) -> bool:
         """Supports the first tokens of a stream without a prefix, as long as one mask for all of them is small."""
-        if view.prefix or view.key_numbers.shape[1] != view.numbers.shape[1] or needs.by_slot:
+        if view.prefix or view.key_numbers.shape[1] != view.numbers.shape[1] or needs.by_slot or needs.sink_logits:
             return False
         if not can_join_heads(view.numbers.shape[1]):
             return False  # Transformers' function joins them
@@ -210,19 +215,20 @@ class Blocks:
         keys, values = slices(key, reaches), slices(window.value, reaches)
         outputs, weights = [], []
         for block, reach, block_key, block_value in zip(blocks, reaches, keys, values, strict=True):
-            block_query, bias = queries[:, :, block], None
+            block_query, bias, sink_bias = queries[:, :, block], None, None
             prefix = before and before.some(block)
             if needs.by_slot:
-                block_query, block_key, prefix, bias = apply_scheme(
+                block_query, block_key, prefix, bias, sink_bias = apply_scheme(
                     heads, block_query, block_key, prefix, view, block, reach, in_pairs
                 )
             mask = view.mask(block, reach, prefix is not None)
             if prefix is not None:
                 some = [prefix.query, block_query], [prefix.key, block_key], [prefix.value, block_value]
-                num_memory = view.visibility.num_memory
-                output, share = attend_side_by_side(heads, *some, mask, heads.memory_gate, num_memory, bias)
-            elif needs.plain:
-                output, share = attend_side_by_side(heads, [block_query], [block_key], [block_value], mask)
+                num_memory = None if heads.memory_gate is None else view.visibility.num_memory
+                output, share = attend_side_by_side(heads, *some, mask, num_memory, bias, sink_bias)
+            elif needs.plain or needs.sink_logits:
+                given = heads, [block_query], [block_key], [block_value], mask
+                output, share = attend_side_by_side(*given, sink_bias=sink_bias)
             else:
                 output, share = attend_sdpa(heads, block_query, block_key, block_value, mask), None
             outputs.append(output)
@@ -261,25 +267,27 @@ def apply_scheme(
     block: slice,
     reach: slice,
     in_pairs: bool,
-) -> tuple[torch.Tensor, torch.Tensor, Prefix | None, torch.Tensor | None]:
-    """Returns a block's queries, keys and prefix, changed by xpos or linspace, and a bias for the scores of the prefix.
+) -> tuple[torch.Tensor, torch.Tensor, Prefix | None, torch.Tensor | None, torch.Tensor | None]:
+    """Returns a block's queries, keys and prefix, changed by xpos or linspace, and biases of the prefix and of sinks.
 
     Positions are offsets from the middle of the block, so that none grows with the stream.
     """
     scheme, place, bias = heads.scheme, view.places[:, block], None
     heads.scheme.refuse_far(query.shape[2], query.dtype)
     middle = (place[:, :1] + place[:, -1:]) // 2
+    slot = view.query_slots[:, block]
+    shift = place - slot - middle  # of the block's positions from slots
+    sink_bias = None if heads.sink_logits is None else scheme.score_bias(query, shift, heads.scaling)
     if prefix is not None:
-        slot = view.query_slots[:, block]
         least = slot.amin(-1, keepdim=True)
-        bias = scheme.score_bias(prefix.query, place - slot - middle + least, heads.scaling)
+        bias = scheme.score_bias(prefix.query, shift + least, heads.scaling)
         prefix = Prefix(
             scheme.place_query(prefix.query, slot - least, in_pairs),
             scheme.place_key(prefix.key, view.prefix_slots - least, in_pairs),
             prefix.value,
         )
     query = scheme.place_query(query, place - middle, in_pairs)
-    return query, scheme.place_key(key, view.key_places[:, reach] - middle, in_pairs), prefix, bias
+    return query, scheme.place_key(key, view.key_places[:, reach] - middle, in_pairs), prefix, bias, sink_bias
 
 
 class Slices(torch.autograd.Function):
@@ -363,9 +371,9 @@ def attend_side_by_side(
     keys: Sequence[torch.Tensor],
     values: Sequence[torch.Tensor],
     mask: torch.Tensor | None,
-    gate: torch.Tensor | None = None,
-    num_memory: int = 0,
+    num_memory: int | None = None,
     bias: torch.Tensor | None = None,
+    sink_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attends by plain operations to several parts, whose scores are concatenated under one softmax.
 
@@ -374,9 +382,9 @@ def attend_side_by_side(
         keys: the keys (B, K, S, D) of each part.
         values: the values (B, K, S, D) of each part.
         mask: which keys of all parts are seen, (R, T, S), or None for all.
-        gate: the share (H,) of attention with memory, or None for no gate.
-        num_memory: the number of first keys that are memory, for the gate.
+        num_memory: the number of first keys that are memory, for the memory gate of the heads; None for no gate.
         bias: numbers (B, H, T, 1) that are added to the scores of the first part.
+        sink_bias: numbers (B, H, T, 1) that are added to learned sinks.
 
     Returns:
         The output (B, T, H, D) and the weights (B, H, T, S).
@@ -390,9 +398,8 @@ def attend_side_by_side(
     joined = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
     if mask is not None and groups > 1:
         mask = mask.repeat(1, groups, 1)
-    if gate is not None:
-        gate = gate.unflatten(0, (-1, groups)).repeat_interleave(queries[0].shape[2], dim=1)
-    weights = weigh(heads, joined, mask, gate, num_memory).to(queries[0].dtype)
+    sink_bias = None if sink_bias is None else by_key_head(sink_bias, keys[0])[..., 0]
+    weights = weigh(heads, joined, mask, groups, num_memory, sink_bias).to(queries[0].dtype)
     shares = weights.split(sizes, dim=-1)
     output = shares[0] @ values[0]
     for share, value in zip(shares[1:], values[1:], strict=True):
@@ -400,20 +407,43 @@ def attend_side_by_side(
     return by_query_head(output, groups).transpose(1, 2), by_query_head(weights, groups)
 
 
-def weigh(
-    heads: Heads, scores: torch.Tensor, mask: torch.Tensor | None, gate: torch.Tensor | None, num_memory: int
-) -> torch.Tensor:
-    """Returns the softmax in float32 of scores (B, K, T, S) where the mask (R, T, S) is true.
+def softmax(scores: torch.Tensor, sink_logits: torch.Tensor | None) -> torch.Tensor:
+    """Returns the softmax in float32 of scores (…, T, S), among which are sinks (…, T or 1) that get no weight."""
+    if sink_logits is None:
+        return nn.functional.softmax(scores, dim=-1, dtype=torch.float32)
+    column = sink_logits[..., None].to(scores.dtype).expand(*scores.shape[:-1], 1)
+    return nn.functional.softmax(torch.cat((scores, column), dim=-1), dim=-1, dtype=torch.float32)[..., :-1]
 
-    With a memory gate g (K, T) it returns g times this softmax, plus 1 − g times the softmax over all but the first
-    `num_memory` keys.
+
+def weigh(
+    heads: Heads,
+    scores: torch.Tensor,
+    mask: torch.Tensor | None,
+    groups: int,
+    num_memory: int | None,
+    sink_bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Returns the softmax in float32 of scores (B, K, G · T, S) of G query heads a key head, where the mask is true.
+
+    With a memory gate g it returns g times this softmax, plus 1 − g times the softmax over all but the first
+    `num_memory` keys. The mask is (R, G · T, S). Learned sinks, with a bias (B, K, G · T), join either softmax.
     """
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None], -torch.inf)
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32)
-    if gate is not None:
+
+    def for_queries(of_heads: torch.Tensor | None) -> torch.Tensor | None:
+        """Returns what heads (H,) have as what their queries have, (K, G · T)."""
+        if of_heads is None:
+            return None
+        return of_heads.unflatten(0, (-1, groups)).repeat_interleave(scores.shape[2] // groups, dim=1)
+
+    sink_logits, gate = for_queries(heads.sink_logits), for_queries(heads.memory_gate)
+    if sink_logits is not None and sink_bias is not None:
+        sink_logits = sink_logits + sink_bias
+    weights = softmax(scores, sink_logits)
+    if num_memory is not None and gate is not None:
         gate = gate[..., None]
-        without = nn.functional.softmax(scores[..., num_memory:], dim=-1, dtype=torch.float32)
+        without = softmax(scores[..., num_memory:], sink_logits)
         without = nn.functional.pad(without, (num_memory, 0)).nan_to_num()  # padding may see memory alone
         weights = gate * weights + (1 - gate) * without
     weights = weights.to(scores.dtype)

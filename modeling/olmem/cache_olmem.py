@@ -35,6 +35,7 @@ NO_MATTER = {
     "retrieval_top_k",
     "memory_bptt_segments",
     "memory_gate_init",
+    "sink_logit_init",
     "initializer_range",
     "use_cache",
     "logits_scaling",

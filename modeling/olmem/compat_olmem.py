@@ -25,6 +25,8 @@ CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutp
 
 # Whether an export can join heads of a length that stands for any (see `can_join_heads`).
 JOINS_HEADS = torch.__version__ >= "2.13"
+# Paged attention functions, with the one that attends to learned sinks in their place. Some releases have two of them.
+PAGED = {"paged|eager": "paged|eager", "paged|sdpa": "paged|eager"}
 
 
 def rename_cache(arguments: dict[str, Any], name: str) -> dict[str, Any]:
@@ -461,6 +463,7 @@ def allocate(*shape: int, dtype: torch.dtype, device: torch.device | str) -> tor
 
 __all__ = [
     "CACHE_NAME",
+    "PAGED",
     "allocate",
     "assert_on_device",
     "can_attend_in_blocks",

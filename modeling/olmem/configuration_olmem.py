@@ -63,6 +63,10 @@ class OlmemConfig(OlmemRules, PreTrainedConfig):
         num_sink_tokens (`int`): The number of first tokens S that queries of sliding and chunked layers still see after
             their window has left them. Positions are then the slots of what a query sees (StreamingLLM,
             arXiv 2309.17453), which are at most S + W − 1 in a sliding layer.
+        sink_logit_init (`float`, *optional*): The first value of the learned sinks (`self_attn.sinks`), one logit for
+            each query head that joins the denominator of its softmax, so that a head may attend to nothing (as in
+            gpt-oss). They steady a window. They remember nothing. 0 is for a model made from scratch. Weights that
+            have no sinks need −10 or less, which changes next to nothing at first. None has no learned sinks.
         shared_projections (`str`): Which of queries, keys and values share a projection. They are shared after the
             norm and before positions (arXiv 2606.04032). `"none"` shares nothing. `"key_value"` takes the keys as
             values. `"query_key"` takes the keys as queries. `"query_key_value"` takes the keys as both.
@@ -148,6 +152,7 @@ class OlmemConfig(OlmemRules, PreTrainedConfig):
     attention_chunk_size: int | None = None
     attention_chunk_lookback: int = 0
     num_sink_tokens: int = 0
+    sink_logit_init: float | int | None = None
     num_memory_tokens: int = 0
     memory_segment_length: int | None = None
     memory_bptt_segments: int | None = None

@@ -76,6 +76,12 @@ class Heads:
     scaling: float
     dropout: float
     memory_gate: torch.Tensor | None = None  # (H,) the share of attention with memory, between 0 and 1
+    sink_logits: torch.Tensor | None = None  # (H,) learned sinks, each one more score in a head's softmax
+
+    def some(self, query_heads: slice) -> "Heads":
+        """Returns the settings and weights of some query heads."""
+        gate, sinks = (None if each is None else each[query_heads] for each in (self.memory_gate, self.sink_logits))
+        return replace(self, memory_gate=gate, sink_logits=sinks)
 
 
 @dataclass
@@ -172,6 +178,7 @@ class Needs(NamedTuple):
     weights: bool = False  # attention weights as a second output
     by_slot: bool = False  # keys that depend on their distance from the query
     is_bare: bool = False  # keys that get their positions when they are read
+    sink_logits: bool = False  # learned sinks, which SDPA cannot express
     flash: bool = False  # nothing that torch's flash operations lack, on a device that has them
 
 

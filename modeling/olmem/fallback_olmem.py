@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .backends_olmem import eager_attention_forward
 from .cache_olmem import is_olmem_cache
-from .compat_olmem import CACHE_NAME, hides_values, refuse, returns_tensors
+from .compat_olmem import CACHE_NAME, PAGED, hides_values, refuse, returns_tensors
 from .configuration_olmem import OlmemConfig
 from .contracts_olmem import Candidates, Heads, LayerKind, Needs, Output, Part, Plan, Rotations, Section
 from .ops_olmem import PLAIN
@@ -29,6 +30,8 @@ from .view_olmem import View
 from .visibility_olmem import Visibility
 
 OWN_IMPLEMENTATIONS = ("sdpa", "eager")  # those that Olmem has backends of its own for
+# Those that attend to learned sinks too. Others take them and leave them out, and none of Transformers' own says so.
+WITH_SINKS = (*OWN_IMPLEMENTATIONS, *PAGED, "flex_attention")
 MASK_FUNCTIONS = {
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
@@ -139,6 +142,8 @@ def refuse_own_features(config: OlmemConfig, context: str) -> None:
         )
     if "chunked_attention" in types:
         refuse(f"`layer_types` must not have 'chunked_attention' {context}.")
+    if config.sink_logit_init is not None and Implementation.of(config).name not in WITH_SINKS:
+        refuse(f"`sink_logit_init` must be None (got {config.sink_logit_init}) {context}.")
 
 
 @dataclass
@@ -148,8 +153,28 @@ class ForeignPart(Part):
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
+def attend_with_sinks(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **arguments: Any,
+) -> Output:
+    """Attends to learned sinks by plain operations, as `eager_attention_forward` does, under a mask for SDPA.
+
+    Such a mask is of numbers, or says which keys are seen, or is None where queries see all keys up to their own.
+    """
+    if attention_mask is None and query.shape[2] > 1:
+        attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        least = torch.finfo(query.dtype).min
+        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, least)
+    return eager_attention_forward(module, query, key, value, attention_mask, **arguments)[0], None
+
+
 class InterfaceBackend:
-    """Attends by one of Transformers' attention functions.
+    """Attends by one of Transformers' attention functions, or by plain operations where there are learned sinks.
 
     Args:
         implementation: the name of the function.
@@ -159,6 +184,10 @@ class InterfaceBackend:
 
     def __init__(self, implementation: str, attention_mask: Any, sliding_window: int | None):
         self.interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        self.with_sinks: Callable = attend_with_sinks
+        if implementation != "sdpa":
+            name = PAGED.get(implementation, implementation)
+            self.with_sinks = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         self.attention_mask, self.sliding_window = attention_mask, sliding_window
 
     def supports(self, view: View, needs: Needs) -> bool:
@@ -169,7 +198,10 @@ class InterfaceBackend:
         """Attends as `Backend.attend` does."""
         part = parts[0]
         assert isinstance(part, ForeignPart)
-        return self.interface(
+        interface, arguments = self.interface, part.arguments
+        if heads.sink_logits is not None:
+            interface, arguments = self.with_sinks, {"s_aux": heads.sink_logits, **arguments}
+        return interface(
             heads.module,
             section.rotations.place(query),
             part.key,
@@ -178,7 +210,7 @@ class InterfaceBackend:
             dropout=heads.dropout,
             scaling=heads.scaling,
             sliding_window=self.sliding_window,
-            **part.arguments,
+            **arguments,
         )
 
 

@@ -77,6 +77,8 @@ class OlmemGenerationMixin(GenerationMixin):
             "in continuous batching, which pages keys and values alone; pass the prompts to `generate()` as a padded "
             "batch",
         )
+        if self.config.sink_logit_init is not None:
+            self._supports_flash_attn = False  # Transformers would switch to it, and it leaves learned sinks out
         return super().init_continuous_batching(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # pyright: ignore  whose arguments Transformers looks at

@@ -342,6 +342,12 @@ def attend_kernel(
         if LINSPACE:
             step = tl.load(scale_vector + d, mask=d < D, other=0.0).to(tl.float32) * linspace_step
             slope = tl.sum(query.to(tl.float32) * step[None, :], 1)
+            begin = window_start(number, KIND, WINDOW, LOOKBACK)
+            slot_of_query = MEMORY + tl.minimum(begin, SINKS) + number - begin
+            if ROLE == WRITE:  # that of the first one
+                slot_of_query += 1
+            if ROLE == READ:
+                slot_of_query = slot_of_query * 0
 
     most = tl.full((GP,), float("-inf"), tl.float32)
     total = tl.zeros((GP,), tl.float32)
@@ -378,7 +384,7 @@ def attend_kernel(
         else:
             scores = tl.dot(query, tl.trans(key), input_precision="ieee")
         if LINSPACE:
-            scores -= slope[:, None] * (distance - j).to(tl.float32)[None, :]
+            scores += slope[:, None] * (slot_of_query - distance + j).to(tl.float32)[None, :]
         scores = tl.where(ok[None, :], scores * (scaling * 1.4426950408889634), float("-inf"))
         new = tl.maximum(most, tl.max(scores, 1))
         shrink, weights = tl.exp2(most - new), tl.exp2(scores - new[:, None])
@@ -458,11 +464,14 @@ def attend_pairs_kernel(
 
 @triton.jit
 def join_kernel(
-    partial, maxima, gates, out,
+    partial, maxima, gates, sink_logits, out,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, NP: tl.constexpr,
-    GATED: tl.constexpr, IN_PAIRS: tl.constexpr,
+    GATED: tl.constexpr, SINK: tl.constexpr, IN_PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Joins the parts of each head's attention, (B · H, N, D), into (B, H · D); a gate opens it to the first one."""
+    """Joins the parts of each head's attention, (B · H, N, D), into (B, H · D); a gate opens it to the first one.
+
+    With SINK each head has a learned sink, which joins the sum of the softmax.
+    """
     row = tl.program_id(0).to(tl.int64)
     n, d = tl.arange(0, NP), tl.arange(0, DP)
     is_part, mask = n < PARTS, d < D
@@ -470,13 +479,18 @@ def join_kernel(
     most = tl.load(maxima + 2 * index, mask=is_part, other=float("-inf"))
     total = tl.load(maxima + 2 * index + 1, mask=is_part, other=0.0)
     states = tl.load(partial + index[:, None] * D + d[None, :], mask=is_part[:, None] & mask[None, :], other=0.0)
-    share = tl.exp2(most - tl.max(most, 0))
-    result = tl.sum(states * share[:, None], 0) / tl.sum(total * share, 0)
+    sink = float("-inf")
+    if SINK:
+        sink = tl.load(sink_logits + row % H).to(tl.float32) * 1.4426950408889634
+    greatest = tl.maximum(tl.max(most, 0), sink)
+    share = tl.exp2(most - greatest)
+    result = tl.sum(states * share[:, None], 0) / (tl.sum(total * share, 0) + tl.exp2(sink - greatest))
     if GATED:
         gate = tl.sigmoid(tl.load(gates + row % H).to(tl.float32))
         most = tl.where(n == 0, float("-inf"), most)
-        share = tl.exp2(most - tl.max(most, 0))
-        rest = tl.sum(states * share[:, None], 0) / tl.sum(total * share, 0)
+        greatest = tl.maximum(tl.max(most, 0), sink)
+        share = tl.exp2(most - greatest)
+        rest = tl.sum(states * share[:, None], 0) / (tl.sum(total * share, 0) + tl.exp2(sink - greatest))
         result = gate * result + (1 - gate) * rest
     column = d
     if IN_PAIRS:

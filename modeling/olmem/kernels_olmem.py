@@ -251,7 +251,7 @@ class KernelOperations(Operations):
             shape.rotates, shape.one_tensor, shape.is_difference,
             shape.xpos_rate > 0, *seen_kind, memory, sinks, store, role, has_slots, self.type, num_warps=4,
         )  # fmt: skip
-        group, gate = heads // kv_heads, None if role == READS else shape.memory_gate
+        group, gate, sink_logits = heads // kv_heads, None if role == READS else shape.memory_gate, shape.sink_logits
         queries = memory if role else 1
         together = min(queries, max(MOST_QUERIES // group, 1))
         splits = gate is not None and memory > 0 and sinks > 0
@@ -288,8 +288,8 @@ class KernelOperations(Operations):
         output = projected.new_empty(batch, 1, heads * size)
         self.launch(
             join_kernel, (batch * heads,),
-            partial, maxima, none if gate is None else gate, output,
-            heads, size, padded, parts, triton.next_power_of_2(parts), gate is not None,
+            partial, maxima, none if gate is None else gate, none if sink_logits is None else sink_logits, output,
+            heads, size, padded, parts, triton.next_power_of_2(parts), gate is not None, sink_logits is not None,
             in_pairs and not is_alone, num_warps=1,
         )  # fmt: skip
         if store:

@@ -7,7 +7,8 @@ parameters have the same names, so their checkpoints load without renaming. The 
 - where the norms stand and of what kind they are (`norm_placement`, `norm_type`, `qk_norm`);
 - clipped queries, keys and values (`clip_qkv`), scaled logits (`logits_scaling`), residual dropout;
 - shared projections (`shared_projections`) and position embeddings (`position_embedding`);
-- windows that slide or move in chunks, sinks before them, and a cache of bounded size (`OlmemCache`);
+- windows that slide or move in chunks, sinks before them, learned sinks (`sink_logit_init`), and a cache of bounded
+  size (`OlmemCache`);
 - memory of tokens that have left the window, by memory tokens or by retrieval.
 
 What a window's size means is defined in one place, `Visibility` (visibility_olmem). Plans, views and states ask it.
@@ -66,7 +67,7 @@ from .segments_olmem import OlmemMemory
 from .step_olmem import StepOperations, StepPlan, StepState, layer_shape
 from .stream_olmem import OlmemStream
 from .visibility_olmem import Visibility
-from .weights_olmem import LoadsWeights, gate_new_memory, read_old_names
+from .weights_olmem import LoadsWeights, gate_new_memory, read_old_names, refuse_state_without_sinks
 
 
 def make_norm(config: OlmemConfig, size: int) -> nn.Module:
@@ -169,6 +170,8 @@ class OlmemAttention(nn.Module):
         self.memory_gate: OlmemGate | None = None
         if config.num_memory_tokens and config.memory_gate_init is not None:
             self.memory_gate = OlmemGate(config.num_attention_heads, config.memory_gate_init)
+        if config.sink_logit_init is not None:  # no attribute without them: Transformers looks for one by this name
+            self.sinks = nn.Parameter(torch.full((config.num_attention_heads,), float(config.sink_logit_init)))
         self.retrieval_gate: OlmemGate | None = None
         if layer_idx in config.retrieval_layers:
             self.retrieval_gate = OlmemGate(config.num_attention_heads, config.retrieval_gate_init)
@@ -194,6 +197,7 @@ class OlmemAttention(nn.Module):
             query_norm=getattr(self, "q_norm", None),
             key_norm=getattr(self, "k_norm", None),
             linspace_scale=self.linspace_scale,
+            sink_logits=getattr(self, "sinks", None),
             memory_gate=None if self.memory_gate is None else self.memory_gate.logits,
             retrieval_gate=None if self.retrieval_gate is None else self.retrieval_gate.logits,
         )
@@ -279,7 +283,8 @@ class OlmemAttention(nn.Module):
         """Returns the parts of this layer that backends need."""
         gate = None if self.memory_gate is None else self.memory_gate()
         dropout = self.attention_dropout if self.training else 0.0
-        return Heads(self, self.scheme(self.linspace_scale, self.span), self.scaling, dropout, gate)
+        sinks = getattr(self, "sinks", None)
+        return Heads(self, self.scheme(self.linspace_scale, self.span), self.scaling, dropout, gate, sinks)
 
     def retrieve(
         self,
@@ -402,6 +407,8 @@ class OlmemPreTrainedModel(LoadsWeights):
                 init.copy_(getattr(module, f"{layer_type}_inv_freq"), inverse_frequency)
         if isinstance(module, OlmemAttention) and module.linspace_scale is not None:
             init.ones_(module.linspace_scale)
+        if isinstance(module, OlmemAttention) and self.config.sink_logit_init is not None:
+            init.constant_(module.sinks, float(self.config.sink_logit_init))
         if isinstance(module, OlmemGate):
             init.constant_(module.logits, module.init_logit)
         if isinstance(module, OlmemAdmission):
@@ -445,6 +452,7 @@ class OlmemModel(OlmemPreTrainedModel):
             self.memory = OlmemMemory(config, make_norm(config, config.hidden_size))
         self.register_load_state_dict_pre_hook(read_old_names)
         self.register_load_state_dict_pre_hook(gate_new_memory)
+        self.register_load_state_dict_pre_hook(refuse_state_without_sinks)
         self.rotary_emb = OlmemRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.steps = DecodeSteps()

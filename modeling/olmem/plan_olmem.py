@@ -152,7 +152,8 @@ class Planner:
         self, kind: LayerKind, frame: "Frame", call: Call, rotations: Rotations, of_sections: list[Rotations]
     ) -> Plan:
         """Makes the plan of one kind of layer from a frame and its rotations."""
-        needs = Needs(self.plain, self.weights, kind.position_embedding in BY_SLOT, call.one_tensor, self.flash)
+        by_slot, sink_logits = kind.position_embedding in BY_SLOT, self.config.sink_logit_init is not None
+        needs = Needs(self.plain, self.weights, by_slot, call.one_tensor, sink_logits, self.flash)
         is_alone = len(frame.sections) == 1
         sections = [
             Section(columns, view, own_rotations, needs, choose(self.backends, view, needs), is_alone)

@@ -57,6 +57,9 @@ MEMORY_FIELDS = ("num_memory_tokens", *TOKEN_FIELDS, "retrieval_layers", *RETRIE
 # then makes up less than 0.01 % of the attention output.
 MEMORY_GATE = -10.0
 
+# The greatest first value of learned sinks where weights have none, for the same reason.
+SINK_LOGIT = -10.0
+
 # The fields in which each OLMo model of Transformers differs from Olmem's defaults, by its `model_type`. All other
 # fields have the same names in both.
 OLMO_BLOCKS: dict[str, dict[str, Any]] = {
@@ -359,7 +362,7 @@ class OlmemRules(PreTrainedConfig if TYPE_CHECKING else object):
         )
 
     def validate_retrieval(self) -> None:
-        """Requires layers that can retrieve, valid sizes of what they retrieve, finite gates, and a known device."""
+        """Requires layers that can retrieve, valid sizes of what they retrieve, and a known device."""
         layers, count = self.retrieval_layers, self.num_hidden_layers
         self._require(
             all(0 <= layer < count for layer in layers) and len(set(layers)) == len(layers),
@@ -380,8 +383,6 @@ class OlmemRules(PreTrainedConfig if TYPE_CHECKING else object):
             f"must be at least `retrieval_top_k` = {self.retrieval_top_k}",
             "raise it, or lower `retrieval_top_k`",
         )
-        for name in ("memory_gate_init", "retrieval_gate_init"):
-            self._require(math.isfinite(getattr(self, name) or 0), name, "must be finite", "give a logit such as -4")
         try:
             torch.device("cpu" if self.retrieval_device is None else self.retrieval_device)
         except RuntimeError:
@@ -426,7 +427,9 @@ class OlmemRules(PreTrainedConfig if TYPE_CHECKING else object):
         )
 
     def validate_ranges(self) -> None:
-        """Requires a positive clip and logits scaling, and dropouts below 1."""
+        """Requires finite logits of gates and sinks, a positive clip and logits scaling, and dropouts below 1."""
+        for name in ("memory_gate_init", "retrieval_gate_init", "sink_logit_init"):
+            self._require(math.isfinite(getattr(self, name) or 0), name, "must be finite", "give a logit such as -4")
         self._require(
             self.clip_qkv is None or self.clip_qkv > 0,
             "clip_qkv",

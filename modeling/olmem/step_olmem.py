@@ -54,6 +54,7 @@ class LayerShape:
     xpos_rate: float  # 1/512 with xpos, else 0
     linspace_scale: torch.Tensor | None  # (D,)
     linspace_step: float
+    sink_logits: torch.Tensor | None  # (H,)
     memory_gate: torch.Tensor | None  # (H,) logits
     retrieval_gate: torch.Tensor | None  # (H,) logits
     top_k: int
@@ -131,6 +132,7 @@ def layer_shape(
     query_norm: nn.Module | None,
     key_norm: nn.Module | None,
     linspace_scale: torch.Tensor | None,
+    sink_logits: torch.Tensor | None,
     memory_gate: torch.Tensor | None,
     retrieval_gate: torch.Tensor | None,
 ) -> LayerShape:
@@ -140,6 +142,7 @@ def layer_shape(
         letters: the projections that there are, of "q", "k" and "v", in the order in which they stand side by side.
         scaling: what scores are multiplied by.
         query_norm: the norm of queries, None where it is that of keys.
+        sink_logits: the learned sinks (H,).
         memory_gate: the logits (H,) of the gate, as `retrieval_gate`.
     """
     visibility, position = plan.visibility, config.layer_position_embeddings[layer_idx]
@@ -173,6 +176,7 @@ def layer_shape(
         xpos_rate=1 / XPOS_BASE if position == "xpos" else 0.0,
         linspace_scale=linspace_scale,
         linspace_step=LINSPACE_REACH / max((visibility.span or config.max_position_embeddings) - 1, 1),
+        sink_logits=sink_logits,
         memory_gate=memory_gate,
         retrieval_gate=retrieval_gate,
         top_k=config.retrieval_top_k,

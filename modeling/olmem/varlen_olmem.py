@@ -10,6 +10,8 @@ With a memory gate g the output is g · A + (1 − g) · R, where R is the atten
 all. With a the share of memory in A, this is g · a · (memory alone) + c · R with c = g · (1 − a) + 1 − g, so the
 backward pass needs each part once.
 
+Learned sinks are scores without a key or a value. They join the window's part, after its operation.
+
 Shapes: B batch, H query heads, K key/value heads, C columns of queries, S keys, D head dim; N queries that are tokens.
 """
 
@@ -167,6 +169,22 @@ def merge(
     return output, joined, shares
 
 
+def with_sinks(result: Result, sink_logits: torch.Tensor) -> Result:
+    """Returns the output (N, H, D), in float32 or better, and the log-sum-exp (H, N) of a part with sinks (H,)."""
+    output, total = result
+    joined = torch.logaddexp(total, sink_logits[:, None].to(total.dtype))
+    return output * (total - joined).exp().T[..., None].to(torch.promote_types(output.dtype, torch.float32)), joined
+
+
+def gradient_of_sinks(
+    gradient: torch.Tensor, output: torch.Tensor, total: torch.Tensor, sink_logits: torch.Tensor
+) -> torch.Tensor:
+    """Returns the gradient of sinks (H,), from what `attend_backward` takes for the part that they are in."""
+    weights = (sink_logits[:, None].to(total.dtype) - total).exp()
+    shift = (gradient.to(total.dtype) * output.to(total.dtype)).sum(-1).T
+    return -(weights * shift).sum(1).to(sink_logits.dtype)
+
+
 def merge_results(results: Sequence[Result]) -> Result:
     """Returns the output over all parts in the dtype of theirs, and the log-sum-exp of all scores."""
     if results[0][0].is_cuda and len(results) == 2 and has_triton():
@@ -181,20 +199,30 @@ class AttendParts(torch.autograd.Function):
     """Attends to one part after another, under one softmax, or with a memory gate."""
 
     @staticmethod
-    def forward(ctx: Any, scaling: float, sequences: Sequence[Sequences], gate: torch.Tensor | None, *states):
+    def forward(
+        ctx: Any,
+        scaling: float,
+        sequences: Sequence[Sequences],
+        gate: torch.Tensor | None,
+        sink_logits: torch.Tensor | None,
+        *states,
+    ):
         """Returns the output (N, H, D).
 
         Args:
             sequences: those of each part.
             gate: the share (H,) of attention with the first part, which is memory then; or None.
+            sink_logits: learned sinks (H,), or None.
             states: queries, keys and values of each part in turns, as `attend_forward` takes them.
         """
         triples = zip(states[0::3], states[1::3], states[2::3], strict=True)
         trains = any(ctx.needs_input_grad)
         results = [attend_forward(*each, some, scaling, trains) for each, some in zip(triples, sequences, strict=True)]
+        if sink_logits is not None:
+            results[-1] = with_sinks(results[-1], sink_logits)
         kept: tuple[torch.Tensor, ...]
         if len(results) == 1:
-            output, total = results[0]
+            output, total = results[0][0].to(states[0].dtype), results[0][1]
             kept = output, total
         elif gate is None:
             kept = output, total = merge_results(results)
@@ -206,22 +234,22 @@ class AttendParts(torch.autograd.Function):
             part = gate[:, None].to(whole.dtype)
             output = (part * whole + (1 - part) * rest[0]).to(states[0].dtype)
             kept = memory[0], memory[1], rest[0], rest[1], whole, share, others, gate
-        ctx.save_for_backward(*states, *kept)
+        ctx.save_for_backward(*states, sink_logits, *kept)
         ctx.scaling, ctx.sequences, ctx.gated = scaling, sequences, gate is not None
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]  by its decorator
-        """Returns the gradients of the gate and of all states."""
+        """Returns the gradients of the gate, of the sinks and of all states."""
         count, (gradient,), saved = (
             3 * len(ctx.sequences),
             gradients,
             ctx.saved_tensors,
         )  # checkpoints allow one reading
-        states, kept = saved[:count], saved[count:]
+        states, sink_logits, kept = saved[:count], saved[count], saved[count + 1 :]
         triples = [*zip(states[0::3], states[1::3], states[2::3], strict=True)]
-        of_gate, dtype = None, states[0].dtype
+        of_gate, of_sinks, dtype = None, None, states[0].dtype
         if not ctx.gated:
             asked = [(gradient, *kept)] * len(triples)
         else:
@@ -233,10 +261,12 @@ class AttendParts(torch.autograd.Function):
             bent = rest - (part * share * others / factor.clamp(min=torch.finfo(factor.dtype).tiny)) * (rest - memory)
             asked = [((part * share * gradient).to(dtype), whole.to(dtype), of_memory)]
             asked += [((factor * gradient).to(dtype), bent.to(dtype), of_rest)] * (len(triples) - 1)
+        if sink_logits is not None:
+            of_sinks = gradient_of_sinks(asked[-1][0], asked[-1][1], asked[-1][2], sink_logits)
         found = []
         for each, triple, sequences in zip(asked, triples, ctx.sequences, strict=True):
             found += attend_backward(each[0], triple, each[1], each[2], sequences, ctx.scaling)
-        return None, None, of_gate, *found
+        return None, None, of_gate, of_sinks, *found
 
 
 class Repeated(torch.autograd.Function):
@@ -281,11 +311,11 @@ class Varlen:
     def supports(self, view: View, needs: Needs) -> bool:
         """Supports all but steps, where the plan found that a flash operation can attend.
 
-        What one causal call of torch's attention covers is left to it, since that is faster.
+        What one causal call of torch's attention covers is left to it, since that is faster. Learned sinks are not.
         """
         if not needs.flash or needs.plain or needs.by_slot or view.is_step or view.role == "read":
             return False
-        return view.prefix or not view.causal or view.documents is not None
+        return view.prefix or not view.causal or view.documents is not None or needs.sink_logits
 
     def attend(self, heads: Heads, query: torch.Tensor, parts: Sequence[Part], section: Section) -> Output:
         """Attends as `Backend.attend` does."""
@@ -310,7 +340,8 @@ class Varlen:
             turned, key = rotate_on_read(query, part, section.rotations)
             states.append(packed(turned, indices))
             states += [packed(each, sequences.keys, sequences.repeats) for each in (key, part.value)]
-        output: torch.Tensor = AttendParts.apply(heads.scaling, [some for _, some in seen], gate, *states)  # type: ignore
+        given = heads.scaling, [some for _, some in seen], gate, heads.sink_logits
+        output: torch.Tensor = AttendParts.apply(*given, *states)  # type: ignore
         if whole is not None and indices is not None:
             output = whole.index_copy(0, indices, output)
         output = output.view(batch, length, num_heads, size)

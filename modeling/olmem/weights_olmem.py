@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_olmem import OlmemConfig
-from .rules_olmem import MEMORY_GATE
+from .rules_olmem import MEMORY_GATE, SINK_LOGIT
 
 # The ends of the parameter names of version 0.1, as regular expressions, and the ends that replace them.
 OLD_NAMES = {
@@ -76,6 +76,16 @@ def lacks_gates(config: OlmemConfig, missing_keys: Iterable[str]) -> bool:
     return without and config.memory_gate_init is None and not config.chooses_memory_gate
 
 
+def refuse_new_sinks(config: OlmemConfig, missing_keys: Iterable[str]) -> None:
+    """Raises an error where weights have no learned sinks, and those of the model would change what it computes."""
+    if (config.sink_logit_init or 0) > SINK_LOGIT and any(name.endswith(".self_attn.sinks") for name in missing_keys):
+        raise ValueError(
+            f"`sink_logit_init` must be at most {SINK_LOGIT:.0f} beside weights that have no sinks (got "
+            f"{config.sink_logit_init}), because sinks take a share of all attention, and that is almost none there; "
+            f"give {SINK_LOGIT:.0f}, and train them."
+        )
+
+
 @runtime_checkable
 class TakesMemoryGate(Protocol):
     """A module to whose memory a gate can be added."""
@@ -116,6 +126,18 @@ def place_modules(device_map: Any) -> Any:
     return {new: device_map[name] for name, new in renamed.items() if new in wholes or not name.startswith(parts)}
 
 
+def refuse_state_without_sinks(module: "LoadsWeights", state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Raises an error, as `refuse_new_sinks` does, where a state dict has a layer's keys but not its learned sinks.
+
+    This is a hook for `register_load_state_dict_pre_hook`.
+    """
+    sinks = [name for name in module.state_dict() if name.endswith(".self_attn.sinks")]
+    keys = {name: prefix + name.removesuffix("sinks") + "k_proj.weight" for name in sinks}
+    refuse_new_sinks(
+        module.config, [name for name in sinks if prefix + name not in state_dict and keys[name] in state_dict]
+    )
+
+
 class LoadsWeights(PreTrainedModel):
     """Reads weights under old names, and adds gates to a memory that the weights lack."""
 
@@ -146,6 +168,7 @@ class LoadsWeights(PreTrainedModel):
             )
 
         model, loading_info = load()
+        refuse_new_sinks(model.config, loading_info["missing_keys"])
         if lacks_gates(model.config, loading_info["missing_keys"]):
             # The configuration has a memory that the weights lack, for instance because it was edited.
             config = copy.deepcopy(config) if isinstance(config, PreTrainedConfig) else None
@@ -164,4 +187,11 @@ class LoadsWeights(PreTrainedModel):
         return (model, loading_info) if output_loading_info else model
 
 
-__all__ = ["OLD_NAMES", "LoadsWeights", "gate_new_memory", "new_name", "read_old_names"]
+__all__ = [
+    "OLD_NAMES",
+    "LoadsWeights",
+    "gate_new_memory",
+    "new_name",
+    "read_old_names",
+    "refuse_state_without_sinks",
+]

@@ -540,6 +540,7 @@ HOSTILE = {
     "retrieval_layers=ab": ("`retrieval_layers` must be of type list[int]",),
     "retrieval_gate_init=low": ("`retrieval_gate_init` must be of type float | int",),
     "retrieval_device=0": ("`retrieval_device` must be of type str",),
+    "sink_logit_init=0.0": ("`sink_logit_init` must be a field of memory to be set (got 0.0), as any other would",),
     # another rule
     "num_memory_tokens=-1": ("`num_memory_tokens` must not be negative (got -1)",),
     "retrieval_layers=[99]": ("`retrieval_layers` must name layers 0 to 3, each once (got [99])",),

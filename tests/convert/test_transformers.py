@@ -644,6 +644,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str, str | None]] = {
     "attention_chunk_size": ({"attention_chunk_size": 4}, "olmo3", "None"),
     "attention_chunk_lookback": ({"attention_chunk_lookback": 1}, "olmo3", "0"),
     "num_sink_tokens": ({"num_sink_tokens": 2}, "olmo3", "0"),
+    "sink_logit_init": ({"sink_logit_init": 0.0}, "olmo3", "None"),
     "num_memory_tokens": ({"num_memory_tokens": 2}, "olmo3", "0"),
     "memory_segment_length": ({"memory_segment_length": 3}, "olmo3", "None"),
     "memory_bptt_segments": ({"memory_bptt_segments": 1}, "olmo3", "None"),

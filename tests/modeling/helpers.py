@@ -44,13 +44,14 @@ MIXED: dict[str, Any] = CHUNKS | {
 # Values that are the keys, in one cached tensor; and positions that are no rotations, or not only.
 ONE_TENSOR: dict[str, Any] = MIXED | {"shared_projections": "key_value"}
 SCHEMES: dict[str, Any] = MIXED | {"position_embedding": ["xpos", "linspace", "none"]}
+SINK_LOGITS: dict[str, Any] = {"sink_logit_init": 0.0}  # learned sinks
 STREAMS = {
     "window": {"layer_types": SLIDING},
     "sinks": SINKS,
     "chunks": CHUNKS,
     "mixed": MIXED,
     "one tensor": ONE_TENSOR,
-    "schemes": SCHEMES,
+    "schemes, learned sinks": SCHEMES | SINK_LOGITS,
 }
 # What is carried on beyond windows and sinks. No segment is a whole number of windows, and the stores are soon full.
 MEMORY: dict[str, Any] = {"num_memory_tokens": 2, "memory_segment_length": 5}
@@ -64,7 +65,7 @@ MEMORIES: dict[str, dict[str, Any]] = {
     "both": STREAMS["window"] | BOTH,
     "both with sinks": SINKS | BOTH,
     "both in chunks": CHUNKS | BOTH,
-    "both mixed": MIXED | BOTH | LEARNED,
+    "both mixed": MIXED | BOTH | LEARNED | SINK_LOGITS,
     "both in one tensor": ONE_TENSOR | BOTH | LEARNED,
     "both by schemes": SCHEMES | BOTH,
 }
@@ -239,6 +240,12 @@ def oracle(
         split = [x[start : start + size] for start in range(0, len(x), size)]
         return [norm(norm_name, head) for head in split] if qk_norm == "head" else split
 
+    def softmax(scores: list[torch.Tensor], prefix: str, head: int) -> torch.Tensor:
+        """The share of each score, and none for the head's learned sink, which is one more of them if there is one."""
+        if config.sink_logit_init is None:
+            return torch.stack(scores).softmax(0)
+        return torch.stack([*scores, weights[f"{prefix}.sinks"][head]]).softmax(0)[:-1]
+
     clips_rotated = config.clip_qkv is not None and config.clip_qkv_stage == "rotary"
 
     def place(layer: Layer, letter: str, states: States, head: int, slot: int) -> torch.Tensor:
@@ -322,10 +329,10 @@ def oracle(
                     query @ place(layer, "k", other, shared, slot) / math.sqrt(size)
                     for slot, other in enumerate(listed)
                 ]
-                shares = torch.stack(scores).softmax(0)
+                shares = softmax(scores, prefix, head)
                 if role != "read" and layer.memory and config.memory_gate_init is not None:
                     count, gate = len(layer.memory), weights[f"{prefix}.memory_gate.logits"][head].sigmoid()
-                    without = torch.stack(scores[count:]).softmax(0)
+                    without = softmax(scores[count:], prefix, head)
                     shares = gate * shares + (1 - gate) * torch.cat((shares.new_zeros(count), without))
                 shares = shares * attention_kept
                 seen = sum(

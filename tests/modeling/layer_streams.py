@@ -190,6 +190,7 @@ def streams(draw, least: int = 1, most: int = 20, memory: bool | None = None, **
         "attention_chunk_size": draw(st.integers(1, 4)),
         "attention_chunk_lookback": draw(st.integers(0, 2)),
         "num_sink_tokens": 0 if layer_type == FULL else draw(st.integers(0, 4)),
+        "sink_logit_init": draw(st.sampled_from([None, 0.0])),
         "position_embedding": draw(st.sampled_from(POSITION_EMBEDDINGS)),
         "shared_projections": draw(st.sampled_from(["none", "key_value"])),
     }

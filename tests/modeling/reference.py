@@ -7,6 +7,14 @@ from modeling.numbering import listed
 from olmem.visibility_olmem import Visibility
 
 
+def softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Returns the softmax of scores (…, S), in which sinks (…) are one more score, whose own weight is left out."""
+    if sinks is None:
+        return scores.softmax(-1)
+    column = sinks[..., None].expand(*scores.shape[:-1], 1)
+    return torch.cat((scores, column), dim=-1).softmax(-1)[..., :-1]
+
+
 def attend_reference(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -16,11 +24,13 @@ def attend_reference(
     visibility: Visibility,
     rotation: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     scaling: float,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attends in float32 with every pair of a query and a key rotated by the difference of its slots.
 
     query (B, H, T, D); key, value (B, K, S, D), none of them rotated; their numbers (T,) and (S,) in the stream;
-    `rotation` gives cosines and sines (…, D) of positions (…). Returns (B, T, H, D). Holds T × S × D numbers.
+    `rotation` gives cosines and sines (…, D) of positions (…); `sinks` (H,) join each softmax. Returns (B, T, H, D).
+    Holds T × S × D numbers.
     """
     column = {number: index for index, number in enumerate(key_numbers.tolist())}
     visible = torch.zeros(len(query_numbers), len(key_numbers), dtype=torch.bool)
@@ -39,7 +49,7 @@ def attend_reference(
     scores = torch.einsum("bhtd,tsd,bhsd->bhts", query, cos, key) + torch.einsum(
         "bhtd,tsd,bhsd->bhts", rotated_half, sin, key
     )
-    weights = (scores * scaling).masked_fill(~visible, -torch.inf).softmax(-1)
+    weights = softmax((scores * scaling).masked_fill(~visible, -torch.inf), sinks if sinks is None else sinks[:, None])
     return (weights @ value).transpose(1, 2)
 
 
@@ -54,11 +64,13 @@ def attend_listed(
     linspace_step: torch.Tensor | None = None,
     num_memory: int = 0,
     gate: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attends in float64 for one query to a list of keys whose places in it are their slots.
 
     query (H, D) at `slot`; keys and values (S, K, D), none of them with a position; frequencies (D/2,) of RoPE. With a
-    gate (H,), of which the first `num_memory` keys are memory. Returns the output (H, D) and the weights (H, S).
+    gate (H,), of which the first `num_memory` keys are memory; with sinks (H,), which join each softmax. Returns the
+    output (H, D) and the weights (H, S).
     """
     groups = query.shape[0] // keys.shape[1]
     query, keys, values = query.double(), keys.double(), values.double()
@@ -83,8 +95,10 @@ def attend_listed(
         keys = keys + slots[:, None] * linspace_step.double()
     keys, values = (states.repeat_interleave(groups, dim=1).transpose(0, 1) for states in (keys, values))  # (H, S, D)
     scores = (keys @ query[..., None])[..., 0] * scaling
-    weights = scores.softmax(-1)
+    sinks = None if sinks is None else sinks.double()
+    weights = softmax(scores, sinks)
     if gate is not None:
-        without = torch.cat((torch.zeros_like(scores[:, :num_memory]), scores[:, num_memory:].softmax(-1)), dim=-1)
+        rest = softmax(scores[:, num_memory:], sinks)
+        without = torch.cat((torch.zeros_like(scores[:, :num_memory]), rest), dim=-1)
         weights = gate.double()[:, None] * weights + (1 - gate.double()[:, None]) * without
     return (weights[:, None] @ values)[:, 0], weights

@@ -35,6 +35,7 @@ def choices(draw) -> dict[str, Any]:
         "attention_chunk_size": draw(st.integers(1, 4)),
         "attention_chunk_lookback": draw(st.integers(0, 2)),
         "num_sink_tokens": 0 if set(layer_types) == {FULL} else draw(st.integers(0, 5)),
+        "sink_logit_init": draw(st.sampled_from([None, 0.0])),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "norm_placement": draw(st.sampled_from(["post", "pre", "peri", "parallel"])),

@@ -44,7 +44,12 @@ def heads_of(stream: Stream, gate: torch.Tensor | None = None) -> Heads:
     scheme = {"xpos": XposScheme(), "linspace": linspace_of(stream)}.get(
         stream.kind.position_embedding, PositionScheme()
     )
-    return Heads(Attention().eval(), scheme, SCALING, 0.0, gate)
+    return Heads(Attention().eval(), scheme, SCALING, 0.0, gate, sinks_of(stream))
+
+
+def sinks_of(stream: Stream) -> torch.Tensor | None:
+    """Returns learned sinks (H,) from −1 to 2, if the stream's layer has any."""
+    return None if stream.config.sink_logit_init is None else torch.linspace(-1, 2, NUM_HEADS)
 
 
 def linspace_of(stream: Stream) -> LinspaceScheme:
@@ -85,7 +90,8 @@ def mean(stream: Stream, row: int, role: str, index: int, query: torch.Tensor, g
     scheme = stream.kind.position_embedding
     frequencies = getattr(stream.rotary, f"{stream.kind.layer_type}_inv_freq")
     step = linspace_of(stream).step
-    found = attend_listed(query, keys, values, slot, scheme, frequencies, SCALING, step, memory, gate)
+    sinks = sinks_of(stream)
+    found = attend_listed(query, keys, values, slot, scheme, frequencies, SCALING, step, memory, gate, sinks)
     return *found, names
 
 
@@ -169,10 +175,10 @@ def test_a_window_of_one_token_goes_on_from_a_cache():
     check(stream, plan, plan.sections[0], seen, queries_of(stream, plan), None, stream.seen)
 
 
-def rope_plan(visibility: Visibility, length: int, plain: bool) -> tuple[Plan, Any]:
+def rope_plan(visibility: Visibility, length: int, plain: bool, has_sinks: bool = False) -> tuple[Plan, Any]:
     """Returns the plan of tokens that are all there is, and a rotation of differences for the reference."""
     sinks = 0 if visibility.layer_type == FULL else visibility.num_sinks
-    sizes: dict[str, Any] = {"num_sink_tokens": sinks}
+    sizes: dict[str, Any] = {"num_sink_tokens": sinks, "sink_logit_init": 0.0 if has_sinks else None}
     if visibility.layer_type == SLIDING:
         sizes["sliding_window"] = visibility.sliding_window
     if visibility.layer_type == CHUNKED:
@@ -196,31 +202,34 @@ def rope_plan(visibility: Visibility, length: int, plain: bool) -> tuple[Plan, A
 def test_backends_are_the_reference_with_its_gradients(drawn, block, data):
     """Both by the planned backend and by blocks, which add up the gradients of overlapping slices."""
     visibility = Visibility(**vars(drawn) | {"num_memory": 0})
-    length, plain = data.draw(st.integers(1, 40)), data.draw(st.booleans())
+    length, plain, has_sinks = data.draw(st.integers(1, 40)), data.draw(st.booleans()), data.draw(st.booleans())
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     query, key, value, gradient = (
         torch.randn(2, count, length, SIZE, generator=generator) for count in (NUM_HEADS, 2, 2, NUM_HEADS)
     )
-    numbers = torch.arange(length)
+    numbers, sinks = torch.arange(length), torch.linspace(-1, 2, NUM_HEADS) if has_sinks else None
 
     def gradients(function) -> list[torch.Tensor]:
-        states = [each.clone().requires_grad_() for each in (query, key, value)]
+        inputs = [each for each in (query, key, value, sinks) if each is not None]
+        states = [each.clone().requires_grad_() for each in inputs]
         output = function(*states)
         output.backward(gradient.transpose(1, 2))
         return [output.detach(), *(each.grad for each in states)]
 
     with blocks_of(block):
-        plan, rotation = rope_plan(visibility, length, plain=plain)
+        plan, rotation = rope_plan(visibility, length, plain, has_sinks)
         [section] = plan.sections
-        heads = Heads(Attention().eval(), PositionScheme(), SCALING, 0.0)
-        expected = gradients(lambda *states: attend_reference(*states, numbers, numbers, visibility, rotation, SCALING))
+        given = numbers, numbers, visibility, rotation, SCALING
+        expected = gradients(lambda *states: attend_reference(*states[:3], *given, *states[3:]))
         for backend in (section.backend, Blocks(), Varlen()):
 
-            def attend(query, key, value, backend=backend) -> torch.Tensor:
+            def attend(query, key, value, *sinks, backend=backend) -> torch.Tensor:
+                heads = Heads(Attention().eval(), PositionScheme(), SCALING, 0.0, None, *sinks)
                 [parts] = OlmemTape().write(key, value, plan, ())
                 return backend.attend(heads, query, parts, section)[0]
 
-            for name, found, each in zip(("output", "query", "key", "value"), gradients(attend), expected, strict=True):
+            names = ("output", "query", "key", "value", "sinks")[: len(expected)]
+            for name, found, each in zip(names, gradients(attend), expected, strict=True):
                 assert_close(found, each, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 

@@ -182,6 +182,7 @@ def test_generation_parameters_are_never_refused():
         ("retrieval_admission", "surprise", "must be one of recent, learned", {}),
         ("retrieval_gate_init", float("nan"), "must be finite", {}),
         ("memory_gate_init", float("inf"), "must be finite", {}),
+        ("sink_logit_init", float("-inf"), "must be finite", {}),
         ("retrieval_device", "drum", "must be a device of torch", {}),
         ("retrieval_device", "", "must be a device of torch", {}),
     ],
@@ -253,6 +254,7 @@ MORE_OPTIONS: dict[str, Any] = {
     "attention_chunk_size": 3,
     "attention_chunk_lookback": 2,
     "num_sink_tokens": 4,
+    "sink_logit_init": -0.5,
     "rope_parameters": {
         SLIDING: {"rope_type": "default", "rope_theta": 50.0, "inverse_frequencies": FREQUENCIES},
         FULL: {"rope_type": "dynamic", "rope_theta": 60.0, "factor": 4.0},

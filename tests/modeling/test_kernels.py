@@ -20,7 +20,7 @@ from olmem.kernels_olmem import Blocks, KernelOperations
 
 CPU = torch.device("cpu")
 VARIANTS = {
-    "grouped, sinks": {"num_key_value_heads": 2, "num_sink_tokens": 3, "qk_norm": "head"},
+    "grouped, sinks": {"num_key_value_heads": 2, "num_sink_tokens": 3, "qk_norm": "head", "sink_logit_init": 0.0},
     "three types": {
         "layer_types": ["sliding_attention", "full_attention", "chunked_attention"],
         "attention_chunk_size": 5,
@@ -33,6 +33,7 @@ VARIANTS = {
         "memory_segment_length": 50,
         "memory_gate_init": 0.3,
         "num_sink_tokens": 2,
+        "sink_logit_init": 0.0,
         "norm_placement": "pre",
         "norm_type": "layer",
     },
@@ -46,12 +47,13 @@ VARIANTS = {
     "key_value, grouped": {"shared_projections": "key_value", "num_key_value_heads": 2, "num_sink_tokens": 2},
     "query_key_value, xpos": {
         "shared_projections": "query_key_value",
+        "sink_logit_init": 0.0,
         "position_embedding": ["xpos", "rope"],
         "num_sink_tokens": 2,
     },
     "query_key": {"shared_projections": "query_key", "norm_placement": "peri", "norm_type": "layer_plain"},
     "value_difference": {"shared_projections": "value_difference", "num_sink_tokens": 1, "clip_qkv": 0.5},
-    "xpos, linspace": {"position_embedding": ["xpos", "linspace"], "num_sink_tokens": 2},
+    "xpos, linspace": {"position_embedding": ["xpos", "linspace"], "num_sink_tokens": 2, "sink_logit_init": 0.0},
     "key_value, linspace, none": {"shared_projections": "key_value", "position_embedding": ["linspace", "none"]},
     "clip of the rotated": {"clip_qkv": 0.5, "clip_qkv_stage": "rotary", "qk_norm": "none", "head_dim": 20},
     "parallel, elephant": {"norm_placement": "parallel", "hidden_act": "elephant"},
@@ -61,6 +63,7 @@ VARIANTS = {
         "retrieval_capacity": 12,
         "num_sink_tokens": 2,
         "retrieval_gate_init": 0.5,
+        "sink_logit_init": 0.0,
         "hidden_act": "gelu",
     },
     "retrieval, key_value": {
@@ -151,10 +154,16 @@ def test_a_step_by_kernels_is_a_step_of_the_network(name, batch, request):
 
 MEMORY = {"num_memory_tokens": 3, "memory_segment_length": 13}
 BOUNDARIES = {
-    "sinks, gates": MEMORY | {"num_sink_tokens": 2, "memory_gate_init": 0.3, "num_key_value_heads": 2},
+    "sinks, gates": MEMORY
+    | {"num_sink_tokens": 2, "memory_gate_init": 0.3, "num_key_value_heads": 2, "sink_logit_init": 0.0},
     "three types": MEMORY | VARIANTS["three types"] | {"norm_placement": "pre", "norm_type": "layer"},
     "gates, xpos, linspace, none": MEMORY
-    | {"position_embedding": ["xpos", "linspace", "none"], "num_hidden_layers": 3, "memory_gate_init": -0.4},
+    | {
+        "position_embedding": ["xpos", "linspace", "none"],
+        "num_hidden_layers": 3,
+        "memory_gate_init": -0.4,
+        "sink_logit_init": 0.0,
+    },
     "key_value, sinks, gates": MEMORY
     | {"shared_projections": "key_value", "num_sink_tokens": 2, "memory_gate_init": 0.3, "norm_placement": "parallel"},
     "query_key_value, xpos, linspace": MEMORY

@@ -20,7 +20,12 @@ VARIANTS = {
         "attention_chunk_lookback": 1,
         "num_sink_tokens": 2,
     },
-    "memory, gates": {"num_memory_tokens": 4, "memory_segment_length": 11, "memory_gate_init": 0.3},
+    "memory, gates, learned sinks": {
+        "num_memory_tokens": 4,
+        "memory_segment_length": 11,
+        "memory_gate_init": 0.3,
+        "sink_logit_init": 0.0,
+    },
     "key_value, memory": {
         "shared_projections": "key_value",
         "num_memory_tokens": 4,
@@ -46,7 +51,11 @@ VARIANTS = {
         "retrieval_capacity": 40,
     },
     "key_value, grouped": {"shared_projections": "key_value", "num_key_value_heads": 2},
-    "xpos, linspace, none": {"position_embedding": ["xpos", "linspace", "none"], "num_sink_tokens": 2},
+    "xpos, linspace, none, learned sinks": {
+        "position_embedding": ["xpos", "linspace", "none"],
+        "num_sink_tokens": 2,
+        "sink_logit_init": 0.0,
+    },
     "retrieval": {"retrieval_layers": [1], "retrieval_top_k": 4, "retrieval_capacity": 40, "num_sink_tokens": 1},
     "dynamic": {
         "layer_types": "full_attention",
@@ -261,7 +270,9 @@ def test_threads_take_turns():
     assert not errors
 
 
-@pytest.mark.parametrize("name", ["windows", "3:1 layers, grouped", "memory, gates", "key_value, memory"])
+@pytest.mark.parametrize(
+    "name", ["windows", "3:1 layers, grouped", "memory, gates, learned sinks", "key_value, memory"]
+)
 def test_generate_writes_what_the_network_writes(name):
     model = make_model(**VARIANTS[name])
     for arguments in ({"do_sample": False}, {"num_beams": 3}, {"do_sample": True, "top_k": 9, "temperature": 0.7}):

@@ -241,7 +241,7 @@ def test_attention_is_the_reference_with_its_gradients(inputs, block, data):
     """Whole and in many blocks; outputs also in pieces with a cache."""
     model = make(inputs["changes"])
     layer_type = model.config.layer_types[0]
-    numbers = torch.arange(inputs["states"][0].shape[2])
+    numbers, attention = torch.arange(inputs["states"][0].shape[2]), model.model.layers[0].self_attn
 
     def meaning(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return attend_reference(
@@ -252,7 +252,8 @@ def test_attention_is_the_reference_with_its_gradients(inputs, block, data):
             numbers,
             Visibility.of(model.config, layer_type),
             lambda positions: model.model.rotary_emb(query, positions, layer_type),
-            model.model.layers[0].self_attn.scaling,
+            attention.scaling,
+            getattr(attention, "sinks", None),
         )
 
     expected = with_gradients(meaning, inputs["states"], inputs["gradient"])

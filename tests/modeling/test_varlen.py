@@ -30,8 +30,10 @@ def sequences(queries: list[int], keys: list[int], is_causal: bool = False, befo
     return Sequences(None, None, *starts, max(queries), max(keys), is_causal, before)
 
 
-def one_softmax(triples, some: list[Sequences], gate: torch.Tensor | None) -> torch.Tensor:
-    """Attends in plain loops over queries; with a gate, the first part is memory."""
+def one_softmax(
+    triples, some: list[Sequences], gate: torch.Tensor | None, sinks: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attends in plain loops over queries; with a gate, the first part is memory, and sinks have no value."""
     rows, heads = triples[0][0].shape[:2]
     output = []
     for query in range(rows):
@@ -46,6 +48,9 @@ def one_softmax(triples, some: list[Sequences], gate: torch.Tensor | None) -> to
             keys, of_part = (states[first:stop].repeat_interleave(groups, dim=1) for states in (key, value))
             scores.append(torch.einsum("hd,shd->hs", queries[query], keys) * SCALING)
             values.append(of_part)
+        if sinks is not None:
+            scores.append(sinks[:, None])
+            values.append(values[0].new_zeros(1, *values[0].shape[1:]))
         whole = torch.cat(scores, dim=1).softmax(-1)
         if gate is not None:
             rest = torch.cat([torch.full_like(scores[0], -torch.inf), *scores[1:]], dim=1).softmax(-1)
@@ -67,14 +72,15 @@ def test_parts_are_merged_as_one_softmax_with_its_gradients(data):
         some.insert(0, sequences(queries, [data.draw(st.integers(0, 3)) for _ in queries]))
     gate = torch.rand(4, dtype=torch.float64) if len(some) > 1 and data.draw(st.booleans()) else None
     torch.manual_seed(data.draw(st.integers(0, 99)))
-    leaves = [] if gate is None else [gate.requires_grad_()]
+    sinks = torch.randn(4, dtype=torch.float64) if data.draw(st.booleans()) else None
+    leaves = [each.requires_grad_() for each in (gate, sinks) if each is not None]
     triples = []
     for each in some:
         sizes = (sum(queries), 4), (int(each.key_starts[-1]), 2), (int(each.key_starts[-1]), 2)
         triples.append([torch.randn(*size, 3, dtype=torch.float64, requires_grad=True) for size in sizes])
         leaves += triples[-1]
-    found: Any = AttendParts.apply(SCALING, some, gate, *(state for triple in triples for state in triple))
-    expected = one_softmax(triples, some, gate)
+    found: Any = AttendParts.apply(SCALING, some, gate, sinks, *(state for triple in triples for state in triple))
+    expected = one_softmax(triples, some, gate, sinks)
     assert_close(found, expected)
     gradient = torch.randn_like(expected)
     for own, other in zip(*(torch.autograd.grad(each, leaves, gradient) for each in (found, expected)), strict=True):
@@ -86,7 +92,7 @@ def test_a_gate_that_is_wide_open_has_gradients():
     triples = [torch.randn(2, 1, 3, dtype=torch.float64, requires_grad=True) for _ in range(6)]
     gate = torch.ones(1, dtype=torch.float64)
     some = [sequences([2], [2]), sequences([2], [2], True)]
-    found: Any = AttendParts.apply(SCALING, some, gate, *triples)
+    found: Any = AttendParts.apply(SCALING, some, gate, None, *triples)
     expected = one_softmax([triples[:3], triples[3:]], some, gate)
     for own, other in zip(*(torch.autograd.grad(each.sum(), triples) for each in (found, expected)), strict=True):
         assert_close(own, other)
@@ -314,6 +320,7 @@ def test_what_sequences_lack_is_left_to_other_backends():
         assert not varlen.supports(view, lacking)
     view.causal = True  # one call of torch's attention, which is faster
     assert not varlen.supports(view, plan)
+    assert varlen.supports(view, plan._replace(sink_logits=True))  # which that call cannot have
     view.prefix = True
     assert varlen.supports(view, plan)
     view.is_step = True
@@ -328,7 +335,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sinks": {"layer_types": SLIDING, "num_sink_tokens": 3},
     "chunks": {"layer_types": CHUNKED, "attention_chunk_size": 11, "attention_chunk_lookback": 1, "num_sink_tokens": 2},
     "memory": {"num_memory_tokens": 3, "memory_segment_length": 33, "num_sink_tokens": 2},
-    "gates": {"num_memory_tokens": 3, "memory_segment_length": 33, "num_sink_tokens": 2, "memory_gate_init": 0.3},
+    "learned sinks": {"sink_logit_init": 0.0},
+    "gates, learned sinks": {
+        "num_memory_tokens": 3,
+        "memory_segment_length": 33,
+        "num_sink_tokens": 2,
+        "memory_gate_init": 0.3,
+        "sink_logit_init": 0.0,
+    },
     "one tensor": {"shared_projections": "key_value", "num_sink_tokens": 2},
     "no positions": {"position_embedding": "none", "num_sink_tokens": 2},
     "grouped": {"num_key_value_heads": 1},

@@ -62,7 +62,7 @@ KINDS = ("native", "reload")  # of a verification of an Olmem folder: against a 
 # Choices of the architecture, of which a card names those that are none of the defaults.
 CHOICES = (
     *("norm_placement", "norm_type", "qk_norm", "clip_qkv", "position_embedding", "hidden_act", "logits_scaling"),
-    *("attention_bias", "tie_word_embeddings"),
+    *("sink_logit_init", "attention_bias", "tie_word_embeddings"),
 )
 SHARED = {  # what a key and a value are, and what of them is cached for each token
     "key_value": "a value is its key, and one tensor is cached for both",

@@ -138,6 +138,7 @@ NAMES = (
     *("olmo_config", "n_layers", "block_overrides", "block", "vocab_size", "num_hidden_layers", "attention_bias"),
     *("generation_config", "trust_remote_code", "_CLASS_", "weight_map", "metadata", "tensors", "shape", "use_cache"),
     *("num_memory_tokens", "retrieval_layers", "shared_projections", "position_embedding", "num_sink_tokens"),
+    "sink_logit_init",
 )
 
 

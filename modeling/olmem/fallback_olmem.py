@@ -7,7 +7,7 @@ Keys have absolute positions here, and Transformers' masks say what a query sees
 Shapes: B batch, H query heads, K key/value heads, T tokens, D head dim.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -32,6 +32,7 @@ from .visibility_olmem import Visibility
 OWN_IMPLEMENTATIONS = ("sdpa", "eager")  # those that Olmem has backends of its own for
 # Those that attend to learned sinks too. Others take them and leave them out, and none of Transformers' own says so.
 WITH_SINKS = (*OWN_IMPLEMENTATIONS, *PAGED, "flex_attention")
+ENGINE = "attention_instances"  # the keyword by which vLLM and SGLang hand their own attention down to each layer
 MASK_FUNCTIONS = {
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
@@ -75,9 +76,15 @@ def is_padding_mask(attention_mask: object) -> bool:
 
 
 def falls_back(
-    config: OlmemConfig, cache: ForeignCache | None, attention_mask: object, position_ids: torch.Tensor | None
+    config: OlmemConfig,
+    cache: ForeignCache | None,
+    attention_mask: object,
+    position_ids: torch.Tensor | None,
+    arguments: Container[str] = (),
 ) -> bool:
     """Decides whether a call is computed as plain Olmo2 or Olmo3.
+
+    `arguments` are the names of the caller's further keywords.
 
     Raises:
         ValueError: if it must be, but the model has a feature that needs an `OlmemCache`, or the cache is one.
@@ -89,11 +96,19 @@ def falls_back(
             "`OlmemCache(model.config)`, or leave it out."
         )
     reason = reason_to_fall_back(config, cache, attention_mask, position_ids)
+    if ENGINE in arguments:
+        reason = f"an engine's `{ENGINE}`, which keep keys and values alone; serve the model by `olmem serve FOLDER`"
     if reason is None:
         return False
     if own_cache:
         raise ValueError(f"`past_key_values` is an OlmemCache, which does not work with {reason}.")
     refuse_own_features(config, f"with {reason}")
+    implementation = Implementation.of(config)
+    if ENGINE in arguments and implementation.is_own:
+        raise ValueError(
+            f"`attn_implementation` must be the engine's (got {implementation.name!r}) with `{ENGINE}`, which would "
+            "not be asked; set it before the model is made."
+        )
     if cache is not None and "sliding_attention" in config.layer_types and config.sliding_window == 1:
         raise ValueError(
             "`sliding_window` must be at least 2 (got 1) with a cache of Transformers, which cannot keep a window that "

@@ -496,7 +496,7 @@ class OlmemModel(OlmemPreTrainedModel):
             past_key_values, use_cache = None, False
         if use_cache and past_key_values is None and not returns_tensors():
             past_key_values = self.make_cache(attention_mask)
-        if falls_back(self.config, past_key_values, attention_mask, position_ids):
+        if falls_back(self.config, past_key_values, attention_mask, position_ids, kwargs):
             arguments = kwargs | ({"output_attentions": output_attentions} if output_attentions else {})
             hidden_states = embeddings.some(ALL)
             given = hidden_states, attention_mask, position_ids, arguments

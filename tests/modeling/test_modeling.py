@@ -391,48 +391,6 @@ def test_a_flash_like_backend_gets_the_window_the_mask_and_every_keyword(monkeyp
         assert kwargs["cu_seq_lens_q"] is marker
 
 
-class Engine(nn.Module):
-    """The attention of one layer as an inference engine has it: flat tokens, its own knowledge of the sequences."""
-
-    def __init__(self, lengths: list[int], window: int | None):
-        super().__init__()
-        self.lengths, self.window = lengths, window
-
-    def forward(self, query, key, value):
-        total = sum(self.lengths)
-        near = torch.ones(total, total, dtype=torch.bool).tril().triu(1 - (self.window or total))
-        visible = torch.block_diag(*[torch.ones(length, length) for length in self.lengths]).bool() & near
-        query, key, value = (states.view(total, -1, 8).transpose(0, 1) for states in (query, key, value))
-        output = nn.functional.scaled_dot_product_attention(query, key, value, visible, enable_gqa=True)
-        return output.transpose(0, 1).reshape(total, -1)
-
-
-def test_an_engine_runs_the_model_with_its_own_attention(monkeypatch):
-    """As vLLM's Transformers backend: no mask function, no cache, a flat batch of one row, attention instances that
-    the forward hands down, and a flat output."""
-
-    def engine_attention(module, query, key, value, attention_mask, attention_instances, scaling=None, **_kwargs):
-        assert attention_mask is None
-        assert scaling == 8**-0.5
-        flat = [states.transpose(1, 2).reshape(states.shape[2], -1) for states in (query, key, value)]
-        return attention_instances[module.layer_idx](*flat), None
-
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "engine", engine_attention)
-    model = tiny()
-    parts = tokens(7), tokens(6, seed=1)
-    expected = torch.cat([model.model(part[None]).last_hidden_state[0] for part in parts])
-    model.set_attn_implementation("engine")
-    windows = [layer.self_attn.sliding_window for layer in model.model.layers]
-    hidden = model.model(
-        input_ids=torch.cat(parts)[None],
-        use_cache=False,
-        position_ids=torch.cat([torch.arange(len(part)) for part in parts])[None],
-        attention_instances=[Engine([7, 6], window) for window in windows],
-        return_dict=False,
-    )[0]
-    assert_close(hidden[0], expected, rtol=0, atol=1e-5)
-
-
 def test_every_attention_implementation_is_supported():
     for name in ("_supports_flash_attn", "_supports_sdpa", "_supports_flex_attn", "_supports_attention_backend"):
         assert getattr(OlmemForCausalLM, name) is True

@@ -19,9 +19,9 @@ OPTION = "--compatibility"
 HEAD = """# What works with which tool
 
 Written by `make ecosystem`, from the results of `tests/ecosystem` and nothing else. `plain` is an Olmem model without
-more, `sinks` has sinks, `memory` has memory tokens and retrieval, `key_value` shares keys and values, and Olmo3 is
-Transformers' own model, to tell Olmem's limits from a tool's. All ran on a CPU, with Transformers {transformers} and
-torch {torch}. "refuses" stands with the error's words.
+more, `sinks` has sinks and learned ones, `memory` has memory tokens and retrieval, `key_value` shares keys and values,
+and Olmo3 is Transformers' own model, to tell Olmem's limits from a tool's. All ran on a CPU, with Transformers
+{transformers} and torch {torch}. "refuses" stands with the error's words.
 
 """
 

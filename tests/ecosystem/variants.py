@@ -29,7 +29,7 @@ MEMORY = {"num_memory_tokens": 2, "memory_segment_length": 8, "memory_gate_init"
 RETRIEVAL = {"retrieval_layers": [0], "retrieval_top_k": 2, "retrieval_capacity": 16}
 CHANGES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "sinks": {"num_sink_tokens": 2},
+    "sinks": {"num_sink_tokens": 2, "sink_logit_init": 0.0},
     "memory": MEMORY | RETRIEVAL,
     "key_value": {"shared_projections": "key_value"},
 }

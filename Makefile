@@ -2,9 +2,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TOOLS := .venv-ecosystem
+OLDEST := .venv-oldest-torch
 DEMO := model_cards/demo
 
-.PHONY: demo test ecosystem lint clean
+.PHONY: demo test oldest ecosystem lint clean
 
 demo: $(VENV)/.installed ## convert the demo checkpoint, verify it, generate with it
 	$(BIN)/olmem convert $(DEMO)/native/step1872 build/demo --overwrite
@@ -12,6 +13,9 @@ demo: $(VENV)/.installed ## convert the demo checkpoint, verify it, generate wit
 
 test: $(VENV)/.installed-test ## everything that needs no network and no GPU
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+oldest: $(OLDEST)/.installed ## the tests with the oldest torch and Transformers
+	$(OLDEST)/bin/python -m pytest -q -n 2 --dist worksteal
 
 ecosystem: $(TOOLS)/.installed ## every tool that Olmem is used with, in an environment of its own; writes the table
 	$(TOOLS)/bin/python -m pytest -q -n 2 --dist loadfile tests/ecosystem --compatibility docs/compatibility.md
@@ -22,7 +26,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/pyright
 
 clean:
-	rm -rf $(VENV) $(TOOLS) build dist
+	rm -rf $(VENV) $(OLDEST) $(TOOLS) build dist
 
 $(VENV)/.installed: pyproject.toml .constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "olmem needs Python 3.11 or newer: make PYTHON=python3.12")'
@@ -32,6 +36,13 @@ $(VENV)/.installed: pyproject.toml .constraints.txt
 
 $(VENV)/.installed-%: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .constraints.txt --editable '.[$*]'
+	touch $@
+
+# The interpreter of Triton 3.6, which torch 2.11 brings with it, takes no newer NumPy.
+$(OLDEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' \
+		'torch==2.11.0' 'numpy<2.4' 'transformers==5.17.0' 'huggingface_hub==1.33.0'
 	touch $@
 
 $(TOOLS)/.installed: pyproject.toml .constraints-ecosystem.txt

@@ -1,6 +1,8 @@
-"""Loads a converted folder as anybody would, and lets it write Python: `python generate.py FOLDER [PROMPT]`."""
+"""Loads a converted folder as anybody would, which then writes, and reads a long file: `python generate.py FOLDER`."""
 
+import argparse
 import sys
+from pathlib import Path
 
 import olmem  # noqa: F401  registers the Auto classes; without it, trust_remote_code=True uses the folder's own code
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -13,6 +15,7 @@ PROMPT = '''class Stack:
 
     def push(self, item):
 '''
+FUNCTION = "\n\ndef parse_arguments(parser):\n"
 
 
 def main(folder: str, prompt: str = PROMPT) -> None:
@@ -21,6 +24,19 @@ def main(folder: str, prompt: str = PROMPT) -> None:
     generate = pipeline("text-generation", model=model, tokenizer=tokenizer)
     # Longer than the model's window of 256 tokens, so that the cache lets go of what has left it.
     print(generate(prompt, max_new_tokens=300, do_sample=False, repetition_penalty=1.1)[0]["generated_text"])
+
+    # The same weights with a window and 4 sinks in every layer read a text of any length in constant memory.
+    model = AutoModelForCausalLM.from_pretrained(folder, layer_types="sliding_attention", num_sink_tokens=4)
+    stream = model.stream(tokenizer)
+    stream.read(prompt)
+    before, file = stream.nbytes, Path(argparse.__file__)
+    stream.read(file.read_text())
+    print(
+        f"\nA stream has read {file.name}, which is many windows long. Its state took {before:,} bytes before, ", end=""
+    )
+    print(f"and takes {stream.nbytes:,} now. It goes on:\n")
+    stream.read(FUNCTION)
+    print(FUNCTION.lstrip(), *stream.write(max_new_tokens=60, do_sample=False, repetition_penalty=1.1), sep="")
 
 
 if __name__ == "__main__":

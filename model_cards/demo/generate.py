@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-import olmem  # noqa: F401  registers the Auto classes; without it, trust_remote_code=True uses the folder's own code
+from olmem import OlmemForCausalLM  # which registers it; without it, trust_remote_code=True uses the folder's own code
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 PROMPT = '''class Stack:
@@ -26,7 +26,7 @@ def main(folder: str, prompt: str = PROMPT) -> None:
     print(generate(prompt, max_new_tokens=300, do_sample=False, repetition_penalty=1.1)[0]["generated_text"])
 
     # The same weights with a window and 4 sinks in every layer read a text of any length in constant memory.
-    model = AutoModelForCausalLM.from_pretrained(folder, layer_types="sliding_attention", num_sink_tokens=4)
+    model = OlmemForCausalLM.from_pretrained(folder, layer_types="sliding_attention", num_sink_tokens=4)
     stream = model.stream(tokenizer)
     stream.read(prompt)
     before, file = stream.nbytes, Path(argparse.__file__)

@@ -26,7 +26,7 @@ from .state_olmem import SELECTING, OlmemCacheLayer
 from .view_olmem import View
 from .visibility_olmem import Visibility
 
-# Fields of a configuration that do not change the content of a cache.
+# Fields of a configuration whose values do not change the content of a cache.
 NO_MATTER = {
     "attention_dropout",
     "residual_dropout",
@@ -64,8 +64,12 @@ def refuse_no_device(name: str, device: torch.device | str) -> None:
 
 
 def architecture(config: OlmemConfig) -> dict[str, Any]:
-    """Returns the fields that must be equal in two models, beside their weights, for them to share a cache."""
-    return {name: getattr(config, name) for name in ARCHITECTURE}
+    """Returns the fields that must be equal in two models, beside their weights, for them to share a cache.
+
+    Of learned sinks it has that there are any, since their first value is soon forgotten.
+    """
+    found = {name: getattr(config, name) for name in ARCHITECTURE}
+    return found if config.sink_logit_init is None else found | {"sink_logit_init": "a number"}
 
 
 def refuse_other_model(made_for: dict[str, Any], used_for: dict[str, Any]) -> None:

@@ -25,7 +25,8 @@ CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutp
 
 # Whether an export can join heads of a length that stands for any (see `can_join_heads`).
 JOINS_HEADS = torch.__version__ >= "2.13"
-# Paged attention functions, with the one that attends to learned sinks in their place. Some releases have two of them.
+# Paged attention functions, with the one that attends to learned sinks in their place. `paged|sdpa` is in some releases
+# only, and leaves learned sinks out.
 PAGED = {"paged|eager": "paged|eager", "paged|sdpa": "paged|eager"}
 
 
@@ -374,12 +375,16 @@ def flash_forward(
     return found[0], found[1]
 
 
-def can_attend_in_blocks(device: torch.device) -> bool:
-    """Tells whether a device has a causal operation that is faster than that for windows."""
-    if device.type != "cuda" or not torch.backends.cudnn.is_available():
+def can_attend_in_blocks(query: torch.Tensor, window: int) -> bool:
+    """Tells whether a causal operation is faster than that for windows, for queries (N, H, D) and this window.
+
+    It is cuDNN's on Hopper. Its calls are worth their launches from a tile of queries on, and it takes heads of up to
+    128 features in every release that torch comes with.
+    """
+    if query.device.type != "cuda" or not torch.backends.cudnn.is_available():
         return False
-    has_operation = hasattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention")
-    return has_operation and torch.cuda.get_device_capability(device)[0] == 9
+    is_allowed = torch.backends.cuda.cudnn_sdp_enabled() and torch.cuda.get_device_capability(query.device)[0] == 9
+    return is_allowed and window >= 128 and query.shape[2] <= 128 and query.shape[2] % 8 == 0
 
 
 def causal_forward(

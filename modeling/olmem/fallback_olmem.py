@@ -7,7 +7,7 @@ Keys have absolute positions here, and Transformers' masks say what a query sees
 Shapes: B batch, H query heads, K key/value heads, T tokens, D head dim.
 """
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -30,8 +30,9 @@ from .view_olmem import View
 from .visibility_olmem import Visibility
 
 OWN_IMPLEMENTATIONS = ("sdpa", "eager")  # those that Olmem has backends of its own for
-# Those that attend to learned sinks too. Others take them and leave them out, and none of Transformers' own says so.
+# Those that attend to learned sinks too. Some of the others take them and leave them out without a word.
 WITH_SINKS = (*OWN_IMPLEMENTATIONS, *PAGED, "flex_attention")
+OF_TRANSFORMERS = ("sdpa", "eager", "flex_attention", "flash_attention", "paged|")  # how its own names begin
 ENGINE = "attention_instances"  # the keyword by which vLLM and SGLang hand their own attention down to each layer
 MASK_FUNCTIONS = {
     "full_attention": create_causal_mask,
@@ -80,11 +81,11 @@ def falls_back(
     cache: ForeignCache | None,
     attention_mask: object,
     position_ids: torch.Tensor | None,
-    arguments: Container[str] = (),
+    arguments: Mapping[str, object],
 ) -> bool:
     """Decides whether a call is computed as plain Olmo2 or Olmo3.
 
-    `arguments` are the names of the caller's further keywords.
+    `arguments` are the caller's further keywords.
 
     Raises:
         ValueError: if it must be, but the model has a feature that needs an `OlmemCache`, or the cache is one.
@@ -96,7 +97,8 @@ def falls_back(
             "`OlmemCache(model.config)`, or leave it out."
         )
     reason = reason_to_fall_back(config, cache, attention_mask, position_ids)
-    if ENGINE in arguments:
+    has_engine = arguments.get(ENGINE) is not None
+    if has_engine:
         reason = f"an engine's `{ENGINE}`, which keep keys and values alone; serve the model by `olmem serve FOLDER`"
     if reason is None:
         return False
@@ -104,7 +106,7 @@ def falls_back(
         raise ValueError(f"`past_key_values` is an OlmemCache, which does not work with {reason}.")
     refuse_own_features(config, f"with {reason}")
     implementation = Implementation.of(config)
-    if ENGINE in arguments and implementation.is_own:
+    if has_engine and implementation.name.startswith(OF_TRANSFORMERS):
         raise ValueError(
             f"`attn_implementation` must be the engine's (got {implementation.name!r}) with `{ENGINE}`, which would "
             "not be asked; set it before the model is made."

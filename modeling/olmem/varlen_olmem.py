@@ -113,8 +113,9 @@ def attend_forward(
     Args:
         trains: whether the backward pass of the operation follows.
     """
-    if not trains and can_attend_in_blocks(query.device) and is_in_blocks(query, key, sequences):
-        return attend_in_blocks(query, key, value, sequences.before + 1, scaling)
+    window = sequences.before + 1
+    if not trains and can_attend_in_blocks(query, window) and is_in_blocks(query, key, sequences):
+        return attend_in_blocks(query, key, value, window, scaling)
     if query.device.type != "cuda":
         return plain_forward(query, key, value, sequences, scaling)
     output, total = flash_forward(query, key, value, *arguments(sequences), scaling)
@@ -311,7 +312,8 @@ class Varlen:
     def supports(self, view: View, needs: Needs) -> bool:
         """Supports all but steps, where the plan found that a flash operation can attend.
 
-        What one causal call of torch's attention covers is left to it, since that is faster. Learned sinks are not.
+        What one causal call of torch's attention covers is left to it, since that is faster. With learned sinks that
+        call cannot be used.
         """
         if not needs.flash or needs.plain or needs.by_slot or view.is_step or view.role == "read":
             return False
@@ -340,7 +342,10 @@ class Varlen:
             turned, key = rotate_on_read(query, part, section.rotations)
             states.append(packed(turned, indices))
             states += [packed(each, sequences.keys, sequences.repeats) for each in (key, part.value)]
-        given = heads.scaling, [some for _, some in seen], gate, heads.sink_logits
+        sink_logits = heads.sink_logits
+        if sink_logits is not None and not torch.is_grad_enabled():
+            sink_logits = sink_logits.detach()  # a parameter asks for gradients also where nothing is recorded
+        given = heads.scaling, [some for _, some in seen], gate, sink_logits
         output: torch.Tensor = AttendParts.apply(*given, *states)  # type: ignore
         if whole is not None and indices is not None:
             output = whole.index_copy(0, indices, output)

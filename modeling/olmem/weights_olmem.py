@@ -81,8 +81,8 @@ def refuse_new_sinks(config: OlmemConfig, missing_keys: Iterable[str]) -> None:
     if (config.sink_logit_init or 0) > SINK_LOGIT and any(name.endswith(".self_attn.sinks") for name in missing_keys):
         raise ValueError(
             f"`sink_logit_init` must be at most {SINK_LOGIT:.0f} beside weights that have no sinks (got "
-            f"{config.sink_logit_init}), because sinks take a share of all attention, and that is almost none there; "
-            f"give {SINK_LOGIT:.0f}, and train them."
+            f"{config.sink_logit_init}), because a greater one would change what the weights compute; give "
+            f"{SINK_LOGIT:.0f}, which changes next to nothing, and train them."
         )
 
 
@@ -113,14 +113,16 @@ def gate_new_memory(module: "LoadsWeights", state_dict: dict[str, Any], prefix: 
 
 
 def place_modules(device_map: Any) -> Any:
-    """Returns a map of devices that names memory, or a gate, where it names a parameter of theirs.
+    """Returns a map of devices that names memory, a gate or an attention, where it names a parameter of theirs.
 
     Whatever splits modules into their parts makes such maps, but accelerate places modules: a parameter that is named
     alone stays on the meta device. The rest of memory, its norm, goes where the embeddings go.
     """
     if not isinstance(device_map, Mapping):
         return device_map
-    renamed = {name: re.sub(r"(memory|_gate)\.(embeddings|logits)$", r"\1", name) for name in device_map}
+    renamed = {
+        name: re.sub(r"(memory|_gate|self_attn)\.(embeddings|logits|sinks)$", r"\1", name) for name in device_map
+    }
     wholes = {new for name, new in renamed.items() if new != name}
     parts = tuple(f"{whole}." for whole in wholes)
     return {new: device_map[name] for name, new in renamed.items() if new in wholes or not name.startswith(parts)}
@@ -131,7 +133,9 @@ def refuse_state_without_sinks(module: "LoadsWeights", state_dict: dict[str, Any
 
     This is a hook for `register_load_state_dict_pre_hook`.
     """
-    sinks = [name for name in module.state_dict() if name.endswith(".self_attn.sinks")]
+    if (module.config.sink_logit_init or 0) <= SINK_LOGIT:
+        return
+    sinks = [name for name, _ in module.named_parameters() if name.endswith(".self_attn.sinks")]
     keys = {name: prefix + name.removesuffix("sinks") + "k_proj.weight" for name in sinks}
     refuse_new_sinks(
         module.config, [name for name in sinks if prefix + name not in state_dict and keys[name] in state_dict]

@@ -12,8 +12,8 @@ except ImportError:
 
 @pytest.fixture(autouse=True, scope="session")
 def quick_interpreter():
-    """Triton's interpreter replaces its whole language at each call inside a kernel. Once a launch is enough. And it
-    computes whether integers overflow, to tell nobody, as it does not debug."""
+    """Makes Triton's interpreter replace its language once a launch, not at each call inside a kernel, and leave out
+    the checks of integer overflow, whose results it drops unless it debugs."""
     if interpreter is None:
         yield
         return

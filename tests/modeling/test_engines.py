@@ -6,6 +6,7 @@ requests, with their positions; what a request has said is kept by attention ins
 the model hands down to its layers. A window is that of the configuration, by the layer's type.
 """
 
+import re
 from collections.abc import Iterable
 from contextlib import contextmanager
 from typing import Any
@@ -229,13 +230,18 @@ def test_a_model_that_an_engine_would_serve_wrongly_is_refused(name, changes, fi
         engine.read({0: tokens(3)})
 
 
-def test_an_engine_whose_attention_would_not_be_asked_is_refused(name):
+@pytest.mark.parametrize("implementation", ["sdpa", "paged|eager"])
+def test_an_engine_whose_attention_would_not_be_asked_is_refused(name, implementation):
     engine = Engine(tiny(), name)
-    engine.model.set_attn_implementation("sdpa")
-    with pytest.raises(
-        ValueError, match=r"`attn_implementation` must be the engine's \(got 'sdpa'\) with `attention_in"
-    ):
+    engine.model.set_attn_implementation(implementation)
+    words = re.escape(f"must be the engine's (got {implementation!r}) with `attention_instances`")
+    with pytest.raises(ValueError, match=f"`attn_implementation` {words}"):
         engine.read({0: tokens(3)})
+
+
+def test_no_engine_is_none():
+    model = tiny()
+    assert_close(model(tokens(1, 5), attention_instances=None).logits, model(tokens(1, 5)).logits)
 
 
 def test_an_engine_compiles_a_call_to_one_graph(monkeypatch):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from modeling.helpers import CHUNKS, FULL, LEARNED, MEMORY, ONE_TENSOR, RETRIEVAL, SCHEMES, SINKS, SLIDING, tiny, tokens
-from olmem import OlmemCache, OlmemStep
+from olmem import OlmemCache, OlmemStep, compat_olmem
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
@@ -66,6 +66,16 @@ def test_inference_is_exported_for_any_length(changes):
         ids, mask = padded(length)
         close(run(ids, mask)[mask.bool()], logits(ids, mask)[mask.bool()])
     assert not any("cummax" in str(node.target) for node in program.graph.nodes)  # ONNX has none
+
+
+@torch.no_grad()
+def test_an_export_without_joined_heads_is_the_same(monkeypatch):
+    """So torch before 2.13 exports any length."""
+    monkeypatch.setattr(compat_olmem, "JOINS_HEADS", False)
+    logits = Logits(tiny(**ONE))
+    run = torch.export.export(logits, padded(7), dynamic_shapes=({1: LENGTH}, {1: LENGTH})).module()
+    ids, mask = padded(40)
+    close(run(ids, mask)[mask.bool()], logits(ids, mask)[mask.bool()])
 
 
 @torch.no_grad()

@@ -5,8 +5,9 @@ import pytest
 import torch
 from modeling.helpers import MEMORY, SINK_LOGITS, SLIDING, TINY, oracle, tiny, tokens
 from modeling.streams import write
-from olmem import OlmemConfig, OlmemForCausalLM
+from olmem import OlmemCache, OlmemConfig, OlmemForCausalLM
 from olmem.backends_olmem import eager_attention_forward
+from olmem.weights_olmem import place_modules
 from torch import nn
 from torch.testing import assert_close
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, Olmo2Config, Olmo2ForCausalLM
@@ -100,9 +101,7 @@ def test_flex_attention_is_given_them():
 
 
 def refused(load, *arguments, **keywords) -> None:
-    words = (
-        r"`sink_logit_init` must be at most -10 beside weights that have no sinks \(got 0.0\).*; give -10, and train"
-    )
+    words = r"`sink_logit_init` must be at most -10 beside weights that have no sinks \(got 0.0\).*; give -10, .* train"
     with pytest.raises(ValueError, match=words):
         load(*arguments, **keywords)
 
@@ -137,3 +136,25 @@ def test_weights_that_have_them_keep_them(tmp_path):
         assert own.abs().max() > 0 and torch.equal(own, other)
     loaded.load_state_dict({"lm_head.weight": torch.zeros(61, 24)}, strict=False)
     assert torch.equal(sinks_of(loaded)[1], sinks_of(model)[1])
+
+
+def test_their_state_is_not_taken_for_that_of_a_model_without_them(tmp_path):
+    """All hidden states above a layer that has them are others. The number at which they began does not matter."""
+    plain, model, other = tiny(), tiny(**SINK_LOGITS), tiny(**SINK_LOGITS | {"sink_logit_init": -3.0})
+    caches = {each: OlmemCache(each.config) for each in (plain, model)}
+    for each, cache in caches.items():
+        each(tokens(1, 5), past_key_values=cache)
+        cache.save(tmp_path / f"{each is plain}.safetensors")
+    for own, foreign in ((plain, model), (model, plain)):
+        with pytest.raises(ValueError, match="is of another model, whose `sink_logit_init` was"):
+            own(tokens(1, 1), past_key_values=caches[foreign])
+        with pytest.raises(ValueError, match="`sink_logit_init` was"):
+            OlmemCache.load(tmp_path / f"{foreign is plain}.safetensors", own.config)
+    other(tokens(1, 1), past_key_values=OlmemCache.load(tmp_path / "False.safetensors", other.config))
+
+
+def test_a_device_map_may_name_them_alone():
+    """What splits modules into parts makes such maps; all of an attention goes where they go."""
+    layer = "model.layers.0"
+    found = place_modules({f"{layer}.self_attn.sinks": "disk", f"{layer}.self_attn.q_proj": "cpu", f"{layer}.mlp": 0})
+    assert found == {f"{layer}.self_attn": "disk", f"{layer}.mlp": 0}

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from modeling.helpers import CHUNKED, MEMORIES, SLIDING, STREAMS, TINY, shake, span, tiny, tokens
 from modeling.streams import alone, choices, close, cuts, make, paddings, read
-from olmem import OlmemCache, OlmemConfig, OlmemForCausalLM, reading_olmem, windows_olmem
+from olmem import OlmemCache, OlmemConfig, OlmemForCausalLM, reading_olmem, varlen_olmem, windows_olmem
 from olmem.compat_olmem import can_attend_in_blocks
 from olmem.contracts_olmem import Needs
 from olmem.sequences_olmem import Sequences, starts_of
@@ -135,7 +135,8 @@ def test_blocks_on_a_gpu_are_rounded_once_more_than_windows(dtype, has_past):
     exact = plain_forward(*(each.double() for each in states), some, SCALING)
     moved = [each.cuda() for each in states]
     on_gpu = replace(some, query_starts=some.query_starts.cuda(), key_starts=some.key_starts.cuda())
-    assert can_attend_in_blocks(moved[0].device) == (torch.cuda.get_device_capability()[0] == 9)
+    assert can_attend_in_blocks(moved[0], window) == (torch.cuda.get_device_capability()[0] == 9)
+    assert not can_attend_in_blocks(moved[0], 64)
     for blocks, whole, right in zip(
         windows_olmem.attend_in_blocks(*moved, window, SCALING),
         attend_forward(*moved, on_gpu, SCALING, trains=True),
@@ -156,6 +157,28 @@ def sequences_and_pieces(size: int):
         patch.setattr(reading_olmem, "can_flash", lambda *_: True)
         patch.setattr(reading_olmem, "PIECE", size)
         yield
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_sink_tokens": 2}, {"sink_logit_init": 0.5}], ids=str)
+def test_prompts_attend_in_blocks_where_nothing_trains(changes, monkeypatch):
+    model, pasts = make({"layer_types": SLIDING, "num_key_value_heads": 4} | changes), []
+    window = span(model)
+    ids = tokens(1, 4 * window)
+    expected = model(ids, use_cache=False).logits.detach()
+
+    def counted(query, key, *given):
+        pasts.append(len(key) - len(query))
+        return windows_olmem.attend_in_blocks(query, key, *given)
+
+    monkeypatch.setattr(varlen_olmem, "can_attend_in_blocks", lambda *_: True)
+    monkeypatch.setattr(varlen_olmem, "attend_in_blocks", counted)
+    with sequences_and_pieces(2 * window):
+        with torch.no_grad():
+            close(model(ids, past_key_values=OlmemCache(model.config)).logits, expected)
+        assert set(pasts) == {0, window - 1}
+        pasts.clear()
+        close(model(ids, use_cache=False).logits, expected)
+        assert not pasts
 
 
 SIZES = st.sampled_from([3, 7, 500])

@@ -23,7 +23,8 @@ RECALL = {
     "recall_store.json": "A store of 64 tokens must keep pairs of a key and a value, and drop decoys that are never "
     "asked for. `learned` keeps what it scores highest, `random` keeps any, `recent` the last tokens, and `wider` has "
     "a wider window of the same bytes.",
-    "recall_memory.json": "Eight memory tokens must carry eight pairs of a key and a value.",
+    "recall_memory.json": "Eight memory tokens must carry eight pairs of a key and a value. This run began with rows "
+    "of eight pairs, as the benchmark did before.",
 }
 RUNS = {  # of benchmarks/gpu.py: what is shown of each
     "gpu.json": ("step", "generate", "repeated", "memory", "full", "retrieval", "shared", "grouped", "first", "peers"),
@@ -83,7 +84,7 @@ def gpu_run(name: str, rows: Sequence[str]) -> str:
         title, own = TITLES[row], [each for each in figures if each["row"] == row]
         if own:
             lines = [[each["name"].replace("|", "·"), measured(each), held_against(each)] for each in own]
-            parts.append(f"### {title}\n\n" + table(["", "measured", "beside"], lines))
+            parts.append(f"### {title} ({name})\n\n" + table(["", "measured", "beside"], lines))
     greedy = [each for each in figures if each["row"] == "greedy"]
     errors = [each for each in figures if each["row"] == "errors"]
     if "step" in rows and greedy and errors:

@@ -1,12 +1,10 @@
 """A model on the Hub as SRC: what is downloaded, what is said of it, and what is refused, by a Hub on this machine."""
 
-import fcntl
+import errno
+import io
 import json
 import os
-import struct
-import subprocess
 import sys
-import termios
 from pathlib import Path
 
 import huggingface_hub
@@ -19,21 +17,19 @@ from hub_server import HubServer
 from huggingface_hub import HfApi
 from olmem_convert import CheckpointError, ConvertOptions, VerifyOptions, convert, verify
 from olmem_convert.cli import app
+from olmem_convert.commands import fetching
 from typer.testing import CliRunner
 
 REPO = "lab/small"
 
 
 @pytest.fixture
-def server(monkeypatch, tmp_path):
-    with HubServer() as server:
-        for name, value in server.env.items():
-            monkeypatch.setenv(name, value)
-        constants = {"ENDPOINT": server.endpoint, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": False}
-        constants["HUGGINGFACE_CO_URL_TEMPLATE"] = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        for name, value in (constants | {"HF_HUB_DISABLE_XET": True}).items():
-            monkeypatch.setattr(huggingface_hub.constants, name, value)
-        yield server
+def server(server, monkeypatch, tmp_path) -> HubServer:
+    """The Hub of all tests, with a cache of each test's own to download to."""
+    template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    for name, value in {"HF_HUB_CACHE": str(tmp_path / "cache"), "HUGGINGFACE_CO_URL_TEMPLATE": template}.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    return server
 
 
 @pytest.fixture
@@ -72,6 +68,8 @@ def test_a_model_on_the_hub_is_converted_as_its_folder_is(server, native, tmp_pa
     assert any("model.safetensors" in path for path in asked)
     assert not any(name in path for path in asked for name in (".py", "README.md", ".gitattributes"))
     assert verify(tmp_path / "out", REPO, VerifyOptions())["source"] == found
+    with pytest.raises(CheckpointError, match=r"`revision` must be left out without --against \(got 'v1'\)"):
+        verify(tmp_path / "out", options=VerifyOptions(revision="v1"))
 
 
 def test_a_folder_wins_over_a_model_on_the_hub(server, native, tmp_path, monkeypatch):
@@ -125,6 +123,53 @@ def test_without_a_network_what_was_downloaded_is_found(server, native, tmp_path
     assert server.requests == []
 
 
+def test_a_hub_that_cannot_be_reached_is_an_error(server, native, tmp_path, monkeypatch):
+    """What was downloaded last was taken for what the Hub has now."""
+    commit = publish(server, native)
+    convert(REPO, tmp_path / "before", ConvertOptions(verify=False))
+    server.close()
+    with pytest.raises(CheckpointError, match=r"`SRC` must be downloaded.*or set HF_HUB_OFFLINE=1"):
+        convert(REPO, tmp_path / "out")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert convert(REPO, tmp_path / "out", ConvertOptions(verify=False))["format"].endswith(commit)
+
+
+def test_all_files_are_of_one_commit(server, tmp_path, monkeypatch):
+    """`main` moves between the first download and that of pickles."""
+    olmo2_pickled(tmp_path / "native")
+    commit, download = publish(server, tmp_path / "native"), fetching.download
+
+    def then_move(*arguments):
+        folder = download(*arguments)
+        server.commit(REPO, {"config.json": b"{}"})
+        return folder
+
+    monkeypatch.setattr(fetching, "download", then_move)
+    assert convert(REPO, tmp_path / "out", ConvertOptions(verify=False))["format"].endswith(commit)
+
+
+def test_a_tokenizer_without_a_tokenizer_json_is_refused(server, native, tmp_path):
+    """The model was converted without one, and nothing was said."""
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (native / name).unlink(missing_ok=True)
+    (native / "tokenizer.model").write_bytes(b"sentences")
+    publish(server, native)
+    with pytest.raises(CheckpointError, match=r"must have a tokenizer.json .* of tokenizer.model Transformers makes"):
+        convert(REPO, tmp_path / "out")
+
+
+def test_an_error_of_this_machine_says_its_own_reason(server, native, tmp_path, monkeypatch):
+    publish(server, native)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path))
+
+    monkeypatch.setattr(fetching, "download", full)
+    with pytest.raises(CheckpointError, match=r"No space left on device.*HF_HUB_CACHE") as caught:
+        convert(REPO, tmp_path / "out")
+    assert "again" not in str(caught.value)
+
+
 @pytest.mark.parametrize("pickled", [False, True])
 def test_pickles_are_downloaded_where_there_is_nothing_else(pickled, server, tmp_path):
     folder = tmp_path / "native"
@@ -145,6 +190,7 @@ def test_a_native_checkpoint_on_the_hub(server, tmp_path):
     ("name", "options", "pattern", "kind", "words"),
     [
         ("lab/nothing", {}, None, 0, ("lab/nothing does not exist here", "no such model", "hf auth login")),
+        ("lab/a--b", {}, None, 0, ("`SRC` must be a checkpoint or the id", "got lab/a--b", "correct the id")),
         (REPO, {"revision": "v9"}, None, 0, ("`revision` must be a branch", "'v9'", "/tree/main")),
         (REPO, {}, "GET .*safetensors", 404, ("`SRC` must be downloaded", "run the same command again")),
         (REPO, {}, "GET /storage/", "half", ("`SRC` must be downloaded", "run the same command again")),
@@ -185,21 +231,12 @@ def test_command(server, native, tmp_path):
     assert CliRunner().invoke(app, proposed.split()[1:]).exit_code == 0
 
 
-def test_progress_is_shown_where_there_is_a_terminal(server, native, tmp_path):
-    """In a process of its own, whose standard error is a terminal."""
+def test_progress_is_shown_where_there_is_a_terminal(server, native, tmp_path, monkeypatch):
     publish(server, native)
-    ours, theirs = os.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    environment = os.environ | server.env | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-m", "olmem_convert", "convert", REPO, str(tmp_path / "out"), "--no-verify"]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=theirs) as process:
-        os.close(theirs)
-        shown = b""
-        try:
-            while part := os.read(ours, 2**16):
-                shown += part
-        except OSError:
-            pass  # the other end is closed
-        os.close(ours)
-    assert process.returncode == 0, shown
-    assert b"%" in shown and b"100" in shown
+    for name, terminal in (("piped", False), ("shown", True)):
+        errors = io.StringIO()
+        monkeypatch.setattr(errors, "isatty", lambda terminal=terminal: terminal)
+        monkeypatch.setattr(sys, "stderr", errors)
+        convert(REPO, tmp_path / name, ConvertOptions(verify=False))
+        shown = errors.getvalue()
+        assert ("Fetching" in shown, "100%" in shown) == (terminal, terminal), shown

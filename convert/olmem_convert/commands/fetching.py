@@ -13,10 +13,12 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_token, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
+    HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    RevisionResolutionError,
 )
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -25,13 +27,14 @@ from ..formats.detect import recognised
 from ..options import OfNative, Say
 from ..publish.remote import keeping_token, quiet_hub
 from ..reading.olmem_folder import COMPANIONS
+from ..writing.tokenizer import SLOW
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 # What the formats read, from the root of the repository on; a star stands for any signs, folders included.
 FILES = (
     *("config.json", "config.yaml", "generation_config.json", ".metadata", ".metadata.json", "__*.distcp"),
     *("model*.safetensors", "model.safetensors.index.json", "model.pt", "model/*", "model_and_optim/*"),
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer/tokenizer.json", *COMPANIONS),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer/tokenizer.json", *COMPANIONS, *SLOW),
 )
 PICKLES = ("*.bin", "pytorch_model.bin.index.json")  # which are read where there is nothing else
 
@@ -56,11 +59,22 @@ def fetched(source: str | Path, options: OfNative, say: Say) -> Path:
     token = get_token()
     guarded = keeping_token(token, HfApi().endpoint, bounded=False) if token else nullcontext()
     with quiet_hub(), bars(), guarded, told(repo_id, revision):
-        folder = download(repo_id, revision, FILES)
+        commit = revision if is_offline_mode() else commit_of(repo_id, revision)
+        folder = download(repo_id, commit, FILES)
         if not recognised(folder):
-            folder = download(repo_id, revision, (*FILES, *PICKLES))
+            folder = download(repo_id, commit, (*FILES, *PICKLES))
     say(f"{repo_id} is at commit {folder.name}")
     return folder
+
+
+def commit_of(repo_id: str, revision: str | None) -> str | None:
+    """Returns the commit that the Hub has now. `snapshot_download` would take an older one where it has no answer.
+
+    What the revision's name stands for is noted in the Hub's cache, where it is found without a network.
+    """
+    commit = HfApi().repo_info(repo_id, revision=revision).sha
+    HfApi().resolve_revision(repo_id, revision=revision)
+    return commit
 
 
 def download(repo_id: str, revision: str | None, files: Sequence[str]) -> Path:
@@ -103,14 +117,31 @@ def told(repo_id: str, revision: str | None) -> Iterator[None]:
             f"`revision` must be a branch, a tag or a commit of {repo_id} (got {revision!r}); look it up at "
             f"{page}/tree/main."
         ) from error
-    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"`SRC` must be a checkpoint or the id of a model on the Hub (got {repo_id}, which does not exist here, "
+            f"and of which the Hub's client says: {first_line(error)}); name the folder that holds it, or correct the "
+            "id."
+        ) from error
+    except (HTTPError, RevisionResolutionError, OSError, ValueError, RuntimeError) as error:
         if is_offline_mode() and isinstance(error, LocalEntryNotFoundError):
             raise CheckpointError(
                 f"`SRC` must be a checkpoint ({repo_id} does not exist here, nor all of it in the Hub's cache, and "
                 "HF_HUB_OFFLINE is set); name the folder that holds it, or unset HF_HUB_OFFLINE to download it."
             ) from error
-        said = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        if isinstance(error, OSError) and error.errno is not None:  # this machine's, as a full disk is
+            raise CheckpointError(
+                f"`SRC` must be written to the Hub's cache, as {repo_id} does not exist here (got: "
+                f"{first_line(error)}); mend that, or set HF_HUB_CACHE to a folder elsewhere."
+            ) from error
         raise CheckpointError(
-            f"`SRC` must be downloaded from the Hub, as {repo_id} does not exist here (got: {said[0][:500]}); run the "
-            "same command again, which goes on with what has arrived."
+            f"`SRC` must be downloaded from the Hub, as {repo_id} does not exist here (got: {first_line(error)}); run "
+            "the same command again, which goes on with what has arrived, or set HF_HUB_OFFLINE=1 to use what the "
+            "Hub's cache holds."
         ) from error
+
+
+def first_line(error: Exception) -> str:
+    """Returns what an error says, in one line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:500]

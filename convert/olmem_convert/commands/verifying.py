@@ -46,6 +46,11 @@ def verify(
         raise CheckpointError(
             f"`OUT` must be a folder that holds a model ({out} has no config.json); convert or save one first."
         )
+    if source is None and options.revision is not None:
+        raise CheckpointError(
+            f"`revision` must be left out without --against (got {options.revision!r}); leave it out, or name the "
+            "model on the Hub by --against."
+        )
     source = None if source is None else fetched(source, options, say)
     model_type = as_written(out / "config.json").get("model_type")
     if model_type in list(OLMO_BLOCKS):

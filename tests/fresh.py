@@ -5,6 +5,7 @@ That takes most of the seconds in which a new process of Python is ready to load
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -12,15 +13,17 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+SECONDS = 300  # that a process may take; it ends itself, as whoever waits for it may have ended before
 # Reads a line of JSON for each process that is asked for, and answers with its exit code.
 PARENT = """
-import gc, json, os, sys, traceback
+import gc, json, os, signal, sys, traceback
 gc.disable()  # imports make millions of objects, which are walked over and stay
 import torch, torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor, torch.export
 gc.freeze()
 gc.enable()
 
-def become(code, arguments, environment, path, folder, files):
+def become(code, arguments, environment, path, folder, files, seconds):
+    signal.alarm(seconds)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
@@ -63,7 +66,11 @@ def parent() -> subprocess.Popen:
 def run_fresh(
     code: str, *arguments: object, env: Mapping[str, str], cwd: Path | None = None, given: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    """Runs code in a process with exactly this environment, and what is given on standard input."""
+    """Runs code in a process with exactly this environment, and what is given on standard input.
+
+    Raises:
+        RuntimeError: when it does not end in time, or the process that it is forked from has ended.
+    """
     with TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("given", "output", "errors")]
         for path, text in zip(files, (given, "", ""), strict=True):
@@ -75,8 +82,14 @@ def run_fresh(
             "path": [place for place in env.get("PYTHONPATH", "").split(os.pathsep) if place],
             "folder": str(cwd or Path.cwd()),
             "files": [str(path) for path in files],
+            "seconds": SECONDS,
         }
         process = parent()
         print(json.dumps(asked), file=process.stdin, flush=True)
-        code_of_exit = int(process.stdout.readline())
-        return subprocess.CompletedProcess(code, code_of_exit, files[1].read_text(), files[2].read_text())
+        code_of_exit, errors = process.stdout.readline(), files[2].read_text()
+        if not code_of_exit:
+            parent.cache_clear()
+            raise RuntimeError(f"the parent of fresh processes must stay (it ended with {process.wait()}): {errors}")
+        if int(code_of_exit) == -signal.SIGALRM:
+            raise RuntimeError(f"a fresh process must end within {SECONDS} s (it did not): {errors}")
+        return subprocess.CompletedProcess(code, int(code_of_exit), files[1].read_text(), errors)

@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -430,29 +429,25 @@ def test_a_run_that_is_stopped_goes_on(out, text, monkeypatch):
     assert len(again()[1]) == 3, "a changed model is measured anew"
 
 
-def test_what_is_finished_goes_with_a_part_that_cannot_be_measured(out, text, monkeypatch):
-    """It stayed beside the folder, though no run could go on with it; for one that had too little time, it stays."""
+def test_what_is_finished_is_found_without_the_part_that_cannot_be_measured(out, text, monkeypatch):
+    """It was thrown away. A folder of which nothing can be measured has no file left beside it."""
     compute, journal = measuring.computed, out.with_name(".out.evaluation.json")
-    fail, options = CheckpointError("the loss must be finite"), EvaluateOptions(tasks=["passkey"], distances=[8])
+    options, told = EvaluateOptions(tasks=["passkey"], distances=[8]), []
 
     def computed(metric, *names, **given):
         if metric.__name__ == "PerplexityStream":
             return compute(metric, *names, **given)
-        assert journal.exists()
-        if fail:
-            raise fail
-        time.sleep(0.2)
-        given["advance"](1)
+        raise CheckpointError("the loss must be finite")
 
     monkeypatch.setattr(measuring, "computed", computed)
     with pytest.raises(CheckpointError, match="must be finite"):
-        evaluate(out, [text], options)
+        evaluate(out, [], options)
     assert not journal.exists()
-    fail = None
-    evaluating = sys.modules["olmem_convert.commands.evaluating"]
-    with pytest.raises(evaluating.OutOfTimeError, match="What is finished is kept"):
-        evaluate(out, [text], replace(options, max_tokens=3, seconds=0.1))
-    assert journal.exists()
+    with pytest.raises(CheckpointError, match="must be finite"):
+        evaluate(out, [text], options)
+    monkeypatch.setattr(measuring, "computed", None)
+    assert evaluate(out, [text], replace(options, tasks=[]), say=told.append)["texts"]
+    assert told[0].startswith("note: 1 of 1 parts are finished") and not journal.exists()
 
 
 @pytest.mark.parametrize("name", ["evaluation.json", "evaluation_perplexity.svg", "evaluation_recall.png", "README.md"])

@@ -2,7 +2,7 @@
 
 An evaluation is parts: a text in one way of reading it, a task at one distance and position, the state. Each is kept in
 a journal beside the folder once it is measured, where a next run finds it, if neither the model nor what was asked for
-has changed. It stays when a run is stopped, and goes when a part cannot be measured, as the next run could not either.
+has changed. It stays when a run is stopped or a part cannot be measured, as a run that leaves that part out goes on.
 """
 
 import hashlib
@@ -64,10 +64,6 @@ class Part:
     measure: Callable[[Advance], list[Row]]
 
 
-class OutOfTimeError(CheckpointError):
-    """The time that measuring may take is over; with more of it the next run goes on."""
-
-
 def evaluate(
     out: str | Path,
     texts: Sequence[str | Path] = (),
@@ -80,13 +76,14 @@ def evaluate(
 
     `texts` are UTF-8 files, each read as one stream; `options` name tasks of recall, and lengths of the state. The
     model runs in the dtype of its weights, on a CUDA device if there is one. `tell` is told how far reading has come,
-    about once a second, in place of a progress bar. An evaluation that is stopped goes on when it is run again.
+    about once a second, in place of a progress bar. An evaluation that is stopped goes on when it is run again, and one
+    that could not measure a task or a text, when it is run without it.
 
     Returns what evaluation.json holds: `texts`, `recall` and `state`, by the names of the metrics in `metrics`, and
     what computed them.
 
     Raises:
-        CheckpointError: when a text or the folder is not fit for it. Nothing is written then.
+        CheckpointError: when a text or the folder is not fit for it. Nothing is written into the folder then.
     """
     options = options or EvaluateOptions()
     out, paths = Path(out), [Path(text) for text in texts]
@@ -215,7 +212,7 @@ def measure(
     """Returns the rows of each group, of parts that are finished already or now."""
     finished, started = journal.open(parts), time.monotonic()
     if finished:
-        say(f"note: {finished} of {len(parts)} parts are finished, from a run that was stopped")
+        say(f"note: {finished} of {len(parts)} parts are finished, from a run before")
     found: dict[str, list[Row]] = {}
     left = sum(part.tokens for part in parts if journal.key(part) not in journal.rows)
     with Progress(left, "evaluating", tell, unit="token") as bar:
@@ -223,19 +220,14 @@ def measure(
         def advance(tokens: int) -> None:
             bar.update(tokens)
             if options.seconds is not None and time.monotonic() - started > options.seconds:
-                raise OutOfTimeError(
+                raise CheckpointError(
                     f"`seconds` must suffice to measure (got {options.seconds:g}, in which {bar.n:,} of {bar.total:,} "
                     "tokens were read); give more, or fewer tokens with --max-tokens. What is finished is kept."
                 )
 
         for part in parts:
             if journal.key(part) not in journal.rows:
-                try:
-                    journal.keep(part, part.measure(advance))
-                except CheckpointError as error:
-                    if not isinstance(error, OutOfTimeError):
-                        journal.remove()
-                    raise
+                journal.keep(part, part.measure(advance))
             found.setdefault(part.group, []).extend(journal.rows[journal.key(part)])
     return found
 

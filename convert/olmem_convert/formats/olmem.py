@@ -141,11 +141,12 @@ def config_of(config: OlmemConfig, target: str) -> PreTrainedConfig:
     def made(values: dict[str, Any]) -> PreTrainedConfig:
         return target_class(**copy.deepcopy(values))
 
-    meaning = in_olmems_terms(made(values))
-    for name, value in getattr(config, "olmo_config", {}).items():
-        trial = values | {name: value}
-        if name not in NOT_OF_THE_TARGET and means(made, trial, meaning):
-            values = trial
+    if kept := getattr(config, "olmo_config", {}):
+        meaning = in_olmems_terms(made(values))
+        for name, value in kept.items():
+            trial = values | {name: value}
+            if name not in NOT_OF_THE_TARGET and means(made, trial, meaning):
+                values = trial
     return made(values)
 
 

@@ -18,6 +18,7 @@ import huggingface_hub  # noqa: E402
 import pytest  # noqa: E402
 from fresh import run_fresh  # noqa: E402
 from hub_server import HubServer  # noqa: E402
+from olmem_convert.proof import verification  # noqa: E402
 from olmem_convert.publish import reloading  # noqa: E402
 
 
@@ -43,6 +44,28 @@ def pytest_ignore_collect(collection_path, config):
     """Leaves tests of other tools out unless they are named: `make ecosystem` has an environment for them."""
     is_named = any("ecosystem" in str(argument) for argument in config.args)
     return True if collection_path.name == "ecosystem" and not is_named else None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tiny products gain nothing from threads, and lose much where several processes share the cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_segments():
+    """A conversion reads a thousand segments of memory. Tests that are of something else read few of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verification, "SEGMENTS", 8)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_syncs():
+    """No test cuts the power, and what a killed process wrote is there without waiting for the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 make_context = cache(ssl.create_default_context)  # which reads all authorities, for each client anew

@@ -15,10 +15,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 @pytest.fixture
 def load(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield import_module
-    torch.set_num_threads(threads)
+    return import_module
 
 
 @pytest.fixture

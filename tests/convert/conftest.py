@@ -1,6 +1,5 @@
 """Conversions that several tests look at, made once, and never changed: a test that changes one copies it."""
 
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -14,7 +13,6 @@ from convert.checkpoints import options, read_config, source
 from hypothesis import settings
 from olmem import OlmemConfig, OlmemForCausalLM
 from olmem_convert import CardOptions, ConvertOptions, card, convert
-from olmem_convert.proof import verification
 from olmem_convert.reading.fields import TOKEN_IDS
 from transformers import AutoTokenizer
 
@@ -29,25 +27,8 @@ settings.load_profile("same")
 
 @pytest.fixture(scope="session", autouse=True)
 def quiet():
-    torch.set_num_threads(1)  # models this small lose far more time to threads than they win
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def few_segments():
-    """A conversion reads a thousand segments of memory. Tests that are of something else read few of them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verification, "SEGMENTS", 8)
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def no_syncs():
-    """No test cuts the power, and what a killed process wrote is there without waiting for the disk."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
 
 
 @pytest.fixture(autouse=True)

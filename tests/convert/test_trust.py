@@ -23,6 +23,7 @@ from convert.writers import olmo_state, write_olmo, write_olmo_core
 from olmem import OlmemConfig
 from olmem_convert import CardOptions, CheckpointError, ConvertOptions, card, convert, evaluate, verify
 from olmem_convert.cli import app
+from olmem_convert.commands import measuring  # noqa: F401  once, and not in each process whose cost is measured
 from olmem_convert.errors import DifferenceError
 from olmem_convert.proof import verification
 from olmem_convert.publish.release import check_release

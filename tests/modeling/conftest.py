@@ -1,7 +1,6 @@
 import dataclasses
 
 import pytest
-import torch
 
 try:
     from triton import language
@@ -36,12 +35,3 @@ def quick_interpreter():
         options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
         patch.setattr(interpreter.interpreter_builder, "options", options)
         yield
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny products gain nothing from threads, and lose much where several processes share the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -619,8 +619,16 @@ def test_a_call_that_is_broken_off_between_segments_leaves_no_cache_to_go_on_fro
 
 
 @every_memory
-@pytest.mark.parametrize("rows", [[1], torch.tensor([0, 2]), None, []], ids=["list", "tensor", "all", "none"])
-@pytest.mark.parametrize("of", ["causal model", "base model"])
+@pytest.mark.parametrize(
+    ("rows", "of"),
+    [
+        ([1], "causal model"),
+        (torch.tensor([0, 2]), "base model"),
+        (None, "base model"),
+        ([], "causal model"),
+    ],
+    ids=["list, causal model", "tensor, base model", "all, base model", "none, causal model"],
+)
 def test_reset_memory_lets_rows_begin_anew(changes, rows, of):
     """Neither window, sinks, memory nor store of the conversation before is left in them; the others go on."""
     model, before, cache = halves(changes)

@@ -1,5 +1,6 @@
 """Projections that are shared, and the one tensor that a cache then holds."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -121,6 +122,15 @@ def test_keys_and_values_are_the_same_memory(shared):
         assert layer.keys.data_ptr() == layer.values.data_ptr()
 
 
+@functools.cache
+def model_and_meaning(shared: str, scheme: str) -> tuple[OlmemForCausalLM, torch.Tensor, torch.Tensor]:
+    """A model, ids (T,), and the oracle's logits of them, for tests that read them in several ways."""
+    heads = {"num_key_value_heads": 4} if shared == "query_key_value" else {}
+    model = tiny(**MIXED, **heads, shared_projections=shared, position_embedding=scheme)
+    ids = tokens(4 * span(model))
+    return model, ids, oracle(model, ids)
+
+
 @one_tensor
 @pytest.mark.parametrize("scheme", POSITION_EMBEDDINGS)
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
@@ -131,13 +141,12 @@ def test_a_step_is_that_of_the_design_however_many_heads_are_rotated_at_a_time(
     """Window, sinks, chunks and a growing layer; grouped heads."""
     monkeypatch.setattr(backends_olmem, "SCRATCH", scratch)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    heads = {"num_key_value_heads": 4} if shared == "query_key_value" else {}
-    model = tiny(**MIXED, **heads, shared_projections=shared, position_embedding=scheme)
+    model, ids, meant = model_and_meaning(shared, scheme)
     model.set_attn_implementation(backend)
-    ids, cache = tokens(4 * span(model)), OlmemCache(model.config)
+    cache = OlmemCache(model.config)
     with torch.no_grad():
         found = torch.cat([model(ids[None, [index]], past_key_values=cache).logits for index in range(len(ids))])[:, 0]
-    assert_close(found.double(), oracle(model, ids), rtol=1e-4, atol=2e-5)
+    assert_close(found.double(), meant, rtol=1e-4, atol=2e-5)
 
 
 @one_tensor

@@ -5,17 +5,20 @@ TOOLS := .venv-ecosystem
 OLDEST := .venv-oldest-torch
 DEMO := model_cards/demo
 
-.PHONY: demo test oldest ecosystem lint clean
+.PHONY: demo test slow oldest ecosystem lint clean
 
 demo: $(VENV)/.installed ## convert the demo checkpoint, verify it, generate with it
 	$(BIN)/olmem convert $(DEMO)/native/step1872 build/demo --overwrite
 	$(BIN)/python $(DEMO)/generate.py build/demo
 
-test: $(VENV)/.installed-test ## everything that needs no network and no GPU
+test: $(VENV)/.installed-test ## what needs no network and no GPU, but for the slow tests
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-oldest: $(OLDEST)/.installed ## the tests with the oldest torch and Transformers
-	$(OLDEST)/bin/python -m pytest -q -n 2 --dist worksteal
+slow: $(VENV)/.installed-test ## what takes long: compilers, exports, interpreted kernels, processes, long texts
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m slow
+
+oldest: $(OLDEST)/.installed ## the tests with the oldest torch and Transformers, slow ones too
+	$(OLDEST)/bin/python -m pytest -q -n 2 --dist worksteal -m ''
 
 ecosystem: $(TOOLS)/.installed ## every tool that Olmem is used with, in an environment of its own; writes the table
 	$(TOOLS)/bin/python -m pytest -q -n 2 --dist loadfile tests/ecosystem --compatibility docs/compatibility.md

@@ -363,6 +363,7 @@ def test_the_command_keeps_all_in_its_folder(hub, tmp_path):
     assert HubServer(tmp_path).tags("lab/m") == {"v1": printed[0]}
 
 
+@pytest.mark.slow
 def test_transformers_loads_a_model_from_it(hub, api, tmp_path):
     """By tag, with the code that was pushed, in a process that has no other: the logits of the local folder."""
     out = tmp_path / "out"

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import pytest
 from fresh import run_fresh
 
 ROOT = Path(__file__).parents[1]
@@ -11,6 +12,7 @@ SHORT = "import stream; stream.STEPS, stream.TURNS = 16, 8; stream.main()"
 CHUNK = 416  # of which a row of 10,000 tokens is a whole number, but for 16 steps
 
 
+@pytest.mark.slow
 def test_a_stream_takes_no_more_memory_and_loses_nothing():
     """What takes time depends on the machine: the benchmark measures it."""
     path = os.pathsep.join(str(ROOT / part) for part in ("modeling", "convert", "benchmarks"))

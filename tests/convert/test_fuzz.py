@@ -89,6 +89,7 @@ def test_bytes_steer_the_mutations():
     assert len(made) > 5
 
 
+@pytest.mark.slow
 def test_the_benchmark_tells_what_it_found():
     def run() -> None:
         sys.argv = ["fuzz.py", "--cases", "20", "--processes", "1", "--json"]

@@ -667,6 +667,7 @@ torch.save(model(torch.arange(40)[None] % 7).logits, sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_a_converted_model_is_published(server, tmp_path):
     """With a memory and in bfloat16, its models loaded in processes of their own."""
     out = tmp_path / "out"
@@ -679,6 +680,7 @@ def test_a_converted_model_is_published(server, tmp_path):
     assert "logits, weights and config are those of OLMo-core" in result.stdout
 
 
+@pytest.mark.slow
 def test_from_training_to_a_user_who_loads_it(server, trained, quick_reload, tmp_path):
     """Whole: by commands alone, without a checkpoint that it could be compared with, with nothing left out; then
     without the network."""

@@ -288,7 +288,9 @@ def test_memory_that_gives_no_numbers_is_refused(value, monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", [*(pytest.param(each, marks=pytest.mark.slow) for each in ("float32", "bfloat16")), "float16"]
+)
 def test_a_thousand_segments_are_read_in_the_dtype_that_is_written(dtype, monkeypatch, tmp_path):
     read, forward = [], OlmemForCausalLM.forward
 
@@ -315,6 +317,7 @@ def test_retrieval_alone_has_no_segments(tmp_path):
     assert "segments" not in report["verification"]["memory"]
 
 
+@pytest.mark.slow
 def test_demo_in_float16_stays_finite(monkeypatch, tmp_path):
     """Without a norm on what is written, its memory overflowed after 24 segments."""
     monkeypatch.setattr(verification, "SEGMENTS", 50)

@@ -116,7 +116,10 @@ def headed(offsets: dict[str, list[int]]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-@pytest.mark.parametrize("what", COSTLY)
+SLOW = {"32 MB of empty dictionaries in a list": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("what", [pytest.param(what, marks=SLOW.get(what, ())) for what in COSTLY])
 def test_what_costs_far_more_than_its_size_is_refused(what, tmp_path):
     """These took up to 2.9 GB and 72 s."""
     seconds, nbytes = cost(lambda: COSTLY[what](tmp_path))

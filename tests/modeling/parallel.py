@@ -160,14 +160,16 @@ def checks(folder: Path) -> Iterator[tuple[str, Callable[[], Result]]]:
         yield f"{name}, uneven", partial(uneven, "memory", wrap)
 
 
-def run(rank: int, folder: Path) -> None:
-    """Does all checks in one of the processes."""
+def run(rank: int, folder: Path, names: tuple[str, ...]) -> None:
+    """Does all checks, or those of these names, in one of the processes."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "GLOO_SOCKET_IFNAME": "lo"}
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", store, timedelta(seconds=30), WORLD, rank)
     found: dict[str, Result] = {}
     for name, check in checks(folder):
+        if names and name not in names:
+            continue
         try:
             found[name] = check()
         except Exception:
@@ -176,6 +178,6 @@ def run(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def run_both(folder: str) -> None:
-    """Does all checks in two processes."""
-    torch.multiprocessing.start_processes(run, (Path(folder),), WORLD, start_method="fork")
+def run_both(folder: str, *names: str) -> None:
+    """Does all checks, or those of these names, in two processes."""
+    torch.multiprocessing.start_processes(run, (Path(folder), names), WORLD, start_method="fork")

@@ -429,6 +429,7 @@ def test_a_cache_goes_from_inference_mode_to_training(changes):
 # On disk
 
 
+@pytest.mark.slow
 def test_another_process_goes_on_from_a_file(tmp_path):
     """A hundred greedy tokens, then some drawn ones, as the process that saved writes them itself: after prompts with
     and without left padding, in float32 and bfloat16."""
@@ -1035,6 +1036,7 @@ def test_a_call_without_a_token_and_a_config_of_another_model_are_refused():
         OlmemCache(Olmo3Config())
 
 
+@pytest.mark.slow
 @bounded_models
 @torch.no_grad()
 def test_a_step_is_one_graph(changes):
@@ -1052,6 +1054,7 @@ def test_a_step_is_one_graph(changes):
     close(compiled(ids).logits, expected)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_max_length_holds_in_a_compiled_step():
     torch._dynamo.reset()

@@ -244,6 +244,7 @@ def test_no_engine_is_none():
     assert_close(model(tokens(1, 5), attention_instances=None).logits, model(tokens(1, 5)).logits)
 
 
+@pytest.mark.slow
 def test_an_engine_compiles_a_call_to_one_graph(monkeypatch):
     """For any number of tokens, as vLLM does by default."""
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "vllm", engine_attention)

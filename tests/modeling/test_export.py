@@ -1,4 +1,6 @@
-"""Models as programs: exported for any length, a step exported with its state, and compiled into few graphs."""
+"""Models as programs: exported for any length, a step exported with its state, and compiled into few graphs.
+
+One of each kind is quick; `make slow` runs the others."""
 
 import copy
 import shutil
@@ -55,6 +57,7 @@ def graphs() -> int:
 # A forward without a cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", WIDE.values(), ids=WIDE)
 @torch.no_grad()
 def test_inference_is_exported_for_any_length(changes):
@@ -78,6 +81,7 @@ def test_an_export_without_joined_heads_is_the_same(monkeypatch):
     close(run(ids, mask)[mask.bool()], logits(ids, mask)[mask.bool()])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_strict_export_keeps_its_length_any():
     """It takes a length for fixed where a message shows it, or where a slice that ends there is passed or compared."""
@@ -87,6 +91,7 @@ def test_a_strict_export_keeps_its_length_any():
     close(run(ids, mask)[mask.bool()], logits(ids, mask)[mask.bool()])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_inference_without_a_mask_is_exported_for_any_length():
     logits = Logits(tiny(**ONE | SINKS | {"retrieval_layers": [0], "retrieval_top_k": 2}))
@@ -95,6 +100,7 @@ def test_inference_without_a_mask_is_exported_for_any_length():
         close(run(tokens(2, length)), logits(tokens(2, length)))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_inference_is_exported_for_any_batch():
     logits = Logits(tiny(**ONE | SINKS | {"retrieval_layers": [0], "retrieval_top_k": 2}))
@@ -104,6 +110,7 @@ def test_inference_is_exported_for_any_batch():
     close(run(ids, mask)[mask.bool()], logits(ids, mask)[mask.bool()])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_model_is_exported_as_it_is():
     """By default it returns a cache, which no program can."""
@@ -120,6 +127,7 @@ def written(model) -> nn.Module:
     return TorchExportableModuleWithStaticCache(model)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_plain_model_is_exported_with_a_static_cache():
     model, ids, places = tiny(), tokens(1, 12), torch.arange(12)
@@ -140,6 +148,7 @@ def test_an_export_is_refused_in_words(changes):
             torch.export.export(written(tiny(**changes)), (), given, strict=strict)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_program_refuses_memory_that_is_not_finite():
     """A graph checks it when it runs."""
@@ -152,6 +161,7 @@ def test_a_program_refuses_memory_that_is_not_finite():
         run(tokens(1, 8))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_memory_is_exported_for_a_length_and_says_so_for_any():
     logits = Logits(tiny(**ONE | MEMORY | {"memory_gate_init": 0.0}))
@@ -163,6 +173,7 @@ def test_memory_is_exported_for_a_length_and_says_so_for_any():
         torch.export.export(logits, (ids,), dynamic_shapes=({1: LENGTH},))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_xpos_refuses_a_graph_of_more_tokens_than_its_scales_reach():
     """In float16 they reach 5300 tokens; a program for any length asks when it runs."""
@@ -183,6 +194,7 @@ def begun(model, ids: torch.Tensor) -> OlmemStep:
     return OlmemStep(model, cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", WIDE.values(), ids=WIDE)
 @torch.no_grad()
 def test_a_step_is_exported_with_its_state(changes):
@@ -225,6 +237,7 @@ def test_a_step_of_memory_is_exported_within_a_segment():
         run(ids[:, [5]])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_step_without_its_state_gives_no_numbers():
     """ExecuTorch begins buffers at zero unless told otherwise, and drops what a program asserts."""
@@ -241,6 +254,7 @@ def test_a_step_without_its_state_gives_no_numbers():
             assert run(ids[:, [index]]).isnan().all()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("c++"), reason="AOTInductor needs a compiler of C++")
 @torch.no_grad()
 def test_a_step_runs_as_compiled_machine_code(tmp_path):
@@ -255,6 +269,7 @@ def test_a_step_runs_as_compiled_machine_code(tmp_path):
 # Compiled
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_models_of_one_process_generate_compiled():
     """With other windows or sinks than those before; one graph reads the prompt, and one is every step."""
@@ -269,6 +284,7 @@ def test_models_of_one_process_generate_compiled():
         assert graphs() - before == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [ONE | MEMORY, {}], ids=["memory", "growing"])
 @torch.no_grad()
 def test_a_step_that_the_host_counts_is_left_to_python(changes):
@@ -286,6 +302,7 @@ def test_a_step_that_the_host_counts_is_left_to_python(changes):
     assert model._can_compile_fullgraph == (not model.config.num_memory_tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [ONE | MEMORY | {"memory_gate_init": 0.0}, ONE_TENSOR | RETRIEVAL | LEARNED], ids=["memory", "wide"]
 )

@@ -123,7 +123,7 @@ def test_a_saved_configuration_has_its_code(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoConfig"] == AUTO_MAP["AutoConfig"]
 
 
-@pytest.mark.parametrize("layout", ["folder", "hub cache"])
+@pytest.mark.parametrize("layout", ["folder", pytest.param("hub cache", marks=pytest.mark.slow)])
 def test_a_process_without_olmem_loads_runs_and_saves_it(layout, models, folders, tmp_path):
     home = tmp_path / "home"
     places = {name: str(folder) for name, folder in folders.items()}

@@ -125,10 +125,16 @@ def step_by_kernels(model: OlmemForCausalLM, cache: OlmemCache, captured: Captur
     return captured.operations.products([model.lm_head], last)[0]
 
 
-# A third of the variants is read in a batch too; interpreted kernels are slow.
-@pytest.mark.parametrize(
-    ("name", "batch"), [*((name, 1) for name in VARIANTS), *((name, 3) for name in [*VARIANTS][::3])]
-)
+def first_is_quick(cases: list[tuple]) -> list:
+    """Interpreted kernels are slow: `make slow` runs all cases but the first."""
+    return [pytest.param(*case, marks=pytest.mark.slow if number else ()) for number, case in enumerate(cases)]
+
+
+# A third of the variants is read in a batch too.
+CASES = [(name, batch) for batch in (1, 3) for name in [*VARIANTS][::batch]]
+
+
+@pytest.mark.parametrize(("name", "batch"), first_is_quick(CASES))
 @torch.no_grad()
 def test_a_step_by_kernels_is_a_step_of_the_network(name, batch, request):
     """Logits and caches agree beyond the windows, and where a row was padded on the left."""
@@ -172,7 +178,7 @@ BOUNDARIES = {
 }
 
 
-@pytest.mark.parametrize("name", BOUNDARIES)
+@pytest.mark.parametrize("name", first_is_quick([(name,) for name in BOUNDARIES]))
 @torch.no_grad()
 def test_a_segment_that_begins_by_kernels_is_one_of_the_network(name, poisoned):
     """One row of two has its memory written and read, the other goes on in its segment."""

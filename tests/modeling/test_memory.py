@@ -3,7 +3,9 @@ their gradients; and the state that carries them."""
 
 import copy
 import functools
+from collections.abc import Sequence
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import pytest
@@ -924,6 +926,15 @@ def test_what_goes_back_holds_as_much_as_may_be_looked_up(monkeypatch):
 # Many segments
 
 
+def some_are_quick(*choices: Sequence[Any]) -> list:
+    """All combinations. Of those that hundreds of segments are read for, `make test` has each choice at least once."""
+    quick = [tuple(values[number % len(values)] for values in choices) for number in range(max(map(len, choices)))]
+    return [
+        pytest.param(*case, id="-".join(map(str, case)), marks=[] if case in quick else pytest.mark.slow)
+        for case in product(*choices)
+    ]
+
+
 def memories_of(model: OlmemForCausalLM, length: int, batch: int = 1) -> list[torch.Tensor]:
     """Every memory (B, M, hidden_size) that is written while so many tokens are read in pieces."""
     written, cache = [], OlmemCache(model.config)
@@ -933,8 +944,7 @@ def memories_of(model: OlmemForCausalLM, length: int, batch: int = 1) -> list[to
     return written
 
 
-@pytest.mark.parametrize("gate", [None, -2.0], ids=["not gated", "gated"])
-@pytest.mark.parametrize("placement", NORM_PLACEMENTS)
+@pytest.mark.parametrize(("placement", "gate"), some_are_quick(NORM_PLACEMENTS, [None, -2.0]))
 @torch.inference_mode()
 def test_memory_stays_of_one_size_however_many_segments_wrote_it(placement, gate):
     """Its root mean square, over 2,000 tokens of new weights: 1, as the norm has it; without a norm it was 255."""
@@ -946,9 +956,10 @@ def test_memory_stays_of_one_size_however_many_segments_wrote_it(placement, gate
     assert_close(sizes, torch.ones_like(sizes), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["memory", "both with sinks"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("placement", NORM_PLACEMENTS)
+@pytest.mark.parametrize(
+    ("placement", "dtype", "kind"),
+    some_are_quick(NORM_PLACEMENTS, [torch.float32, torch.bfloat16, torch.float16], ["memory", "both with sinks"]),
+)
 @torch.inference_mode()
 def test_a_thousand_segments_are_finite_in_every_dtype(placement, dtype, kind):
     changes = {"num_hidden_layers": 1, "norm_placement": placement, "memory_segment_length": 2}
@@ -970,6 +981,7 @@ def test_memory_is_written_through_a_norm_of_the_models_own_kind(norm_type):
 # A memory that is not finite
 
 
+@pytest.mark.slow
 def test_a_model_with_memory_is_exported_for_a_length():
     """The question whether a memory is finite is not asked while tracing, which has no answer."""
     model, ids = make(MEMORIES["memory"]), tokens(1, 12)

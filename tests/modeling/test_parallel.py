@@ -16,17 +16,21 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from modeling import parallel
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
+WAYS = ["ddp", "fsdp1", "tp", *(f"fsdp2, checkpoints {each}" for each in CHECKPOINTING)]
+QUICK = "ddp both"
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> list[dict[str, Result]]:
-    """What each of two processes found; they do all checks, one after another."""
+def found(request, tmp_path_factory) -> list[dict[str, Result]]:
+    """What each of two processes found; they do all checks, one after another, or the quick one if no more is asked."""
+    tests = [test for test in request.session.items if "found" in getattr(test, "fixturenames", ())]
+    names = [] if any(test.get_closest_marker("slow") for test in tests) else [QUICK]
     folder = tmp_path_factory.mktemp("parallel")
     for variant in VARIANTS:
         made(variant).save_pretrained(folder / variant)
     path = os.pathsep.join(each for each in sys.path if each)
-    code = "import sys; from modeling.parallel import run_both; run_both(sys.argv[1])"
-    child = run_fresh(code, folder, env=os.environ | {"PYTHONPATH": path})
+    code = "import sys; from modeling.parallel import run_both; run_both(*sys.argv[1:])"
+    child = run_fresh(code, folder, *names, env=os.environ | {"PYTHONPATH": path})
     assert child.returncode == 0, child.stderr
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(parallel.WORLD)]
 
@@ -50,8 +54,14 @@ def same(result: Result, meant: Result) -> None:
         assert_close(result["weights"][name], weight.detach(), rtol=1e-6, atol=1e-6, msg=text)
 
 
-@every_variant
-@pytest.mark.parametrize("way", ["ddp", "fsdp1", "tp", *(f"fsdp2, checkpoints {each}" for each in CHECKPOINTING)])
+@pytest.mark.parametrize(
+    ("way", "variant"),
+    [
+        pytest.param(way, variant, marks=[] if f"{way} {variant}" == QUICK else pytest.mark.slow)
+        for way in WAYS
+        for variant in VARIANTS
+    ],
+)
 def test_two_processes_train_as_one_does(found, alone, way, variant):
     has_memory = "num_memory_tokens" in VARIANTS[variant]
     is_refused = way == "fsdp2, checkpoints True" and has_memory and "__call__" in vars(GradientCheckpointingLayer)
@@ -62,6 +72,7 @@ def test_two_processes_train_as_one_does(found, alone, way, variant):
             same(result[f"{way} {variant}"], alone[variant])
 
 
+@pytest.mark.slow
 @every_variant
 def test_texts_of_a_part_of_a_segment_train_too(found, variant):
     """No memory is written then, or on one process alone, and its norm has a gradient of zero there."""
@@ -72,6 +83,7 @@ def test_texts_of_a_part_of_a_segment_train_too(found, variant):
         assert "error" not in result[f"ddp, uneven {variant}"], result[f"ddp, uneven {variant}"]["error"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["fsdp1", "fsdp2"])
 def test_sharded_layers_refuse_other_numbers_of_segments_on_another_process(found, way):
     """The processes would wait for one another."""
@@ -79,6 +91,7 @@ def test_sharded_layers_refuse_other_numbers_of_segments_on_another_process(foun
         assert "must hold as many segments of memory on each rank" in result[f"{way}, uneven"]["error"]
 
 
+@pytest.mark.slow
 @every_variant
 def test_mixed_precision_adds_nothing_to_the_noise_of_bfloat16(found, alone, variant):
     """The first loss is that of one process in bfloat16 bit for bit; then only the order of sums differs. Every state

@@ -36,13 +36,12 @@ MEMORY = {
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
+def folders(converted, tmp_path_factory) -> dict[str, Path]:
     """The demo with a short window and everything on, and as it is."""
-    top = tmp_path_factory.mktemp("evaluated")
-    convert(source("demo"), top / "memory", ConvertOptions(memory=MEMORY, verify=False))
-    edit_json(top / "memory" / "config.json", sliding_window=WINDOW, num_sink_tokens=2)
-    convert(source("demo"), top / "plain")
-    return {name: top / name for name in ("memory", "plain")}
+    out = tmp_path_factory.mktemp("evaluated") / "memory"
+    convert(source("demo"), out, ConvertOptions(memory=MEMORY, verify=False))
+    edit_json(out / "config.json", sliding_window=WINDOW, num_sink_tokens=2)
+    return {"memory": out, "plain": converted("demo")}
 
 
 @pytest.fixture

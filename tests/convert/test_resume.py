@@ -58,16 +58,23 @@ def killed(kill, monkeypatch, out: Path, reads: int, **options) -> None:
     monkeypatch.undo()
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict[str, str]:
+    """The files of a conversion that nothing stopped."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    convert(DEMO / "step1872", out, ConvertOptions(**SMALL))
+    return snapshot(out)
+
+
 @pytest.mark.parametrize("reads", [0, 1, 5, 20])
-def test_what_was_finished_is_not_read_again(reads, kill, monkeypatch, tmp_path):
-    convert(DEMO / "step1872", tmp_path / "whole" / "out", ConvertOptions(**SMALL))
+def test_what_was_finished_is_not_read_again(reads, whole, kill, monkeypatch, tmp_path):
     out, lines = tmp_path / "place" / "out", []
     killed(kill, monkeypatch, out, reads)
     left = sorted(path.name for path in out.parent.iterdir())
     assert left == [".out.lock", ".out.partial", ".out.partial.jsonl"]
     finished = [json.loads(line) for line in (out.parent / left[2]).read_text().splitlines()[1:]]
     report = convert(DEMO / "step1872", out, ConvertOptions(resume=True, **SMALL), say=lines.append)
-    assert snapshot(out) == snapshot(tmp_path / "whole" / "out")
+    assert snapshot(out) == whole
     assert os.listdir(out.parent) == ["out"]
     assert any(line == f"resumed: {len(finished)} weight files were finished" for line in lines)
     assert (report["bytes_found"] > 0) == (len(finished) > 0) and (reads < 20 or finished)
@@ -86,7 +93,7 @@ def test_without_resume_a_killed_conversion_is_said_to_be_there(kill, monkeypatc
 
 
 @pytest.mark.parametrize("spoil", ["flip", "cut", "remove", "journal"])
-def test_finished_files_are_checked(spoil, kill, monkeypatch, tmp_path):
+def test_finished_files_are_checked(spoil, whole, kill, monkeypatch, tmp_path):
     out = tmp_path / "out"
     killed(kill, monkeypatch, out, 20)
     journal = tmp_path / ".out.partial.jsonl"
@@ -105,8 +112,7 @@ def test_finished_files_are_checked(spoil, kill, monkeypatch, tmp_path):
     lines = []
     convert(DEMO / "step1872", out, ConvertOptions(resume=True, **SMALL), say=lines.append)
     assert f"resumed: {len(entries) - 2} weight files were finished" in lines
-    convert(DEMO / "step1872", tmp_path / "whole" / "out", ConvertOptions(**SMALL))
-    assert snapshot(out) == snapshot(tmp_path / "whole" / "out")
+    assert snapshot(out) == whole
 
 
 def touched(folder: Path) -> dict:

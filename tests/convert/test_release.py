@@ -113,11 +113,14 @@ def test_config_names_this_model_and_its_own_code(field, value, out):
     refuse(out, f"`{field}`", "config.json")
 
 
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-def test_caches_are_used(name, out):
-    edit_json(out / name, use_cache=False)
+def test_generation_uses_a_cache(out):
+    """`generate()` does so whatever config.json says, in which Trainer writes false."""
+    edit_json(out / "config.json", use_cache=False)
     reseal(out)
-    refuse(out, "`use_cache`", name, "set it to true")
+    check_release(out)
+    edit_json(out / "generation_config.json", use_cache=False)
+    reseal(out)
+    refuse(out, "`use_cache`", "generation_config.json", "set it to true")
 
 
 def test_card_needs_a_license(out):

@@ -180,12 +180,12 @@ def check_config(folder: Path) -> OlmemConfig:
             )
     read_generation_config(folder)
     refuse_code(raw, folder / "config.json", allowed=("auto_map",))
-    for path in (folder / "config.json", folder / "generation_config.json"):
-        if read_json(path).get("use_cache") is False:
-            raise CheckpointError(
-                f"`use_cache` of {path} must not be false (got False), as every user's generation would be slow; set "
-                f"it to true; {verify_again(folder)}."
-            )
+    path = folder / "generation_config.json"  # which `generate()` asks; Trainer turns the field of config.json off
+    if read_json(path).get("use_cache") is False:
+        raise CheckpointError(
+            f"`use_cache` of {path} must not be false (got False), as every user's generation would be slow; set it to "
+            f"true; {verify_again(folder)}."
+        )
     return read_config(folder)
 
 

@@ -43,7 +43,8 @@ def test_convert_says_what_it_finds_and_does(tmp_path):
     assert lines[3].startswith("verified: logits differ by at most ")
     assert lines[4] == f"wrote {tmp_path / 'out'}"
     assert lines[5:] == [
-        f"next: `olmem evaluate {tmp_path / 'out'} --text FILE`, or `olmem card {tmp_path / 'out'} --license ID`"
+        f"next: `olmem evaluate {tmp_path / 'out'} --text FILE` measures it; "
+        f"`olmem card {tmp_path / 'out'} --license ID` describes it"
     ]
 
 
@@ -72,7 +73,8 @@ def test_no_verify_says_how_to(tmp_path):
     result = run("verify", tmp_path / "out", "--against", source("olmo"))
     assert result.exit_code == 0 and (tmp_path / "out" / "verification.json").exists()
     assert result.stdout.splitlines()[-1].startswith("next: `olmem evaluate ")
-    assert "add --license" in run("card", tmp_path / "out").stdout.splitlines()[-1]
+    needs_license = f"next: `olmem card {tmp_path / 'out'} --license ID` names the license, which publishing needs"
+    assert run("card", tmp_path / "out").stdout.splitlines()[-1] == needs_license
     said = run("card", tmp_path / "out", "--license", "mit").stdout.splitlines()
     assert said[-1] == f"next: `olmem push {tmp_path / 'out'} REPO_ID` shows what would be published"
 

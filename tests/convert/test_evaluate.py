@@ -302,7 +302,8 @@ def test_command(out, text, tmp_path):
     assert result.exit_code == 0 and result.stderr == ""
     lines = result.stdout.splitlines()
     assert lines[0].startswith("text.py: ") and lines[0].endswith(" bits per byte (30 tokens)")
-    assert lines[1].startswith("other.txt: ") and lines[2:] == [f"wrote {out / 'evaluation.json'}"]
+    assert lines[1].startswith("other.txt: ") and lines[2] == f"wrote {out / 'evaluation.json'}"
+    assert lines[3:] == [f"next: `olmem card {out} --license ID` names the license, which publishing needs"]
     more = ["--memory", "reset", "--task", "qa1", "--distance", "8", "--position", "2"]
     more += ["--questions", "1", "--seed", "3", "--state", "9", "--json"]
     result = CliRunner().invoke(app, [*command, *more])

@@ -166,7 +166,7 @@ def test_a_card_is_titled_as_its_repository_unless_it_was_named(out, server, unl
     assert "# model\n" in (out / "README.md").read_text()
     lines = []
     push(out, f"{REPO}-2", PushOptions(execute=True), say=lines.append)  # which named the first repository to be loaded
-    assert lines[0].startswith(f"the card names {REPO}, and is titled as {REPO}-2")
+    assert lines[0].startswith(f"the card is titled {REPO}, and will be titled {REPO}-2 on the Hub")
     readme = server.read(f"{REPO}-2", "README.md").decode()
     assert "# model-2\n" in readme and f'repo = "{REPO}-2"' in readme
     card(out, CardOptions(name="another"))

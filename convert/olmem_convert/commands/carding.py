@@ -1,7 +1,6 @@
 """Writes the model card of an Olmem folder, from the folder's own files and what its author says."""
 
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from huggingface_hub import ModelCard
@@ -9,10 +8,11 @@ from huggingface_hub import ModelCard
 from ..errors import CheckpointError
 from ..options import CardOptions, Say, silent
 from ..publish.metadata import merged
-from ..publish.model_card import make_card, read_values, verify_again
+from ..publish.model_card import make_card, read_values
 from ..publish.standing_card import is_own, said
 from ..reading.olmem_folder import CARD_NAME
 from ..writing.texts import replace_text
+from .next_steps import to_publish
 
 
 def card(out: str | Path, options: CardOptions | None = None, *, say: Say = silent) -> dict[str, Any]:
@@ -37,15 +37,7 @@ def card(out: str | Path, options: CardOptions | None = None, *, say: Say = sile
     text = make_card(metadata, values)
     replace_text(path, text)
     say(f"wrote {path}")
-    folder, ready = quote(str(out)), True
-    if "license" not in metadata:
-        ready = False
-        say("note: it names no license, which publishing needs: add --license")
-    if "verification" not in values:
-        ready = False
-        say(f"note: it says that the model is not verified: {verify_again(out)}, then this again")
-    if ready:
-        say(f"next: `olmem push {folder} REPO_ID` shows what would be published")
+    say(to_publish(out, metadata, values))
     return {
         "card": str(path),
         "metadata": ModelCard(text).data.to_dict(),

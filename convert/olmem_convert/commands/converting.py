@@ -45,7 +45,7 @@ def convert(
     Raises:
         CheckpointError: when anything is amiss. Nothing is left behind then, unless `options.resume` is set.
     """
-    options, out = options or ConvertOptions(), named(out)
+    options, given, out = options or ConvertOptions(), Path(out), named(out)
     kept = claim(Path(source), out, options, say)  # before anything is downloaded for it
     source = fetched(source, options, say)
     require_apart(source, out, {})
@@ -61,10 +61,10 @@ def convert(
         report = fill(partial, out, target, options, say, tell)
         require_same(target.checkpoint.tensors)
         target.describe(partial.folder, kept, (report["verification"] or {}).get("sha256"))
-    say(f"wrote {out}")
+    say(f"wrote {given}")
     if report["tokenizer"] is None and options.to is None:
-        say(f"without a tokenizer: `olmem tokenizer {quote(str(out))} PATH` adds one")
-    say(target.next_step(source, out))
+        say(f"without a tokenizer: `olmem tokenizer {quote(str(given))} PATH` adds one")
+    say(target.next_step(source, given))
     return report
 
 

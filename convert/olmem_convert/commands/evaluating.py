@@ -40,6 +40,7 @@ from ..reading.texts import read_json
 from ..reading.tokenizer_file import quiet_panics
 from ..writing.progress import Progress, Tell
 from ..writing.texts import replace_bytes, replace_text, require_replaceable
+from .next_steps import to_publish
 
 NEEDED = ("evaluate", "matplotlib")
 PERSONAL = ("_interpreter_path", "_git_commit_hash")  # of what `evaluate.save` adds: it is of this machine, not of OUT
@@ -95,7 +96,7 @@ def evaluate(
     from .measuring import Measured  # imports `evaluate`, which takes seconds
 
     before, made_of = identities(out), digests(out, {})
-    verification_values(out, made_of)
+    verified = verification_values(out, made_of)
     config: OlmemConfig = config_values(out, {})["config"]
     kept = kept_metadata(out)
     measured = Measured(out, config, paths, options)
@@ -122,6 +123,7 @@ def evaluate(
     elif (out / CARD_NAME).exists():
         say(f"note: {out / CARD_NAME} is your own, so its figures are as they were")
     say(f"wrote {out / EVALUATION_NAME}")
+    say(to_publish(out, kept, verified))
     return report
 
 

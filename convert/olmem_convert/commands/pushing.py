@@ -42,10 +42,11 @@ def push(out: str | Path, repo_id: str, options: PushOptions | None = None, *, s
     """
     options = options or PushOptions()
     check_options(repo_id, options)
-    files = titled(Path(out), repo_id, check_release(out), options.execute, say)
+    files = check_release(out)
     if is_offline_mode():
         raise CheckpointError("`HF_HUB_OFFLINE` must be unset to push (it is set); unset it.")
     token = find_token()
+    files = titled(Path(out), repo_id, files, options.execute, say)
     remote = Remote(repo_id, token)
     guarded = keeping_token(token, remote.api.endpoint)
     with quiet_hub(), guarded, remote.telling(lambda: "nothing was sent"):
@@ -77,8 +78,8 @@ def titled(out: Path, repo_id: str, files: dict[str, LocalFile], execute: bool, 
     if name == repo_id or (name != named_after(out) and "/" not in name):
         return files
     say(
-        f"the card names {name}, and is titled as {repo_id} once it is sent: `olmem card {out} --name NAME` names it "
-        "otherwise"
+        f"the card is titled {name}, and will be titled {repo_id} on the Hub; `olmem card {out} --name NAME` gives it "
+        "a title of its own"
     )
     if not execute:
         return files
@@ -92,19 +93,18 @@ def digests_of(files: Mapping[str, LocalFile]) -> dict[str, str]:
 
 
 def vouched(out: Path) -> Iterator[str]:
-    """What of the model was verified and what was not, for a person."""
+    """Yields what of the model was verified and what was not, for a person."""
     report = read_json(out / REPORT_NAME)
-    if report["kind"] == "native":
-        yield (
-            f"verified by who wrote {REPORT_NAME}, which nothing signs: logits, weights and config are those of "
-            f"{report['source']}; seen here: code, shapes, numbers and checksums are right"
-        )
-    else:
-        yield (
-            f"verified by who wrote {REPORT_NAME}, which nothing signs: its own code computes what the installed olmem "
-            "does; seen here: code, shapes, numbers and checksums are right"
-        )
-        yield "not verified: what it was trained on or made from, which is the word of its card; nor how well it does"
+    is_native = report["kind"] == "native"
+    what = (
+        f"logits, weights and config are those of {report['source']}"
+        if is_native
+        else "the folder's own code computes what the installed olmem does"
+    )
+    yield f"{REPORT_NAME}, which nobody signs, says that {what}"
+    yield "checked now: the code, the shapes and numbers of the weights, and every checksum"
+    if not is_native:
+        yield "not verified: what it was trained on or made from, for which its card vouches, and how good it is"
 
 
 def find_token() -> str:

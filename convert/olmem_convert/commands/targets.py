@@ -25,6 +25,7 @@ from ..proof.verification import verify_checkpoint, verify_exported
 from ..publish.model_card import write_card
 from ..reading.installed import write_code
 from ..writing.shards import WeightFiles
+from .next_steps import to_describe
 
 
 class Target(Protocol):
@@ -117,12 +118,10 @@ class ToOlmem:
         write_card(folder, {**base, **kept}, known)
 
     def next_step(self, source: Path, out: Path) -> str:
-        folder = quote(str(out))
         if not self.options.verify:
-            return (
-                f"not verified: `olmem verify {folder} --against {quote(str(source))}{self.options.arguments}` does it"
-            )
-        return f"next: `olmem evaluate {folder} --text FILE`, or `olmem card {folder} --license ID`"
+            against = f"{quote(str(out))} --against {quote(str(source))}{self.options.arguments}"
+            return f"not verified: `olmem verify {against}` does it"
+        return to_describe(out)
 
 
 @dataclass(frozen=True)

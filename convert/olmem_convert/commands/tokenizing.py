@@ -4,7 +4,6 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from ..errors import CheckpointError
@@ -15,6 +14,7 @@ from ..publish.standing_card import kept_metadata
 from ..reading.olmem_folder import REPORT_NAME, digest, read_config
 from ..writing.texts import replace_text
 from ..writing.tokenizer import of_config, write_tokenizer
+from .next_steps import to_describe
 
 
 def add_tokenizer(out: str | Path, tokenizer: str | Path, *, say: Say = silent) -> dict[str, Any]:
@@ -49,6 +49,5 @@ def add_tokenizer(out: str | Path, tokenizer: str | Path, *, say: Say = silent) 
     write_card(out, kept)
     say(f"tokenizer: {written['size']} tokens, the same ids on {written['probes']} probes after reloading")
     say(f"wrote {', '.join(names)} in {out}")
-    folder = quote(str(out))
-    say(f"next: `olmem evaluate {folder} --text FILE`, or `olmem card {folder} --license ID`")
+    say(to_describe(out))
     return written

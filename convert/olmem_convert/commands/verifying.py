@@ -4,7 +4,6 @@ import json
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from olmem.rules_olmem import OLMO_BLOCKS
@@ -21,6 +20,7 @@ from ..reading.plain import reading
 from ..reading.tensors import require_same
 from ..reading.texts import read_json
 from .fetching import fetched
+from .next_steps import to_describe
 from .targets import ToTransformers
 
 VERSIONS = ("transformers_version",)  # of a config, which may be another one's
@@ -64,7 +64,7 @@ def verify(
     report = verify_checkpoint(out, checkpoint, say, options.allow_nonfinite)
     require_same(checkpoint.tensors)
     write_card(out, kept, report["sha256"])
-    say_next(out, say)
+    say(to_describe(out))
     return report
 
 
@@ -81,7 +81,7 @@ def verify_alone(out: Path, options: VerifyOptions, say: Say) -> dict[str, Any]:
     write_card(out, kept)
     report = verify_reload(out, say, options.allow_nonfinite)
     write_card(out, kept, report["sha256"])
-    say_next(out, say)
+    say(to_describe(out))
     return report
 
 
@@ -113,12 +113,6 @@ def verify_other_class(
     require_same(target.checkpoint.tensors)
     say(target.next_step(source, out))
     return report
-
-
-def say_next(out: Path, say: Say) -> None:
-    """Says what may be done with a folder that is verified."""
-    folder = quote(str(out))
-    say(f"next: `olmem evaluate {folder} --text FILE`, or `olmem card {folder} --license ID`")
 
 
 def forget_report(out: Path) -> None:

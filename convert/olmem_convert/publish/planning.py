@@ -127,16 +127,25 @@ def table(plan: Plan, private: bool) -> Iterator[str]:
     else:
         yield f"{'pull request to ' * plan.create_pr}branch {plan.branch} of {plan.repo_id}, now at {plan.head}"
     kinds = {"new": plan.new, "changed": plan.changed, "deleted": plan.deleted}
-    width = max(map(len, plan.touched), default=0)
-    for kind, named in kinds.items():
-        for name, size in sorted(named.items()):
-            yield f"  {kind:<7}  {name:<{width}}  {shown(size):>8}"
+    lines = [(kind, *line) for kind, named in kinds.items() for line in with_code_as_one(named)]
+    width = max((len(name) for _, name, _ in lines), default=0)
+    for kind, name, size in lines:
+        yield f"  {kind:<7}  {name:<{width}}  {shown(size):>8}"
     counts = (kinds | {"unchanged": plan.unchanged}).items()
     yield f"{', '.join(f'{len(named)} {kind}' for kind, named in counts)}; {shown(plan.upload)} to upload"
     if "tokenizer.json" not in plan.new | plan.changed | plan.unchanged:
         yield "note: there is no tokenizer, so nobody can give it text: `olmem tokenizer OUT PATH` adds one"
     if plan.tag:
         yield f"tag {plan.tag}: {'is there, at this commit' if plan.tag_exists else 'after verification'}"
+
+
+def with_code_as_one(named: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Returns names and sizes in order, where several files of the model's code are one."""
+    code = [name for name in named if name.endswith("_olmem.py")]
+    if len(code) < 3:
+        return sorted(named.items())
+    others = sorted((name, size) for name, size in named.items() if name not in code)
+    return [(f"*_olmem.py, {len(code)} files of code", sum(named[name] for name in code)), *others]
 
 
 def shown(size: int) -> str:

@@ -1,24 +1,44 @@
-"""Writes what benchmarks/results holds as tables: docs/results.md, and the table of results in the README.
+"""Writes pages from what they are about: results and the README's table from benchmarks/results, and the config.
 
     python benchmarks/report.py
 
-No figure of these pages is typed by hand. A test compares them with the files that they are made of.
+No figure of these pages is typed by hand. A test compares them with what they are made of.
 """
 
+import inspect
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+from textwrap import fill
 from typing import Any
+
+from olmem import OlmemConfig
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE, README = ROOT / "benchmarks/results", ROOT / "docs/results.md", ROOT / "README.md"
+CONFIG = ROOT / "docs/config.md"
 BEGIN, END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->"
 INTRODUCTION = """# Results
 
 `python benchmarks/report.py` writes this page from the files in [`benchmarks/results`](../benchmarks/results). Each of
 them is what one run of one benchmark wrote, and is never edited. `--help` of a benchmark says what it does.
 """
+FIELDS = """# Fields of the config
+
+`python benchmarks/report.py` writes this page from the documentation of `OlmemConfig`. A field is an argument of
+`OlmemConfig`. It is also an argument of `from_pretrained` and `from_olmo`, where it replaces what the loaded config
+says. Where no default is named, it is None."""
+HEADINGS = {  # by the first field below each
+    "vocab_size": "Size",
+    "norm_placement": "Norms and clipping",
+    "position_embedding": "Positions",
+    "layer_types": "Windows and sinks",
+    "shared_projections": "Shared projections",
+    "num_memory_tokens": "Memory",
+    "attention_bias": "Other fields",
+}
 RECALL = {
     "recall_store.json": "A store of 64 tokens must keep pairs of a key and a value, and drop decoys that are never "
     "asked for. `learned` keeps what it scores highest, `random` keeps any, `recent` the last tokens, and `wider` has "
@@ -219,6 +239,24 @@ def readme() -> str:
     return re.sub(f"(?s){BEGIN}.*{END}", lambda _: f"{BEGIN}\n\n{summary()}\n{END}", text)
 
 
+def config() -> str:
+    """Returns the page of the config's fields, by their documentation in the class."""
+    defaults = {field.name: field.default for field in fields(OlmemConfig)}
+    described = inspect.getdoc(OlmemConfig) or ""
+    parts = [FIELDS]
+    for names, kind, text in re.findall(r"^    (\w[\w, ]*) \((.*?)\): (.*(?:\n {8}.*)*)", described, re.MULTILINE):
+        of_each = [name.strip() for name in names.split(",")]
+        if heading := HEADINGS.get(of_each[0]):
+            parts += ["", f"## {heading}", ""]
+        (default,) = {defaults[name] for name in of_each}
+        facts = [] if default is None else [f"default `{json.dumps(default) if isinstance(default, str) else default}`"]
+        facts = [fact for fact in kind.split(", ") if fact != "*optional*"] + facts
+        line = f"- {', '.join(f'`{name}`' for name in of_each)} ({', '.join(facts)}): {' '.join(text.split())}"
+        parts.append(fill(line, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
+    return "\n".join(parts) + "\n"
+
+
 if __name__ == "__main__":
     PAGE.write_text(page())
+    CONFIG.write_text(config())
     README.write_text(readme())

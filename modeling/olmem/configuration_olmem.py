@@ -38,7 +38,7 @@ class OlmemConfig(OlmemRules, PreTrainedConfig):
         rms_norm_eps (`float`): The epsilon of every norm, whatever its type.
         qk_norm (`str`): How queries and keys are normalised before they get their positions: over the full projection
             (`"full"`), over each head (`"head"`), or not at all (`"none"`).
-        clip_qkv (`float`, *optional*): Queries, keys and values are clamped to ± this value.
+        clip_qkv (`float`, *optional*): Queries, keys and values are clamped to ± this value, or not at all by default.
         clip_qkv_stage (`str`): When they are clamped. `"projection"` is before the QK-norm, as in OLMo's code.
             `"rotary"` is after the QK-norm and RoPE.
         position_embedding (`str` or `list[str]`): How queries and keys get their positions, as one value for all layers
@@ -56,7 +56,7 @@ class OlmemConfig(OlmemRules, PreTrainedConfig):
             `"full_attention"` for each layer, or one value for all layers. Defaults to three sliding layers and one
             full layer, repeated.
         sliding_window (`int`): The number of keys W that query i of a sliding layer sees, its own included:
-            i−W < j ≤ i.
+            i − W < j ≤ i.
         attention_chunk_size (`int`, *optional*): The number of tokens c in a chunk. Query i of a chunked layer sees the
             keys c·⌊i/c⌋ ≤ j ≤ i of its own chunk, so a chunk's first token sees one key.
         attention_chunk_lookback (`int`): The number of earlier chunks L that query i sees too: c·(⌊i/c⌋−L) ≤ j ≤ i.
@@ -65,30 +65,30 @@ class OlmemConfig(OlmemRules, PreTrainedConfig):
             arXiv 2309.17453), which are at most S + W − 1 in a sliding layer.
         sink_logit_init (`float`, *optional*): The first value of the learned sinks (`self_attn.sinks`), one logit for
             each query head that joins the denominator of its softmax, so that a head may attend to nothing (as in
-            gpt-oss). They steady a window. They remember nothing. 0 is for a model made from scratch. Weights that
-            have no sinks need −10 or less, which changes next to nothing at first. None has no learned sinks.
+            gpt-oss). They steady a window, and remember nothing. Give 0 to a model made from scratch, and −10 or less
+            beside weights that have no sinks, where that changes next to nothing at first. None means no learned sinks.
         shared_projections (`str`): Which of queries, keys and values share a projection. They are shared after the
             norm and before positions (arXiv 2606.04032). `"none"` shares nothing. `"key_value"` takes the keys as
             values. `"query_key"` takes the keys as queries. `"query_key_value"` takes the keys as both.
             `"value_difference"` takes queries minus keys as values. Where the keys are the values, a cache holds one
             tensor, which is half of the bytes. Shared queries need as many key/value heads as query heads.
-        num_memory_tokens (`int`): The number of vectors M that carry what the stream has said from segment to segment
-            (Recurrent Memory Transformer, arXiv 2207.06881). The tokens of each segment see its M memory tokens, and
-            the memory tokens of the next segment are written at its end. 0 is a model without memory tokens.
+        num_memory_tokens (`int`): The number of vectors M that carry information from segment to segment (Recurrent
+            Memory Transformer, arXiv 2207.06881). The tokens of each segment see its M memory tokens, and the memory
+            tokens of the next segment are written at its end. 0 means no memory tokens.
         memory_segment_length (`int`, *optional*): The number of tokens in a segment. Defaults to `sliding_window`, or
             to `attention_chunk_size` where some layers are chunked and none slides.
             With gradient checkpointing each layer keeps the keys and values of all segments beside its hidden states.
             This is three times what a model without memory keeps where there are as many key/value heads as query
             heads, and less with fewer. Each segment is a call of every layer, so processes that shard layers must read
             equally many segments in a step.
-        memory_bptt_segments (`int`, *optional*): The greatest number of segments that gradients go back through the
-            memory. It is counted from the last segment of a forward call, and earlier segments get no more. With 0, a
-            model learns to read memory, but not to write it. None goes back through all segments of the call.
+        memory_bptt_segments (`int`, *optional*): The greatest number of segments through which gradients go back
+            through the memory, counted from the last segment of a forward call. With 0, a model learns to read memory,
+            but not to write it. None means all segments of the call.
         memory_gate_init (`float`, *optional*): The first logit of the memory gates. Each head has a gate that mixes
-            attention with memory and attention without it. None has no gates, so memory tokens are seen like others.
-            It is the default of a model made from scratch. Weights without memory that are loaded into a model with
-            `num_memory_tokens` (by `from_pretrained`, `from_olmo` or `olmem convert --set`) get gates at −10, so that
-            an untrained memory does no harm, unless the call that loads them gives this field, be it as None.
+            attention with memory and attention without it. None, the default of a model made from scratch, means no
+            gates, so memory tokens are attended to like others. Weights without memory that are loaded into a model
+            with `num_memory_tokens` (by `from_pretrained`, `from_olmo` or `olmem convert --set`) get gates at −10, so
+            that an untrained memory does no harm, unless the call that loads them gives this field, even as None.
         retrieval_layers (`list[int]`): The sliding or chunked layers that also retrieve tokens which have left their
             window (Memorizing Transformers, arXiv 2203.08913). Each query head attends to the `retrieval_top_k` tokens
             whose keys score highest, regardless of their positions. A gate that each head learns mixes the result with

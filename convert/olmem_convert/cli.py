@@ -32,7 +32,7 @@ Tell = Callable[[dict[str, float | None]], object]  # is told figures, about onc
 KEYWORD = Parameter.KEYWORD_ONLY
 app = typer.Typer(
     name="olmem",
-    help="From a checkpoint of OLMo, OLMo-core, BakaLLM or Transformers to a verified Olmem model, and back.",
+    help="Convert checkpoints of OLMo, OLMo-core, BakaLLM and Transformers to verified Olmem models, and publish them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -60,7 +60,7 @@ def version() -> str:
 def options(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=show_version, is_eager=True, help="Print the version, and nothing else."),
+        typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None: ...
 
@@ -68,26 +68,26 @@ def options(
 BAKA = "Options of a BakaLLM state dict"
 Source = Annotated[
     Path,
-    typer.Argument(metavar="SRC", help="Folder of the checkpoint, a BakaLLM `.bin`, or the id of a model on the Hub."),
+    typer.Argument(metavar="SRC", help="The checkpoint's folder, a BakaLLM `.bin`, or the id of a model on the Hub."),
 ]
-SourceRevision = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit of SRC, if it is a model on the Hub; main by default.")
-]
-NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it appears whole or not at all.")]
-Folder = Annotated[Path, typer.Argument(metavar="OUT", help="An Olmem folder, converted or saved.")]
+SourceRevision = Annotated[str | None, typer.Option(help="Branch, tag or commit of SRC on the Hub; by default main.")]
+NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write, completely or not at all.")]
+Folder = Annotated[Path, typer.Argument(metavar="OUT", help="An Olmem folder that was converted or saved.")]
 Dtype = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="float32, bfloat16 or float16, also bf16 and fp16; SRC's own by default."),
+    typer.Option(metavar="NAME", help="float32, bfloat16 or float16 (or bf16, fp16); by default that of SRC."),
 ]
-ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file.")]
+ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Size of the largest weight file.")]
 Tokenizer = Annotated[
     Path | None,
-    typer.Option(metavar="PATH", help="tokenizer.json or its folder; looked for in and beside SRC by default."),
+    typer.Option(metavar="PATH", help="tokenizer.json or its folder; by default it is searched in and beside SRC."),
 ]
-Length = Annotated[int | None, typer.Option(min=1, metavar="TOKENS", help="Trained length, in place of SRC's own.")]
+Length = Annotated[
+    int | None, typer.Option(min=1, metavar="TOKENS", help="Trained length, instead of that in SRC's config.")
+]
 NativeConfig = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Its config; config.json beside it by default.", rich_help_panel=BAKA),
+    typer.Option(metavar="FILE", help="Its config; by default config.json beside it.", rich_help_panel=BAKA),
 ]
 Window = Annotated[
     int | None,
@@ -104,76 +104,97 @@ Activation = Annotated[
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Switch a memory on, as in retrieval_layers=[20]; repeatable."),
+    typer.Option("--set", metavar="FIELD=VALUE", help="Add a memory, as in retrieval_layers=[20]; repeatable."),
 ]
-Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Compare logits, weights and config with SRC's.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT, if Olmem wrote it.")]
+Verify = Annotated[
+    bool, typer.Option("--verify/--no-verify", help="Compare logits, weights and config with those of SRC.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if Olmem wrote it.")]
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on where it was killed; when stopped, keep what is finished.")
+    bool, typer.Option("--resume", help="Go on with an unfinished conversion; if stopped, keep the finished part.")
 ]
-Nonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Accept NaN and infinite weights.")]
+Nonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Accept weights that are NaN or infinite.")]
 Growth = Annotated[
-    bool, typer.Option("--allow-growth", help="Accept tensors that share their numbers, and more than double.")
+    bool, typer.Option("--allow-growth", help="Write a model of more than twice the size of SRC's files.")
 ]
 To = Annotated[
-    str | None, typer.Option(metavar="CLASS", help="Back to Transformers' olmo, olmo2 or olmo3; SRC is of Olmem.")
+    str | None,
+    typer.Option(metavar="CLASS", help="Convert an Olmem folder back to Transformers' olmo, olmo2 or olmo3."),
 ]
-Missing = Annotated[Path, typer.Argument(metavar="PATH", help="A tokenizer.json, or its folder.")]
+Missing = Annotated[Path, typer.Argument(metavar="PATH", help="A tokenizer.json or its folder.")]
 Against = Annotated[
-    Path | None, typer.Option(metavar="SRC", help="The checkpoint it was converted from; none, if it was trained.")
+    Path | None,
+    typer.Option(metavar="SRC", help="The checkpoint that OUT was converted from; leave it out if OUT was trained."),
 ]
-Texts = Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Plain text in UTF-8; repeatable.")]
+Texts = Annotated[
+    list[Path] | None, typer.Option(metavar="FILE", help="Measure perplexity on this text in UTF-8; repeatable.")
+]
 Modes = Annotated[
     list[str] | None,
-    typer.Option("--memory", metavar="MODE", help="on, off, or reset at each window; all by default if there is one."),
+    typer.Option(
+        "--memory", metavar="MODE", help="Memory on, off, or reset at each window; by default all; repeatable."
+    ),
 ]
 Tasks = Annotated[
-    list[str] | None, typer.Option("--task", metavar="NAME", help=f"{', '.join(TASKS)}, or all; repeatable.")
+    list[str] | None,
+    typer.Option("--task", metavar="NAME", help=f"Measure recall by {', '.join(TASKS)}, or all; repeatable."),
 ]
 Distances = Annotated[
-    list[int] | None, typer.Option("--distance", help="Tokens between what a task tells and its question; repeatable.")
+    list[int] | None,
+    typer.Option("--distance", metavar="TOKENS", help="Tokens between a fact and its question; repeatable."),
 ]
-Positions = Annotated[list[int] | None, typer.Option("--position", help="Tokens before it; repeatable.")]
-Questions = Annotated[int, typer.Option(min=1, help="Texts of a task at each distance and position.")]
-Seed = Annotated[int, typer.Option(help="Of the texts of tasks.")]
+Positions = Annotated[
+    list[int] | None, typer.Option("--position", metavar="TOKENS", help="Tokens before the fact; repeatable.")
+]
+Questions = Annotated[int, typer.Option(min=1, help="Texts per task, distance and position.")]
+Seed = Annotated[int, typer.Option(help="Seed of the texts of tasks.")]
 Lengths = Annotated[
     list[int] | None,
-    typer.Option("--state", metavar="TOKENS", help="Bytes of the state, and time a token, there; repeatable."),
+    typer.Option(
+        "--state",
+        metavar="TOKENS",
+        help="Measure the size of the state, and the time per token, after so many tokens; repeatable.",
+    ),
 ]
-MaxTokens = Annotated[int | None, typer.Option(min=2, help="Of each text, its first so many tokens.")]
-Seconds = Annotated[float | None, typer.Option(help="Time that measuring may take; no bound by default.")]
+MaxTokens = Annotated[
+    int | None, typer.Option(min=2, metavar="TOKENS", help="Read only so many first tokens of each text.")
+]
+Seconds = Annotated[float | None, typer.Option(help="Stop after this time; by default there is no limit.")]
 Name = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Of the model, or REPO of the Hub; OUT's own by default.")
+    str | None,
+    typer.Option(metavar="NAME", help="Name of the model, or its id on the Hub; by default the name of OUT."),
 ]
-Origin = Annotated[
-    str | None, typer.Option(metavar="HOW", help="How its weights were trained: scratch, or fine-tuned.")
-]
+Origin = Annotated[str | None, typer.Option(metavar="HOW", help="How the weights were trained: scratch or fine-tuned.")]
 License = Annotated[
-    str | None, typer.Option(help="The Hub's identifier of the weights' license, such as apache-2.0, or other.")
+    str | None, typer.Option(help="License of the weights, by the Hub's identifier, such as apache-2.0 or other.")
 ]
-LicenseName = Annotated[str | None, typer.Option(help="Its name, with --license other.")]
+LicenseName = Annotated[str | None, typer.Option(help="Name of the license, with --license other.")]
 LicenseLink = Annotated[
-    str | None, typer.Option(help="Its address, or LICENSE, the file in OUT, with --license other.")
+    str | None, typer.Option(help="Address of the license, or LICENSE for that file in OUT, with --license other.")
 ]
 BaseModel = Annotated[
-    str | None, typer.Option(metavar="REPO", help="The model on the Hub that this one was made from.")
+    str | None, typer.Option(metavar="REPO", help="The model on the Hub from which this one was made.")
 ]
 Language = Annotated[
-    list[str] | None, typer.Option(help="Language of its texts, as en, or code, or multilingual; repeatable.")
+    list[str] | None, typer.Option(help="Language of the training texts, such as en, code or multilingual; repeatable.")
 ]
 Dataset = Annotated[
     list[str] | None,
-    typer.Option("--dataset", metavar="REPO", help="Data set on the Hub that it was trained on; repeatable."),
+    typer.Option("--dataset", metavar="REPO", help="Data set on the Hub that the model was trained on; repeatable."),
 ]
 Verified = Annotated[Path, typer.Argument(metavar="OUT", help="An Olmem folder that was verified.")]
-RepoId = Annotated[str, typer.Argument(metavar="REPO_ID", help="user/name or organization/name, of a model.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, created from main if need be; main by default.")]
-CreatePr = Annotated[bool, typer.Option("--create-pr", help="As a pull request to main.")]
-Private = Annotated[bool, typer.Option("--private", help="Of a repository that is created.")]
-Tag = Annotated[str | None, typer.Option(metavar="vX", help="Tag of the commit, once it is verified.")]
-Execute = Annotated[bool, typer.Option("--execute", help="Do what is planned; else nothing is sent.")]
+RepoId = Annotated[
+    str, typer.Argument(metavar="REPO_ID", help="Id of the model on the Hub: user/name or organization/name.")
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch to push to, which is made if it does not exist; by default main.")
+]
+CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request to main.")]
+Private = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
+Tag = Annotated[str | None, typer.Option(metavar="vX", help="Tag the commit after it is verified.")]
+Execute = Annotated[bool, typer.Option("--execute", help="Do what is planned. Without it, nothing is sent.")]
 Served = Annotated[str, typer.Argument(metavar="OUT", help="A converted folder, or a repository on the Hub.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON on standard output, and nothing else.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print only a report as JSON on standard output.")]
 
 
 # The option of the command line that each field of an options class becomes.
@@ -262,20 +283,20 @@ def convert(source: Source, out: NewFolder, options: ConvertOptions, say: Say, t
 @app.command()
 @with_options
 def verify(out: Folder, options: VerifyOptions, say: Say, tell: Tell | None, against: Against = None) -> dict[str, Any]:
-    """Compare a folder with the checkpoint it was converted from, or reload a trained one by its own code."""
+    """Compare a folder with the checkpoint that it was converted from, or check a model that was trained."""
     return imported("verify")(out, against, options, say=say)
 
 
 @app.command()
 @with_options
 def evaluate(out: Folder, options: EvaluateOptions, say: Say, tell: Tell | None, text: Texts = None) -> dict[str, Any]:
-    """Measure perplexity on texts, recall and state, and write evaluation.json and plots for the card to quote."""
+    """Measure perplexity, recall and state, and write figures and plots for the model card."""
     return imported("evaluate")(out, text or (), options, say=say, tell=tell)
 
 
 @app.command()
 def tokenizer(out: Folder, tokenizer: Missing, as_json: AsJson = False) -> None:
-    """Add the tokenizer that a converted folder lacks, without a new conversion."""
+    """Add a tokenizer to a converted folder that has none."""
     run = imported("add_tokenizer")
 
     finish(lambda say: run(out, tokenizer, say=say), as_json)
@@ -284,20 +305,20 @@ def tokenizer(out: Folder, tokenizer: Missing, as_json: AsJson = False) -> None:
 @app.command()
 @with_options
 def card(out: Folder, options: CardOptions, say: Say, tell: Tell | None) -> dict[str, Any]:
-    """Write the model card from the folder's own files; what it was told before stays unless told anew."""
+    """Write the model card from the folder's files and these options, which stay until they are changed."""
     return imported("card")(out, options, say=say)
 
 
 @app.command()
 @with_options
 def push(out: Verified, repo_id: RepoId, options: PushOptions, say: Say, tell: Tell | None) -> dict[str, Any]:
-    """Show what of a verified folder would go to the Hub and, with --execute, publish it whole or not at all."""
+    """Show what a push of a verified folder would change on the Hub, or do it with --execute."""
     return imported("push")(out, repo_id, options, say=say)
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 def serve(context: typer.Context, source: Served) -> None:
-    """Serve a model by Transformers' own server: all other options are those of `transformers serve`."""
+    """Serve a model by Transformers' server, with all options of `transformers serve`."""
     run = imported("serve")
 
     finish(lambda say: run(source, context.args, say=say), False)

@@ -92,13 +92,14 @@ CLAIMS: dict[str, Callable] = {
     r"\| trained length \| (\d+) tokens \|": of_kind("native", field("max_position_embeddings")),
     r"\| `max_position_embeddings` \| (\d+) tokens \|": of_kind("reload", field("max_position_embeddings")),
     r"\| `(\w+)` \| `(.+)` \|": chosen,
-    r"The model's code is in the repository\.": (
+    r"The repository contains the model's code\.": (
         lambda files, found: all(f"{name.split('.')[0]}.py" in files.shas for name in files.config["auto_map"].values())
     ),
-    r"Where `olmem` is installed, `import olmem` takes the place of `trust_remote_code=True`\.": ALWAYS,
-    r"Every layer is bounded: .* constant memory and constant time a token\.": is_bounded,
-    r"Compared with the native model, both in float32 on these weights, on a prompt of (\d+) random tokens, past "
-    r"sliding_window (\d+):": of_kind(
+    r"If `olmem` is installed, you can write `import olmem` instead of `trust_remote_code=True`\.": ALWAYS,
+    r"The state of every layer is bounded, so the model reads and writes endless text with constant memory and "
+    r"constant time per token\.": is_bounded,
+    r"The logits were compared with those of the native model, both computed in float32 from these weights, on a "
+    r"prompt of (\d+) random tokens, longer than the `sliding_window` of (\d+):": of_kind(
         "native",
         lambda files, found: (
             [files.report["prompt"]["tokens"], files.config["sliding_window"]] == list(map(int, found.groups()))
@@ -107,28 +108,26 @@ CLAIMS: dict[str, Callable] = {
     r"\| largest difference \| (.+) \|": figure("max_difference"),
     r"\| mean difference \| (.+) \|": figure("mean_difference"),
     r"\| allowed \| (.+) \|": figure("tolerance"),
-    r"Every weight was compared bit for bit, and every field of the config\.": of_kind(
+    r"Every weight was compared bit for bit, and so was every field of the config\.": of_kind(
         "native",
         lambda files, found: [files.report["weight_differences"], files.report["config_differences"]] == [[], {}],
     ),
-    r"`verification\.json` has each block's figures and the sha256 of each file\.": of_kind(
+    r"`verification\.json` has the figures of each block and the sha256 of each file\.": of_kind(
         "native",
         lambda files, found: (
             sealed(files, found) and len(files.report["stages"]) == files.config["num_hidden_layers"] + 3
         ),
     ),
-    r"Who has the native checkpoint repeats it with `olmem verify`, which compares all of this anew\.": of_kind(
-        "native"
-    ),
-    r"Loaded by the code of this repository and by olmem (\S+), in a process without token and network, it gives the "
-    r"same logits bit for bit, on a prompt of (\d+) random tokens in (\w+)\.": of_kind(
+    r"If you have the native checkpoint, you can repeat the comparison with `olmem verify`\.": of_kind("native"),
+    r"The code of this repository and olmem (\S+) compute the same logits, bit for bit, on a prompt of (\d+) random "
+    r"tokens in (\w+), in a process without token and network\.": of_kind(
         "reload",
         lambda files, found: (
             found.groups()
             == (files.report["versions"]["olmem"], str(files.report["prompt"]["tokens"]), files.report["dtype"])
         ),
     ),
-    r"Every weight that the config asks for is there, once, in its shape\.": of_kind(
+    r"Every weight that the config asks for is there once, in the right shape\.": of_kind(
         "reload",
         lambda files, found: (
             {name: value.shape for name, value in files.weights.items()}
@@ -138,11 +137,11 @@ CLAIMS: dict[str, Callable] = {
     r"All weights are finite numbers\.": of_kind(
         "reload", lambda files, found: all(value.isfinite().all() for value in files.weights.values())
     ),
-    r"It was not compared with another checkpoint\.": of_kind("reload"),
+    r"The model was not compared with another checkpoint\.": of_kind("reload"),
     r"`verification\.json` has the sha256 of each file\.": of_kind("reload", sealed),
-    r"Nothing signs it: it is the word of whoever made this repository\.": ALWAYS,
-    r"Who has the files repeats it with `olmem verify`\.": of_kind("reload"),
-    r"By the config:": lambda files, found: files.parsed.has_memory,
+    r"It is not signed, so it is the word of whoever made this repository\.": ALWAYS,
+    r"You can repeat the verification of these files with `olmem verify`\.": of_kind("reload"),
+    r"These fields of the config describe it:": lambda files, found: files.parsed.has_memory,
     r"- `(\w+)`: `(.+)`": chosen,
     r"Layers with full attention were trained on texts of at most (\d+) tokens, and keep every token that they "
     r"read\.": of_kind(
@@ -151,11 +150,11 @@ CLAIMS: dict[str, Callable] = {
     r"Layers with full attention keep every token that they read\.": of_kind(
         "reload", lambda files, found: not is_bounded(files)
     ),
-    r"llama\.cpp and other programs that know OLMo alone cannot load this model\.": ALWAYS,
-    r"No class of Transformers' own can say all that it is\.": (
+    r"llama\.cpp and other programs that only know OLMo cannot load this model\.": ALWAYS,
+    r"None of Transformers' own classes can express it\.": (
         lambda files, found: files.parsed.has_memory or files.config["shared_projections"] != "none"
     ),
-    r"`olmem convert OUT NEW --to (\w+)` writes it as a class that they know\.": (
+    r"`olmem convert OUT NEW --to (\w+)` converts it to a class that they know\.": (
         lambda files, found: convert(files.folder, files.scratch, ConvertOptions(to=found[1], verify=False))
     ),
 }
@@ -241,7 +240,7 @@ def test_every_sentence_is_true_of_the_files(kind, converted, finished, tmp_path
     names = {"converted": "olmo_core_swa", "trained": "my-model", "fine-tuned": "tuned"}
     assert f"\n# {names[kind]}\n" in text
     assert ("AutoTokenizer" in text) == (folder / "tokenizer.json").is_file()
-    for words in ("by `olmem convert`", "Switched on", "converted from", "native") if kind != "converted" else ():
+    for words in ("by `olmem convert`", "was added", "converted from", "native") if kind != "converted" else ():
         assert words not in text
     assert files.told.get("base_model_relation") == ("finetune" if kind == "fine-tuned" else None)
 
@@ -262,7 +261,7 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     ),
     "bounded": (
         lambda out: edit_json(out / "config.json", layer_types=[FULL, SLIDING], rope_parameters=ROPE),
-        "Every layer is bounded",
+        "The state of every layer is bounded",
         "keep every token that they read",
     ),
     "sinks": (
@@ -277,19 +276,19 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     ),
     "code": (
         lambda out: (out / "modeling_olmem.py").unlink(),
-        "The model's code is in the repository",
-        "install `olmem`",
+        "The repository contains the model's code",
+        "Install `olmem`",
     ),
     "tokenizer": (lambda out: (out / "tokenizer.json").unlink(), "AutoTokenizer", "AutoModelForCausalLM"),
     "verification": (
         lambda out: edit_json(out / "verification.json", passed=False),
         "bit for bit",
-        "Not verified. `olmem verify OUT` writes",
+        "Not verified. `olmem verify OUT` checks",
     ),
     "finite": (
         lambda out: edit_json(out / "verification.json", nonfinite={"lm_head.weight": 3}),
         "All weights are finite",
-        "NaN or infinite: 3 numbers",
+        "3 numbers of the weights are NaN or infinite",
     ),
     "base": (
         lambda out: card(out, CardOptions(base_model=BASE)),

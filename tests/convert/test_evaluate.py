@@ -416,7 +416,7 @@ def test_a_run_that_is_stopped_goes_on(out, text, monkeypatch):
         return report, list(asked)
 
     report, computed = again()
-    assert computed == ["LongRecall"] and told[0].startswith("note: 2 of 3 parts are finished")
+    assert computed == ["LongRecall"] and told[0].startswith("note: 2 of 3 parts were measured")
     whole, computed = again()
     assert len(computed) == 3 and whole["texts"] == report["texts"] and whole["recall"] == report["recall"]
     journal.write_bytes(kept)
@@ -447,7 +447,7 @@ def test_what_is_finished_is_found_without_the_part_that_cannot_be_measured(out,
         evaluate(out, [text], options)
     monkeypatch.setattr(measuring, "computed", None)
     assert evaluate(out, [text], replace(options, tasks=[]), say=told.append)["texts"]
-    assert told[0].startswith("note: 1 of 1 parts are finished") and not journal.exists()
+    assert told[0].startswith("note: 1 of 1 parts were measured") and not journal.exists()
 
 
 @pytest.mark.parametrize("name", ["evaluation.json", "evaluation_perplexity.svg", "evaluation_recall.png", "README.md"])

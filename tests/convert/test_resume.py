@@ -236,7 +236,7 @@ def test_what_came_into_a_folder_that_is_replaced_is_kept(tmp_path):
 
     convert(source("olmo"), out, ConvertOptions(overwrite=True, verify=False), say=meanwhile)
     assert (tmp_path / ".out.replaced" / "results.csv").read_text() == "mine"
-    assert any("kept as it holds results.csv" in line for line in lines) and not (out / "results.csv").exists()
+    assert any("kept because it holds results.csv" in line for line in lines) and not (out / "results.csv").exists()
     with pytest.raises(CheckpointError, match="move it away"):
         convert(source("olmo"), out, ConvertOptions(overwrite=True, verify=False))
 
@@ -301,7 +301,7 @@ def test_what_came_into_it_is_kept_after_a_kill_too(monkeypatch, tmp_path):
     with pytest.raises(CheckpointError, match=r"\.out\.replaced beside it, which is in the way"):
         convert(source("olmo"), out, ConvertOptions(overwrite=True, verify=False), say=lines.append)
     assert (tmp_path / ".out.replaced" / "results.csv").read_text() == "mine"
-    assert any("kept as it holds results.csv" in line for line in lines)
+    assert any("kept because it holds results.csv" in line for line in lines)
 
 
 def test_a_replaced_folder_that_cannot_be_removed_is_told_of(monkeypatch, tmp_path):

@@ -615,7 +615,7 @@ def test_names_of_files_stay_behind(tmp_path):
     lines: list[str] = []
     convert(tmp_path / "source", tmp_path / "out", ConvertOptions(verify=False), say=lines.append)
     assert "/home/me" not in (tmp_path / "out" / "tokenizer_config.json").read_text()
-    assert any("names files (special_tokens_map_file, tokenizer_file), which stay behind" in line for line in lines)
+    assert any("names files (special_tokens_map_file, tokenizer_file), which are not copied" in line for line in lines)
 
 
 def write_seed(folder: Path) -> None:
@@ -709,4 +709,4 @@ def test_numbers_that_none_are_behind_a_seal_written_by_hand(out):
 
 
 def test_the_card_says_what_a_seal_is_worth(out):
-    assert "Nothing signs it" in (out / "README.md").read_text()
+    assert "It is not signed" in (out / "README.md").read_text()

@@ -161,7 +161,7 @@ def copy_tokenizer(
         return None
     say(f"tokenizer: {report['size']} tokens, the same ids on {report['probes']} probes after reloading")
     if report["size"] != checkpoint.tokenizer_size and not of_transformers:
-        say(f"note: the config says that {checkpoint.tokenizer_size} tokens were trained")
+        say(f"note: the config says that the model was trained with {checkpoint.tokenizer_size} tokens")
     return report
 
 

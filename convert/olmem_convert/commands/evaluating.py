@@ -121,7 +121,7 @@ def evaluate(
     if is_own(out / CARD_NAME):
         write_card(out, kept, made_of)
     elif (out / CARD_NAME).exists():
-        say(f"note: {out / CARD_NAME} is your own, so its figures are as they were")
+        say(f"note: {out / CARD_NAME} is your own, so it was not changed")
     say(f"wrote {out / EVALUATION_NAME}")
     say(to_publish(out, kept, verified))
     return report
@@ -214,7 +214,7 @@ def measure(
     """Returns the rows of each group, of parts that are finished already or now."""
     finished, started = journal.open(parts), time.monotonic()
     if finished:
-        say(f"note: {finished} of {len(parts)} parts are finished, from a run before")
+        say(f"note: {finished} of {len(parts)} parts were measured by an earlier run")
     found: dict[str, list[Row]] = {}
     left = sum(part.tokens for part in parts if journal.key(part) not in journal.rows)
     with Progress(left, "evaluating", tell, unit="token") as bar:

@@ -54,8 +54,8 @@ def fetched(source: str | Path, options: OfNative, say: Say) -> Path:
             )
         return path
     repo_id = str(source)
-    where = "looking for" if is_offline_mode() else "downloading"
-    say(f"{where} {repo_id}" + (f" at {revision}" if revision else "") + ", as a model on the Hub, in the Hub's cache")
+    named = repo_id + (f" at {revision}" if revision else "")
+    say(f"looking for {named} in the Hub's cache" if is_offline_mode() else f"downloading {named} from the Hub")
     token = get_token()
     guarded = keeping_token(token, HfApi().endpoint, bounded=False) if token else nullcontext()
     with quiet_hub(), bars(), guarded, told(repo_id, revision):

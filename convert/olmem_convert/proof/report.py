@@ -22,8 +22,8 @@ def tell_nonfinite(report: dict[str, Any], say: Say) -> None:
     """Says how many numbers of the weights are none, if some are."""
     if counts := report["nonfinite"]:
         say(
-            f"note: {sum(counts.values()):,} numbers of {', '.join(counts)} are NaN or infinite, carried over bit for "
-            f"bit; {report['stages'][-1]['compared']:,} logits are numbers, which were compared"
+            f"note: {sum(counts.values()):,} numbers of {', '.join(counts)} are NaN or infinite, and were carried "
+            f"over bit for bit; the {report['stages'][-1]['compared']:,} logits that are numbers were compared"
         )
 
 
@@ -81,21 +81,21 @@ def tell_verified(report: dict[str, Any], say: Say) -> None:
     tell_nonfinite(report, say)
     if rounded := report.get("rounding"):
         say(
-            f"cost of {report['dtype']}: run in it, logits are at most {rounded['max_difference']:.3g} off those of "
-            f"unrounded weights in float64, {rounded['mean_difference']:.3g} on average"
+            f"rounding: in {report['dtype']}, logits differ by at most {rounded['max_difference']:.3g} from those of "
+            f"the unrounded weights in float64, {rounded['mean_difference']:.3g} on average"
         )
         if rounded["nonfinite"]:
             say(
-                f"note: run in {report['dtype']}, {rounded['nonfinite']:,} of the prompt's logits are NaN or infinite "
-                "that are numbers in float64: run it in float32, or convert to a wider dtype"
+                f"note: in {report['dtype']}, {rounded['nonfinite']:,} logits of the prompt are NaN or infinite that "
+                "are finite in float64; run the model in float32, or convert to a wider dtype"
             )
     if memory := report.get("memory"):
         if "segments" in memory:
             segments = f"{memory['segments']:,} segments with memory on, in {report['dtype']}"
-            say(f"read {segments}: it stays finite, as do all logits")
+            say(f"read {segments}: memory and logits stayed finite")
         say(
-            f"memory: {listed(memory['fields'])} were switched on; logits above were compared with them off; on, they "
-            f"move the logits of this prompt by {100 * memory['relative_difference_when_on']:.3g} %"
+            f"memory: the logits above were compared without {listed(memory['fields'])}, which change the logits of "
+            f"this prompt by {100 * memory['relative_difference_when_on']:.3g} %"
         )
 
 

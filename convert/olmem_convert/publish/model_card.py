@@ -68,7 +68,7 @@ SHARED = {  # what a key and a value are, and what of them is cached for each to
     "key_value": "a value is its key, and one tensor is cached for both",
     "query_key": "a query is its key",
     "query_key_value": "query, key and value are one, and one tensor is cached",
-    "value_difference": "a value is its query less its key",
+    "value_difference": "a value is its query minus its key",
 }
 
 
@@ -267,12 +267,12 @@ def verification_values(folder: Path, made_of: Mapping[str, str]) -> dict[str, A
         if report["kind"] != "native":
             raise ValueError(f"`kind` is none of {', '.join(KINDS)}")
         windows = {name: prompt[name] for name in ("sliding_window", "attention_chunk_size") if prompt[name]}
-        past = " and ".join(f"{name} {whole(value)}" for name, value in windows.items())
+        past = " and ".join(f"the `{name}` of {whole(value)}" for name, value in windows.items())
         verification: dict[str, Any] = {
             "kind": "native",
             "source": one_line(report["source"]),
             "tokens": whole(prompt["tokens"]),
-            "past": f", past {past}" if past else "",
+            "past": f", longer than {past}" if past else "",
             **{name: shown(report[name]) for name in ("max_difference", "mean_difference", "tolerance")},
         }
         if rounding := report.get("rounding"):

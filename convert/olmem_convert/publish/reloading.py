@@ -46,7 +46,7 @@ def verify_reload(out: Path, say: Say, allow_nonfinite: bool = False) -> dict[st
     config, stored = check_contents(out), stored_dtype(out)
     nonfinite = nonfinite_weights(out, allow_nonfinite)
     prompt = {"tokens": length_of(config), "vocabulary": config.vocab_size, "seed": SEED}
-    say("loading it by its own code, and by the installed olmem, in a process without token and network")
+    say("loading it by its own code and by the installed olmem, in a process without token and network")
     with tempfile.TemporaryDirectory(prefix="olmem-") as scratch:
         tasks = [task_of(str(out.resolve()), out, prompt, installed, scratch, say) for installed in (False, True)]
         found = run_tasks(tasks, scratch, get_token())
@@ -69,7 +69,7 @@ def verify_reload(out: Path, say: Say, allow_nonfinite: bool = False) -> dict[st
     }
     write_report(out, report, "installed")
     say(
-        f"verified: its own code loads it, and gives the logits of the installed olmem bit for bit ({prompt['tokens']} "
+        f"verified: the folder's own code computes the logits of the installed olmem, bit for bit ({prompt['tokens']} "
         f"tokens, computed in {report['dtype']}); it was not compared with another checkpoint"
     )
     return report
@@ -88,7 +88,7 @@ def task_of(
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     offload = weights > MOST_OF_MEMORY * psutil.virtual_memory().total
     if offload and installed:
-        say("the model is larger than memory: layers are read from disk as they are needed, which takes long")
+        say("the model is larger than the free memory, so layers are read from the disk when they are needed")
     return {
         "model": model,
         "installed": installed,

@@ -137,9 +137,9 @@ def carry_tokenizer(source: Path, out: Path, vocab_size: int, say: Say) -> dict[
     if config.get("tokenizer_class") in CLASSES:
         wanted = dict(config)
     if wanted.pop("auto_map", None):
-        say("note: tokenizer_config.json names code (`auto_map`), which is not run: what goes along is tokenizer.json")
+        say("note: tokenizer_config.json names code (`auto_map`), which is not run; only tokenizer.json is taken")
     if files := names_files(wanted):
-        say(f"note: tokenizer_config.json names files ({', '.join(files)}), which stay behind, as do their names")
+        say(f"note: tokenizer_config.json names files ({', '.join(files)}), which are not copied")
         wanted = {name: value for name, value in wanted.items() if name not in files}
     refuse_code(wanted, config_path)
     if wanted == config:
@@ -152,7 +152,7 @@ def carry_tokenizer(source: Path, out: Path, vocab_size: int, say: Say) -> dict[
         if os.path.isfile(source / name):
             (out / name).write_bytes(read_companion(source / name))
     if os.path.isdir(source / "additional_chat_templates"):
-        say("note: additional_chat_templates does not go along: copy it by hand if the model needs it")
+        say("note: additional_chat_templates is not copied; copy it by hand if the model needs it")
     expected = {
         name: token["content"] if isinstance(token, dict) and "content" in token else token
         for name in ("bos_token", "eos_token", "pad_token", "unk_token")

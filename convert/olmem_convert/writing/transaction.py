@@ -122,10 +122,10 @@ def recover(out: Path, say: Say = silent) -> None:
             return
         if replaced.is_dir():
             replaced.rename(out)
-            say(f"note: {out} is back as it was, as a conversion that was to replace it was killed")
+            say(f"note: a conversion that was to replace {out} was killed, so it is restored")
         elif is_whole(folder, entries):
             folder.rename(out)
-            say(f"note: {out} is what a conversion wrote that was killed at its end, as what it replaced is gone")
+            say(f"note: {out} was written by a conversion that was killed at its end, when the old folder was gone")
         flush(out.parent)
 
 
@@ -160,8 +160,8 @@ def discard(replaced: Path, out: Path, strays_of: StraysOf, say: Say) -> None:
     if not strays:
         shutil.rmtree(replaced, ignore_errors=True)
     if os.path.lexists(replaced):
-        why = f"kept as it holds {', '.join(strays[:3])}" if strays else "which could not be removed"
-        say(f"note: {replaced} is what was in {out}, {why}: move it away")
+        why = f"is kept because it holds {', '.join(strays[:3])}" if strays else "could not be removed"
+        say(f"note: the old {out} {why}: it is now {replaced}; move it away")
 
 
 @contextmanager

@@ -39,6 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "3:1": {"num_hidden_layers": 4, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
     "chunks with look-back": CHUNKS,
     "sinks": SINKS,
+    "learned sinks": {"sink_logit_init": 0.0},
     "retrieval": RETRIEVAL,
     **{
         name: {"shared_projections": name} for name in ("key_value", "query_key", "query_key_value", "value_difference")

@@ -29,7 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "memory": MEMORY | {"memory_gate_init": 0.0},
     "retrieval": RETRIEVAL | {"retrieval_layers": [0]},
-    "both": BOTH | {"retrieval_layers": [0], "memory_gate_init": 0.0, "num_sink_tokens": 1},
+    "both": BOTH | {"retrieval_layers": [0], "memory_gate_init": 0.0, "num_sink_tokens": 1, "sink_logit_init": 0.5},
 }
 # How the layers are computed twice: not at all, or with either kind of checkpointing.
 CHECKPOINTING = (None, False, True)

@@ -435,7 +435,7 @@ def weigh(
         """Returns what heads (H,) have as what their queries have, (K, G · T)."""
         if of_heads is None:
             return None
-        return of_heads.unflatten(0, (-1, groups)).repeat_interleave(scores.shape[2] // groups, dim=1)
+        return of_heads.view(-1, groups, 1).expand(-1, -1, scores.shape[2] // groups).flatten(1)
 
     sink_logits, gate = for_queries(heads.sink_logits), for_queries(heads.memory_gate)
     if sink_logits is not None and sink_bias is not None:

@@ -1057,7 +1057,7 @@ PANELS: tuple[tuple[str, set[str], set[str]], ...] = (  # title, rows, units
         {"step", "generate", "memory", "full", "retrieval", "peers"},
         {"ms", "ms/token"},
     ),
-    ("tokens a second", {"shared", "grouped"}, {"tokens/s"}),
+    ("tokens per second", {"shared", "grouped"}, {"tokens/s"}),
 )
 
 
@@ -1075,7 +1075,7 @@ def draw(found: dict[str, Any]) -> str:
         for each in figures:
             middle = top + HIGH / 2 + 4
             bar, mark = (WIDE * max(each[name], 0) / longest for name in ("measured", "reference"))
-            text = f"{each['measured']:.4g}: × {each['ratio']:.2f} {each['against']}"
+            text = f"{each['measured']:.4g} = {each['ratio']:.2f} × {each['against']}"
             lines += [
                 f'<text x="{LEFT - 8}" y="{middle}" text-anchor="end" fill="{INK}">{escape(each["name"])}</text>',
                 f'<rect x="{LEFT}" y="{top + 3}" width="{bar:.1f}" height="{HIGH - 6}" rx="2" fill="{BAR}"/>',
@@ -1085,7 +1085,7 @@ def draw(found: dict[str, Any]) -> str:
             top += HIGH
         top += 16
     width = LEFT + WIDE + 320
-    caption = f"{found['device']}, torch {found['versions']['torch']}; red marks: what a figure is held against"
+    caption = f"{found['device']}, torch {found['versions']['torch']}; red marks: what each figure is compared with"
     head = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {top}" font-family="sans-serif" font-size="11">',
         f'<rect width="{width}" height="{top}" rx="8" fill="#ffffff"/>',

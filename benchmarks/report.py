@@ -23,7 +23,8 @@ BEGIN, END = "<!-- results: written by benchmarks/report.py -->", "<!-- end of r
 INTRODUCTION = """# Results
 
 `python benchmarks/report.py` writes this page from the files in [`benchmarks/results`](../benchmarks/results). Each of
-them is what one run of one benchmark wrote, and is never edited. `--help` of a benchmark says what it does.
+them was written by a benchmark, and is never edited. `--help` of a benchmark says what it does. × is the ratio of the
+measured figure to the one that it is compared with, which is in parentheses.
 """
 FIELDS = """# Fields of the config
 
@@ -40,11 +41,11 @@ HEADINGS = {  # by the first field below each
     "attention_bias": "Other fields",
 }
 RECALL = {
-    "recall_store.json": "A store of 64 tokens must keep pairs of a key and a value, and drop decoys that are never "
-    "asked for. `learned` keeps what it scores highest, `random` keeps any, `recent` the last tokens, and `wider` has "
-    "a wider window of the same bytes.",
-    "recall_memory.json": "Eight memory tokens must carry eight pairs of a key and a value. This run began with rows "
-    "of eight pairs, as the benchmark did before.",
+    "recall_store.json": "In this task a store of 64 tokens has to keep pairs of a key and a value, and to drop decoys "
+    "that are never asked for. `learned` keeps the tokens with the highest scores, `random` keeps random ones, "
+    "`recent` keeps the last ones, and `wider` has no store, but a window that is wider by the same bytes.",
+    "recall_memory.json": "In this task eight memory tokens have to carry eight pairs of a key and a value. This run "
+    "began with rows of eight pairs, as the benchmark did before.",
 }
 RUNS = {  # of benchmarks/gpu.py: what is shown of each
     "gpu.json": ("step", "generate", "repeated", "memory", "full", "retrieval", "shared", "grouped", "first", "peers"),
@@ -88,7 +89,8 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def gpu() -> str:
     """Returns what benchmarks/gpu.py has measured."""
-    return "## On a GPU\n\n" + "\n".join(gpu_run(name, rows) for name, rows in RUNS.items())
+    picture = "![Times and rates of gpu.json, and what each is compared with](../benchmarks/results/gpu.svg)"
+    return f"## On a GPU\n\n{picture}\n\n" + "\n".join(gpu_run(name, rows) for name, rows in RUNS.items())
 
 
 def gpu_run(name: str, rows: Sequence[str]) -> str:
@@ -104,7 +106,7 @@ def gpu_run(name: str, rows: Sequence[str]) -> str:
         title, own = TITLES[row], [each for each in figures if each["row"] == row]
         if own:
             lines = [[each["name"].replace("|", "·"), measured(each), held_against(each)] for each in own]
-            parts.append(f"### {title} ({name})\n\n" + table(["", "measured", "beside"], lines))
+            parts.append(f"### {title} ({name})\n\n" + table(["", "measured", "compared with"], lines))
     greedy = [each for each in figures if each["row"] == "greedy"]
     errors = [each for each in figures if each["row"] == "errors"]
     if "step" in rows and greedy and errors:
@@ -112,10 +114,11 @@ def gpu_run(name: str, rows: Sequence[str]) -> str:
         least = number(min(each["ratio"] for each in errors))
         parts.append(
             "### Exactness\n\n"
-            f"Greedy tokens in float32 that are those of the CPU: {number(min(each['measured'] for each in greedy))} "
-            f"of {number(greedy[0]['reference'])} in each of {len(greedy)} variants. Distance of a captured step's "
-            f"logits from float64, beside that of a step that runs module by module, in {len(errors)} variants and "
-            f"types: {least} to {number(worst['ratio'])} times ({worst['name']}).\n"
+            f"In float32, at least {number(min(each['measured'] for each in greedy))} of "
+            f"{number(greedy[0]['reference'])} greedy tokens are the same as on the CPU, in each of {len(greedy)} "
+            f"variants. In {len(errors)} variants and types, the logits of a captured step are {least} to "
+            f"{number(worst['ratio'])} times as far from float64 as those of a step that runs module by module (most "
+            f"in {worst['name']}).\n"
         )
     return "\n".join(parts)
 
@@ -144,10 +147,11 @@ def recall(name: str, text: str) -> str:
         cells = [f"{100 * mean:.1f} ± {100 * spread:.1f}" for mean, spread in of_variant.values()]
         rows.append([variant, f"{learned} of {len(own)}", *cells])
     return (
-        f"{text} Right answers in %, by the distance in windows; mean and standard deviation over {settings['seeds']} "
-        f"seeds, {settings['minutes']} minutes of training each, at distances of 0 to 7 windows. Trainings that have "
-        f"not learned to answer within one window ({100 * LEARNED:.0f} %) are counted in these means. Guessing is "
-        "right in 3.1 %.\n\n" + table(["windows", "learned", *distances], rows)
+        f"{text} The table has the share of right answers in %, by the distance in windows, as the mean and standard "
+        f"deviation over {settings['seeds']} seeds. Each training took {settings['minutes']} minutes, at distances of "
+        "0 to 7 windows. The second column counts the trainings that learned to answer within one window "
+        f"({100 * LEARNED:.0f} %); the means count the others too. A guess is right in 3.1 % of cases.\n\n"
+        + table(["windows", "learned", *distances], rows)
     )
 
 
@@ -166,7 +170,11 @@ def conversion() -> str:
         for each in read("convert.json")
     ]
     head = ["checkpoint", "command", "cache", "size", "seconds", "CPU seconds", "peak MiB"]
-    return "`cp` copies the same files; `olmem before` is version 0.1.\n\n" + table(head, rows)
+    return (
+        "The native checkpoint of a model was converted, with its files in the cache of the operating system and not. "
+        "`olmem before` is version 0.1, and `cp`, which was run first and last, copies the same files.\n\n"
+        + table(head, rows)
+    )
 
 
 def robustness() -> str:
@@ -174,10 +182,11 @@ def robustness() -> str:
     fuzz, kills = read("fuzz.json"), read("kills.json")["kills"]
     whole = sum(each["whole"] for each in kills)
     return (
-        f"Damaged inputs: {fuzz['cases']:,} cases, {fuzz['escapes']:,} other errors than those that say what is wrong, "
-        f"{fuzz['tokens_sent_elsewhere']} tokens sent to a second host, {number(fuzz['slowest_seconds'])} s and "
-        f"{number(fuzz['greatest_memory_mib'])} MiB at most. Conversions killed at a rename, with a failing command "
-        f"behind them: the old or the new folder was whole in {whole} of {len(kills)}.\n"
+        f"{fuzz['cases']:,} damaged inputs were tried. {fuzz['escapes']:,} of them led to another error than one that "
+        f"says what is wrong, and {fuzz['tokens_sent_elsewhere']} led to a token that was sent to another host. None "
+        f"took more than {number(fuzz['slowest_seconds'])} s and {number(fuzz['greatest_memory_mib'])} MiB.\n\n"
+        f"{len(kills)} conversions that replace a folder were killed while they renamed folders, and a command that "
+        f"fails was run after each. The old folder or the new one was whole in {whole} of these cases.\n"
     )
 
 
@@ -187,10 +196,16 @@ def tracing() -> str:
     ways = list(next(iter(found.values())))
 
     def cell(value: Any) -> str:
-        return number(value) if isinstance(value, (int, float)) else "refused" if value else ""
+        if isinstance(value, str):
+            return "refused"
+        return f"{value:.1e}".replace("e-0", "e−") if value else "0"
 
     rows = [[variant, *(cell(of_way[way]) for way in ways)] for variant, of_way in found.items()]
-    return "The greatest difference of logits from the model as it runs.\n\n" + table(["variant", *ways], rows)
+    return (
+        "Models of random weights are recorded as a graph, or computed in another way. The table has the greatest "
+        "difference of logits, or of gradients in the columns on training and checkpointing, from the model as it "
+        f"runs, in float32 on a CPU with torch {read('tracing.json')['torch']}.\n\n" + table(["variant", *ways], rows)
+    )
 
 
 def summary() -> str:

@@ -46,7 +46,7 @@ def verify_reload(out: Path, say: Say, allow_nonfinite: bool = False) -> dict[st
     config, stored = check_contents(out), stored_dtype(out)
     nonfinite = nonfinite_weights(out, allow_nonfinite)
     prompt = {"tokens": length_of(config), "vocabulary": config.vocab_size, "seed": SEED}
-    say("loading it by its own code and by the installed olmem, in a process without token and network")
+    say("loading the folder by its own code and by the installed olmem, in a process without token and network")
     with tempfile.TemporaryDirectory(prefix="olmem-") as scratch:
         tasks = [task_of(str(out.resolve()), out, prompt, installed, scratch, say) for installed in (False, True)]
         found = run_tasks(tasks, scratch, get_token())

@@ -1053,7 +1053,7 @@ BAR, TICK, INK, FAINT = "#1f6feb", "#d1242f", "#24292f", "#57606a"
 LEFT, WIDE, HIGH = 330, 420, 22
 PANELS: tuple[tuple[str, set[str], set[str]], ...] = (  # title, rows, units
     (
-        "milliseconds a step or a token",
+        "milliseconds per step or token",
         {"step", "generate", "memory", "full", "retrieval", "peers"},
         {"ms", "ms/token"},
     ),

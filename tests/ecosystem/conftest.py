@@ -18,10 +18,10 @@ from ecosystem.variants import VARIANTS, make_tokenizer
 OPTION = "--compatibility"
 HEAD = """# What works with which tool
 
-Written by `make ecosystem`, from the results of `tests/ecosystem` and nothing else. `plain` is an Olmem model without
-more, `sinks` has sinks and learned ones, `memory` has memory tokens and retrieval, `key_value` shares keys and values,
-and Olmo3 is Transformers' own model, to tell Olmem's limits from a tool's. All ran on a CPU, with Transformers
-{transformers} and torch {torch}. "refuses" stands with the error's words.
+`make ecosystem` writes this page from the results of `tests/ecosystem`. `plain` is an Olmem model without extras,
+`sinks` has sinks and learned sinks, `memory` has memory tokens and retrieval, and `key_value` shares keys and values.
+Olmo3 is Transformers' own model, which shows whether a limit is Olmem's or the tool's. All of this ran on a CPU, with
+Transformers {transformers} and torch {torch}. The words of each error are below the table.
 
 """
 

@@ -61,7 +61,7 @@ def perplexity(rows: Sequence[dict[str, Any]], window: int | None) -> Figure:
                 textcoords="offset points",
                 va="top",
             )
-    axes.set(xscale="log", yscale="log", xlabel="tokens before it", ylabel="perplexity of a token")
+    axes.set(xscale="log", yscale="log", xlabel="position in the text (tokens)", ylabel="perplexity")
     if len(rows) <= 12:
         axes.legend(frameon=False)
     return figure
@@ -113,6 +113,6 @@ def state(rows: Sequence[dict[str, Any]], window: int | None) -> Figure:
     if read:
         seconds = [1e6 * row["seconds_per_token"] for row in read]
         times.plot([row["tokens"] for row in read], seconds, marker=".", label="in calls of many")
-    times.set(xlabel="tokens", ylabel="µs a token", ylim=(0, None))
+    times.set(xlabel="tokens", ylabel="µs per token", ylim=(0, None))
     times.legend(frameon=False)
     return figure

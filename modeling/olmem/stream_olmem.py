@@ -155,8 +155,8 @@ class OlmemStream:
         if isinstance(given, str):
             if row.ended:
                 raise ValueError(
-                    f"{name} must not be text behind the end that the row has written (got {given[:20]!r}); "
-                    "`reset` the row to begin another, or read ids, with which anything may go on."
+                    f"{name} must not be a text after the row has written its end (got {given[:20]!r}); `reset` the "
+                    "row to begin another text, or read a message or ids."
                 )
             given = self.texts.tokenize(given, begins=not row.tail)
         elif isinstance(given, list | tuple) and len(given) and isinstance(given[0], Mapping):
@@ -216,8 +216,8 @@ class OlmemStream:
         seen = self.cache.counters.read_seen() if self.cache.is_initialized else [0] * len(count)
         if self.is_reading or self.cache.half_read or seen != count:
             raise ValueError(
-                f"the stream must have read what its cache has, {seen} tokens (got {count}), but a call was broken "
-                "off, or the cache was used beside it; go on from a file, or `reset()` the stream."
+                f"the stream must have read as many tokens as its cache, {seen} (got {count}), but a call was broken "
+                "off, or the cache was used without the stream; go on from a file, or `reset()` the stream."
             )
 
     def change(self) -> int:
@@ -254,8 +254,8 @@ class OlmemStream:
         refused = sorted(NO_ARGUMENTS & arguments.keys())
         if refused:
             raise ValueError(
-                f"`{refused[0]}` must not be given to `write` (got {arguments[refused[0]]!r}), because the stream says "
-                "what was read, and yields what is written; leave it out, and bound a text by `max_new_tokens`."
+                f"`{refused[0]}` must not be given to `write` (got {arguments[refused[0]]!r}), because the stream sets "
+                "it, or has no use for it; leave it out, and limit a text by `max_new_tokens`."
             )
         call = self.change()
         if not self.rows or not all(row.tail for row in self.rows):
@@ -267,7 +267,7 @@ class OlmemStream:
         self.begin_turns()
         if all(row.ended for row in self.rows):
             raise ValueError(
-                "`write` must not go on behind the end of a text, which each row has written; `read` the next message "
+                "`write` must not go on after the end of a text, which every row has written; `read` the next message "
                 "or ids, or `reset()` the stream to begin another text."
             )
         config = arguments.get("generation_config") or self.model.generation_config

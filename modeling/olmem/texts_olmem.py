@@ -101,7 +101,7 @@ class Texts:
         """Returns the text that new messages add to a row, and the chat with them."""
         if not all(map(is_message, new)):
             raise ValueError(
-                f'{name} must have messages alone, each with a `role` (got {new!r}); write {{"role": "user", '
+                f'{name} must have only messages, each with a `role` (got {new!r}); write {{"role": "user", '
                 '"content": …}.'
             )
         before, start = row.messages, ""

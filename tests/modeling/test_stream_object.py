@@ -233,7 +233,7 @@ def test_text_stops_at_strings_and_at_its_end(tokenizer):
     assert "".join(stream.write(**saying(ids))) == "one two"
     assert "".join(stream.write(9, **saying([*ids, end]), eos_token_id=end, stop_strings="six")) == "one two three"
     for go_on in (lambda: stream.read("more"), lambda: next(stream.write(1))):
-        with pytest.raises(ValueError, match=r"must not .* behind the end"):
+        with pytest.raises(ValueError, match=r"must not .* after"):
             go_on()
     stream.read(ids)
     assert list(stream.write(1, **saying(ids))) == ["one"]
@@ -349,7 +349,7 @@ def test_what_a_stream_cannot_do_is_an_error_with_the_way_out(tokenizer, tmp_pat
     refused(lambda: stream.read(""), r"`new` must have at least one token \(got none\)")
     refused(lambda: stream.read([]), r"`new` must be a text, ids or messages, .* \(got an empty list\)")
     refused(lambda: stream.read(USER), "put a single message into a list")
-    refused(lambda: stream.read([USER, "text"]), "must have messages alone")
+    refused(lambda: stream.read([USER, "text"]), "must have only messages")
     refused(lambda: stream.read([1.5]), "must be a text, or a list of ids or messages")
     refused(lambda: stream.read([3, 2064]), r"ids from 0 to 2063 \(got 3 to 2064\)")
     refused(lambda: tiny(**SINKS).stream(tokenizer).read("a text"), "use the tokenizer of the model")
@@ -384,7 +384,7 @@ def test_a_loop_that_goes_on_is_not_crossed(tmp_path):
     with torch.no_grad():
         model(tokens(1, 2), past_key_values=stream.cache)
     for call in (lambda: stream.read([1]), lambda: next(stream.write(1)), lambda: stream.save(tmp_path / "stream")):
-        with pytest.raises(ValueError, match="a call was broken off, or the cache was used beside it"):
+        with pytest.raises(ValueError, match="a call was broken off, or the cache was used without the stream"):
             call()
 
 

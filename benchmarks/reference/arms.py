@@ -1,0 +1,213 @@
+"""What is compared: a block of one size with different memories, at the same state, and two peers.
+
+State is counted in numbers: of keys and values in windows and stores, of memory tokens, and of the matrices of linear
+attention. `full` has no bound and is the ceiling. Models of all arms but OlmoHybrid, which has more, have the same
+number of parameters within 1 %, which the width of their MLPs makes up for.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from olmem import OlmemConfig, OlmemForCausalLM
+from torch import nn
+from transformers import OlmoHybridConfig, OlmoHybridForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Holds the sizes that all arms of a task share."""
+
+    vocabulary: int
+    width: int = 128
+    layers: int = 3
+    heads: int = 4
+    window: int = 64
+    length: int = 1024  # tokens, the longest that a model is trained on
+    capacity: int = 320  # tokens of a store that selects
+    top_k: int = 8
+    retrieval_layers: tuple[int, ...] = (1,)
+    memory_tokens: int = 16
+
+    @property
+    def state(self) -> int:
+        """The numbers in the windows of all layers and in the stores."""
+        return 2 * self.width * (self.layers * self.window + len(self.retrieval_layers) * self.capacity)
+
+    @property
+    def wide_window(self) -> int:
+        """The window that takes the whole state."""
+        return self.state // (2 * self.width * self.layers)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Holds what sets a model apart.
+
+    Args:
+        build: makes the model from a shape and the width of its MLP.
+        about: what it is, for a table.
+    """
+
+    build: Callable[[Shape, int], nn.Module]
+    about: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def olmem(**choices: Callable[[Shape], Any]) -> Callable[[Shape, int], nn.Module]:
+    """Returns what builds an Olmem model with fields that are functions of a shape."""
+
+    def build(shape: Shape, mlp: int) -> nn.Module:
+        common: dict[str, Any] = {
+            "vocab_size": shape.vocabulary,
+            "hidden_size": shape.width,
+            "intermediate_size": mlp,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "layer_types": "sliding_attention",
+            "sliding_window": shape.window,
+            "norm_placement": "pre",
+            "rope_parameters": {"rope_theta": 10000.0},
+            "max_position_embeddings": shape.length,
+        }
+        config = OlmemConfig(**common | {name: choice(shape) for name, choice in choices.items()})
+        return OlmemForCausalLM(config)
+
+    return build
+
+
+def store(shape: Shape, factor: int = 1) -> dict[str, Any]:
+    """Returns the fields of a store."""
+    return {
+        "retrieval_layers": list(shape.retrieval_layers),
+        "retrieval_top_k": shape.top_k,
+        "retrieval_capacity": factor * shape.capacity,
+        "retrieval_gate_init": 0.0,
+    }
+
+
+def with_store(factor: int = 1, **fields: Any) -> Callable[[Shape, int], nn.Module]:
+    """Returns what builds an Olmem model with a store."""
+    names = store(Shape(1), factor)
+    choices = {name: (lambda shape, name=name: store(shape, factor)[name]) for name in names}
+    return olmem(**choices, **{name: (lambda _, value=value: value) for name, value in fields.items()})
+
+
+class LinearAttention(nn.Module):
+    """Holds an OlmoHybrid without its last layer, the only one of full attention, which its configuration wants."""
+
+    def __init__(self, model: OlmoHybridForCausalLM):
+        super().__init__()
+        self.model, self.config = model, model.config
+        model.model.layers = model.model.layers[:-1]
+
+    def forward(self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor | int = 0, **given: Any) -> Any:
+        """Returns what OlmoHybrid returns."""
+        return self.model(input_ids=input_ids, logits_to_keep=logits_to_keep, **given)
+
+
+def hybrid(shape: Shape, mlp: int) -> nn.Module:
+    """Builds Transformers' OlmoHybrid with linear attention only, whose matrices are as large as the state."""
+    size = int((shape.state / (shape.layers * shape.heads)) ** 0.5)
+    config = OlmoHybridConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.width,
+        intermediate_size=mlp,
+        num_hidden_layers=shape.layers + 1,
+        num_attention_heads=shape.heads,
+        layer_types=["linear_attention"] * shape.layers + ["full_attention"],
+        linear_num_key_heads=shape.heads,
+        linear_num_value_heads=shape.heads,
+        linear_key_head_dim=size,
+        linear_value_head_dim=size,
+        max_position_embeddings=shape.length,
+        pad_token_id=None,
+        eos_token_id=None,
+    )
+    return LinearAttention(OlmoHybridForCausalLM(config))
+
+
+class RecurrentMemoryTransformer(nn.Module):
+    """RMT (Bulatov et al., 2022): memory tokens are read before a segment's tokens and written after them.
+
+    Args:
+        model: reads embeddings with full attention.
+        count: the number M of memory tokens.
+        segment: the number of tokens in a segment.
+    """
+
+    def __init__(self, model: OlmemForCausalLM, count: int, segment: int):
+        super().__init__()
+        self.model, self.segment = model, segment
+        self.config = model.config
+        self.memory = nn.Parameter(torch.randn(count, model.config.hidden_size) * model.config.initializer_range)
+
+    def forward(
+        self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor, memory: torch.Tensor | None = None, **_: Any
+    ) -> CausalLMOutput:
+        """Returns the logits (B, n, vocabulary) of n columns of ids (B, T), and the last memory (B, M, width)."""
+        state = self.memory.expand(len(input_ids), -1, -1) if memory is None else memory
+        count, hidden = state.shape[1], []
+        for ids in input_ids.split(self.segment, dim=1):
+            tokens = self.model.get_input_embeddings()(ids)
+            embeddings = torch.cat((state, tokens, self.memory.expand_as(state)), dim=1)
+            found = self.model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+            hidden.append(found[:, count:-count])
+            state = found[:, -count:]
+        kept = torch.cat(hidden, dim=1)[:, logits_to_keep]
+        return CausalLMOutput(logits=self.model.lm_head(kept), hidden_states=(state,))
+
+
+def recurrent(shape: Shape, mlp: int) -> nn.Module:
+    """Builds RMT around a block with full attention over a segment."""
+    model = olmem(layer_types=lambda _: "full_attention")(shape, mlp)
+    assert isinstance(model, OlmemForCausalLM)
+    return RecurrentMemoryTransformer(model, 4 * shape.memory_tokens, 4 * shape.window)
+
+
+ARMS: dict[str, Arm] = {
+    "full": Arm(olmem(layer_types=lambda _: "full_attention"), "full attention, without a bound"),
+    "window": Arm(olmem(sliding_window=lambda shape: shape.wide_window), "sliding windows"),
+    "sinks": Arm(
+        olmem(sliding_window=lambda shape: shape.wide_window - 4, num_sink_tokens=lambda _: 4),
+        "sliding windows and 4 sinks (StreamingLLM)",
+    ),
+    "memory": Arm(
+        olmem(
+            sliding_window=lambda shape: shape.wide_window - shape.memory_tokens,
+            num_memory_tokens=lambda shape: shape.memory_tokens,
+            memory_segment_length=lambda shape: 4 * shape.window,
+        ),
+        "sliding windows and memory tokens",
+    ),
+    "recent": Arm(with_store(), "windows and the most recent tokens, retrieved"),
+    "selected": Arm(with_store(retrieval_admission="learned"), "windows and selected tokens, retrieved"),
+    "selected, key_value": Arm(
+        with_store(2, retrieval_admission="learned", shared_projections="key_value"),
+        "the same with one tensor for keys and values, so twice as many tokens",
+    ),
+    "all": Arm(
+        with_store(2, retrieval_admission="learned", shared_projections="key_value", num_memory_tokens=4,
+                   memory_segment_length=256),
+        "the same with memory tokens",
+    ),
+    "OlmoHybrid": Arm(hybrid, "Transformers' OlmoHybrid, linear attention in every layer"),
+    "RMT": Arm(recurrent, "RMT: full attention over segments, memory tokens between them"),
+}  # fmt: skip
+
+
+def build(name: str, shape: Shape) -> nn.Module:
+    """Builds an arm with as many parameters as `window` has with MLPs of twice the width, as far as 8 columns go.
+
+    OlmoHybrid needs more than that for matrices of this size, and gets MLPs of 64 columns.
+    """
+
+    def count(mlp: int, arm: str = name) -> int:
+        with torch.device("meta"):
+            return sum(weight.numel() for weight in ARMS[arm].build(shape, mlp).parameters())
+
+    small, large = count(64), count(72)
+    columns = 8 * round((count(2 * shape.width, "window") - small) / (large - small))
+    return ARMS[name].build(shape, 64 + max(0, columns))

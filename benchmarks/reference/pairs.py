@@ -1,0 +1,95 @@
+"""Associative recall of many pairs (MQAR): pairs are told, and asked for when they have left every window.
+
+A text is filler with decoys, then pairs of a key and a value, one after the other, then filler with decoys again, then
+questions: a key, and the value that was told of it, in another order. A decoy is a marker, a key and a value, and is
+never asked for. So what may be asked fits into a store, and all that looks like it does not.
+
+A text is made from its number, so a training that goes on sees what it would have seen.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import Dataset
+
+KEYS, VALUES, FILLER = 1024, 64, 16  # kinds of tokens, numbered in this order
+MARKER = KEYS + VALUES + FILLER  # stands before a decoy
+VOCABULARY = MARKER + 1
+CELL = 8  # tokens of filler in which there may be one decoy
+DECOYS = 0.5  # the share of cells that have one
+ASKED = 64  # questions at most
+# Of each stage of the curriculum: pairs, keys they are drawn from, tokens, share of cells with decoys.
+STAGES = (
+    (4, 16, 16, 0.0),
+    (8, 32, 32, 0.0),
+    (8, 32, 64, 0.0),
+    (16, 64, 128, 0.0),
+    (32, 128, 256, DECOYS),
+    (64, 256, 512, DECOYS),
+    (128, 512, 768, DECOYS),
+    (256, 1024, 1024, DECOYS),
+)
+BEGIN = (0.0, 0.06, 0.1, 0.14, 0.25, 0.36, 0.47, 0.58)  # the share of the steps after which each is the longest
+ALIKE = 8  # texts in a row that are equally long, so that several processes train on equal lengths
+
+
+@dataclass
+class Texts:
+    """Token ids (R, T), and the columns of the answers (n,), which are the same in all rows."""
+
+    ids: torch.Tensor
+    asked: torch.Tensor
+
+
+def make_texts(
+    rows: int, pairs: int, length: int, generator: torch.Generator, before: int = 0, kinds: int = KEYS,
+    decoys: float = DECOYS,
+) -> Texts:  # fmt: skip
+    """Makes texts of so many tokens, in which so many stand before the pairs of keys of the first so many kinds."""
+    asked = min(pairs, ASKED)
+    room = length - 2 * pairs - 2 * asked - before
+    if room < 0 or before < 0:
+        raise ValueError(f"{length} tokens must hold {before} tokens, {pairs} pairs and {asked} questions")
+
+    def filler(count: int) -> torch.Tensor:
+        ids = KEYS + VALUES + torch.randint(FILLER, (rows, -(-count // CELL) * CELL), generator=generator)
+        cells = ids.unflatten(1, (-1, CELL))
+        size = cells.shape[:2]
+        keys, values = (torch.randint(most, size, generator=generator) for most in (kinds, VALUES))
+        false = torch.stack((torch.full(size, MARKER), keys, KEYS + values), dim=-1)
+        is_decoy = torch.rand(size, generator=generator) < decoys
+        cells[..., :3] = torch.where(is_decoy[..., None], false, cells[..., :3])
+        return ids[:, ids.shape[1] - count :]
+
+    keys = torch.rand(rows, kinds, generator=generator).topk(pairs).indices
+    values = KEYS + torch.randint(VALUES, (rows, pairs), generator=generator)
+    order = torch.rand(rows, pairs, generator=generator).topk(asked).indices
+    told = torch.stack((keys, values), dim=-1).flatten(1)
+    questions = torch.stack((keys.gather(1, order), values.gather(1, order)), dim=-1).flatten(1)
+    ids = torch.cat((filler(before), told, filler(room), questions), dim=1)
+    return Texts(ids, length - 2 * asked + 1 + 2 * torch.arange(asked))
+
+
+class PairTexts(Dataset[dict[str, torch.Tensor]]):
+    """Batches of texts, one for each step of a training: a curriculum from few pairs in one window to many far away.
+
+    Every second run of steps has texts of the longest stage so far, the others of any stage up to it.
+    """
+
+    def __init__(self, steps: int, tokens: int, seed: int):
+        self.steps, self.tokens, self.seed = steps, tokens, seed
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        alike = index // ALIKE
+        run = torch.Generator().manual_seed(2**20 * self.seed + alike)
+        longest = sum(alike * ALIKE >= share * self.steps for share in BEGIN) - 1
+        stage = int(torch.randint(longest + 1, (), generator=run)) if alike % 2 else longest
+        pairs, kinds, length, decoys = STAGES[stage]
+        cells = (length - 2 * pairs - 2 * min(pairs, ASKED)) // 2 // CELL
+        before = CELL * int(torch.randint(cells + 1, (), generator=run))
+        own = torch.Generator().manual_seed(2**40 + 2**20 * self.seed + index)
+        texts = make_texts(max(1, self.tokens // length), pairs, length, own, before, kinds, decoys)
+        return {"input_ids": texts.ids, "asked": texts.asked, "stage": torch.tensor(stage)}

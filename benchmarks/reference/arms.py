@@ -6,7 +6,7 @@ number of parameters within 1 %, which the width of their MLPs makes up for.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,10 +23,10 @@ class Shape:
     vocabulary: int
     width: int = 128
     layers: int = 3
-    heads: int = 4
+    heads: int = 2
     window: int = 64
-    length: int = 1024  # tokens, the longest that a model is trained on
-    capacity: int = 320  # tokens of a store that selects
+    length: int = 2048  # tokens, the longest that a model is trained on
+    capacity: int = 640  # tokens of a store that selects
     top_k: int = 8
     retrieval_layers: tuple[int, ...] = (1,)
     memory_tokens: int = 16
@@ -49,11 +49,12 @@ class Arm:
     Args:
         build: makes the model from a shape and the width of its MLP.
         about: what it is, for a table.
+        remembers: how many times the tokens of a store it keeps; narrow windows train it from the first steps on.
     """
 
     build: Callable[[Shape, int], nn.Module]
     about: str
-    options: dict[str, Any] = field(default_factory=dict)
+    remembers: int = 0
 
 
 def olmem(**choices: Callable[[Shape], Any]) -> Callable[[Shape, int], nn.Module]:
@@ -182,16 +183,18 @@ ARMS: dict[str, Arm] = {
         ),
         "sliding windows and memory tokens",
     ),
-    "recent": Arm(with_store(), "windows and the most recent tokens, retrieved"),
-    "selected": Arm(with_store(retrieval_admission="learned"), "windows and selected tokens, retrieved"),
+    "recent": Arm(with_store(), "windows and the most recent tokens, retrieved", 1),
+    "selected": Arm(with_store(retrieval_admission="learned"), "windows and selected tokens, retrieved", 1),
     "selected, key_value": Arm(
         with_store(2, retrieval_admission="learned", shared_projections="key_value"),
         "the same with one tensor for keys and values, so twice as many tokens",
+        2,
     ),
     "all": Arm(
         with_store(2, retrieval_admission="learned", shared_projections="key_value", num_memory_tokens=4,
                    memory_segment_length=256),
         "the same with memory tokens",
+        2,
     ),
     "OlmoHybrid": Arm(hybrid, "Transformers' OlmoHybrid, linear attention in every layer"),
     "RMT": Arm(recurrent, "RMT: full attention over segments, memory tokens between them"),

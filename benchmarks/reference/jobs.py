@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import ARMS, Shape
+from arms import ARMS, Shape, build
 from figures import make_table
 from pairs import VOCABULARY, PairTexts
 from recipe import Recipe, train
@@ -32,7 +32,9 @@ class Settings:
     rate: float = 2e-3
     gate_rate: float = 1e-2
     noise: float = 0.0
+    patience: float = 0.15
     half: int = 1
+    graphs: int = 1
     processes: int = 4
     most: int = TIMES[-1]
 
@@ -46,6 +48,8 @@ HELP = {
     "rate": "largest learning rate",
     "gate_rate": "the same of gates and scores",
     "noise": "standard deviation of what is added to scores of admission in training",
+    "patience": "share of the steps after which a stage ends, whatever is answered",
+    "graphs": "1 replays steps as CUDA graphs",
     "half": "1 for bfloat16 on a GPU, 0 for float32",
     "processes": "trainings at a time on each GPU",
     "most": "times the trained length that are tried",
@@ -61,10 +65,17 @@ def start(devices: "multiprocessing.Queue[int]") -> None:
 def train_one(job: tuple[str, int, Settings, Path]) -> dict[str, Any]:
     """Trains and tries one arm. Of a training that fails, the row has the error."""
     arm, seed, settings, folder = job
-    recipe = Recipe(settings.rate, settings.gate_rate, noise=settings.noise, half=settings.half > 0)
-    texts, begin = PairTexts(settings.steps, settings.tokens, seed), time.perf_counter()
+    recipe = Recipe(
+        settings.rate, settings.gate_rate, noise=settings.noise, half=settings.half > 0, graphs=settings.graphs > 0
+    )
+    remembers = ARMS[arm].remembers
+    texts = PairTexts(settings.steps, settings.tokens, seed, SHAPE.capacity * remembers, remembers > 0)
+    begin = time.perf_counter()
     try:
-        model, log = train(arm, SHAPE, recipe, texts, folder / f"{arm.replace(', ', '_')}-{seed}", seed, silent=True)
+        torch.manual_seed(seed)
+        model = build(arm, SHAPE)
+        place = folder / f"{arm.replace(', ', '_')}-{seed}"
+        log = train(model, recipe, texts, place, seed, silent=True, patience=int(settings.patience * settings.steps))
         seconds = time.perf_counter() - begin
         found = recall(model, SHAPE, seed, settings.most, str(next(model.parameters()).device))
     except Exception:
@@ -74,6 +85,7 @@ def train_one(job: tuple[str, int, Settings, Path]) -> dict[str, Any]:
         "seed": seed,
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "seconds": seconds,
+        "begins": texts.begins,
         "curve": [[each["step"], each["loss"], each["right"]] for each in log if "right" in each],
         **found,
     }

@@ -22,15 +22,15 @@ ASKED = 64  # questions at most
 STAGES = (
     (4, 16, 16, 0.0),
     (8, 32, 32, 0.0),
-    (8, 32, 64, 0.0),
-    (16, 64, 128, 0.0),
-    (32, 128, 256, DECOYS),
-    (64, 256, 512, DECOYS),
-    (128, 512, 768, DECOYS),
-    (256, 1024, 1024, DECOYS),
+    (8, 64, 64, 0.0),
+    (16, 128, 128, DECOYS),
+    (32, 256, 256, DECOYS),
+    (64, 512, 512, DECOYS),
+    (128, 1024, 1024, DECOYS),
+    (256, 1024, 2048, DECOYS),
 )
-BEGIN = (0.0, 0.06, 0.1, 0.14, 0.25, 0.36, 0.47, 0.58)  # the share of the steps after which each is the longest
-ALIKE = 8  # texts in a row that are equally long, so that several processes train on equal lengths
+NARROW = 8  # tokens of the other window, which makes short texts long
+ROOM = (1, 2, 4)  # times the share of a store that a text's share of the pairs gets
 
 
 @dataclass
@@ -73,23 +73,43 @@ def make_texts(
 class PairTexts(Dataset[dict[str, torch.Tensor]]):
     """Batches of texts, one for each step of a training: a curriculum from few pairs in one window to many far away.
 
-    Every second run of steps has texts of the longest stage so far, the others of any stage up to it.
+    Every second batch has texts of the longest stage so far, the others of any stage up to it.
+
+    Args:
+        steps: of the training.
+        tokens: of a batch.
+        capacity: of a store that is filled by the texts of the last stage, or 0.
+        narrow: whether half of the batches are read with a window of `NARROW` tokens.
     """
 
-    def __init__(self, steps: int, tokens: int, seed: int):
-        self.steps, self.tokens, self.seed = steps, tokens, seed
+    stages = len(STAGES)
+
+    def __init__(self, steps: int, tokens: int, seed: int, capacity: int = 0, narrow: bool = False):
+        self.steps, self.tokens, self.seed, self.capacity, self.narrow = steps, tokens, seed, capacity, narrow
+        self.begins = [0]
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        alike = index // ALIKE
-        run = torch.Generator().manual_seed(2**20 * self.seed + alike)
-        longest = sum(alike * ALIKE >= share * self.steps for share in BEGIN) - 1
-        stage = int(torch.randint(longest + 1, (), generator=run)) if alike % 2 else longest
+        longest = sum(begin <= index for begin in self.begins) - 1
+        own = torch.Generator().manual_seed(2**24 * self.seed + index)
+
+        def draw(choices: int) -> int:
+            return int(torch.randint(choices, (), generator=own))
+
+        stage = draw(longest + 1) if index % 2 else longest
         pairs, kinds, length, decoys = STAGES[stage]
         cells = (length - 2 * pairs - 2 * min(pairs, ASKED)) // 2 // CELL
-        before = CELL * int(torch.randint(cells + 1, (), generator=run))
-        own = torch.Generator().manual_seed(2**40 + 2**20 * self.seed + index)
-        texts = make_texts(max(1, self.tokens // length), pairs, length, own, before, kinds, decoys)
-        return {"input_ids": texts.ids, "asked": texts.asked, "stage": torch.tensor(stage)}
+        texts = make_texts(max(1, self.tokens // length), pairs, length, own, CELL * draw(cells + 1), kinds, decoys)
+        share = self.capacity * pairs // STAGES[-1][0]
+        sizes = {
+            "window": NARROW * draw(2) if self.narrow else 0,
+            "capacity": min(self.capacity, share * ROOM[draw(len(ROOM))]),
+        }
+        return {
+            "input_ids": texts.ids,
+            "asked": texts.asked,
+            "longest": torch.tensor(not index % 2),
+            **{name: torch.tensor(size) for name, size in sizes.items()},
+        }

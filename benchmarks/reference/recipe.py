@@ -1,28 +1,33 @@
 """The recipe: Transformers' `Trainer`, with what a memory needs to be learned.
 
-- A curriculum over the number of segments, which the data sets make from the number of a step.
+- A curriculum of stages with more and longer segments. The longest stage grows when its texts are answered.
+- Windows are drawn from a few, so that a store or a memory is needed from the first steps on.
 - Gates and scores of admission learn at a rate of their own, and nothing pulls them to zero.
-- Stores are as small for short texts as they are for long ones, so that they must select from the first steps on.
-- Noise is added to the scores of admission, so that they must be far apart.
+- On one GPU a step is replayed as a CUDA graph.
 
-`accelerate launch` runs it on several GPUs as it is.
+`accelerate launch` runs it on several GPUs as it is, without graphs.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from arms import Shape, build
-from pairs import STAGES, PairTexts
+from captured import Passes, Tensors
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import ExportableState
+from transformers.training_args import ParallelMode
 
 SLOW_TO_MOVE = ("retrieval_gate", "memory_gate", "retrieval_score")  # parameters with a rate of their own
+CHECKED = 10  # steps between two looks at what is answered
+THROUGH = 0.9  # the share of right answers of the longest texts with which they grow
+AHEAD = 2  # steps until what was decided holds, as the next batch is already made
+Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,17 +38,71 @@ class Recipe:
     gate_rate: float = 1e-2
     decay: float = 0.01
     noise: float = 0.0
-    small_stores: bool = True
     half: bool = True  # autocast to bfloat16, on a GPU
+    graphs: bool = True  # on one GPU
+
+
+class Texts(Protocol):
+    """Batches by the number of a step: `input_ids` (R, T), and as the case may be
+
+    - `asked`: the columns (n,) of the tokens to be predicted, all but the first without it,
+    - `window` and `capacity`: the sliding window and the size of stores in this step, 0 for the model's own,
+    - `longest`: whether the text is of the longest stage so far.
+
+    `begins` holds the step with which each stage began.
+    """
+
+    begins: list[int]
+    stages: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Batch: ...
+
+
+class Curriculum(TrainerCallback, ExportableState):
+    """Goes on to the next stage when the texts of the last one are answered, or at the latest after so many steps."""
+
+    def __init__(self, texts: Texts, patience: int = 0):
+        self.texts, self.patience = texts, patience
+        self.right: list[torch.Tensor] = []  # shares of right answers of the last of the longest texts
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"begins": self.texts.begins, "right": [float(each) for each in self.right]}}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "Curriculum":
+        raise NotImplementedError("a training goes on with the callback that it has")
+
+    def add(self, share: torch.Tensor) -> None:
+        self.right = [*self.right, share][-CHECKED:]
+
+    def on_step_end(self, args, state, control, **given) -> None:
+        texts, step = self.texts, state.global_step
+        if step % CHECKED or len(texts.begins) >= texts.stages:
+            return
+        late = self.patience and step - texts.begins[-1] >= self.patience
+        done = (
+            len(self.right) == CHECKED and float(torch.stack([torch.as_tensor(x) for x in self.right]).mean()) > THROUGH
+        )
+        if late or done:
+            texts.begins.append(step + AHEAD)
+            self.right = []
 
 
 class RecipeTrainer(Trainer):
     """Trains on batches that a data set makes, and scores the answers only where it says what is asked."""
 
-    def __init__(self, recipe: Recipe, model: nn.Module, texts: PairTexts, arguments: TrainingArguments):
-        super().__init__(model, arguments, data_collator=lambda items: items[0], train_dataset=texts)
+    def __init__(self, recipe: Recipe, model: nn.Module, texts: Texts, arguments: TrainingArguments, patience: int = 0):
+        assert isinstance(texts, Dataset)
+        self.curriculum = Curriculum(texts, patience)
+        super().__init__(
+            model, arguments, data_collator=lambda items: items[0], train_dataset=texts, callbacks=[self.curriculum]
+        )
         self.recipe, self.trained, self.texts = recipe, model, texts
         self.right: list[torch.Tensor] = []  # shares of right answers since the last record
+        alone = arguments.device.type == "cuda" and arguments.parallel_mode == ParallelMode.NOT_DISTRIBUTED
+        self.passes = Passes(model, self.run_captured) if recipe.graphs and alone else None
         for module in model.modules() if recipe.noise else ():
             if type(module).__name__ == "OlmemAdmission":
                 module.register_forward_hook(self.add_noise)
@@ -52,8 +111,14 @@ class RecipeTrainer(Trainer):
         """Adds noise to the scores of admission in training."""
         return scores + self.recipe.noise * torch.randn_like(scores) if module.training else scores
 
+    def _load_callback_state(self) -> None:
+        found = self.state.stateful_callbacks.get("Curriculum")
+        if found is not None:
+            self.texts.begins[:] = found["attributes"]["begins"]
+            self.curriculum.right = [torch.tensor(each) for each in found["attributes"]["right"]]
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        return SequentialSampler(self.texts)
+        return SequentialSampler(self.texts)  # pyright: ignore[reportArgumentType]  it has a length
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -73,48 +138,73 @@ class RecipeTrainer(Trainer):
             )
         return self.optimizer
 
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        longest = bool(inputs.pop("longest", False))
+        window, capacity = (int(inputs.pop(name, 0)) for name in ("window", "capacity"))
+        with self.sizes(window, capacity):
+            if self.passes is None:
+                loss = super().training_step(model, inputs, num_items_in_batch)
+            else:
+                model.train()
+                inputs = self._prepare_inputs(inputs)
+                tensors = tuple(inputs[name] for name in ("input_ids", "asked") if name in inputs)
+                loss, right = self.passes.step((window, capacity), tensors)
+                self.right.append(right)
+        if longest:
+            self.curriculum.add(self.right[-1])
+        return loss
+
+    def run_captured(self, inputs: Tensors) -> Tensors:
+        """Returns the loss of a batch, and the share of right answers, in the precision of the training."""
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.args.bf16, cache_enabled=False):
+            return self.measure(self.trained, *inputs)
+
+    @staticmethod
+    def measure(model: nn.Module, ids: torch.Tensor, asked: torch.Tensor | None = None) -> Tensors:
+        """Returns the loss of ids (R, T) in asked columns (n,), and the share of right answers."""
+        if asked is None:
+            logits, targets = model(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:]
+        else:
+            logits = model(input_ids=ids, logits_to_keep=asked - 1, use_cache=False).logits
+            targets = ids[:, asked]
+        loss = cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return loss, (logits.detach().argmax(-1) == targets).float().mean()
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        ids, asked = inputs["input_ids"], inputs["asked"]
-        outputs = model(input_ids=ids, logits_to_keep=asked - 1, use_cache=False)
-        targets = ids[:, asked]
-        self.right.append((outputs.logits.detach().argmax(-1) == targets).float().mean())
-        loss = cross_entropy(outputs.logits.flatten(0, 1).float(), targets.flatten())
-        return (loss, outputs) if return_outputs else loss
+        loss, right = self.measure(model, inputs["input_ids"], inputs.get("asked"))
+        self.right.append(right)
+        return (loss, {}) if return_outputs else loss
 
     @contextmanager
-    def store_for(self, stage: int) -> Iterator[None]:
-        """Makes stores as much smaller as the texts of a stage are."""
+    def sizes(self, window: int, capacity: int) -> Iterator[None]:
+        """Gives the model another sliding window, and other stores, for a while."""
         config: Any = self.trained.config
-        if not self.recipe.small_stores or not getattr(config, "retrieval_layers", None):
-            yield
-            return
-        whole = config.retrieval_capacity
-        config.retrieval_capacity = max(config.retrieval_top_k, whole * STAGES[stage][0] // STAGES[-1][0])
+        given = {"sliding_window": window, "retrieval_capacity": capacity}
+        given = {name: size for name, size in given.items() if size and getattr(config, name, None)}
+        before = {name: getattr(config, name) for name in given}
         try:
+            for name, size in given.items():
+                setattr(config, name, size)
             yield
         finally:
-            config.retrieval_capacity = whole
+            for name, size in before.items():
+                setattr(config, name, size)
 
     def log(self, logs: dict[str, float], *given: Any, **named: Any) -> None:
         if self.right and "loss" in logs:
             logs["right"] = float(torch.stack(self.right).mean())
+            logs["stage"] = len(self.texts.begins) - 1
             self.right.clear()
         super().log(logs, *given, **named)
 
 
 def train(
-    arm: str, shape: Shape, recipe: Recipe, texts: PairTexts, folder: Path, seed: int, resume: bool = False,
-    silent: bool = False,
-) -> tuple[nn.Module, list[dict[str, float]]]:  # fmt: skip
-    """Trains an arm, and saves it in a folder.
-
-    Returns:
-        The model, and what was recorded on the way.
-    """
-    set_seed(seed)
-    model = build(arm, shape)
+    model: nn.Module, recipe: Recipe, texts: Texts, folder: Path, seed: int, resume: bool = False,
+    silent: bool = False, patience: int = 0,
+) -> list[dict[str, float]]:  # fmt: skip
+    """Trains a model, saves it in a folder, and returns what was recorded on the way."""
     steps = len(texts)
     arguments = TrainingArguments(
         str(folder),
@@ -123,13 +213,12 @@ def train(
         learning_rate=recipe.rate,
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={"num_decay_steps": steps // 4, "min_lr_ratio": 0.01},
-        warmup_steps=min(100, steps // 10),
+        warmup_steps=min(50, steps // 10),
         logging_steps=max(1, steps // 40),
         save_steps=max(1, steps // 4),
         save_total_limit=1,
         max_grad_norm=1.0,
         remove_unused_columns=False,
-        dataloader_num_workers=0 if silent else 2,
         report_to="none",
         seed=seed,
         data_seed=seed,
@@ -137,7 +226,8 @@ def train(
         tf32=torch.cuda.is_available() or None,
         disable_tqdm=silent,
     )
-    trainer = RecipeTrainer(recipe, model, texts, arguments)
+    set_seed(seed)
+    trainer = RecipeTrainer(recipe, model, texts, arguments, patience)
     trainer.train(resume_from_checkpoint=resume or None)
     trainer.save_model()
-    return model, trainer.state.log_history
+    return trainer.state.log_history

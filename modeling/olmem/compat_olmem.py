@@ -204,9 +204,10 @@ def lowest(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor
 def columns_of(mask: torch.Tensor) -> tuple[int, int]:
     """Returns the first column of a mask (R, S) that is true in any row, and the column after the last one.
 
-    They are (0, 0) if the mask is true nowhere. In a recorded graph they span all columns.
+    They are (0, 0) if the mask is true nowhere. In a recorded graph, or a CUDA graph that is captured, they span all
+    columns.
     """
-    if is_recorded(mask):
+    if is_recorded(mask) or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
         return 0, mask.shape[1]
     found = mask.any(0).nonzero()[:, 0]
     return (int(found[0]), int(found[-1]) + 1) if len(found) else (0, 0)

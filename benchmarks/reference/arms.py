@@ -21,9 +21,9 @@ class Shape:
     """Holds the sizes that all arms of a task share."""
 
     vocabulary: int
-    width: int = 128
+    width: int = 256
     layers: int = 3
-    heads: int = 2
+    heads: int = 4
     window: int = 64
     length: int = 2048  # tokens, the longest that a model is trained on
     capacity: int = 640  # tokens of a store that selects
@@ -55,6 +55,7 @@ class Arm:
     build: Callable[[Shape, int], nn.Module]
     about: str
     remembers: int = 0
+    most: int = 16
 
 
 def olmem(**choices: Callable[[Shape], Any]) -> Callable[[Shape, int], nn.Module]:
@@ -184,17 +185,19 @@ ARMS: dict[str, Arm] = {
         "sliding windows and memory tokens",
     ),
     "recent": Arm(with_store(), "windows and the most recent tokens, retrieved", 1),
-    "selected": Arm(with_store(retrieval_admission="learned"), "windows and selected tokens, retrieved", 1),
+    "selected": Arm(with_store(retrieval_admission="learned"), "windows and selected tokens, retrieved", 1, 256),
     "selected, key_value": Arm(
         with_store(2, retrieval_admission="learned", shared_projections="key_value"),
         "the same with one tensor for keys and values, so twice as many tokens",
         2,
+        256,
     ),
     "all": Arm(
         with_store(2, retrieval_admission="learned", shared_projections="key_value", num_memory_tokens=4,
                    memory_segment_length=256),
         "the same with memory tokens",
         2,
+        256,
     ),
     "OlmoHybrid": Arm(hybrid, "Transformers' OlmoHybrid, linear attention in every layer"),
     "RMT": Arm(recurrent, "RMT: full attention over segments, memory tokens between them"),

@@ -5,7 +5,8 @@ import multiprocessing
 import os
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from arms import ARMS, Shape, build
 from figures import make_table
 from pairs import VOCABULARY, PairTexts
 from recipe import Recipe, train
+from torch import nn
 from tqdm import tqdm
-from trials import TIMES, recall
+from trials import TIMES, progress, recall
 
 SHAPE = Shape(VOCABULARY)
+RATES = (5e-4, 1e-3, 2e-3)  # of a sweep
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,12 @@ class Settings:
     arms: str = ";".join(ARMS)
     seeds: int = 5
     first: int = 0
-    steps: int = 1500
+    steps: int = 2500
     tokens: int = 16384
     rate: float = 2e-3
     gate_rate: float = 1e-2
     noise: float = 0.0
-    patience: float = 0.15
+    patience: float = 0.1
     half: int = 1
     graphs: int = 1
     processes: int = 4
@@ -45,15 +48,26 @@ HELP = {
     "first": "seed",
     "steps": "of a training",
     "tokens": "of a batch",
-    "rate": "largest learning rate",
+    "rate": "largest learning rate, where no file has one of the arm",
     "gate_rate": "the same of gates and scores",
     "noise": "standard deviation of what is added to scores of admission in training",
     "patience": "share of the steps after which a stage ends, whatever is answered",
-    "graphs": "1 replays steps as CUDA graphs",
     "half": "1 for bfloat16 on a GPU, 0 for float32",
+    "graphs": "1 replays steps as CUDA graphs where there is one GPU, 0 does not",
     "processes": "trainings at a time on each GPU",
     "most": "times the trained length that are tried",
 }
+
+
+@dataclass(frozen=True)
+class Job:
+    """Holds one training: an arm and a seed, and whether it is a short one of a sweep."""
+
+    arm: str
+    seed: int
+    settings: Settings
+    folder: Path
+    sweep: bool = False
 
 
 def start(devices: "multiprocessing.Queue[int]") -> None:
@@ -62,57 +76,90 @@ def start(devices: "multiprocessing.Queue[int]") -> None:
     torch.set_num_threads(1)
 
 
-def train_one(job: tuple[str, int, Settings, Path]) -> dict[str, Any]:
+def do(job: Job) -> dict[str, Any]:
     """Trains and tries one arm. Of a training that fails, the row has the error."""
-    arm, seed, settings, folder = job
+    row = {"arm": job.arm, "seed": job.seed, "rate": job.settings.rate}
+    try:
+        return row | train_one(job)
+    except Exception:
+        return row | {"error": traceback.format_exc(limit=-3)}
+
+
+def train_one(job: Job) -> dict[str, Any]:
+    """Trains and tries one arm."""
+    settings, arm = job.settings, ARMS[job.arm]
     recipe = Recipe(
         settings.rate, settings.gate_rate, noise=settings.noise, half=settings.half > 0, graphs=settings.graphs > 0
     )
-    remembers = ARMS[arm].remembers
-    texts = PairTexts(settings.steps, settings.tokens, seed, SHAPE.capacity * remembers, remembers > 0)
+    texts = PairTexts(settings.steps, settings.tokens, job.seed, SHAPE.capacity * arm.remembers, arm.remembers > 0)
+    torch.manual_seed(job.seed)
+    model: nn.Module = build(job.arm, SHAPE)
+    place = job.folder / f"{job.arm.replace(', ', '_')}-{job.seed}"
     begin = time.perf_counter()
-    try:
-        torch.manual_seed(seed)
-        model = build(arm, SHAPE)
-        place = folder / f"{arm.replace(', ', '_')}-{seed}"
-        log = train(model, recipe, texts, place, seed, silent=True, patience=int(settings.patience * settings.steps))
-        seconds = time.perf_counter() - begin
-        found = recall(model, SHAPE, seed, settings.most, str(next(model.parameters()).device))
-    except Exception:
-        return {"arm": arm, "seed": seed, "error": traceback.format_exc(limit=-3)}
-    return {
-        "arm": arm,
-        "seed": seed,
-        "parameters": sum(weight.numel() for weight in model.parameters()),
-        "seconds": seconds,
-        "begins": texts.begins,
-        "curve": [[each["step"], each["loss"], each["right"]] for each in log if "right" in each],
-        **found,
-    }
+    log = train(model, recipe, texts, place, job.seed, silent=True, patience=int(settings.patience * settings.steps))
+    row: dict[str, Any] = {"seconds": time.perf_counter() - begin, "begins": texts.begins}
+    row["parameters"] = sum(weight.numel() for weight in model.parameters())
+    row["curve"] = [[each["step"], each["loss"], each["right"]] for each in log if "right" in each]
+    device = str(next(model.parameters()).device)
+    if job.sweep:
+        return row | {"right": progress(model, job.seed, device)}
+    return row | recall(model, SHAPE, job.seed, min(arm.most, settings.most), device)
 
 
-def run(settings: Settings, folder: Path, file: Path | None) -> None:
-    """Trains every arm with every seed, and writes each to the file as soon as it was tried."""
+def work(jobs: Sequence[Job], processes: int) -> Iterator[dict[str, Any]]:
+    """Does jobs at the same time, so many on each GPU, and yields the row of each that is done."""
     gpus = max(1, torch.cuda.device_count())
     context = multiprocessing.get_context("spawn")
     devices = context.Queue()
-    for _ in range(settings.processes):
+    for _ in range(processes):
         for index in range(gpus):
             devices.put(index)
-    seeds = range(settings.first, settings.first + settings.seeds)
-    jobs = [(arm, seed, settings, folder) for seed in seeds for arm in settings.arms.split(";")]
-    rows: list[dict[str, Any]] = []
     with (
-        context.Pool(gpus * settings.processes, start, (devices,)) as pool,
-        tqdm(total=len(jobs), unit="training", disable=None) as progress,
+        context.Pool(gpus * processes, start, (devices,)) as pool,
+        tqdm(total=len(jobs), unit="training", disable=None) as bar,
     ):
-        for row in pool.imap_unordered(train_one, jobs):
-            rows.append(row)
-            shares = row.get("length") or row["error"]
-            progress.write(f"{row['arm']:<22}seed {row['seed']}  {shares}  {row.get('pairs', '')}")
-            progress.update()
-            if file is not None:
-                found = {"torch": torch.__version__, "settings": asdict(settings), "shape": asdict(SHAPE)}
-                written = json.loads(json.dumps(found | {"trainings": rows}))  # keys are text, as they are in the file
-                written["table"] = make_table(written["trainings"])
-                file.write_text(json.dumps(written, indent=1) + "\n")
+        for row in pool.imap_unordered(do, jobs):
+            found = row.get("error") or row.get("length") or row.get("right")
+            bar.write(f"{row['arm']:<22}seed {row['seed']}  rate {row['rate']:g}  {found}  {row.get('pairs', '')}")
+            bar.update()
+            yield row
+
+
+def save(file: Path | None, settings: Settings, rows: list[dict[str, Any]], more: dict[str, Any]) -> None:
+    """Writes what is done so far."""
+    if file is not None:
+        found = {"torch": torch.__version__, "settings": asdict(settings), "shape": asdict(SHAPE)}
+        file.write_text(json.dumps(found | {"trainings": rows} | more, indent=1) + "\n")
+
+
+def run(settings: Settings, folder: Path, file: Path | None, rates: dict[str, float]) -> None:
+    """Trains every arm with every seed, and writes each to the file as soon as it was tried."""
+    jobs = [
+        Job(arm, seed, replace(settings, rate=rates.get(arm, settings.rate)), folder)
+        for seed in range(settings.first, settings.first + settings.seeds)
+        for arm in settings.arms.split(";")
+    ]
+    rows: list[dict[str, Any]] = []
+    for row in work(jobs, settings.processes):
+        rows.append(json.loads(json.dumps(row)))  # keys are text, as they are in the file
+        save(file, settings, rows, {"table": make_table(rows)})
+
+
+def sweep(settings: Settings, folder: Path, file: Path | None) -> dict[str, float]:
+    """Trains every arm with every rate for a while, and returns the rate of each with which it gets farthest."""
+    jobs = [
+        Job(arm, settings.first, replace(settings, rate=rate), folder / f"{rate:g}", sweep=True)
+        for arm in settings.arms.split(";")
+        for rate in RATES
+    ]
+    rows: list[dict[str, Any]] = []
+    best: dict[str, float] = {}
+    for row in work(jobs, settings.processes):
+        rows.append(row)
+        tried = [row for row in rows if "right" in row]
+        best = {
+            arm: max((row["right"], row["rate"]) for row in tried if row["arm"] == arm)[1]
+            for arm in dict.fromkeys(row["arm"] for row in tried)
+        }
+        save(file, settings, rows, {"rates": best})
+    return best

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from arms import Shape
 from olmem import OlmemCache, OlmemForCausalLM
-from pairs import ASKED, make_texts
+from pairs import ASKED, STAGES, make_texts
 from torch import nn
 
 PIECE = 16384  # tokens of a call
 TIMES = (1, 4, 16, 64, 256)  # the trained length
-PAIRS = (256, 384, 512, 1024)  # told in a text, of which a store holds 320
+PAIRS = (256, 320, 384, 512, 640, 1024)  # told in a text, of which a store holds one token each of 640
 LONG, ROWS, FEW = 64, 8, 4  # from so many times the trained length on there are few rows
 ONE_CALL = 2**17  # tokens that are read in one call where there is no state to go on with
 
@@ -56,7 +56,10 @@ def without_store(model: OlmemForCausalLM) -> OlmemForCausalLM:
 
 
 def recall(model: nn.Module, shape: Shape, seed: int, most: int, device: str) -> dict[str, Any]:
-    """Tries texts of up to so many times the trained length, with more pairs, later ones, and without memory."""
+    """Tries texts of up to so many times the trained length, with more pairs, later ones, and without memory.
+
+    Only what may have learned something is asked for more: more pairs than a store has room for, and later ones.
+    """
     model.eval()
     found: dict[str, Any] = {"length": {}, "pairs": {}, "state": {}, "microseconds": {}}
 
@@ -76,10 +79,24 @@ def recall(model: nn.Module, shape: Shape, seed: int, most: int, device: str) ->
         found["length"][times] = reading.right
         found["state"][times], found["microseconds"][times] = reading.state, reading.microseconds
     middle = min(16, most)
-    for pairs in (each for each in PAIRS if 2 * each + 2 * ASKED <= middle * shape.length):
-        found["pairs"][pairs] = trial(middle, pairs).right
-    if middle > 1:
-        found["late"] = trial(middle, PAIRS[0], middle * shape.length // 2).right
     if bounded is not None and bounded.config.retrieval_layers:
+        for pairs in (each for each in PAIRS if 2 * each + 2 * ASKED <= middle * shape.length):
+            found["pairs"][pairs] = trial(middle, pairs).right
+        if middle > 1:
+            found["late"] = trial(middle, PAIRS[0], middle * shape.length // 2).right
         found["off"] = trial(1, PAIRS[0], of=without_store(bounded)).right
     return found
+
+
+@torch.no_grad()
+def progress(model: nn.Module, seed: int, device: str) -> float:
+    """Returns the share of right answers in texts of every stage of the curriculum, each of the same weight."""
+    model.eval()
+    shares = []
+    for pairs, kinds, length, decoys in STAGES:
+        generator = torch.Generator().manual_seed(10**6 + seed)
+        texts = make_texts(max(1, 2**14 // length), pairs, length, generator, 0, kinds, decoys)
+        ids, asked = texts.ids.to(device), texts.asked.to(device)
+        logits = model(input_ids=ids, logits_to_keep=asked - 1, use_cache=False).logits
+        shares.append(float((logits.argmax(-1) == ids[:, asked]).float().mean()))
+    return sum(shares) / len(shares)

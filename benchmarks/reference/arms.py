@@ -15,6 +15,9 @@ from torch import nn
 from transformers import OlmoHybridConfig, OlmoHybridForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
+STORE_BLOCK = 128  # tokens that a store has room for beside those that it keeps, but one
+SELECTION = 6  # numbers of 2 bytes that a slot of a store that selects takes for each key head: a score and a count
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -30,11 +33,24 @@ class Shape:
     top_k: int = 8
     retrieval_layers: tuple[int, ...] = (1,)
     memory_tokens: int = 16
+    linear_heads: int = 1  # of linear attention, whose projections are the smaller the fewer there are
 
     @property
     def state(self) -> int:
-        """The numbers in the windows of all layers and in the stores."""
-        return 2 * self.width * (self.layers * self.window + len(self.retrieval_layers) * self.capacity)
+        """The numbers of 2 bytes in the windows of all layers and in stores that select."""
+        slots = len(self.retrieval_layers) * (self.capacity + self.window + STORE_BLOCK - 1)
+        return 2 * self.width * (self.layers * self.window + slots) + SELECTION * self.heads * slots
+
+    def capacity_beside(self, tensors: int, selects: bool) -> int:
+        """Returns the tokens of a store that takes what the windows leave of the state.
+
+        Args:
+            tensors: how many tensors a layer has for keys and values.
+            selects: whether the store selects tokens.
+        """
+        left = self.state - tensors * self.width * self.layers * self.window
+        slot = tensors * self.width + (SELECTION * self.heads if selects else 0)
+        return left // (len(self.retrieval_layers) * slot) - self.window - STORE_BLOCK + 1
 
     @property
     def wide_window(self) -> int:
@@ -49,12 +65,12 @@ class Arm:
     Args:
         build: makes the model from a shape and the width of its MLP.
         about: what it is, for a table.
-        remembers: how many times the tokens of a store it keeps; narrow windows train it from the first steps on.
+        has_store: whether it has a store, which narrow windows train from the first steps on.
     """
 
     build: Callable[[Shape, int], nn.Module]
     about: str
-    remembers: int = 0
+    has_store: bool = False
     most: int = 16
 
 
@@ -80,21 +96,21 @@ def olmem(**choices: Callable[[Shape], Any]) -> Callable[[Shape, int], nn.Module
     return build
 
 
-def store(shape: Shape, factor: int = 1) -> dict[str, Any]:
-    """Returns the fields of a store."""
-    return {
-        "retrieval_layers": list(shape.retrieval_layers),
-        "retrieval_top_k": shape.top_k,
-        "retrieval_capacity": factor * shape.capacity,
-        "retrieval_gate_init": 0.0,
-    }
+def with_store(admission: str = "learned", **fields: Any) -> Callable[[Shape, int], nn.Module]:
+    """Returns what builds an Olmem model with a store beside the windows, of the same state whatever is stored."""
+    shared = fields.get("shared_projections", "none") == "key_value"
 
+    def build(shape: Shape, mlp: int) -> nn.Module:
+        own: dict[str, Any] = {
+            "retrieval_layers": list(shape.retrieval_layers),
+            "retrieval_top_k": shape.top_k,
+            "retrieval_capacity": shape.capacity_beside(1 if shared else 2, admission == "learned"),
+            "retrieval_admission": admission,
+            "retrieval_gate_init": 0.0,
+        }
+        return olmem(**{name: (lambda _, value=value: value) for name, value in (own | fields).items()})(shape, mlp)
 
-def with_store(factor: int = 1, **fields: Any) -> Callable[[Shape, int], nn.Module]:
-    """Returns what builds an Olmem model with a store."""
-    names = store(Shape(1), factor)
-    choices = {name: (lambda shape, name=name: store(shape, factor)[name]) for name in names}
-    return olmem(**choices, **{name: (lambda _, value=value: value) for name, value in fields.items()})
+    return build
 
 
 class LinearAttention(nn.Module):
@@ -112,7 +128,7 @@ class LinearAttention(nn.Module):
 
 def hybrid(shape: Shape, mlp: int) -> nn.Module:
     """Builds Transformers' OlmoHybrid with linear attention only, whose matrices are as large as the state."""
-    size = int((shape.state / (shape.layers * shape.heads)) ** 0.5)
+    size = int((shape.state / (shape.layers * shape.linear_heads)) ** 0.5)
     config = OlmoHybridConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.width,
@@ -120,8 +136,8 @@ def hybrid(shape: Shape, mlp: int) -> nn.Module:
         num_hidden_layers=shape.layers + 1,
         num_attention_heads=shape.heads,
         layer_types=["linear_attention"] * shape.layers + ["full_attention"],
-        linear_num_key_heads=shape.heads,
-        linear_num_value_heads=shape.heads,
+        linear_num_key_heads=shape.linear_heads,
+        linear_num_value_heads=shape.linear_heads,
         linear_key_head_dim=size,
         linear_value_head_dim=size,
         max_position_embeddings=shape.length,
@@ -184,19 +200,18 @@ ARMS: dict[str, Arm] = {
         ),
         "sliding windows and memory tokens",
     ),
-    "recent": Arm(with_store(), "windows and the most recent tokens, retrieved", 1),
-    "selected": Arm(with_store(retrieval_admission="learned"), "windows and selected tokens, retrieved", 1, 256),
+    "recent": Arm(with_store("recent"), "windows and the most recent tokens, retrieved", True),
+    "selected": Arm(with_store(), "windows and selected tokens, retrieved", True, 256),
     "selected, key_value": Arm(
-        with_store(2, retrieval_admission="learned", shared_projections="key_value"),
-        "the same with one tensor for keys and values, so twice as many tokens",
-        2,
+        with_store(shared_projections="key_value"),
+        "the same with one tensor for keys and values, so about twice as many tokens",
+        True,
         256,
     ),
     "all": Arm(
-        with_store(2, retrieval_admission="learned", shared_projections="key_value", num_memory_tokens=4,
-                   memory_segment_length=256),
+        with_store(shared_projections="key_value", num_memory_tokens=4, memory_segment_length=256),
         "the same with memory tokens",
-        2,
+        True,
         256,
     ),
     "OlmoHybrid": Arm(hybrid, "Transformers' OlmoHybrid, linear attention in every layer"),

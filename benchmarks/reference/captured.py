@@ -31,6 +31,7 @@ class Passes:
     def __init__(self, model: nn.Module, run: Callable[[Tensors], Tensors]):
         self.weights, self.run = [weight for weight in model.parameters() if weight.requires_grad], run
         self.graphs: dict[Hashable, Graph] = {}
+        self.pool = torch.cuda.graph_pool_handle()
         # The library's attention allocates memory of its own, which a capture must not.
         torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -56,7 +57,7 @@ class Passes:
                 self.differentiate(inputs)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self.pool):
             outputs, gradients = self.differentiate(inputs)
         return Graph(graph, inputs, outputs, gradients)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from arms import ARMS, Shape, build
 from figures import make_table
+from olmem import OlmemForCausalLM
 from pairs import VOCABULARY, PairTexts
 from recipe import Recipe, train
 from torch import nn
@@ -34,7 +35,7 @@ class Settings:
     tokens: int = 16384
     rate: float = 2e-3
     gate_rate: float = 1e-2
-    noise: float = 0.0
+    noise: float = 1.0
     patience: float = 0.1
     half: int = 1
     graphs: int = 1
@@ -50,7 +51,7 @@ HELP = {
     "tokens": "of a batch",
     "rate": "largest learning rate, where no file has one of the arm",
     "gate_rate": "the same of gates and scores",
-    "noise": "standard deviation of what is added to scores of admission in training",
+    "noise": "standard deviation of what is added to written memory in training",
     "patience": "share of the steps after which a stage ends, whatever is answered",
     "half": "1 for bfloat16 on a GPU, 0 for float32",
     "graphs": "1 replays steps as CUDA graphs where there is one GPU, 0 does not",
@@ -89,11 +90,16 @@ def train_one(job: Job) -> dict[str, Any]:
     """Trains and tries one arm."""
     settings, arm = job.settings, ARMS[job.arm]
     recipe = Recipe(
-        settings.rate, settings.gate_rate, noise=settings.noise, half=settings.half > 0, graphs=settings.graphs > 0
+        settings.rate,
+        settings.gate_rate,
+        memory_noise=settings.noise,
+        half=settings.half > 0,
+        graphs=settings.graphs > 0,
     )
-    texts = PairTexts(settings.steps, settings.tokens, job.seed, SHAPE.capacity * arm.remembers, arm.remembers > 0)
     torch.manual_seed(job.seed)
     model: nn.Module = build(job.arm, SHAPE)
+    capacity = model.config.retrieval_capacity if arm.has_store and isinstance(model, OlmemForCausalLM) else 0
+    texts = PairTexts(settings.steps, settings.tokens, job.seed, capacity)
     place = job.folder / f"{job.arm.replace(', ', '_')}-{job.seed}"
     begin = time.perf_counter()
     log = train(model, recipe, texts, place, job.seed, silent=True, patience=int(settings.patience * settings.steps))

@@ -1,7 +1,9 @@
 """The recipe: Transformers' `Trainer`, with what a memory needs to be learned.
 
 - A curriculum of stages with more and longer segments. The longest stage grows when its texts are answered.
-- Windows are drawn from a few, so that a store or a memory is needed from the first steps on.
+- Half of the short texts are read with a narrow window, so that a store is needed from the first steps on, and stores
+  are so small that they must select.
+- Noise is added to written memory, so that it must stand errors.
 - Gates and scores of admission learn at a rate of their own, and nothing pulls them to zero.
 - On one GPU a step is replayed as a CUDA graph.
 
@@ -37,7 +39,7 @@ class Recipe:
     rate: float = 2e-3
     gate_rate: float = 1e-2
     decay: float = 0.01
-    noise: float = 0.0
+    memory_noise: float = 0.0
     half: bool = True  # autocast to bfloat16, on a GPU
     graphs: bool = True  # on one GPU
 
@@ -103,16 +105,18 @@ class RecipeTrainer(Trainer):
         self.right: list[torch.Tensor] = []  # shares of right answers since the last record
         alone = arguments.device.type == "cuda" and arguments.parallel_mode == ParallelMode.NOT_DISTRIBUTED
         self.passes = Passes(model, self.run_captured) if recipe.graphs and alone else None
-        for module in model.modules() if recipe.noise else ():
-            if type(module).__name__ == "OlmemAdmission":
+        for module in model.modules() if recipe.memory_noise else ():
+            if type(module).__name__ == "OlmemMemory":
                 module.register_forward_hook(self.add_noise)
 
-    def add_noise(self, module: nn.Module, _: Any, scores: torch.Tensor) -> torch.Tensor:
-        """Adds noise to the scores of admission in training."""
-        return scores + self.recipe.noise * torch.randn_like(scores) if module.training else scores
+    def add_noise(self, module: nn.Module, inputs: tuple[Any, ...], memory: torch.Tensor) -> torch.Tensor:
+        """Adds noise to written memory in training, so that what is written next must undo small errors."""
+        written = bool(inputs) and inputs[0] is not None
+        return memory + self.recipe.memory_noise * torch.randn_like(memory) if written and module.training else memory
 
     def _load_callback_state(self) -> None:
-        found = self.state.stateful_callbacks.get("Curriculum")
+        found: Any = self.state.stateful_callbacks
+        found = found.get("Curriculum") if isinstance(found, dict) else None
         if found is not None:
             self.texts.begins[:] = found["attributes"]["begins"]
             self.curriculum.right = [torch.tensor(each) for each in found["attributes"]["right"]]

@@ -10,7 +10,7 @@ from olmem import OlmemCache, OlmemForCausalLM
 from pairs import ASKED, STAGES, make_texts
 from torch import nn
 
-PIECE = 16384  # tokens of a call
+PIECE = 8192  # tokens of a call
 TIMES = (1, 4, 16, 64, 256)  # the trained length
 PAIRS = (256, 320, 384, 512, 640, 1024)  # told in a text, of which a store holds one token each of 640
 LONG, ROWS, FEW = 64, 8, 4  # from so many times the trained length on there are few rows

@@ -31,7 +31,7 @@ class Settings:
     arms: str = ";".join(ARMS)
     seeds: int = 5
     first: int = 0
-    steps: int = 2500
+    steps: int = 2200
     tokens: int = 16384
     rate: float = 2e-3
     gate_rate: float = 1e-2

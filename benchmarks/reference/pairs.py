@@ -17,7 +17,7 @@ MARKER = KEYS + VALUES + FILLER  # stands before a decoy
 VOCABULARY = MARKER + 1
 CELL = 8  # tokens of filler in which there may be one decoy
 DECOYS = 0.5  # the share of cells that have one
-ASKED = 128  # questions at most
+ASKED = 64  # questions at most
 # Of each stage of the curriculum: pairs, keys they are drawn from, tokens, share of cells with decoys.
 STAGES = (
     (4, 16, 16, 0.0),
@@ -28,8 +28,10 @@ STAGES = (
     (64, 512, 512, DECOYS),
     (128, 1024, 1024, DECOYS),
     (256, 1024, 2048, DECOYS),
+    (256, 1024, 2048, DECOYS),  # of fewer pairs and smaller stores
 )
-NARROW, SHORT = 8, 128  # tokens of a window that makes texts long, if they are no longer than that
+NARROW = 8  # tokens of the other window, which makes short texts long
+ROOM = (1, 2, 4)  # times the share of a store that a text's share of the pairs gets
 FEWER = (1, 4, 16)  # what the pairs of the last stage are divided by, so that a store must drop more than it keeps
 TIGHT = (1, 2)  # … and the stores of that stage
 
@@ -75,7 +77,8 @@ class PairTexts(Dataset[dict[str, torch.Tensor]]):
     """Batches of texts, one for each step of a training: a curriculum from few pairs in one window to many far away.
 
     Every second batch has texts of the longest stage so far, the others of any stage up to it. Where there is a store,
-    half of the short texts are read with a narrow window, and a text of few pairs gets a small store.
+    half of the texts are read with a narrow window, and stores are small where there are few pairs. In the last stage
+    windows are whole, pairs are fewer and stores are smaller.
 
     Args:
         steps: of the training.
@@ -101,12 +104,14 @@ class PairTexts(Dataset[dict[str, torch.Tensor]]):
 
         stage = draw(longest + 1) if index % 2 else longest
         pairs, kinds, length, decoys = STAGES[stage]
-        window, tight = NARROW * draw(2) if length <= SHORT else 0, 1
+        window, room, tight = NARROW * draw(2), ROOM[draw(len(ROOM))], 1
         if stage == len(STAGES) - 1:
-            pairs, tight = pairs // FEWER[draw(len(FEWER))], TIGHT[draw(len(TIGHT))]
+            window, room, tight = 0, 1, TIGHT[draw(len(TIGHT))]
+            pairs //= FEWER[draw(len(FEWER))]
         cells = (length - 2 * pairs - 2 * min(pairs, ASKED)) // 2 // CELL
         texts = make_texts(max(1, self.tokens // length), pairs, length, own, CELL * draw(cells + 1), kinds, decoys)
-        sizes = {"window": window, "capacity": self.capacity * pairs // STAGES[-1][0] // tight} if self.capacity else {}
+        share = room * self.capacity * pairs // STAGES[-1][0] // tight
+        sizes = {"window": window, "capacity": min(self.capacity, share)} if self.capacity else {}
         return {
             "input_ids": texts.ids,
             "asked": texts.asked,

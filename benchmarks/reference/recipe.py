@@ -28,6 +28,7 @@ from transformers.training_args import ParallelMode
 SLOW_TO_MOVE = ("retrieval_gate", "memory_gate", "retrieval_score")  # parameters with a rate of their own
 CHECKED = 10  # steps between two looks at what is answered
 THROUGH = 0.9  # the share of right answers of the longest texts with which they grow
+FIRST = 3  # stages that must be answered, however long it takes
 AHEAD = 2  # steps until what was decided holds, as the next batch is already made
 Batch = dict[str, torch.Tensor]
 
@@ -63,7 +64,10 @@ class Texts(Protocol):
 
 
 class Curriculum(TrainerCallback, ExportableState):
-    """Goes on to the next stage when the texts of the last one are answered, or at the latest after so many steps."""
+    """Goes on to the next stage when the texts of the last one are answered, or at the latest after so many steps.
+
+    The first stages have no such end: what is not learned from short texts is not learned from long ones.
+    """
 
     def __init__(self, texts: Texts, patience: int = 0):
         self.texts, self.patience = texts, patience
@@ -83,7 +87,7 @@ class Curriculum(TrainerCallback, ExportableState):
         texts, step = self.texts, state.global_step
         if step % CHECKED or len(texts.begins) >= texts.stages:
             return
-        late = self.patience and step - texts.begins[-1] >= self.patience
+        late = self.patience and len(texts.begins) > FIRST and step - texts.begins[-1] >= self.patience
         done = (
             len(self.right) == CHECKED and float(torch.stack([torch.as_tensor(x) for x in self.right]).mean()) > THROUGH
         )

@@ -13,7 +13,7 @@ from torch import nn
 PIECE = 8192  # tokens of a call
 TIMES = (1, 4, 16, 64, 256)  # the trained length
 PAIRS = (256, 320, 384, 512, 640, 1024)  # told in a text, of which a store holds one token each of 640
-LONG, ROWS, FEW = 64, 8, 4  # from so many times the trained length on there are few rows
+LONG, ROWS, FEW = 64, 8, 2  # from so many times the trained length on there are few rows
 ONE_CALL = 2**17  # tokens that are read in one call where there is no state to go on with
 
 

@@ -1,0 +1,110 @@
+"""The reference models' recall of pairs, in little: texts, equal state, curriculum, and each command."""
+
+import json
+import runpy
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from olmem import OlmemCache, OlmemForCausalLM
+
+FOLDER = Path(__file__).parents[1] / "benchmarks/reference"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    yield import_module
+
+
+@pytest.mark.parametrize(("pairs", "length", "before"), [(4, 16, 0), (16, 128, 24), (256, 1024, 64)])
+def test_what_is_asked_was_told_and_decoys_are_not(load, pairs, length, before):
+    module = load("pairs")
+    texts = module.make_texts(3, pairs, length, torch.Generator().manual_seed(0), before)
+    assert texts.ids.shape == (3, length)
+    assert len(texts.asked) == min(pairs, module.ASKED)
+    for row in texts.ids.tolist():
+        told = dict(zip(row[before : before + 2 * pairs : 2], row[before + 1 : before + 2 * pairs : 2], strict=True))
+        assert len(told) == pairs
+        for column in texts.asked.tolist():
+            assert told[row[column - 1]] == row[column]
+        between = row[before + 2 * pairs : length - 2 * len(texts.asked)]
+        for index, token in enumerate(between[:-2]):
+            if token < module.KEYS:
+                assert index == 0 or between[index - 1] == module.MARKER
+        assert all(token >= module.KEYS for token in between) or module.MARKER in between
+
+
+def test_batches_are_made_from_their_numbers_and_grow_with_the_stage(load):
+    module = load("pairs")
+    texts = module.PairTexts(100, 2048, 0, capacity=640)
+    assert all(texts[index]["input_ids"].shape == (128, 16) for index in range(4))
+    texts.begins += [10] * (texts.stages - 2)
+    assert texts[8]["input_ids"].shape == (128, 16)
+    batch, again = texts[20], texts[20]
+    assert batch["input_ids"].shape == (1, 2048)
+    assert bool(batch["longest"]) and not bool(texts[21]["longest"])
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+    assert all(0 < int(texts[index]["capacity"]) <= 640 for index in range(40))
+
+
+def test_arms_have_equal_parameters(load):
+    arms, shape = load("arms"), load("jobs").SHAPE
+    with torch.device("meta"):
+        counts = {name: sum(each.numel() for each in arms.build(name, shape).parameters()) for name in arms.ARMS}
+    assert all(abs(count / counts["window"] - 1) < 0.01 for count in counts.values()), counts
+
+
+def test_arms_have_equal_state(load):
+    arms = load("arms")
+    shape = arms.Shape(vocabulary=64, width=32, heads=2, window=16, length=256, capacity=256, memory_tokens=4)
+    for name in ("window", "sinks", "memory", "recent", "selected", "selected, key_value", "all"):
+        model = arms.build(name, shape).bfloat16()
+        cache = OlmemCache(model.config)
+        with torch.no_grad():
+            for part in torch.zeros(1, 2000, dtype=torch.long).split(100, dim=1):
+                model(part, past_key_values=cache, use_cache=True)
+        assert abs(cache.nbytes / (2 * shape.state) - 1) < 0.03, (name, cache.nbytes, 2 * shape.state)
+
+
+def test_the_curriculum_goes_on_when_texts_are_answered(load):
+    recipe = load("recipe")
+    texts = SimpleNamespace(begins=[0], stages=5)
+    curriculum = recipe.Curriculum(texts, patience=50)
+
+    def steps(first: int, last: int, share: float) -> None:
+        for step in range(first, last + 1):
+            curriculum.add(torch.tensor(share))
+            curriculum.on_step_end(None, SimpleNamespace(global_step=step), None)
+
+    steps(1, 100, 0.5)
+    assert texts.begins == [0]
+    steps(101, 110, 0.95)
+    assert texts.begins == [0, 112]
+    steps(111, 120, 0.95)
+    assert texts.begins == [0, 112, 122]
+    steps(121, 300, 0.5)
+    assert texts.begins == [0, 112, 122]
+    steps(301, 310, 0.95)
+    assert texts.begins == [0, 112, 122, 312]
+    steps(311, 370, 0.5)  # the fourth stage ends, answered or not
+    assert texts.begins == [0, 112, 122, 312, 372]
+
+
+def test_a_training_is_tried_drawn_and_evaluated(load, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+    main = runpy.run_path(str(FOLDER / "__main__.py"))["main"]
+    file, folder = tmp_path / "found.json", tmp_path / "models"
+    few = ["--arms", "selected", "--steps", "12", "--tokens", "128", "--processes", "1", "--most", "1"]
+    main(["train", *few, "--seeds", "1", "--folder", str(folder), "--json", str(file)])
+    found = json.loads(file.read_text())
+    (row,) = found["trainings"]
+    assert row["arm"] == "selected" and row["begins"][0] == 0 and len(row["curve"]) > 0
+    assert found["table"]["selected"]["length"]["1"] == [row["length"]["1"], 0.0]
+    main(["draw", str(file)])
+    assert "<svg" in file.with_suffix(".svg").read_text()
+    main(["evaluate", str(folder / "selected-0"), "--most", "1"])
+    assert json.loads(capsys.readouterr().out.split("found.svg\n")[-1])["length"]["1"] == row["length"]["1"]

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from olmem import OlmemCache, OlmemForCausalLM
+from olmem import OlmemCache
 
 FOLDER = Path(__file__).parents[1] / "benchmarks/reference"
 
@@ -98,7 +98,7 @@ def test_a_training_is_tried_drawn_and_evaluated(load, monkeypatch, tmp_path, ca
     monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
     main = runpy.run_path(str(FOLDER / "__main__.py"))["main"]
     file, folder = tmp_path / "found.json", tmp_path / "models"
-    few = ["--arms", "selected", "--steps", "12", "--tokens", "128", "--processes", "1", "--most", "1"]
+    few = ["--arms", "selected", "--steps", "12", "--tokens", "128", "--processes", "1", "--most", "1", "--rows", "1"]
     main(["train", *few, "--seeds", "1", "--folder", str(folder), "--json", str(file)])
     found = json.loads(file.read_text())
     (row,) = found["trainings"]
@@ -106,5 +106,5 @@ def test_a_training_is_tried_drawn_and_evaluated(load, monkeypatch, tmp_path, ca
     assert found["table"]["selected"]["length"]["1"] == [row["length"]["1"], 0.0]
     main(["draw", str(file)])
     assert "<svg" in file.with_suffix(".svg").read_text()
-    main(["evaluate", str(folder / "selected-0"), "--most", "1"])
+    main(["evaluate", str(folder / "selected-0"), "--most", "1", "--rows", "1"])
     assert json.loads(capsys.readouterr().out.split("found.svg\n")[-1])["length"]["1"] == row["length"]["1"]

@@ -22,10 +22,10 @@ from olmem import OlmemForCausalLM
 from trials import TIMES, recall
 
 
-def evaluate(folder: Path, most: int) -> None:
+def evaluate(folder: Path, most: int, rows: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = OlmemForCausalLM.from_pretrained(folder).to(device)  # pyright: ignore[reportArgumentType]
-    print(json.dumps(recall(model, SHAPE, 0, most, device), indent=2))
+    print(json.dumps(recall(model, SHAPE, 0, most, rows, device), indent=2))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     tries = commands.add_parser("evaluate", help="tries a model that was trained")
     tries.add_argument("folder", type=Path)
     tries.add_argument("--most", type=int, default=TIMES[-1], help=HELP["most"])
+    tries.add_argument("--rows", type=int, default=Settings().rows, help=HELP["rows"])
     draws = commands.add_parser("draw", help="draws what a file holds, as an SVG beside it")
     draws.add_argument("file", type=Path)
     given = vars(parser.parse_args(arguments))

@@ -14,7 +14,7 @@ import torch
 from arms import ARMS, Shape, build
 from figures import make_table
 from olmem import OlmemForCausalLM
-from pairs import VOCABULARY, PairTexts
+from pairs import ASKED, VOCABULARY, PairTexts
 from recipe import Recipe, train
 from torch import nn
 from tqdm import tqdm
@@ -41,6 +41,7 @@ class Settings:
     graphs: int = 1
     processes: int = 4
     most: int = TIMES[-1]
+    rows: int = 8
 
 
 HELP = {
@@ -57,6 +58,7 @@ HELP = {
     "graphs": "1 replays steps as CUDA graphs where there is one GPU, 0 does not",
     "processes": "trainings at a time on each GPU",
     "most": "times the trained length that are tried",
+    "rows": f"texts of a trial, of {ASKED} questions each, and a quarter of it of the longest texts",
 }
 
 
@@ -109,7 +111,7 @@ def train_one(job: Job) -> dict[str, Any]:
     device = str(next(model.parameters()).device)
     if job.sweep:
         return row | {"right": progress(model, job.seed, device)}
-    return row | recall(model, SHAPE, job.seed, min(arm.most, settings.most), device)
+    return row | recall(model, SHAPE, job.seed, min(arm.most, settings.most), settings.rows, device)
 
 
 def work(jobs: Sequence[Job], processes: int) -> Iterator[dict[str, Any]]:

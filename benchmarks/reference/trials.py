@@ -13,7 +13,7 @@ from torch import nn
 PIECE = 8192  # tokens of a call
 TIMES = (1, 4, 16, 64, 256)  # the trained length
 PAIRS = (256, 320, 384, 512, 640, 1024)  # told in a text, of which a store holds one token each of 640
-LONG, ROWS, FEW = 64, 8, 2  # from so many times the trained length on there are few rows
+LONG, FEWER_ROWS = 64, 4  # from so many times the trained length on there are so many times fewer rows
 ONE_CALL = 2**17  # tokens that are read in one call where there is no state to go on with
 
 
@@ -55,7 +55,7 @@ def without_store(model: OlmemForCausalLM) -> OlmemForCausalLM:
     return other.eval()
 
 
-def recall(model: nn.Module, shape: Shape, seed: int, most: int, device: str) -> dict[str, Any]:
+def recall(model: nn.Module, shape: Shape, seed: int, most: int, rows: int, device: str) -> dict[str, Any]:
     """Tries texts of up to so many times the trained length, with more pairs, later ones, and without memory.
 
     Only what may have learned something is asked for more: more pairs than a store has room for, and later ones.
@@ -65,8 +65,8 @@ def recall(model: nn.Module, shape: Shape, seed: int, most: int, device: str) ->
 
     def trial(times: int, pairs: int, before: int = 0, of: nn.Module = model) -> Reading:
         generator = torch.Generator().manual_seed(10**6 + seed)
-        rows = FEW if times >= LONG else ROWS
-        texts = make_texts(rows, pairs, times * shape.length, generator, before)
+        count = max(1, rows // FEWER_ROWS) if times >= LONG else rows
+        texts = make_texts(count, pairs, times * shape.length, generator, before)
         return read(of, texts.ids.to(device), texts.asked.to(device))
 
     bounded = (

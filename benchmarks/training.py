@@ -115,9 +115,13 @@ class Text:
     validation: torch.Tensor
 
 
-def documents(limit: int) -> Iterator[str]:
-    """The standard library's sources, in the order of a hash of their paths, until they are that many characters."""
-    root = Path(sysconfig.get_path("stdlib"))
+def documents(limit: int, root: Path | None = None) -> Iterator[str]:
+    """A folder's sources, in the order of a hash of their paths, until they are that many characters.
+
+    Args:
+        root: the folder; by default the standard library.
+    """
+    root = Path(sysconfig.get_path("stdlib")) if root is None else root
     paths = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in ("site-packages", "dist-packages")]
@@ -140,16 +144,29 @@ def pack(encoded: Sequence[Sequence[int]], end: int) -> torch.Tensor:
     return torch.tensor([token for ids in encoded for token in (*ids, end)], dtype=torch.long)
 
 
+def split_documents(
+    encoded: Sequence[list[int]], share: float, largest: float = 1.0
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The documents that train, and those that validate: the first that fit into that share of the text.
+
+    Args:
+        largest: the most of that share that one document may take.
+    """
+    room, training, validation = share * sum(map(len, encoded)), [], []
+    most = largest * room
+    for ids in encoded:
+        fits = len(ids) <= min(room, most)
+        (validation if fits else training).append(ids)
+        room -= len(ids) if fits else 0
+    return training, validation
+
+
 def load_text(settings: Settings, device: torch.device) -> Text:
     tokenizer = Tokenizer.from_file(str(TOKENIZER))
     end = tokenizer.encode(END_OF_TEXT).ids[0]
     texts = list(documents(settings.characters))
     encoded = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-    room, training, validation = VALIDATION * sum(map(len, encoded)), [], []
-    for ids in encoded:
-        fits = len(ids) <= room
-        (validation if fits else training).append(ids)
-        room -= len(ids) if fits else 0
+    training, validation = split_documents(encoded, VALIDATION)
     text = Text(pack(training, end), pack(validation, end))
     if len(text.training) < (settings.batch + 1) * settings.length or len(text.validation) <= 4 * settings.length:
         raise SystemExit(f"{len(text.training)} training and {len(text.validation)} validation tokens are too few")

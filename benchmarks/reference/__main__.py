@@ -2,30 +2,70 @@
 
     python benchmarks/reference sweep [--arms "window;selected"] [--steps 500] [--json RATES] [--folder DIR]
     python benchmarks/reference train [--arms "window;selected"] [--seeds 5] [--rates RATES] [--json FILE]
+    python benchmarks/reference text [--arms "full;selected"] [--seeds 3] [--json FILE] [--folder DIR] [--smoke]
+    python benchmarks/reference distill [--seeds 3] [--json FILE] [--folder DIR] [--smoke]
     python benchmarks/reference evaluate FOLDER
     python benchmarks/reference draw FILE
 
 `sweep` trains each arm for a while with each of a few learning rates, and writes which of them went farthest. `train`
 trains each arm with each seed, some at a time on each GPU, tries each, and writes to the file what is done.
-`evaluate` tries a model that was trained. `draw` makes a plot beside the file. Weights and logs are in the folder.
+`text` does both with text. `distill` puts a store beside the models of full attention that `text` has left in the
+folder, and reads a long stream with them and the others. `evaluate` tries a model that was trained. `draw` makes a plot
+beside the file. Weights and logs are in the folder.
 """
 
 import argparse
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from distill import DISTILL_HELP, DISTILL_SMOKE, DistillSettings, run_distill
 from figures import draw
 from jobs import HELP, SHAPE, Settings, run, sweep
 from olmem import OlmemForCausalLM
+from text import make_text
+from text_figures import draw_distill, draw_text
+from text_jobs import TEXT_HELP, TEXT_SMOKE, TextSettings, run_text
+from text_trials import read_text
 from trials import TIMES, recall
 
 
 def evaluate(folder: Path, most: int, rows: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = OlmemForCausalLM.from_pretrained(folder).to(device)  # pyright: ignore[reportArgumentType]
-    print(json.dumps(recall(model, SHAPE, 0, most, rows, device), indent=2))
+    if model.config.vocab_size == SHAPE.vocabulary:
+        found = recall(model, SHAPE, 0, most, rows, device)
+    else:
+        settings = TextSettings()
+        text = make_text(settings.characters)
+        found = read_text(model, text, model.config.max_position_embeddings, settings.evaluated)
+    print(json.dumps(found, indent=2))
+
+
+def add_settings(parser: argparse.ArgumentParser, settings: Any, smoke: Any, texts: dict[str, str]) -> None:
+    """Adds an option for each field of settings, and where things go."""
+    for each in fields(settings):
+        usual, little = getattr(settings, each.name), f"; smoke {getattr(smoke, each.name)}" if smoke else ""
+        text = f"{texts[each.name]} ({usual}{little})"
+        parser.add_argument(f"--{each.name.replace('_', '-')}", type=type(usual), help=text)
+    if smoke:
+        parser.add_argument("--smoke", action="store_true", help="the same in little, a minute on a CPU")
+    parser.add_argument("--folder", type=Path, default=Path("build/reference"), help="for weights and logs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write everything measured")
+
+
+def draw_file(file: Path) -> None:
+    found = json.loads(file.read_text())
+    task, table = found.get("task"), found["table"]
+    if task == "text":
+        content = draw_text(table, found["shape"]["length"])
+    else:
+        content = draw_distill(table) if task == "distill" else draw(table, SHAPE.length)
+    plot = file.with_suffix(".svg")
+    plot.write_bytes(content)
+    print(plot)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -33,12 +73,12 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     sweeps = commands.add_parser("sweep", help="finds a learning rate for each arm")
     trains = commands.add_parser("train", help="trains and tries arms")
-    for command in (sweeps, trains):
-        for each in fields(Settings):
-            name, text = f"--{each.name.replace('_', '-')}", f"{HELP[each.name]} ({each.default})"
-            command.add_argument(name, type=type(each.default), default=each.default, help=text)
-        command.add_argument("--folder", type=Path, default=Path("build/reference"), help="for weights and logs")
-        command.add_argument("--json", type=Path, metavar="FILE", help="where to write everything measured")
+    texts = commands.add_parser("text", help="trains and tries arms on text")
+    distils = commands.add_parser("distill", help="puts a store beside models of full attention, and streams them")
+    add_settings(sweeps, Settings(), None, HELP)
+    add_settings(trains, Settings(), None, HELP)
+    add_settings(texts, TextSettings(), TEXT_SMOKE, TEXT_HELP)
+    add_settings(distils, DistillSettings(), DISTILL_SMOKE, DISTILL_HELP)
     trains.add_argument("--rates", type=Path, metavar="FILE", help="what `sweep` wrote")
     tries = commands.add_parser("evaluate", help="tries a model that was trained")
     tries.add_argument("folder", type=Path)
@@ -48,24 +88,40 @@ def main(arguments: list[str] | None = None) -> None:
     draws.add_argument("file", type=Path)
     given = vars(parser.parse_args(arguments))
     command = given.pop("command")
-    if command in ("sweep", "train"):
-        folder, file, rates = given.pop("folder"), given.pop("json"), given.pop("rates", None)
-        settings = Settings(**given)
-        if command == "sweep":
-            print(json.dumps(sweep(settings, folder, file)))
-            if file is not None:
-                print(f"next: python benchmarks/reference train --rates {file}")
-        else:
-            run(settings, folder, file, {} if rates is None else json.loads(rates.read_text())["rates"])
-            if file is not None:
-                print(f"next: python benchmarks/reference draw {file}")
-    elif command == "evaluate":
+    if command == "evaluate":
         evaluate(**given)
+    elif command == "draw":
+        draw_file(given["file"])
     else:
-        file: Path = given["file"]
-        plot = file.with_suffix(".svg")
-        plot.write_bytes(draw(json.loads(file.read_text())["table"], SHAPE.length))
-        print(plot)
+        begin(command, given)
+
+
+def begin(command: str, given: dict[str, Any]) -> None:
+    """Does what takes settings, and says what comes next."""
+    folder, file = given.pop("folder"), given.pop("json")
+    is_little = given.pop("smoke", False)
+
+    def choose(usual: Any, smoke: Any = None) -> Any:
+        return replace(
+            smoke if is_little else usual, **{name: each for name, each in given.items() if each is not None}
+        )
+
+    steps = []
+    if command == "sweep":
+        print(json.dumps(sweep(choose(Settings()), folder, file)))
+        steps += [f"train --rates {file}"] if file else []
+    elif command == "train":
+        rates = given.pop("rates")
+        run(choose(Settings()), folder, file, {} if rates is None else json.loads(rates.read_text())["rates"])
+        steps += [f"draw {file}"] if file else []
+    elif command == "text":
+        run_text(choose(TextSettings(), TEXT_SMOKE), folder, file)
+        steps += [f"distill --folder {folder} --json FILE"] + ([f"draw {file}"] if file else [])
+    else:
+        run_distill(choose(DistillSettings(), DISTILL_SMOKE), folder, file)
+        steps += [f"draw {file}"] if file else []
+    for step in steps:
+        print(f"next: python benchmarks/reference {step}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ attention. `full` has no bound and is the ceiling. Models of all arms but OlmoHy
 number of parameters within 1 %, which the width of their MLPs makes up for.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ class Shape:
     top_k: int = 8
     retrieval_layers: tuple[int, ...] = (1,)
     memory_tokens: int = 16
+    mlp: int = 512  # columns of the MLPs of `window`
     linear_heads: int = 1  # of linear attention, whose projections are the smaller the fewer there are
 
     @property
@@ -179,10 +180,11 @@ class RecurrentMemoryTransformer(nn.Module):
 
 
 def recurrent(shape: Shape, mlp: int) -> nn.Module:
-    """Builds RMT around a block with full attention over a segment."""
+    """Builds RMT with full attention over a segment, which takes the whole state with the memory read and written."""
     model = olmem(layer_types=lambda _: "full_attention")(shape, mlp)
     assert isinstance(model, OlmemForCausalLM)
-    return RecurrentMemoryTransformer(model, 4 * shape.memory_tokens, 4 * shape.window)
+    count = 4 * shape.memory_tokens
+    return RecurrentMemoryTransformer(model, count, shape.wide_window - 2 * count)
 
 
 ARMS: dict[str, Arm] = {
@@ -219,16 +221,37 @@ ARMS: dict[str, Arm] = {
 }  # fmt: skip
 
 
-def build(name: str, shape: Shape) -> nn.Module:
-    """Builds an arm with as many parameters as `window` has with MLPs of twice the width, as far as 8 columns go.
+def build(name: str, shape: Shape, arms: Mapping[str, Arm] = ARMS) -> nn.Module:
+    """Builds an arm with as many parameters as `window` has with the shape's MLPs, as far as 8 columns go.
 
-    OlmoHybrid needs more than that for matrices of this size, and gets MLPs of 64 columns.
+    OlmoHybrid may need more than that for matrices of its size, and then gets MLPs of 64 columns.
     """
 
     def count(mlp: int, arm: str = name) -> int:
         with torch.device("meta"):
-            return sum(weight.numel() for weight in ARMS[arm].build(shape, mlp).parameters())
+            return sum(weight.numel() for weight in arms[arm].build(shape, mlp).parameters())
 
     small, large = count(64), count(72)
-    columns = 8 * round((count(2 * shape.width, "window") - small) / (large - small))
-    return ARMS[name].build(shape, 64 + max(0, columns))
+    columns = 8 * round((count(shape.mlp, "window") - small) / (large - small))
+    return arms[name].build(shape, 64 + max(0, columns))
+
+
+def numbers(model: nn.Module) -> int | None:
+    """Returns how many numbers of 2 bytes a model carries on from token to token, or None without a bound."""
+    config: Any = model.config
+    if isinstance(model, LinearAttention):
+        keys, values = config.linear_key_head_dim, config.linear_value_head_dim
+        layer = config.linear_num_value_heads * keys * values
+        convolved = config.linear_num_key_heads * (2 * keys + values) * (config.linear_conv_kernel_dim - 1)
+        return (config.num_hidden_layers - 1) * (layer + convolved)
+    if isinstance(model, RecurrentMemoryTransformer):
+        tokens = model.segment + 2 * len(model.memory)
+        return 2 * tokens * config.hidden_size * config.num_hidden_layers
+    if "full_attention" in config.layer_types:
+        return None
+    tensors = 1 if config.shared_projections == "key_value" else 2
+    token = tensors * config.num_key_value_heads * config.head_dim
+    prefix = config.num_memory_tokens + config.num_sink_tokens
+    slots = len(config.retrieval_layers) * (config.retrieval_capacity + config.sliding_window + STORE_BLOCK - 1)
+    selection = SELECTION * config.num_key_value_heads if config.retrieval_admission == "learned" else 0
+    return token * config.num_hidden_layers * (config.sliding_window + prefix) + (token + selection) * slots

@@ -10,7 +10,7 @@
 `accelerate launch` runs it on several GPUs as it is, without graphs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from captured import Passes, Tensors
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
 
@@ -96,6 +96,15 @@ class Curriculum(TrainerCallback, ExportableState):
             self.right = []
 
 
+def predict(model: nn.Module, ids: torch.Tensor, asked: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the logits (R, n, vocabulary) of asked columns (n,) of ids (R, T), else of all but the first; and ids."""
+    if asked is None:
+        kept, read, targets = torch.arange(ids.shape[1] - 1, device=ids.device), ids[:, :-1], ids[:, 1:]
+    else:
+        kept, read, targets = asked - 1, ids, ids[:, asked]
+    return model(input_ids=read, logits_to_keep=kept, use_cache=False).logits, targets
+
+
 class RecipeTrainer(Trainer):
     """Trains on batches that a data set makes, and scores the answers only where it says what is asked."""
 
@@ -167,14 +176,9 @@ class RecipeTrainer(Trainer):
         with torch.autocast("cuda", torch.bfloat16, enabled=self.args.bf16, cache_enabled=False):
             return self.measure(self.trained, *inputs)
 
-    @staticmethod
-    def measure(model: nn.Module, ids: torch.Tensor, asked: torch.Tensor | None = None) -> Tensors:
+    def measure(self, model: nn.Module, ids: torch.Tensor, asked: torch.Tensor | None = None) -> Tensors:
         """Returns the loss of ids (R, T) in asked columns (n,), and the share of right answers."""
-        if asked is None:
-            logits, targets = model(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:]
-        else:
-            logits = model(input_ids=ids, logits_to_keep=asked - 1, use_cache=False).logits
-            targets = ids[:, asked]
+        logits, targets = predict(model, ids, asked)
         loss = cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         return loss, (logits.detach().argmax(-1) == targets).float().mean()
 
@@ -210,7 +214,7 @@ class RecipeTrainer(Trainer):
 
 def train(
     model: nn.Module, recipe: Recipe, texts: Texts, folder: Path, seed: int, resume: bool = False,
-    silent: bool = False, patience: int = 0,
+    silent: bool = False, patience: int = 0, make: Callable[..., RecipeTrainer] = RecipeTrainer,
 ) -> list[dict[str, float]]:  # fmt: skip
     """Trains a model, saves it in a folder, and returns what was recorded on the way."""
     steps = len(texts)
@@ -235,7 +239,9 @@ def train(
         disable_tqdm=silent,
     )
     set_seed(seed)
-    trainer = RecipeTrainer(recipe, model, texts, arguments, patience)
+    trainer = make(recipe, model, texts, arguments, patience)
+    if silent:
+        trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=resume or None)
     trainer.save_model()
     return trainer.state.log_history

@@ -110,8 +110,8 @@ TASKS = {
     "qa3": Task(
         "qa3",
         (
-            Stage(48, 20, 3, asked=("qa3",)),
-            Stage(96, 32, 4, asked=("qa3", "qa1", "qa2")),
+            Stage(56, 24, 4, asked=("qa3", "qa1")),
+            Stage(96, 40, 5, asked=("qa3", "qa1", "qa2")),
             Stage(128, 48, 6, asked=("qa3", "qa1", "qa2", "qa3"), capacity=48),
             Stage(160, 64, 8, asked=("qa3", "qa1", "qa2", "qa3"), capacity=64),
             Stage(224, 96, 12, asked=("qa3", "qa1", "qa2", "qa3"), capacity=96),

@@ -2,6 +2,7 @@
 
     python benchmarks/recall.py [--variants memory,…] [--minutes 4] [--seeds 3] [--processes 1] [--smoke] [--json FILE]
     python benchmarks/recall.py --variants wider,recent,random,learned --decoys 2
+    python benchmarks/recall.py --variants memory --noise 1 --longest 4095
 
 A row is segments of as many tokens as the window has. The first half of the first tells pairs of a key and a value; the
 last half of the last asks for the keys, in another order, a value after each, which is what is scored; all between is
@@ -20,8 +21,11 @@ never asked for. Then stores of 64 tokens, too small for a text, show what is wo
 tokens drawn at random (`random`), or those of scores that are learned (`learned`). Windows that take the same bytes are
 beside them (`wider`).
 
+With `--noise` memory that was written is disturbed in training, so that what is written next must undo small errors.
+Then it is kept for many more segments than a training has.
+
 A training is a process of its own with as many threads as there are cores to it; `--processes` at a time, all on one
-GPU if there is one: there 9 at a time are done in five minutes.
+GPU if there is one, where a training step is replayed as a CUDA graph.
 """
 
 import argparse
@@ -32,11 +36,13 @@ import statistics
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from olmem import OlmemConfig, OlmemForCausalLM
+from reference.captured import Passes
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
@@ -47,8 +53,9 @@ WINDOW = 32  # tokens, of a segment too
 PAIRS = 8  # told in a row's first half window, and asked for in its last
 FEW = 4  # pairs of the first rows, which have no filler
 TRAINED = 7  # windows' distance at most: 8 segments
-DISTANCES = (0, 1, 4, 7, 8, 16, 64, 256, 511, 1535)
+DISTANCES = (0, 1, 4, 7, 8, 16, 64, 256, 511, 1535, 4095, 16383)
 MARKER = KEYS + VALUES + FILLER  # stands before a pair that is never asked for
+CHECKED = 4  # steps between two looks at what is answered
 PLACES = 4  # of a window, where such a pair may be
 SMALL: dict[str, Any] = {
     "retrieval_layers": [1],
@@ -84,8 +91,12 @@ class Settings:
     heads: int = 4
     processes: int = 1
     rows: int = 256
-    longest: int = DISTANCES[-1]
+    longest: int = 1535
     decoys: int = 0
+    noise: float = 0.0
+    late: int = 0
+    trial_minutes: float = 10.0
+    graphs: int = 1
     variants: str = "window,retrieval,memory"
 
 
@@ -100,6 +111,10 @@ HELP = {
     "rows": "of an evaluation, with 4 answers each",
     "longest": "distance that is tried",
     "decoys": f"pairs of a window that are never asked for, {PLACES} at most",
+    "noise": "standard deviation of what is added to written memory in training",
+    "late": f"1 also tries pairs that are told {TRAINED} windows before they are asked for, at the end of long rows",
+    "trial_minutes": "in which a model is tried; longer distances are left out",
+    "graphs": "1 replays steps as CUDA graphs on a GPU, 0 does not",
     "variants": "that are trained",
 }
 
@@ -160,6 +175,12 @@ def drawn(_: nn.Module, given: object, scores: torch.Tensor) -> torch.Tensor:
     return 1e-4 * torch.rand_like(scores)
 
 
+def add_noise(scale: float, memory: nn.Module, given: tuple[torch.Tensor | None, ...], output: torch.Tensor) -> Any:
+    """Adds noise to memory that was written, in training; the memory that begins a stream stays as it is."""
+    written = bool(given) and given[0] is not None
+    return output + scale * torch.randn_like(output) if written and memory.training else output
+
+
 def train(variant: str, seed: int, settings: Settings, device: str) -> dict[str, Any]:
     """One model, trained and tried: its share of right answers at each distance."""
     torch.manual_seed(seed)
@@ -169,10 +190,15 @@ def train(variant: str, seed: int, settings: Settings, device: str) -> dict[str,
         for name, module in model.named_modules():
             if name.endswith("retrieval_score"):
                 module.register_forward_hook(drawn)
+    if settings.noise and model.model.memory is not None:
+        model.model.memory.register_forward_hook(partial(add_noise, settings.noise))
     model.to(device).train()
+    passes = None
+    if settings.graphs and device == "cuda":
+        passes = Passes(model, lambda inputs: answers(model, *inputs))
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, betas=(0.9, 0.95), weight_decay=0.01)
     start, limit, step = time.perf_counter(), -1, 0
-    longest: deque[float] = deque(maxlen=20)  # shares of right answers of the longest rows
+    longest: deque[torch.Tensor] = deque(maxlen=20)  # shares of right answers of the longest rows
     reached = {}
     while time.perf_counter() - start < 60 * settings.minutes and not 0 < settings.steps <= step:
         spent = (time.perf_counter() - start) / (60 * settings.minutes)
@@ -181,15 +207,19 @@ def train(variant: str, seed: int, settings: Settings, device: str) -> dict[str,
         distance = limit if step % 2 or limit < 0 else int(torch.randint(limit + 1, (), generator=generator))
         rows = make_rows(settings.batch, max(0, distance), generator, settings.decoys, PAIRS if distance >= 0 else FEW)
         ids, asked = (each.to(device) for each in rows)
-        loss, right = answers(model, ids, asked)
-        loss.backward()
+        if passes is None:
+            loss, right = answers(model, ids, asked)
+            loss.backward()
+        else:
+            loss, right = passes.step(ids.shape, (ids, asked))
         clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
         if distance == limit:
-            longest.append(float(right.float().mean()))
-            if len(longest) == longest.maxlen and statistics.fmean(longest) > 0.9 and limit < TRAINED:
+            longest.append(right.float().mean())
+            full = len(longest) == longest.maxlen and step % CHECKED == 0  # to look at them waits for the device
+            if full and limit < TRAINED and float(torch.stack(tuple(longest)).mean()) > 0.9:
                 limit = min(2 * limit or 1, TRAINED) if limit >= 0 else 0
                 reached[limit] = step
                 longest.clear()
@@ -202,15 +232,36 @@ def train(variant: str, seed: int, settings: Settings, device: str) -> dict[str,
         "limits": reached,
     }
     model.eval()
-    right = {}
+    until = time.perf_counter() + 60 * settings.trial_minutes
+    shares: dict[int, float] = {}
+    late: dict[int, float] = {}
+    took, before = 0.0, 1
     for distance in (each for each in DISTANCES if each <= settings.longest):
-        rows = make_rows(settings.rows, distance, torch.Generator().manual_seed(1000 + seed), settings.decoys)
-        with torch.no_grad():
-            some = max(1, min(64, 2**22 // rows[0].shape[1]))  # of so many tokens that they find room
-            parts = zip(*(each.to(device).split(some) for each in rows), strict=True)
-            parts = [answers(model, *part)[1] for part in parts]
-        right[distance] = float(torch.cat(parts).float().mean())
-    return found | {"right": right}
+        if time.perf_counter() + took * (distance + 1) / before > until:
+            break
+        start, before, generator = time.perf_counter(), distance + 1, torch.Generator().manual_seed(1000 + seed)
+        ids, asked = make_rows(settings.rows, distance, generator, settings.decoys)
+        with_late = settings.late and distance > TRAINED
+        if with_late:
+            told_late, _ = make_rows(settings.rows, TRAINED, generator, settings.decoys)
+            size = settings.rows, (distance - TRAINED) * WINDOW
+            filler = KEYS + VALUES + torch.randint(FILLER, size, generator=generator)
+            ids, asked = torch.cat((ids, torch.cat((filler, told_late), dim=1))), asked.repeat(2, 1)
+        right = try_rows(model, ids, asked, device)
+        shares[distance] = float(right[: settings.rows].mean())
+        if with_late:
+            late[distance] = float(right[settings.rows :].mean())
+        took = time.perf_counter() - start
+    return found | {"right": shares} | ({"late": late} if late else {})
+
+
+@torch.no_grad()
+def try_rows(model: OlmemForCausalLM, ids: torch.Tensor, asked: torch.Tensor, device: str) -> torch.Tensor:
+    """Returns the share of right answers in each row (R,), of as many rows at a time as find room."""
+    some = max(1, min(64, 2**22 // ids.shape[1]))
+    parts = zip(ids.split(some), asked.split(some), strict=True)
+    right = [answers(model, *(each.to(device) for each in part))[1] for part in parts]
+    return torch.cat(right).float().mean(1).cpu()
 
 
 def train_alone(arguments: tuple[str, int, Settings, str]) -> dict[str, Any]:
@@ -222,13 +273,15 @@ def train_alone(arguments: tuple[str, int, Settings, str]) -> dict[str, Any]:
 def make_table(rows: list[dict[str, Any]]) -> tuple[list[str], dict[str, dict[int, tuple[float, float]]]]:
     """The lines to print, and mean and standard deviation of the shares in them."""
     lines, table = ["right answers, %, at a distance of so many windows"], {}
-    distances = list(rows[0]["right"])
+    distances = [each for each in DISTANCES if any(each in row["right"] for row in rows)]
     lines.append(f"{'':<10}{'parameters':>11}" + "".join(f"{distance:>14}" for distance in distances))
     for variant in dict.fromkeys(row["variant"] for row in rows):
         found = [row for row in rows if row["variant"] == variant]
         line, table[variant] = f"{variant:<10}{found[0]['parameters']:>11}", {}
         for distance in distances:
-            shares = [row["right"][distance] for row in found]
+            shares = [row["right"][distance] for row in found if distance in row["right"]]
+            if not shares:
+                break
             spread = statistics.stdev(shares) if len(shares) > 1 else 0.0
             table[variant][distance] = statistics.fmean(shares), spread
             line += f"{100 * statistics.fmean(shares):>7.1f} ± {100 * spread:<4.1f}"
@@ -240,7 +293,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields(Settings):
         text = f"{HELP.get(field.name, '')} ({field.default}; smoke {getattr(SMOKE, field.name)})".strip()
-        parser.add_argument(f"--{field.name}", type=type(field.default), help=text)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), help=text)
     parser.add_argument("--smoke", action="store_true", help="the same in little, in seconds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write everything measured")
     given = vars(parser.parse_args())

@@ -66,6 +66,11 @@ def test_the_answers_to_a_story_follow_from_its_sentences(stories, task):
         assert counts[0]
 
 
+def test_a_story_tells_of_each_person_once_if_asked_to(stories):
+    worlds = stories.live(50, 4, handles=False, random=np.random.default_rng(0), again=False)
+    assert (np.sort(worlds.person, axis=1) == np.arange(4)).all()
+
+
 @pytest.mark.parametrize("task", ("passkey", "niah_single_1", "qa1", "qa2", "qa3"))
 def test_texts_have_the_words_of_the_tasks_that_others_evaluate(stories, task):
     """All words of such a text are known, and questions differ in names and numbers only."""
@@ -112,17 +117,18 @@ def test_training_begins_with_the_first_stage_and_leaves_the_sizes_of_the_model(
     assert model.config.retrieval_capacity == task.fields["retrieval_capacity"]
 
 
-def test_a_run_writes_tries_of_stores_and_of_memory_alone(load, tmp_path, capsys):
+def test_a_run_writes_what_it_tried(load, tmp_path, capsys):
     file = tmp_path / "found.json"
-    arguments = ["stories", "--jobs", "passkey;memory::0.5", "--seeds", "1", "--steps", "1", "--tokens", "128"]
-    arguments += ["--rows", "2", "--most", "4096", "--timed", "8192", "--processes", "1", "--trial-seconds", "1"]
+    arguments = ["stories", "--jobs", "passkey;qa1:two", "--seeds", "1", "--steps", "1", "--tokens", "128"]
+    arguments += ["--rows", "1", "--most", "4096", "--processes", "1", "--trial-seconds", "60"]
     command = runpy.run_path(str(REFERENCE / "__main__.py"))["main"]
     command([*arguments, "--folder", str(tmp_path / "run"), "--json", str(file)])
     found = json.loads(file.read_text())
-    assert [row["job"] for row in found["trainings"]] == ["passkey", "memory::0.5"]
+    assert [row["job"] for row in found["trainings"]] == ["passkey", "qa1:two"]
     assert not any("error" in row for row in found["trainings"])
-    assert set(found["table"]["memory::0.5"]) >= {"start", "late"}
-    assert len(set(found["timing"]["state"].values())) == 1
+    assert set(found["table"]["passkey"]) >= {"length", "off", "recall_tasks"}
     assert "next:" in capsys.readouterr().out
+    command(["time", str(tmp_path / "run" / "passkey-0"), "--task", "passkey", "--most", "8192"])
+    assert set(json.loads(capsys.readouterr().out)["state"]) == {"4096"}
     command(["draw-stories", str(file)])
     assert file.with_suffix(".svg").read_bytes().startswith(b"<?xml")

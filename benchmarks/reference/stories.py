@@ -165,8 +165,9 @@ class Worlds:
     visits: Integers  # (R, objects, places) how often a place is in a trace
 
 
-def live(rows: int, sentences: int, handles: bool, random: np.random.Generator) -> Worlds:
-    """Lets as many worlds live until so many sentences are told in each."""
+def live(rows: int, sentences: int, handles: bool, random: np.random.Generator, again: bool = True) -> Worlds:
+    """Lets as many worlds live until so many sentences are told in each, of each person once if not `again`."""
+    turns = random.random((rows, len(PERSONS))).argsort(1)
     row, told = np.arange(rows), np.zeros(rows, dtype=np.int64)
     kind, person, thing = (np.zeros((rows, sentences + 1), dtype=np.int64) for _ in range(3))
     place = np.full((rows, len(PERSONS)), -1)
@@ -176,7 +177,7 @@ def live(rows: int, sentences: int, handles: bool, random: np.random.Generator) 
         goes_on = told < sentences
         handled = goes_on & handles & (random.random(rows) < STEP)
         moved = goes_on & ~handled
-        who = random.integers(len(PERSONS), size=rows)
+        who = random.integers(len(PERSONS), size=rows) if again else turns[row, told % len(PERSONS)]
         at = place[row, who]
         to = (at + 1 + random.integers(len(PLACES) - 1, size=rows)) % len(PLACES)
         to = np.where(at < 0, random.integers(len(PLACES), size=rows), to)
@@ -244,7 +245,7 @@ def askable(task: str, worlds: Worlds) -> tuple[Integers, Integers]:
 
 def tell_story(
     asked: Sequence[str], rows: int, random: np.random.Generator, filler: Filler, sentences: int, gaps: Sequence[int],
-    handles: bool,
+    handles: bool, again: bool,
 ) -> Told:  # fmt: skip
     """Tells stories of so many sentences, and asks questions of these tasks, of which all can be asked of each story.
 
@@ -252,7 +253,7 @@ def tell_story(
     """
     found: list[tuple[Integers, ...]] = []
     while sum(len(each[0]) for each in found) < rows:
-        worlds = live(2 * rows, sentences, handles, random)
+        worlds = live(2 * rows, sentences, handles, random, again)
         some = np.ones(2 * rows, dtype=bool)
         columns: dict[str, list[tuple[Integers, Integers]]] = {}
         for task in sorted(set(asked)):
@@ -313,15 +314,16 @@ class Stories:
         self.task, self.random = task, np.random.default_rng(seed)
         self.filler = Filler(task in DIGITS, size, self.random)
 
-    def tell(self, rows: int, sentences: int, gaps: Sequence[int], asked: Sequence[str]) -> Told:
+    def tell(self, rows: int, sentences: int, gaps: Sequence[int], asked: Sequence[str], again: bool) -> Told:
         """Returns passages and questions."""
         if self.task in DIGITS:
             return tell_number(self.task, rows, self.random)
-        return tell_story(asked, rows, self.random, self.filler, sentences, gaps, handles=self.task != "qa1")
+        return tell_story(asked, rows, self.random, self.filler, sentences, gaps, self.task != "qa1", again)
 
     def make(
         self, rows: int, length: int, depths: np.ndarray[Any, Any] | None = None, sentences: int | None = None,
         gaps: Sequence[int] = (0, 0, 1, 2), asked: Sequence[str] = (),
+        again: bool = True,
     ) -> Texts:  # fmt: skip
         """Makes texts of so many tokens.
 
@@ -330,8 +332,9 @@ class Stories:
             sentences: of a story, as many as the task has if left out.
             gaps: numbers of sentences of filler between two of a story, one of which is drawn.
             asked: the tasks of the questions to a story; one question of the own task if left out.
+            again: whether what is told of a person may be followed by more.
         """
-        told = self.tell(rows, sentences or SENTENCES[self.task], gaps, asked or [self.task])
+        told = self.tell(rows, sentences or SENTENCES[self.task], gaps, asked or [self.task], again)
         passage, sizes = joined(told.passage)
         tail = told.questions.shape[1]
         room = length - tail - sizes

@@ -1,4 +1,4 @@
-"""Trains and tries many models that read stories, each in a process that has one GPU, and times one alone at last."""
+"""Trains and tries many models that read stories, each in a process that has one GPU."""
 
 import json
 import multiprocessing
@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from figures import spread
-from olmem import OlmemForCausalLM
 from stories import Stories, make_tokenizer
 from story_training import TASKS, VARIANTS, Recipe, train
-from story_trials import LENGTHS, time_stream, try_lengths, try_segments
+from story_trials import LENGTHS, try_lengths
 from tqdm import tqdm
 
 LEARNED = 0.9  # the share of right answers at the shortest length from which on a training counts as through
@@ -24,7 +23,7 @@ LEARNED = 0.9  # the share of right answers at the shortest length from which on
 class Settings:
     """Holds what a run is asked for."""
 
-    jobs: str = "passkey;niah_single_1;qa1;qa2;qa3;memory"
+    jobs: str = "passkey;niah_single_1;qa1:both"
     seeds: int = 3
     first: int = 0
     seconds: float = 150.0
@@ -34,29 +33,27 @@ class Settings:
     rate: float = 2e-3
     gate_rate: float = 1e-2
     noise: float = 0.3
-    memory_noise: float = 0.3
+    graphs: int = 1
     rows: int = 64
     most: int = 2**20
-    timed: int = 2**20
     processes: int = 7
 
 
 HELP = {
-    "jobs": f"TASK or TASK:VARIANT or TASK:VARIANT:NOISE, with semicolons between them; tasks are {', '.join(TASKS)}; "
-    f"variants are {', '.join(name for name in VARIANTS if name)}; NOISE is that of memory",
+    "jobs": f"TASK or TASK:VARIANT, with semicolons between them; tasks are {', '.join(TASKS)}; "
+    f"variants are {', '.join(name for name in VARIANTS if name)}",
     "seeds": "trainings of each job",
     "first": "seed",
     "seconds": "of a training",
     "steps": "of a training at most",
-    "trial_seconds": "in which a model is tried; longer texts are left out",
+    "trial_seconds": "in which a model is tried; of longer texts there are fewer, or none",
     "tokens": "of a batch",
     "rate": "largest learning rate",
     "gate_rate": "the same of gates and scores",
     "noise": "standard deviation of what is added to scores of admission in training",
-    "memory_noise": "the same of written memory, where a job does not say",
+    "graphs": "1 replays steps as CUDA graphs on a GPU, 0 does not",
     "rows": "texts of each length that are tried",
     "most": f"tokens of the longest texts that are tried ({', '.join(map(str, LENGTHS))})",
-    "timed": "tokens of a stream that one model reads alone at last; 0 for none",
     "processes": "trainings at a time on each GPU",
 }
 Job = tuple[str, int, Settings, Path]
@@ -76,7 +73,7 @@ def place_of(job: str, seed: int) -> str:
 def train_one(given: Job) -> None:
     """Trains and tries one model, and writes to a file of its own what is done so far."""
     job, seed, settings, folder = given
-    name, variant, noise = (*job.split(":"), "", "")[:3]
+    name, variant = (*job.split(":"), "")[:2]
     task = replace(TASKS[name], fields=TASKS[name].fields | VARIANTS[variant])
     file = folder / f"{place_of(job, seed)}.json"
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,7 +84,7 @@ def train_one(given: Job) -> None:
         rate=settings.rate,
         gate_rate=settings.gate_rate,
         noise=settings.noise,
-        memory_noise=float(noise or settings.memory_noise),
+        graphs=settings.graphs > 0,
     )
     row: dict[str, Any] = {"job": job, "seed": seed}
 
@@ -106,8 +103,7 @@ def train_one(given: Job) -> None:
             | {"parameters": sum(each.numel() for each in model.parameters()), "config": model.config.to_diff_dict()}
         )
         until = time.perf_counter() + settings.trial_seconds
-        attempt = try_segments if name == "memory" else try_lengths
-        attempt(model, task.texts, seed, settings.rows, settings.most, until, tell)
+        try_lengths(model, task.texts, seed, settings.rows, settings.most, until, tell)
         if device == "cuda":
             tell({"peak": torch.cuda.max_memory_allocated()})
     except Exception:
@@ -120,14 +116,12 @@ def make_table(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for job in dict.fromkeys(row["job"] for row in rows):
         found = [row for row in rows if row["job"] == job and "error" not in row]
         entry: dict[str, Any] = {"trainings": len(found), "stages": [row.get("stage") for row in found]}
-        for kind in ("length", "start", "late"):
-            if columns := sorted({int(key) for row in found for key in row.get(kind, ())}):
-                values = {
-                    key: [row[kind][str(key)] for row in found if str(key) in row.get(kind, ())] for key in columns
-                }
-                entry[kind] = {key: (*spread(shares), len(shares)) for key, shares in values.items()}
-        if "length" in entry:
-            shares = [next(iter(row["length"].values())) for row in found if row.get("length")]
+        tried = [row for row in found if row.get("length")]
+        if tried:
+            lengths = sorted({int(key) for row in tried for key in row["length"]})
+            values = {key: [row["length"][str(key)] for row in tried if str(key) in row["length"]] for key in lengths}
+            entry["length"] = {key: (*spread(shares), len(shares)) for key, shares in values.items()}
+            shares = [next(iter(row["length"].values())) for row in tried]
             entry["through"] = sum(share >= LEARNED for share in shares)
         for kind in ("off", "recall_tasks"):
             if shares := [row[kind] for row in found if kind in row]:
@@ -136,12 +130,12 @@ def make_table(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return table
 
 
-def collect(settings: Settings, folder: Path, file: Path | None, more: dict[str, Any]) -> list[dict[str, Any]]:
+def collect(settings: Settings, folder: Path, file: Path | None) -> list[dict[str, Any]]:
     """Reads what trainings have written, and writes it as one file."""
     jobs = [(job, seed) for job in settings.jobs.split(";") for seed in seeds_of(settings)]
     files = [folder / f"{place_of(*each)}.json" for each in jobs]
     rows = [json.loads(each.read_text()) for each in files if each.exists()]
-    found = {"torch": torch.__version__, "settings": asdict(settings), **more, "trainings": rows}
+    found = {"torch": torch.__version__, "settings": asdict(settings), "trainings": rows}
     found["table"] = make_table(rows)
     if file is not None:
         file.write_text(json.dumps(found, indent=1) + "\n")
@@ -155,11 +149,7 @@ def seeds_of(settings: Settings) -> range:
 
 def describe(row: dict[str, Any]) -> str:
     """Returns a line on a training."""
-    shares = "  ".join(
-        f"{kind} { ({int(key): round(share, 3) for key, share in row[kind].items()}) }"
-        for kind in ("length", "start", "late")
-        if kind in row
-    )
+    shares = {int(key): round(share, 3) for key, share in row.get("length", {}).items()}
     head = f"{row['job']:<16} seed {row['seed']}  {row.get('steps')} steps  stage {row.get('stage')}"
     more = {kind: row[kind] for kind in ("off", "recall_tasks") if kind in row}
     return f"{head}  {shares}  {more or ''}  {row.get('error', '')}"
@@ -186,20 +176,8 @@ def run(settings: Settings, folder: Path, file: Path | None) -> None:
         while waiting:
             time.sleep(1)
             ended = [each for each, result in waiting.items() if result.ready()]
-            if not ended:
-                continue
-            rows = {(row["job"], row["seed"]): row for row in collect(settings, folder, file, {})}
+            rows = {(row["job"], row["seed"]): row for row in collect(settings, folder, file)}
             for each in ended:
                 waiting.pop(each).get()
                 progress.write(f"{time.perf_counter() - begin:.0f} s  {describe(rows[each])}")
                 progress.update()
-    timing: dict[str, Any] = {}
-    if settings.timed:
-        job, seed, *_ = jobs[0]
-        model = OlmemForCausalLM.from_pretrained(folder / place_of(job, seed))
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model.to(device).eval()  # pyright: ignore[reportArgumentType]
-        task = TASKS[job.split(":")[0]].texts
-        timing = {"timing": {"job": job} | time_stream(model, task, settings.timed)}
-        print(json.dumps(timing))
-    collect(settings, folder, file, timing)

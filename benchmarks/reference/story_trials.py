@@ -15,10 +15,9 @@ from tqdm import tqdm
 from trials import without_store
 
 LENGTHS = (4096, 16384, 65536, 262144, 1048576, 10485760)
-CALL = 2**19  # tokens of a call, in all rows
-FEW, LONG = 16, 2**20  # rows of texts that are longer
-SEGMENTS = (4, 8, 32, 128, 512, 2048, 8192, 32768)
-LATE = 6  # segments before the end in which late facts are told
+PIECE, CALL = 4096, 2**15  # tokens of a call at most, in a row and in all rows
+LONG = 2**20  # tokens from which on there is one text's filler for two
+SHARE, LAST = 0.25, 0.9  # of the time that is left, which texts of a length may take, and those of the last one
 TIMED = 4096  # tokens of a call that is timed
 Tell = Callable[[dict[str, Any]], None]  # takes what was found so far
 
@@ -29,7 +28,7 @@ def read(model: OlmemForCausalLM, ids: torch.Tensor, asked: torch.Tensor) -> tup
     state of a row."""
     cache, device = OlmemCache(model.config), model.device
     split = int(asked[0]) - 1  # the last token before the first answer is read with the answers
-    for part in ids[:, :split].split(max(1, CALL // len(ids)), dim=1):
+    for part in ids[:, :split].split(max(1, min(PIECE, CALL // len(ids))), dim=1):
         model(part.to(device).long(), past_key_values=cache, use_cache=True, logits_to_keep=1)
     tail = ids[:, split:].to(device).long()
     logits = model(tail, past_key_values=cache, use_cache=True).logits
@@ -45,27 +44,30 @@ def depths_of(rows: int) -> np.ndarray[Any, Any]:
 def try_lengths(
     model: OlmemForCausalLM, task: str, seed: int, rows: int, most: int, until: float, tell: Tell
 ) -> None:  # fmt: skip
-    """Tries texts of all lengths up to the most, with their passages at all depths, while there is time."""
+    """Tries texts of all lengths up to the most, with their passages at all depths, as many as there is time for."""
     found: dict[str, Any] = {"length": {}, "rows": {}, "state": {}, "microseconds": {}}
-    took, before = 0.0, LENGTHS[0]
-    for length in (each for each in LENGTHS if each <= most):
-        count = rows if length <= LONG else min(rows, FEW)
-        if time.perf_counter() + took * length / before > until:
+    texts = Stories(task, 2 * 10**6 + seed).make(rows, LENGTHS[0], depths_of(rows) / 2)
+    found["off"] = float(read(without_store(model), texts.ids, texts.asked)[0].float().mean())
+    found["recall_tasks"] = by_recall_tasks(model, task, seed, min(rows, 16), LENGTHS[0])
+    tell(found)
+    took = 0.0  # seconds of a token, in the texts before
+    lengths = [each for each in LENGTHS if each <= most]
+    for length in lengths:
+        left = until - time.perf_counter()
+        share = LAST if length == lengths[-1] else SHARE
+        count = min(rows, int(share * left / (took * length))) if took else rows
+        if left <= 0 or not count:
             break
         begin = time.perf_counter()
-        stories = Stories(task, 10**6 + seed, (8 if length <= LONG else 2) * length)
+        stories = Stories(task, 10**6 + seed, (8 if length < LONG else 2) * length)
         texts = stories.make(count, length, depths_of(count))
         start = time.perf_counter()
         right, state = read(model, texts.ids, texts.asked)
-        took, before = time.perf_counter() - begin, length
+        end = time.perf_counter()
+        took = (end - begin) / length / count
         found["length"][length], found["rows"][length] = float(right.float().mean()), count
-        found["state"][length] = state
-        found["microseconds"][length] = 1e6 * (time.perf_counter() - start) / length / count
+        found["state"][length], found["microseconds"][length] = state, 1e6 * (end - start) / length / count
         tell(found)
-    texts = Stories(task, 2 * 10**6 + seed).make(rows, 4096, depths_of(rows) / 2)
-    found["off"] = float(read(without_store(model), texts.ids, texts.asked)[0].float().mean())
-    found["recall_tasks"] = by_recall_tasks(model, task, seed, min(rows, 32), 4096)
-    tell(found)
 
 
 def by_recall_tasks(model: nn.Module, task: str, seed: int, rows: int, length: int) -> float:
@@ -79,26 +81,6 @@ def by_recall_tasks(model: nn.Module, task: str, seed: int, rows: int, length: i
         assert isinstance(model, OlmemForCausalLM)
         right.append(bool(read(model, ids, asked)[0]))
     return statistics.fmean(right)
-
-
-def try_segments(
-    model: OlmemForCausalLM, task: str, seed: int, rows: int, most: int, until: float, tell: Tell
-) -> None:  # fmt: skip
-    """Tries memory over many segments: of facts that were told at the start, and of facts that were told late."""
-    segment = model.config.memory_segment_length
-    assert segment is not None
-    found: dict[str, Any] = {"start": {}, "late": {}, "rows": rows}
-    took, before = 0.0, SEGMENTS[0]
-    for segments in (each for each in SEGMENTS if segment * each <= most):
-        if time.perf_counter() + took * segments / before > until:
-            break
-        begin, length = time.perf_counter(), segment * segments
-        late = np.full(rows, max(0.0, 1 - LATE / segments))
-        for kind, depths in (("start", np.zeros(rows)), ("late", late)):
-            texts = Stories(task, 10**6 + seed, 2 * length + 2**12).make(rows, length, depths)
-            found[kind][segments] = float(read(model, texts.ids, texts.asked)[0].float().mean())
-        took, before = time.perf_counter() - begin, segments
-        tell(found)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The reference models' recall of pairs, in little: texts, equal state, curriculum, and each command."""
+"""The reference models' recall of pairs, in little: texts, curriculum, and each command."""
 
 import json
 import runpy
@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from olmem import OlmemCache
 
 FOLDER = Path(__file__).parents[1] / "benchmarks/reference"
 
@@ -49,25 +48,6 @@ def test_batches_are_made_from_their_numbers_and_grow_with_the_stage(load):
     assert bool(batch["longest"]) and not bool(texts[21]["longest"])
     assert all(torch.equal(batch[name], again[name]) for name in batch)
     assert all(0 < int(texts[index]["capacity"]) <= 640 for index in range(40))
-
-
-def test_arms_have_equal_parameters(load):
-    arms, shape = load("arms"), load("jobs").SHAPE
-    with torch.device("meta"):
-        counts = {name: sum(each.numel() for each in arms.build(name, shape).parameters()) for name in arms.ARMS}
-    assert all(abs(count / counts["window"] - 1) < 0.01 for count in counts.values()), counts
-
-
-def test_arms_have_equal_state(load):
-    arms = load("arms")
-    shape = arms.Shape(vocabulary=64, width=32, heads=2, window=16, length=256, capacity=256, memory_tokens=4)
-    for name in ("window", "sinks", "memory", "recent", "selected", "selected, key_value", "all"):
-        model = arms.build(name, shape).bfloat16()
-        cache = OlmemCache(model.config)
-        with torch.no_grad():
-            for part in torch.zeros(1, 2000, dtype=torch.long).split(100, dim=1):
-                model(part, past_key_values=cache, use_cache=True)
-        assert abs(cache.nbytes / (2 * shape.state) - 1) < 0.03, (name, cache.nbytes, 2 * shape.state)
 
 
 def test_the_curriculum_goes_on_when_texts_are_answered(load):

@@ -130,5 +130,5 @@ def test_a_run_writes_what_it_tried(load, tmp_path, capsys):
     assert "next:" in capsys.readouterr().out
     command(["time", str(tmp_path / "run" / "passkey-0"), "--task", "passkey", "--most", "8192"])
     assert set(json.loads(capsys.readouterr().out)["state"]) == {"4096"}
-    command(["draw-stories", str(file)])
+    command(["draw", str(file)])
     assert file.with_suffix(".svg").read_bytes().startswith(b"<?xml")

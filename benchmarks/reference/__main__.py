@@ -109,7 +109,9 @@ def main(arguments: list[str] | None = None) -> None:
     trains.add_argument("--rates", type=Path, metavar="FILE", help="what `sweep` wrote")
     tries = commands.add_parser("evaluate", help="tries a model that was trained")
     tries.add_argument("folder", type=Path)
-    tries.add_argument("--most", type=int, default=TIMES[2], help="times the trained length that are tried, and with `--task` tokens")
+    tries.add_argument(
+        "--most", type=int, default=TIMES[2], help="times the trained length that are tried, and with `--task` tokens"
+    )
     tries.add_argument("--rows", type=int, default=Settings().rows, help=HELP["rows"])
     tries.add_argument("--task", choices=SENTENCES, help="of `stories`")
     times = commands.add_parser("time", help="measures time and state of a model that was trained by `stories`")

@@ -58,15 +58,17 @@ def draw(table: dict[str, dict[str, Any]], length: int) -> bytes:
             ("tokens of a text", "pairs that were told"),
             strict=True,
         ):
-            for arm, entry in table.items():
+            for number, (arm, entry) in enumerate(table.items()):
+                if not entry[kind]:
+                    continue
                 places = [factor * int(key) for key in entry[kind]]
                 means, deviations = zip(*entry[kind].values(), strict=True)
                 axes.errorbar(places, [100 * each for each in means], [100 * each for each in deviations],
-                              marker=".", capsize=2, label=arm)  # fmt: skip
+                              color=f"C{number}", marker=".", capsize=2, label=arm)  # fmt: skip
             axes.set_xscale("log", base=2)
             axes.set_xlabel(label)
         figure.axes[0].set_ylabel("right answers, %")
-        figure.legend(loc="outside right upper", frameon=False)
+        figure.legend(handles=figure.axes[0].get_legend_handles_labels()[0], loc="outside right upper", frameon=False)
         content = io.BytesIO()
         figure.savefig(content, format="svg", metadata={"Date": None})
         return content.getvalue()

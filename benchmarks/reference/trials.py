@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from arms import Shape
 from olmem import OlmemCache, OlmemForCausalLM
-from pairs import ASKED, STAGES, make_texts
+from pairs import STAGES, make_texts
 from torch import nn
 
 PIECE = 8192  # tokens of a call
@@ -80,9 +80,9 @@ def recall(model: nn.Module, shape: Shape, seed: int, most: int, rows: int, devi
         found["state"][times], found["microseconds"][times] = reading.state, reading.microseconds
     middle = min(16, most)
     if bounded is not None and bounded.config.retrieval_layers:
-        for pairs in (each for each in PAIRS if 2 * each + 2 * ASKED <= middle * shape.length):
-            found["pairs"][pairs] = trial(middle, pairs).right
         if middle > 1:
+            for pairs in PAIRS:
+                found["pairs"][pairs] = trial(middle, pairs).right
             found["late"] = trial(middle, PAIRS[0], middle * shape.length // 2).right
         found["off"] = trial(1, PAIRS[0], of=without_store(bounded)).right
     return found

@@ -88,3 +88,28 @@ def test_a_training_is_tried_drawn_and_evaluated(load, monkeypatch, tmp_path, ca
     assert "<svg" in file.with_suffix(".svg").read_text()
     main(["evaluate", str(folder / "selected-0"), "--most", "1", "--rows", "1"])
     assert json.loads(capsys.readouterr().out.split("found.svg\n")[-1])["length"]["1"] == row["length"]["1"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arm", ["selected", "recent", "memory"])
+def test_a_replayed_step_has_the_gradients_of_one_that_is_not(load, arm):
+    arms, captured, pairs = load("arms"), load("captured"), load("pairs")
+    torch.manual_seed(0)
+    shape = arms.Shape(pairs.VOCABULARY, width=64, heads=2, window=16, length=256, capacity=32, memory_tokens=4)
+    model = arms.build(arm, shape).cuda()
+
+    def run(inputs):
+        ids, asked = inputs
+        logits = model(input_ids=ids, logits_to_keep=asked - 1, use_cache=False).logits
+        return (torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, asked].flatten()),)
+
+    passes = captured.Passes(model, run)
+    for seed in range(3):
+        texts = pairs.make_texts(4, 16, 1024, torch.Generator().manual_seed(seed))
+        inputs = texts.ids.cuda(), texts.asked.cuda()
+        (loss,) = passes.step(0, inputs)
+        replayed = [weight.grad.clone() for weight in model.parameters()]
+        expected = run(inputs)[0]
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+        for found, wanted in zip(replayed, torch.autograd.grad(expected, list(model.parameters())), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)

@@ -694,7 +694,7 @@ def test_from_training_to_a_user_who_loads_it(server, trained, quick_reload, tmp
     ):
         result = CliRunner().invoke(app, [command, str(out), *options])
         assert words in result.output, result.output
-    assert not server.repos and "its own code computes what the installed olmem does" in result.stdout
+    assert not server.repos and "own code computes what the installed olmem does" in result.stdout
     result = run(out, REPO, "--tag", "v1", "--execute")
     assert "verified: the same logits, bit for bit" in result.stdout and TOKEN not in result.output, result.output
     text = server.read(REPO, "README.md", "v1").decode()

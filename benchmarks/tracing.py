@@ -217,7 +217,7 @@ CHECKS: dict[str, Callable[[OlmemForCausalLM], float]] = {
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", default=",".join(VARIANTS), help="some of them, by comma")
-    parser.add_argument("--json", type=Path, help="where to write the table, which keeps what it has of other variants")
+    parser.add_argument("--json", type=Path, help="where to write the table")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
@@ -234,10 +234,7 @@ def main(arguments: list[str] | None = None) -> None:
             table[variant][name] = found
             print(f"{variant:<30}{name:<26}{found if isinstance(found, str) else f'{found:.1e}'}", flush=True)
     if options.json:
-        before = json.loads(options.json.read_text()) if options.json.is_file() else {}
-        known = before["table"] if before.get("torch") == torch.__version__ else {}
-        rows = {variant: (known | table)[variant] for variant in VARIANTS if variant in known | table}
-        facts = {"torch": torch.__version__, "table": rows}
+        facts = {"torch": torch.__version__, "table": table}
         options.json.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -20,7 +20,7 @@ makes a plot beside the file. Weights and logs are in the folder.
 
 import argparse
 import json
-import time
+import math
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from jobs import HELP, SHAPE, Settings, run, sweep
 from olmem import OlmemForCausalLM
 from stories import SENTENCES
 from story_figures import draw_stories
-from story_trials import time_stream, try_lengths
+from story_trials import LENGTHS, time_stream, try_lengths
 from text import make_text
 from text_figures import draw_distill, draw_text
 from text_jobs import TEXT_HELP, TEXT_SMOKE, TextSettings, run_text
@@ -46,12 +46,12 @@ def load_model(folder: Path) -> OlmemForCausalLM:
     return model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # pyright: ignore[reportArgumentType]
 
 
-def evaluate(folder: Path, most: int, rows: int, task: str | None) -> None:
+def evaluate(folder: Path, most: int | None, rows: int, task: str | None) -> None:
     model, found = load_model(folder), {}
     if task is not None:
-        try_lengths(model, task, 0, rows, most, time.perf_counter() + 3600, found.update)
+        try_lengths(model, task, 0, rows, most or LENGTHS[1], math.inf, found.update)
     elif model.config.vocab_size == SHAPE.vocabulary:
-        found = recall(model, SHAPE, 0, most, rows, str(model.device))
+        found = recall(model, SHAPE, 0, most or TIMES[2], rows, str(model.device))
     else:
         settings = TextSettings()
         text = make_text(settings.characters)
@@ -81,13 +81,15 @@ def add_settings(parser: argparse.ArgumentParser, settings: Any, smoke: Any, tex
 
 def draw_file(file: Path) -> None:
     found = json.loads(file.read_text())
+    if "table" not in found:
+        raise SystemExit(f"{file} must hold a table of `train`, `text`, `distill` or `stories` (it has none)")
     task, table = found.get("task"), found["table"]
     if task == "text":
         content = draw_text(table, found["shape"]["length"])
     elif "jobs" in found["settings"]:
         content = draw_stories(table)
     else:
-        content = draw_distill(table) if task == "distill" else draw(table, SHAPE.length)
+        content = draw_distill(table) if task == "distill" else draw(table, found["shape"]["length"])
     plot = file.with_suffix(".svg")
     plot.write_bytes(content)
     print(plot)

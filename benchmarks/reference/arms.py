@@ -1,8 +1,8 @@
 """What is compared: a block of one size with different memories, at the same state, and two peers.
 
 State is counted in numbers: of keys and values in windows and stores, of memory tokens, and of the matrices of linear
-attention. `full` has no bound and is the ceiling. Models of all arms but OlmoHybrid, which has more, have the same
-number of parameters within 1 %, which the width of their MLPs makes up for.
+attention, which are in float32. `full` has no bound and is the ceiling. Models of all arms have the same number of
+parameters within 1 %, which the width of their MLPs makes up for.
 """
 
 from collections.abc import Callable, Mapping
@@ -42,14 +42,21 @@ class Shape:
         slots = len(self.retrieval_layers) * (self.capacity + self.window + STORE_BLOCK - 1)
         return 2 * self.width * (self.layers * self.window + slots) + SELECTION * self.heads * slots
 
-    def capacity_beside(self, tensors: int, selects: bool) -> int:
+    @property
+    def memory_slots(self) -> int:
+        """The tokens of each layer's window that memory tokens take: their keys and values, and what was written."""
+        return self.memory_tokens + -(-self.memory_tokens // self.layers)
+
+    def capacity_beside(self, tensors: int, selects: bool, memory_tokens: int = 0) -> int:
         """Returns the tokens of a store that takes what the windows leave of the state.
 
         Args:
             tensors: how many tensors a layer has for keys and values.
             selects: whether the store selects tokens.
+            memory_tokens: how many there are.
         """
-        left = self.state - tensors * self.width * self.layers * self.window
+        left = self.state - tensors * self.width * self.layers * (self.window + memory_tokens)
+        left -= 2 * self.width * memory_tokens
         slot = tensors * self.width + (SELECTION * self.heads if selects else 0)
         return left // (len(self.retrieval_layers) * slot) - self.window - STORE_BLOCK + 1
 
@@ -100,12 +107,13 @@ def olmem(**choices: Callable[[Shape], Any]) -> Callable[[Shape, int], nn.Module
 def with_store(admission: str = "learned", **fields: Any) -> Callable[[Shape, int], nn.Module]:
     """Returns what builds an Olmem model with a store beside the windows, of the same state whatever is stored."""
     shared = fields.get("shared_projections", "none") == "key_value"
+    memory = fields.get("num_memory_tokens", 0)
 
     def build(shape: Shape, mlp: int) -> nn.Module:
         own: dict[str, Any] = {
             "retrieval_layers": list(shape.retrieval_layers),
             "retrieval_top_k": shape.top_k,
-            "retrieval_capacity": shape.capacity_beside(1 if shared else 2, admission == "learned"),
+            "retrieval_capacity": shape.capacity_beside(1 if shared else 2, admission == "learned", memory),
             "retrieval_admission": admission,
             "retrieval_gate_init": 0.0,
         }
@@ -129,7 +137,7 @@ class LinearAttention(nn.Module):
 
 def hybrid(shape: Shape, mlp: int) -> nn.Module:
     """Builds Transformers' OlmoHybrid with linear attention only, whose matrices are as large as the state."""
-    size = int((shape.state / (shape.layers * shape.linear_heads)) ** 0.5)
+    size = int((shape.state / (2 * shape.layers * shape.linear_heads)) ** 0.5)
     config = OlmoHybridConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.width,
@@ -196,7 +204,7 @@ ARMS: dict[str, Arm] = {
     ),
     "memory": Arm(
         olmem(
-            sliding_window=lambda shape: shape.wide_window - shape.memory_tokens,
+            sliding_window=lambda shape: shape.wide_window - shape.memory_slots,
             num_memory_tokens=lambda shape: shape.memory_tokens,
             memory_segment_length=lambda shape: 4 * shape.window,
         ),
@@ -233,7 +241,7 @@ def build(name: str, shape: Shape, arms: Mapping[str, Arm] = ARMS) -> nn.Module:
 
     small, large = count(64), count(72)
     columns = 8 * round((count(shape.mlp, "window") - small) / (large - small))
-    return arms[name].build(shape, 64 + max(0, columns))
+    return arms[name].build(shape, max(8, 64 + columns))
 
 
 def numbers(model: nn.Module) -> int | None:
@@ -241,7 +249,7 @@ def numbers(model: nn.Module) -> int | None:
     config: Any = model.config
     if isinstance(model, LinearAttention):
         keys, values = config.linear_key_head_dim, config.linear_value_head_dim
-        layer = config.linear_num_value_heads * keys * values
+        layer = 2 * config.linear_num_value_heads * keys * values  # in float32
         convolved = config.linear_num_key_heads * (2 * keys + values) * (config.linear_conv_kernel_dim - 1)
         return (config.num_hidden_layers - 1) * (layer + convolved)
     if isinstance(model, RecurrentMemoryTransformer):
@@ -254,4 +262,5 @@ def numbers(model: nn.Module) -> int | None:
     prefix = config.num_memory_tokens + config.num_sink_tokens
     slots = len(config.retrieval_layers) * (config.retrieval_capacity + config.sliding_window + STORE_BLOCK - 1)
     selection = SELECTION * config.num_key_value_heads if config.retrieval_admission == "learned" else 0
-    return token * config.num_hidden_layers * (config.sliding_window + prefix) + (token + selection) * slots
+    written = 2 * config.num_memory_tokens * config.hidden_size  # in float32
+    return token * config.num_hidden_layers * (config.sliding_window + prefix) + (token + selection) * slots + written

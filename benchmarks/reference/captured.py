@@ -32,8 +32,6 @@ class Passes:
         self.weights, self.run = [weight for weight in model.parameters() if weight.requires_grad], run
         self.graphs: dict[Hashable, Graph] = {}
         self.pool = torch.cuda.graph_pool_handle()
-        # The library's attention allocates memory of its own, which a capture must not.
-        torch.backends.cuda.enable_cudnn_sdp(False)
 
     def step(self, key: Hashable, inputs: Tensors) -> Tensors:
         """Sets the gradients of the weights, and returns the loss and the other tensors."""
@@ -49,16 +47,23 @@ class Passes:
         return tuple(each.clone() for each in found.outputs)
 
     def capture(self, inputs: Tensors) -> Graph:
-        """Captures a pass, after some that are not."""
+        """Captures a pass, after some that are not, which leave the random numbers as they are.
+
+        The attention of cuDNN allocates memory of its own, which a capture must not, so it stays out.
+        """
         inputs, stream = tuple(each.clone() for each in inputs), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                self.differentiate(inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            outputs, gradients = self.differentiate(inputs)
+        graph, by_cudnn = torch.cuda.CUDAGraph(), torch.backends.cuda.cudnn_sdp_enabled()
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        try:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.random.fork_rng(), torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    self.differentiate(inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph, pool=self.pool):
+                outputs, gradients = self.differentiate(inputs)
+        finally:
+            torch.backends.cuda.enable_cudnn_sdp(by_cudnn)
         return Graph(graph, inputs, outputs, gradients)
 
     def differentiate(self, inputs: Tensors) -> tuple[Tensors, list[torch.Tensor | None]]:

@@ -22,6 +22,7 @@ from trials import TIMES, progress, recall
 
 SHAPE = Shape(VOCABULARY)
 RATES = (5e-4, 1e-3, 2e-3)  # of a sweep
+SWEEP_SEED = 1000  # so that rates are not chosen by the texts of a trial
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Settings:
     processes: int = 4
     most: int = TIMES[-1]
     rows: int = 8
+    resume: int = 0
 
 
 HELP = {
@@ -58,6 +60,7 @@ HELP = {
     "graphs": "1 replays steps as CUDA graphs where there is one GPU, 0 does not",
     "processes": "trainings at a time on each GPU",
     "most": "times the trained length that are tried",
+    "resume": "1 goes on from the checkpoints in the folder, where there are some",
     "rows": f"texts of a trial, of {ASKED} questions each, and a quarter of it of the longest texts",
 }
 
@@ -104,7 +107,9 @@ def train_one(job: Job) -> dict[str, Any]:
     texts = PairTexts(settings.steps, settings.tokens, job.seed, capacity)
     place = job.folder / f"{job.arm.replace(', ', '_')}-{job.seed}"
     begin = time.perf_counter()
-    log = train(model, recipe, texts, place, job.seed, silent=True, patience=int(settings.patience * settings.steps))
+    resume = settings.resume > 0 and any(place.glob("checkpoint-*"))
+    patience = int(settings.patience * settings.steps)
+    log = train(model, recipe, texts, place, job.seed, resume, silent=True, patience=patience)
     row: dict[str, Any] = {"seconds": time.perf_counter() - begin, "begins": texts.begins}
     row["parameters"] = sum(weight.numel() for weight in model.parameters())
     row["curve"] = [[each["step"], each["loss"], each["right"]] for each in log if "right" in each]
@@ -115,10 +120,16 @@ def train_one(job: Job) -> dict[str, Any]:
 
 
 def work(jobs: Sequence[Job], processes: int) -> Iterator[dict[str, Any]]:
-    """Does jobs at the same time, so many on each GPU, and yields the row of each that is done."""
+    """Does jobs at the same time, so many on each GPU, and yields the row of each that is done.
+
+    Errors: ValueError for an arm that does not exist, and SystemExit at the end if trainings have failed.
+    """
+    for job in jobs:
+        if job.arm not in ARMS:
+            raise ValueError(f"an arm must be one of {'; '.join(ARMS)} (got {job.arm!r}); choose some of them")
     gpus = max(1, torch.cuda.device_count())
     context = multiprocessing.get_context("spawn")
-    devices = context.Queue()
+    devices, failed = context.Queue(), 0
     for _ in range(processes):
         for index in range(gpus):
             devices.put(index)
@@ -130,7 +141,10 @@ def work(jobs: Sequence[Job], processes: int) -> Iterator[dict[str, Any]]:
             found = row.get("error") or row.get("length") or row.get("right")
             bar.write(f"{row['arm']:<22}seed {row['seed']}  rate {row['rate']:g}  {found}  {row.get('pairs', '')}")
             bar.update()
+            failed += "error" in row
             yield row
+    if failed:
+        raise SystemExit(f"{failed} of {len(jobs)} trainings failed; their errors are above and in the file")
 
 
 def save(file: Path | None, settings: Settings, rows: list[dict[str, Any]], more: dict[str, Any]) -> None:
@@ -156,7 +170,7 @@ def run(settings: Settings, folder: Path, file: Path | None, rates: dict[str, fl
 def sweep(settings: Settings, folder: Path, file: Path | None) -> dict[str, float]:
     """Trains every arm with every rate for a while, and returns the rate of each with which it gets farthest."""
     jobs = [
-        Job(arm, settings.first, replace(settings, rate=rate), folder / f"{rate:g}", sweep=True)
+        Job(arm, SWEEP_SEED, replace(settings, rate=rate), folder / f"{rate:g}", sweep=True)
         for arm in settings.arms.split(";")
         for rate in RATES
     ]

@@ -53,16 +53,18 @@ def make_texts(
     room = length - 2 * pairs - 2 * asked - before
     if room < 0 or before < 0:
         raise ValueError(f"{length} tokens must hold {before} tokens, {pairs} pairs and {asked} questions")
+    if before % CELL or room % CELL:
+        raise ValueError(f"filler must be multiples of {CELL} tokens (got {before} and {room}); choose other lengths")
 
     def filler(count: int) -> torch.Tensor:
-        ids = KEYS + VALUES + torch.randint(FILLER, (rows, -(-count // CELL) * CELL), generator=generator)
+        ids = KEYS + VALUES + torch.randint(FILLER, (rows, count), generator=generator)
         cells = ids.unflatten(1, (-1, CELL))
         size = cells.shape[:2]
         keys, values = (torch.randint(most, size, generator=generator) for most in (kinds, VALUES))
         false = torch.stack((torch.full(size, MARKER), keys, KEYS + values), dim=-1)
         is_decoy = torch.rand(size, generator=generator) < decoys
         cells[..., :3] = torch.where(is_decoy[..., None], false, cells[..., :3])
-        return ids[:, ids.shape[1] - count :]
+        return ids
 
     keys = torch.rand(rows, kinds, generator=generator).topk(pairs).indices
     values = KEYS + torch.randint(VALUES, (rows, pairs), generator=generator)

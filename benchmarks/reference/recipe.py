@@ -7,7 +7,7 @@
 - Gates and scores of admission learn at a rate of their own, and nothing pulls them to zero.
 - On one GPU a step is replayed as a CUDA graph.
 
-`accelerate launch` runs it on several GPUs as it is, without graphs.
+A training has one GPU, and `jobs` runs many trainings side by side.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from captured import Passes, Tensors
+from olmem import OlmemForCausalLM
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, Sampler, SequentialSampler
@@ -76,10 +77,6 @@ class Curriculum(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"begins": self.texts.begins, "right": [float(each) for each in self.right]}}
 
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "Curriculum":
-        raise NotImplementedError("a training goes on with the callback that it has")
-
     def add(self, share: torch.Tensor) -> None:
         self.right = [*self.right, share][-CHECKED:]
 
@@ -88,9 +85,7 @@ class Curriculum(TrainerCallback, ExportableState):
         if step % CHECKED or len(texts.begins) >= texts.stages:
             return
         late = self.patience and len(texts.begins) > FIRST and step - texts.begins[-1] >= self.patience
-        done = (
-            len(self.right) == CHECKED and float(torch.stack([torch.as_tensor(x) for x in self.right]).mean()) > THROUGH
-        )
+        done = len(self.right) == CHECKED and float(torch.stack(self.right).mean()) > THROUGH
         if late or done:
             texts.begins.append(step + AHEAD)
             self.right = []
@@ -116,11 +111,10 @@ class RecipeTrainer(Trainer):
         )
         self.recipe, self.trained, self.texts = recipe, model, texts
         self.right: list[torch.Tensor] = []  # shares of right answers since the last record
-        alone = arguments.device.type == "cuda" and arguments.parallel_mode == ParallelMode.NOT_DISTRIBUTED
+        alone = arguments.device.type == "cuda" and arguments.parallel_mode == ParallelMode.NOT_PARALLEL
         self.passes = Passes(model, self.run_captured) if recipe.graphs and alone else None
-        for module in model.modules() if recipe.memory_noise else ():
-            if type(module).__name__ == "OlmemMemory":
-                module.register_forward_hook(self.add_noise)
+        if recipe.memory_noise and isinstance(model, OlmemForCausalLM) and model.model.memory is not None:
+            model.model.memory.register_forward_hook(self.add_noise)
 
     def add_noise(self, module: nn.Module, inputs: tuple[Any, ...], memory: torch.Tensor) -> torch.Tensor:
         """Adds noise to written memory in training, so that what is written next must undo small errors."""
@@ -167,7 +161,7 @@ class RecipeTrainer(Trainer):
                 tensors = tuple(inputs[name] for name in ("input_ids", "asked") if name in inputs)
                 loss, right = self.passes.step((window, capacity), tensors)
                 self.right.append(right)
-        if longest:
+        if longest and self.state.global_step >= self.texts.begins[-1]:
             self.curriculum.add(self.right[-1])
         return loss
 
@@ -216,7 +210,10 @@ def train(
     model: nn.Module, recipe: Recipe, texts: Texts, folder: Path, seed: int, resume: bool = False,
     silent: bool = False, patience: int = 0, make: Callable[..., RecipeTrainer] = RecipeTrainer,
 ) -> list[dict[str, float]]:  # fmt: skip
-    """Trains a model, saves it in a folder, and returns what was recorded on the way."""
+    """Trains a model, saves it in a folder, and returns what was recorded on the way.
+
+    With `resume` it goes on from the last checkpoint in the folder.
+    """
     steps = len(texts)
     arguments = TrainingArguments(
         str(folder),
@@ -238,6 +235,8 @@ def train(
         tf32=torch.cuda.is_available() or None,
         disable_tqdm=silent,
     )
+    if arguments.world_size > 1:
+        raise ValueError(f"a training must have one process (got {arguments.world_size}); start it without a launcher")
     set_seed(seed)
     trainer = make(recipe, model, texts, arguments, patience)
     if silent:

@@ -45,13 +45,15 @@ def try_lengths(
     model: OlmemForCausalLM, task: str, seed: int, rows: int, most: int, until: float, tell: Tell
 ) -> None:  # fmt: skip
     """Tries texts of all lengths up to the most, with their passages at all depths, as many as there is time for."""
-    found: dict[str, Any] = {"length": {}, "rows": {}, "state": {}, "microseconds": {}}
+    found: dict[str, Any] = {"length": {}, "rows": {}, "state": {}}
     texts = Stories(task, 2 * 10**6 + seed).make(rows, LENGTHS[0], depths_of(rows) / 2)
     found["off"] = float(read(without_store(model), texts.ids, texts.asked)[0].float().mean())
     found["recall_tasks"] = by_recall_tasks(model, task, seed, min(rows, 16), LENGTHS[0])
     tell(found)
     took = 0.0  # seconds of a token, in the texts before
     lengths = [each for each in LENGTHS if each <= most]
+    if not lengths:
+        raise ValueError(f"the longest text must have {LENGTHS[0]} tokens or more (got {most}); try longer ones")
     for length in lengths:
         left = until - time.perf_counter()
         share = LAST if length == lengths[-1] else SHARE
@@ -61,12 +63,11 @@ def try_lengths(
         begin = time.perf_counter()
         stories = Stories(task, 10**6 + seed, (8 if length < LONG else 2) * length)
         texts = stories.make(count, length, depths_of(count))
-        start = time.perf_counter()
         right, state = read(model, texts.ids, texts.asked)
         end = time.perf_counter()
         took = (end - begin) / length / count
         found["length"][length], found["rows"][length] = float(right.float().mean()), count
-        found["state"][length], found["microseconds"][length] = state, 1e6 * (end - start) / length / count
+        found["state"][length] = state
         tell(found)
 
 

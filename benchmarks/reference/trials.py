@@ -1,6 +1,5 @@
-"""Reads texts of many lengths with a trained model, piece by piece, and counts right answers, bytes and time."""
+"""Reads texts of many lengths with a trained model, piece by piece, and counts right answers and bytes."""
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,30 +18,27 @@ ONE_CALL = 2**17  # tokens that are read in one call where there is no state to 
 
 @dataclass
 class Reading:
-    """What was read: the share of right answers, the bytes of state (of a bounded one), microseconds a token."""
+    """Holds what was read: the share of right answers, and the bytes of state of a row, or None for a peer."""
 
     right: float
     state: int | None
-    microseconds: float
 
 
 @torch.no_grad()
 def read(model: nn.Module, ids: torch.Tensor, asked: torch.Tensor, piece: int = PIECE) -> Reading:
     """Reads ids (R, T) and answers at columns (n,)."""
     length, tail = ids.shape[1], ids.shape[1] - int(asked[0]) + 1
-    state, start = None, time.perf_counter()
+    state = None
     if isinstance(model, OlmemForCausalLM):
         cache = OlmemCache(model.config)
         for part in ids[:, : length - tail].split(piece, dim=1):
             model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        seconds = time.perf_counter() - start
         logits = model(ids[:, -tail:], past_key_values=cache, use_cache=True).logits[:, asked - 1 - (length - tail)]
         state = cache.nbytes // len(ids)
     else:
         logits = model(input_ids=ids, logits_to_keep=asked - 1, use_cache=False).logits
-        seconds = time.perf_counter() - start
     right = (logits.argmax(-1) == ids[:, asked]).float().mean()
-    return Reading(float(right), state, 1e6 * seconds / length / len(ids))
+    return Reading(float(right), state)
 
 
 def without_store(model: OlmemForCausalLM) -> OlmemForCausalLM:
@@ -61,7 +57,7 @@ def recall(model: nn.Module, shape: Shape, seed: int, most: int, rows: int, devi
     Only what may have learned something is asked for more: more pairs than a store has room for, and later ones.
     """
     model.eval()
-    found: dict[str, Any] = {"length": {}, "pairs": {}, "state": {}, "microseconds": {}}
+    found: dict[str, Any] = {"length": {}, "pairs": {}, "state": {}}
 
     def trial(times: int, pairs: int, before: int = 0, of: nn.Module = model) -> Reading:
         generator = torch.Generator().manual_seed(10**6 + seed)
@@ -77,7 +73,7 @@ def recall(model: nn.Module, shape: Shape, seed: int, most: int, rows: int, devi
             continue
         reading = trial(times, PAIRS[0])
         found["length"][times] = reading.right
-        found["state"][times], found["microseconds"][times] = reading.state, reading.microseconds
+        found["state"][times] = reading.state
     middle = min(16, most)
     if bounded is not None and bounded.config.retrieval_layers:
         if middle > 1:

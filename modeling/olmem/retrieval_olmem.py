@@ -31,7 +31,7 @@ from .visibility_olmem import Visibility
 SCORES = 2**22  # the most scores of one part of the candidates, which stay in a CPU's caches
 SCORES_OF_A_GPU = 2**27  # … on a GPU, which waits for no cache but for launches
 SIDE_BY_SIDE = 64  # the number of scores whose greatest is looked at first
-BLOCK, BLOCK_OF_A_GPU = 128, 512  # the number of queries at a time
+BLOCK = 128  # the number of queries at a time
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Retrieval:
     def retrieve(self, query: torch.Tensor, found: Candidates) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns what queries (B, H, T, D) retrieve, (B, H, T, D), and which of them had a candidate, (R, T)."""
         with torch.no_grad():
-            parts = pieces(query.shape[2], block_of(query), query)
+            parts = pieces(query.shape[2], BLOCK, query)
             if found.scores is not None:
                 admitted = admit(found, self.visibility, self.capacity, parts)
                 chosen = [
@@ -177,11 +177,6 @@ class Retrieval:
         return columns_of((numbers >= oldest) & (numbers < newest))
 
 
-def block_of(query: torch.Tensor) -> int:
-    """Returns the number of queries at a time where these queries are."""
-    return BLOCK_OF_A_GPU if query.is_cuda else BLOCK
-
-
 def find_greatest(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the `count` greatest of scores (…, S), in any order, and their indices (…, count).
 
@@ -255,7 +250,7 @@ def read_in_blocks(query, key, value, index, is_candidate, scaling: float, score
         scores: the scores (B, K, S) of the keys, or None.
     """
     outputs = []
-    for part in pieces(query.shape[2], block_of(query), query):
+    for part in pieces(query.shape[2], BLOCK, query):
         chosen, some = index[:, :, part], is_candidate[:, :, part]
         more = None if scores is None else take(scores[..., None], chosen)
         outputs.append(weigh_chosen(query[:, :, part], take(key, chosen), take(value, chosen), some, scaling, more))
@@ -284,7 +279,7 @@ class ReadChosen(torch.autograd.Function):
         states = [key, value] if scores is None else [key, value, scores[..., None]]
         totals = [torch.zeros(each.shape, dtype=each.dtype, device=each.device) for each in states]
         of_query = []
-        parts = (each.split(block_of(query), dim=2) for each in (query, index, is_candidate, gradients[0]))
+        parts = (each.split(BLOCK, dim=2) for each in (query, index, is_candidate, gradients[0]))
         for part, chosen, some, gradient in zip(*parts, strict=True):
             taken = [part, *(take(each, chosen) for each in states)]
             taken = [each.detach().requires_grad_() for each in taken]

@@ -68,6 +68,7 @@ def draw(table: dict[str, dict[str, Any]], length: int) -> bytes:
             axes.set_xscale("log", base=2)
             axes.set_xlabel(label)
         figure.axes[0].set_ylabel("right answers, %")
+        figure.axes[0].set_ylim(-3, 103)
         figure.legend(handles=figure.axes[0].get_legend_handles_labels()[0], loc="outside right upper", frameon=False)
         content = io.BytesIO()
         figure.savefig(content, format="svg", metadata={"Date": None})

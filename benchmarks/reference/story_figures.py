@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 def draw_stories(table: dict[str, dict[str, Any]]) -> bytes:
     """Returns an SVG of shares of right answers, with standard deviations over trainings."""
     with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(4.9, 3.6), layout="constrained")
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.subplots()
         for job, entry in table.items():
             if "length" in entry:
@@ -24,7 +24,8 @@ def draw_stories(table: dict[str, dict[str, Any]]) -> bytes:
         axes.set_ylabel("right answers, %")
         axes.set_ylim(-3, 103)
         if axes.has_data():
-            axes.legend(frameon=False, fontsize=7)
+            handles = axes.get_legend_handles_labels()[0]
+            figure.legend(handles=handles, loc="outside right upper", frameon=False)
         content = io.BytesIO()
         figure.savefig(content, format="svg", metadata={"Date": None})
         return content.getvalue()

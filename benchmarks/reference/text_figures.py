@@ -9,6 +9,7 @@ import matplotlib
 from figures import SETTINGS, Rows, spread
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 Table = dict[str, Any]
 STEPS = ("full", "window", "sinks", "untrained", "distilled")  # of a distillation
@@ -145,12 +146,17 @@ def draw_distill(table: Table) -> bytes:
         figure = Figure(figsize=(8, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
         draw_octaves(left, table["streams"])
-        left.set_yscale("log")
+        left.set_yscale("log", base=2)
+        left.yaxis.set_major_formatter(ScalarFormatter())
         left.set_ylabel("perplexity")
         left.legend(fontsize=6, frameon=False)
-        for name, entry in table["stores"].items():
+        for number, (name, entry) in enumerate(table["stores"].items()):
             means, deviations = zip(*(entry[step]["perplexity"] for step in STEPS), strict=True)
-            right.errorbar(STEPS, means, deviations, marker=".", capsize=2, label=f"store in layers {name[1:-1]}")
+            places = [place + 0.1 * number for place in range(len(STEPS))]
+            layers = f"layer{'s' if ',' in name else ''} {name[1:-1]}"
+            right.errorbar(places, means, deviations, color=f"C{len(table['streams']) + number}", marker=".",
+                           capsize=2, label=f"store in {layers}")  # fmt: skip
+        right.set_xticks(range(len(STEPS)), STEPS)
         right.legend(fontsize=6, frameon=False)
         right.set_ylabel("perplexity at the trained length")
         return save_svg(figure)

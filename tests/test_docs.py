@@ -154,6 +154,7 @@ def test_results_are_those_of_the_files():
     report = runpy.run_path(str(ROOT / "benchmarks/report.py"))
     assert report["PAGE"].read_text() == report["page"]()
     assert report["README"].read_text() == report["readme"]()
+    assert report["MODELS"].read_text() == report["guide"]()
 
 
 def test_the_page_of_the_config_is_its_documentation():

@@ -128,6 +128,9 @@ def test_a_run_writes_what_it_tried(load, tmp_path, capsys):
     assert not any("error" in row for row in found["trainings"])
     assert set(found["table"]["passkey"]) >= {"length", "off", "recall_tasks"}
     assert "next:" in capsys.readouterr().out
+    command(["evaluate", str(tmp_path / "run" / "passkey-0"), "--task", "passkey", "--rows", "1"])
+    tried = json.loads(capsys.readouterr().out)["length"]
+    assert tried == {"4096": found["table"]["passkey"]["length"]["4096"][0]}
     command(["time", str(tmp_path / "run" / "passkey-0"), "--task", "passkey", "--most", "8192"])
     assert set(json.loads(capsys.readouterr().out)["state"]) == {"4096"}
     command(["draw", str(file)])

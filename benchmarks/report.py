@@ -303,9 +303,11 @@ def pairs() -> str:
             made_by("reference_arms", "train", ("arms", "seeds", "steps", "tokens"))
             + " This run was of an earlier curriculum, which went on after a tenth of the steps, whatever was "
             f"answered. {len(arms['trainings'])} of {planned} trainings were done in time. The table has means and "
-            f"standard deviations over seeds. The learning rate was {rates} in all. All arms but `full` have the same "
-            "size of state by construction. Bytes are the most that were counted, in Olmem's caches only; those of "
-            "`full` grow with the text.\n",
+            f"standard deviations over seeds. The learning rate was {rates} in all. All arms but `full` "
+            "were made with the same count of numbers of state. OlmoHybrid keeps its numbers in float32, where the "
+            "others may have bfloat16: that is twice as many bytes. RMT had 64 memory tokens and segments of 256 "
+            "tokens. Steps were not replayed as CUDA graphs. Bytes are the most that were counted, in Olmem's caches "
+            "only, in float32; those of `full` grow with the text.\n",
             picture("reference_arms", "Right answers of each arm by the length of a text, and by the number of pairs"),
             table(["arm", "", "learned", "parameters", "bytes of state", *(f"{each}×" for each in times), "store off"],
                   of_arms),
@@ -512,9 +514,9 @@ def findings() -> str:
         f"length and {100 * best[far]:.0f} % at {far} times that length. The next best answers {own[-2]:.0f} % at the "
         f"trained length, and the others less. Full attention answers {full[0]:.0f} to {full[-1]:.0f} %, and at "
         f"{times} times that length {full_far[0]:.0f} to {full_far[-1]:.0f} %.",
-        f"*Linear attention.* In another run, of more arms, OlmoHybrid's linear attention of the same size of state "
-        f"answers {ranges('OlmoHybrid')} at the trained length and at {times} times that length. There a store that "
-        f"selects answers {ranges('selected')}.",
+        f"*Linear attention.* In another run, of more arms, OlmoHybrid's linear attention with as many numbers "
+        f"of state answers {ranges('OlmoHybrid')} at the trained length and at {times} times that length. There a "
+        f"store that selects answers {ranges('selected')}.",
         f"*Other memories.* Of the other arms of that run, but full attention, `{first}` answers most: "
         f"{100 * arms[first]['length']['1'][0]:.1f} %, where a guess is right in {100 * GUESS:.1f} %.",
         f"*One number in a long text.* All answers in texts of {int(longest):,} tokens, {multiple} times the longest "

@@ -49,7 +49,7 @@ def load_model(folder: Path) -> OlmemForCausalLM:
 def evaluate(folder: Path, most: int | None, rows: int, task: str | None) -> None:
     model, found = load_model(folder), {}
     if task is not None:
-        try_lengths(model, task, 0, rows, most or LENGTHS[1], math.inf, found.update)
+        try_lengths(model, task, 0, rows, most or LENGTHS[0], math.inf, found.update)
     elif model.config.vocab_size == SHAPE.vocabulary:
         found = recall(model, SHAPE, 0, most or TIMES[2], rows, str(model.device))
     else:
@@ -111,9 +111,8 @@ def main(arguments: list[str] | None = None) -> None:
     trains.add_argument("--rates", type=Path, metavar="FILE", help="what `sweep` wrote")
     tries = commands.add_parser("evaluate", help="tries a model that was trained")
     tries.add_argument("folder", type=Path)
-    tries.add_argument(
-        "--most", type=int, default=TIMES[2], help="times the trained length that are tried, and with `--task` tokens"
-    )
+    most = f"times the trained length that are tried ({TIMES[2]}), or tokens with `--task` ({LENGTHS[0]})"
+    tries.add_argument("--most", type=int, help=most)
     tries.add_argument("--rows", type=int, default=Settings().rows, help=HELP["rows"])
     tries.add_argument("--task", choices=SENTENCES, help="of `stories`")
     times = commands.add_parser("time", help="measures time and state of a model that was trained by `stories`")

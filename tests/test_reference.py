@@ -100,6 +100,7 @@ def test_a_training_that_stops_goes_on_with_its_stage(load, monkeypatch, tmp_pat
     assert all(torch.equal(found[name], weight) for name, weight in whole.items())
 
 
+@pytest.mark.slow
 def test_a_training_is_tried_drawn_and_evaluated(load, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
     main = runpy.run_path(str(FOLDER / "__main__.py"))["main"]

@@ -117,6 +117,7 @@ def test_training_begins_with_the_first_stage_and_leaves_the_sizes_of_the_model(
     assert model.config.retrieval_capacity == task.fields["retrieval_capacity"]
 
 
+@pytest.mark.slow
 def test_a_run_writes_what_it_tried(load, tmp_path, capsys):
     file = tmp_path / "found.json"
     arguments = ["stories", "--jobs", "passkey;qa1:two", "--seeds", "1", "--steps", "1", "--tokens", "128"]

@@ -215,6 +215,7 @@ def test_a_training_that_stops_and_goes_on_comes_to_the_same_weights(load, littl
     assert all((found[name] == weight).all() for name, weight in whole.items())
 
 
+@pytest.mark.slow
 def test_each_command_in_little(load, tmp_path, monkeypatch, capsys):
     for name in ("text_jobs", "distill"):
         monkeypatch.setattr(load(name), "workers", here)

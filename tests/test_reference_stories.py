@@ -117,6 +117,28 @@ def test_training_begins_with_the_first_stage_and_leaves_the_sizes_of_the_model(
     assert model.config.retrieval_capacity == task.fields["retrieval_capacity"]
 
 
+def test_a_training_that_loses_what_it_knew_returns_what_it_had(load, stories, monkeypatch):
+    training, called = load("story_training"), iter(range(100))
+    measure = training.measure
+
+    def collapse(model, inputs):
+        return measure(model, inputs)[0], torch.tensor(float(next(called) < 10))
+
+    def train(steps):
+        recipe = training.Recipe(steps=steps, tokens=96)
+        return training.train(
+            training.TASKS["niah_single_1"], stories.Stories("niah_single_1", 0, 2**12), recipe, 0, "cpu"
+        )
+
+    monkeypatch.setattr(training, "measure", collapse)
+    monkeypatch.setattr(training, "ENOUGH", 2.0)
+    long, log = train(21)
+    called = iter(range(100))
+    short, _ = train(14)
+    assert (log.kept, log.best, log.curve[-1][3]) == (10, 1.0, 0.0)
+    assert all(torch.equal(weight, short.state_dict()[name]) for name, weight in long.state_dict().items())
+
+
 @pytest.mark.slow
 def test_a_run_writes_what_it_tried(load, tmp_path, capsys):
     file = tmp_path / "found.json"

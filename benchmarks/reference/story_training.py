@@ -7,6 +7,8 @@
   the others by the places that are left, which keeps it from learning whose place it is.
 - Windows of each step are drawn, and stores are small, so that a model must select.
 - Noise is added to the scores of admission.
+- The weights that are kept are the last of those that answered the most of the longest texts. A training may lose what
+  it has learned.
 - On a GPU a step is replayed as a CUDA graph.
 """
 
@@ -188,6 +190,8 @@ class Log:
     steps: int = 0
     seconds: float = 0.0
     stage: int = 0
+    best: float = 0.0  # the largest share of right answers in this stage
+    kept: int = 0  # the step whose weights these are
     reached: dict[int, float] = field(default_factory=dict)  # of each stage, the seconds after which it began
     curve: list[tuple[int, int, float, float]] = field(default_factory=list)  # step, stage, loss, right
 
@@ -209,7 +213,10 @@ def measure(model: nn.Module, inputs: Tensors) -> Tensors:
 def train(
     task: Task, stories: Stories, recipe: Recipe, seed: int, device: str, say: Callable[[str], None] = lambda _: None,
 ) -> tuple[OlmemForCausalLM, Log]:  # fmt: skip
-    """Trains a model of a task until its time is over. In the last quarter the rate falls."""
+    """Trains a model of a task until its time is over, and returns the best weights of the last stage that it reached.
+
+    In the last quarter of the time the rate falls.
+    """
     torch.manual_seed(seed)
     draw, log, begin, on_gpu = random.Random(seed), Log(), time.perf_counter(), device == "cuda"
     model = make_model(task.fields, len(make_tokenizer())).to(device).train()  # pyright: ignore[reportArgumentType]
@@ -235,6 +242,7 @@ def train(
         betas=(0.9, 0.95), fused=on_gpu,
     )  # fmt: skip
     recent: deque[torch.Tensor] = deque(maxlen=RECENT)
+    best: dict[str, torch.Tensor] = {}
     spent = 0.0
     while spent < 1:
         longest = log.steps % 2 == 0 or not log.stage
@@ -260,14 +268,19 @@ def train(
         if log.steps % CHECKED == 0 and recent:
             share = float(torch.stack(tuple(recent)).mean())
             log.curve.append((log.steps, log.stage, float(loss.detach()), share))
+            if len(recent) == RECENT and share >= log.best:
+                log.kept, log.best = log.steps, share
+                best = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
             if log.steps % (10 * CHECKED) == 0:
                 say(f"step {log.steps}, stage {log.stage}, {share:.3f} right, {log.seconds:.0f} s")
             if len(recent) == RECENT and share >= ENOUGH and log.stage < len(task.stages) - 1:
-                log.stage += 1
+                log.stage, log.best = log.stage + 1, 0.0
                 recent.clear()
                 log.reached[log.stage] = log.seconds
                 say(f"step {log.steps}: stage {log.stage}")
         log.seconds = time.perf_counter() - begin
         spent = max(log.seconds / recipe.seconds, log.steps / recipe.steps)
     config.sliding_window, config.retrieval_capacity = whole
+    if best:
+        model.load_state_dict(best)
     return model.eval(), log

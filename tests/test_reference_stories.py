@@ -52,12 +52,12 @@ def test_the_answers_to_a_story_follow_from_its_sentences(stories, task):
     source, tokenizer = stories.Stories(task, 3, 2**12), stories.make_tokenizer()
     texts = source.make(40, 300, sentences=6, gaps=(0,), asked=(task, "qa1"))
     for ids, counts in zip(texts.ids, texts.counts, strict=True):
-        words = tokenizer.decode(ids).split()
+        words = tokenizer.convert_ids_to_tokens(ids.tolist())
         people = [index for index, word in enumerate(words) if word in recall_tasks.PERSONS[0]]
         asked = words.index("Where")
         first, last = people[0], max(index for index in people if index < asked)
         story = words[first : words.index(".", last)]
-        answers = tokenizer.decode(ids[texts.asked]).split()
+        answers = tokenizer.convert_ids_to_tokens(ids[texts.asked].tolist())
         subject = words[asked + (2 if task == "qa1" else 3)]
         traces = places_of(story, subject)
         if task == "qa3":
@@ -81,7 +81,7 @@ def test_texts_have_the_words_of_the_tasks_that_others_evaluate(stories, task):
     assert tokenizer.unk_token_id not in other
     text = stories.Stories(task, 1, 2**12).make(1, len(other), np.array([0.5])).ids[0]
     asked = len(question) + len(answer)
-    ours, theirs = (tokenizer.decode(ids[-asked:]).split() for ids in (text, other))
+    ours, theirs = (tokenizer.convert_ids_to_tokens(ids[-asked:]) for ids in (text.tolist(), other))
     names = {*stories.PERSONS, *stories.PLACES, *stories.OBJECTS, *stories.THINGS, *recall_tasks.KINDS, *"0123456789"}
     assert [word not in names and word for word in ours] == [word not in names and word for word in theirs]
 
@@ -91,10 +91,10 @@ def test_a_passage_stands_at_its_depth_in_filler_that_ends_with_sentences(storie
     texts = source.make(3, 200, np.array([0.0, 0.5, 1.0]))
     begins = []
     for ids in texts.ids:
-        words = tokenizer.decode(ids).split()
+        words = tokenizer.convert_ids_to_tokens(ids.tolist())
         begins.append(words.index("pass") - 1)
         number = words[begins[-1] + 4 : begins[-1] + 9]
-        assert words[-5:] == number == tokenizer.decode(ids[texts.asked]).split()
+        assert words[-5:] == number == tokenizer.convert_ids_to_tokens(ids[texts.asked].tolist())
         assert begins[-1] == 0 or words[begins[-1] - 1] == "."
         assert words[-15] == "What" and words[-16] == "."
     assert begins[0] == 0 and begins[2] == 200 - 15 - 23 and abs(begins[1] - begins[2] / 2) <= 1
@@ -105,6 +105,13 @@ def test_texts_without_room_are_refused(stories):
         stories.Stories("qa3", 0, 2**12).make(2, 40)
     with pytest.raises(ValueError, match="`task` must be one of"):
         stories.Stories("qa9", 0)
+
+
+def test_what_a_model_writes_is_read_as_it_was_told(stories):
+    tokenizer, text = stories.make_tokenizer(), "The pass key is 48213. What is the pass key? One is: 7."
+    ids = tokenizer(text).input_ids
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids[4:9]) == "48213"
 
 
 def test_training_begins_with_the_first_stage_and_leaves_the_sizes_of_the_model(load, stories):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from olmem_convert.metrics import recall_tasks as rules
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 PERSONS, PLACES, OBJECTS, THINGS = (each[0] for each in (rules.PERSONS, rules.PLACES, rules.OBJECTS, rules.THINGS))
@@ -42,6 +42,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     words = sorted({word for text in texts for word, _ in splitter.pre_tokenize_str(text + " . ?")})
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(["[UNK]", *words])}, "[UNK]"))
     tokenizer.pre_tokenizer = splitter
+    between = decoders.Replace(Regex(r"(?<=\d) (?=\d)| (?=[.:?])"), "")  # spaces that a text does not have
+    parts = [decoders.Replace(Regex("^"), " "), decoders.Fuse(), between, decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
 
 

@@ -7,9 +7,10 @@ DEMO := model_cards/demo
 
 .PHONY: demo test slow oldest ecosystem lint clean
 
-demo: $(VENV)/.installed ## convert the demo checkpoint, verify it, generate with it
+demo: $(VENV)/.installed ## convert the demo checkpoint, verify it, generate with it, and let a model remember
 	$(BIN)/olmem convert $(DEMO)/native/step1872 build/demo --overwrite
 	$(BIN)/python $(DEMO)/generate.py build/demo
+	$(BIN)/python $(DEMO)/remember.py model_cards/passkey
 
 test: $(VENV)/.installed-test ## what needs no network and no GPU, but for the slow tests
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal

@@ -307,7 +307,7 @@ def pairs() -> str:
             "were made with the same count of numbers of state. OlmoHybrid keeps its numbers in float32, where the "
             "others may have bfloat16: that is twice as many bytes. RMT had 64 memory tokens and segments of 256 "
             "tokens. Steps were not replayed as CUDA graphs. Bytes are the most that were counted, in Olmem's caches "
-            "only, in float32; those of `full` grow with the text.\n",
+            "only, in bfloat16; those of `full` grow with the text.\n",
             picture("reference_arms", "Right answers of each arm by the length of a text, and by the number of pairs"),
             table(["arm", "", "learned", "parameters", "bytes of state", *(f"{each}×" for each in times), "store off"],
                   of_arms),

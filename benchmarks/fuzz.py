@@ -64,7 +64,7 @@ from olmem_convert.reading.tokenizer_file import trial  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 READERS = CHECKPOINTS | FOLDERS | OTHERS
-SECONDS, PATIENCE = 10, 180  # of the processor, and of the clock, as other programs may take the processor
+SECONDS, PATIENCE = 10, 30  # of the processor, which is shared with others, and of the clock
 LOOK = 0.5  # seconds between two looks for processes that hang
 WHOLE = 20  # one case of so many is converted and verified
 ROOM = 2**31  # bytes that a worker may map beyond those at its start

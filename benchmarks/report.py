@@ -215,7 +215,8 @@ def robustness() -> str:
     return (
         f"{fuzz['cases']:,} damaged inputs were tried. {fuzz['escapes']:,} of them led to another error than one that "
         f"says what is wrong, and {fuzz['tokens_sent_elsewhere']} led to a token that was sent to another host. None "
-        f"took more than {number(fuzz['slowest_seconds'])} s and {number(fuzz['greatest_memory_mib'])} MiB.\n\n"
+        f"took more than {number(fuzz['slowest_seconds'])} s of the processor and "
+        f"{number(fuzz['greatest_memory_mib'])} MiB.\n\n"
         f"{len(kills)} conversions that replace a folder were killed while they renamed folders, and a command that "
         f"fails was run after each. The old folder or the new one was whole in {whole} of these cases.\n"
     )
